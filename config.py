@@ -1,0 +1,116 @@
+"""Settings from files and flags: one flat namespace over frozen dataclasses.
+
+    python train.py configs/pythia_70m.py --micro_batch_size=8
+
+A positional argument is a Python file of bare `name = value` lines, a flag is `--name=value`; they
+are read in the order given and the later wins. Every dataclass declares and documents its own
+settings, so `--help` simply prints their source. A user's mistake is one line and exit code 2.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import runpy
+import sys
+import types
+import typing
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 2: a mistake the user can mend."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv, *schemas):
+    """Return one instance of each dataclass in `schemas`, filled from `argv`.
+
+    Raises SystemExit(2), after one line that says what was found and expected, on an unknown name,
+    a value of the wrong type, an unreadable file or a missing setting without a default.
+    """
+    fields = {field.name: (field, schema) for schema in schemas for field in dataclasses.fields(schema)}
+    assert len(fields) == sum(len(dataclasses.fields(s)) for s in schemas), "two schemas share a name"
+    if {"--help", "-h"} & set(argv):
+        print("\n\n".join(inspect.getsource(schema).strip() for schema in schemas))
+        sys.exit(0)
+    values = {}
+    for argument in argv:
+        where, settings = ("command line", _flag(argument)) if argument.startswith("-") else (
+            argument, _file(argument))
+        for name, value in settings.items():
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                fail(f"{where}: no setting called {name}"
+                     + (f", did you mean {near[0]}?" if near else "; --help lists them all"))
+            values[name] = _typed(where, name, value, _types(fields[name]))
+    missing = [f"--{name}" for name, (field, _) in fields.items() if name not in values
+               and field.default is dataclasses.MISSING]
+    if missing:
+        fail(f"missing: {', '.join(missing)} (--help explains every setting)")
+    try:
+        built = [schema(**{n: v for n, v in values.items() if fields[n][1] is schema})
+                 for schema in schemas]
+    except ValueError as error:  # a dataclass refuses a combination in __post_init__
+        fail(str(error))
+    return built[0] if len(built) == 1 else built
+
+
+def command(argv, commands):
+    """Run `commands[argv[0]] = (schema, function)` on the rest of `argv`: `data.py view --step=3`."""
+    if not argv or argv[0] not in commands:
+        listing = "\n".join(f"  {name:10} {function.__doc__.strip().splitlines()[0]}"
+                            for name, (_, function) in commands.items())
+        if argv and argv[0] in ("--help", "-h"):
+            print(f"commands (COMMAND --help lists its settings):\n{listing}")
+            sys.exit(0)
+        fail(f"command line: expected one of {', '.join(commands)}"
+             + (f", found {argv[0]}" if argv else "") + "; --help says what they do")
+    schema, function = commands[argv[0]]
+    return function(parse(argv[1:], schema))
+
+
+def _flag(argument):
+    name, equals, value = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or not equals:
+        fail(f"command line: found {argument}, expected --name=value")
+    return {name: _Text(value)}
+
+
+def _file(path):
+    try:
+        settings = runpy.run_path(path)
+    except Exception as error:  # whatever a config file does wrong, the user reads one line
+        fail(f"{path}: cannot read this config: {type(error).__name__}: {error}")
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+class _Text(str):
+    """A flag's value before its type is known (a config file's values arrive typed)."""
+
+
+def _types(entry):
+    field, schema = entry
+    hint = typing.get_type_hints(schema)[field.name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _typed(where, name, value, allowed):
+    """Return `value` as one of the `allowed` types. 3e11 fills an int, 1 a float, None a `str | None`."""
+    if isinstance(value, _Text):
+        text = str(value)
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            value = text
+        if str in allowed and not (value is None and types.NoneType in allowed):
+            value = text  # a path may look like a number
+    for kind in allowed:
+        if type(value) is kind:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
+        if kind is int and type(value) is float and value.is_integer():
+            return int(value)
+    expected = " or ".join(kind.__name__ for kind in allowed)
+    fail(f"{where}: {name} = {value!r} is not {expected}")

@@ -1,0 +1,256 @@
+"""GPT-NeoX as the Pythia suite trains it, in plain PyTorch.
+
+Sources: Pythia (Biderman et al. 2023, arXiv 2304.01373); gpt-neox v1.0, megatron/model/
+{gpt2_model,transformer,positional_embeddings,init_functions}.py; transformers' GPTNeoXForCausalLM,
+which tests/test_model.py holds this file equal to. Parameter names are those of the published
+checkpoints without their `gpt_neox.` prefix.
+
+Dimension key: B batch, T sequence, N = B*T, D d_model, H heads, K d_head, R rotary dims, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    n_layers: int
+    d_model: int
+    n_heads: int
+    # 50277 tokens padded to a multiple of 128 per tensor-parallel rank: the rows above 50276 never
+    # occur as targets, but their logits are in the softmax. 6.9B has 50432 rows and 12B 50688.
+    vocab_size: int = 50304
+    seq_length: int = 2048  # tokens of context
+    # Pythia was trained with "tanh" (gpt-neox's bias-gelu fusion is the tanh form), but published
+    # with hidden_act "gelu", the exact "erf" form, which is what everybody evaluates.
+    gelu: str = "tanh"
+    # "small" is gpt-neox's small_init and wang_init; 6.9B and 12B lack those keys in their YAML and
+    # so got "normal": 0.02, and 0.02 / sqrt(2 * n_layers) for the layers that write to the residual.
+    init: str = "small"
+
+    def __post_init__(self):
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}")
+        if self.rotary_dims < 2 or self.rotary_dims % 2:
+            raise ValueError(f"d_head = {self.d_head} leaves {self.rotary_dims} rotary dimensions, "
+                             "expected an even number: make d_model / n_heads a multiple of 8")
+        if self.gelu not in ("tanh", "erf"):
+            raise ValueError(f"gelu = {self.gelu!r}, expected 'tanh' (as trained) or 'erf' (as published)")
+        if self.init not in ("small", "normal"):
+            raise ValueError(f"init = {self.init!r}, expected 'small' or 'normal'")
+
+    @property
+    def d_head(self):
+        return self.d_model // self.n_heads
+
+    @property
+    def rotary_dims(self):
+        return self.d_head // 4  # rotary_pct 0.25: the other three quarters carry no position
+
+
+def rotary_tables(T, R, device):
+    """Return cos and sin of every rotary angle, (T, R/2) float32, positions from 0.
+
+    The exponent's denominator is R, not d_head. Training itself made these angles in half
+    precision (up to 0.37 rad off at d_head 64); every published evaluation makes them in float32.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
+    angles = torch.arange(T, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the first R dims of x (..., K) by position: halves (x1, x2) are pairs, NeoX style."""
+    R = 2 * cos.shape[-1]
+    x1, x2, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.query_key_value = nn.Linear(config.d_model, 3 * config.d_model)
+        self.dense = nn.Linear(config.d_model, config.d_model)
+
+    def forward(self, x, cos, sin):
+        B, T, D = x.shape
+        # The rows of query_key_value are interleaved per head: q, k, v of head 0, then of head 1, ...
+        qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, -1)  # (B, T, H, 3, K)
+        cos, sin = (t.to(qkv.dtype)[:, None, None] for t in (cos, sin))  # (T, 1, 1, R/2)
+        q, k = rotate(qkv[:, :, :, :2], cos, sin).unbind(3)  # (B, T, H, K)
+        v = qkv[:, :, :, 2]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, K)
+        # Purely causal: documents packed into one row do see each other, as in the original.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dense(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
+        self.dense_h_to_4h = nn.Linear(config.d_model, 4 * config.d_model)
+        self.dense_4h_to_h = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.d_model)
+        self.post_attention_layernorm = nn.LayerNorm(config.d_model)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin):
+        # Parallel residual: two distinct norms, both of the same input.
+        return (x + self.attention(self.input_layernorm(x), cos, sin)
+                + self.mlp(self.post_attention_layernorm(x)))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross entropy (nats, float32 or wider) of hidden @ weight.T against targets.
+
+    hidden (N, D), weight (V, D), targets (N,) int64. The (N, V) logits never exist: a block of rows
+    at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
+    are made on the way forward (the loss is the last node, so its incoming gradient is a number).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, needs_grad):
+        # Under autocast the matmuls run in its dtype, the softmax and all sums in float32.
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden_dtype, weight_dtype = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        if needs_grad:
+            grad_hidden = torch.empty_like(hidden, dtype=wide)
+            grad_weight = torch.zeros_like(weight, dtype=wide)
+        for rows, logits in head_blocks(hidden, weight):
+            target = targets[rows, None]  # (n, 1)
+            target_logit = logits.gather(1, target)
+            largest = logits.amax(1, keepdim=True)
+            exp = logits.sub_(largest).exp_()
+            sum_exp = exp.sum(1, keepdim=True)
+            total += (largest + sum_exp.log() - target_logit).sum()
+            if needs_grad:  # d loss / d logits = softmax - one_hot(target), times 1/N in backward
+                grad = exp.div_(sum_exp).scatter_add_(1, target, torch.full_like(sum_exp, -1))
+                grad = grad.to(dtype)
+                grad_hidden[rows] = grad @ weight
+                if dtype is wide:
+                    grad_weight.addmm_(grad.T, hidden[rows])
+                else:
+                    grad_weight += grad.T @ hidden[rows]
+        if needs_grad:
+            # Not save_for_backward: autograd copies a gradient that somebody else still holds.
+            ctx.grads = grad_hidden, grad_weight
+            ctx.dtypes = hidden_dtype, weight_dtype
+        return total / len(targets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None
+        scale = grad_loss / len(grad_hidden)
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (grad_hidden.mul_(scale).to(hidden_dtype), grad_weight.mul_(scale).to(weight_dtype),
+                None, None)
+
+
+def head_blocks(hidden, weight):
+    """Yield (rows, logits) over hidden (N, D): a slice and its float32-or-wider (n, V) logits.
+
+    Every block reuses one buffer, so take what you need before asking for the next. 256 rows keep it
+    near the CPU's last cache (measured: 128 to 512 are within 10 %); a GPU wants larger matmuls.
+    """
+    n = 256 if hidden.device.type == "cpu" else 2048
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = torch.empty(min(n, len(hidden)), len(weight), dtype=wide, device=hidden.device)
+    for start in range(0, len(hidden), n):
+        rows = slice(start, min(start + n, len(hidden)))
+        logits = buffer[: rows.stop - rows.start]
+        if hidden.dtype is wide:
+            torch.mm(hidden[rows], weight.T, out=logits)
+        else:
+            logits.copy_(hidden[rows] @ weight.T)
+        yield rows, logits
+
+
+class Pythia(nn.Module):
+    def __init__(self, config, seed=1234):
+        super().__init__()
+        self.config = config
+        self.embed_in = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_layer_norm = nn.LayerNorm(config.d_model)
+        self.embed_out = nn.Linear(config.d_model, config.vocab_size, bias=False)  # not tied
+        if not self.embed_in.weight.is_meta:
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Draw every weight as gpt-neox does (megatron/model/init_functions.py).
+
+        Each tensor has a CPU generator of its own, seeded by (seed, name): the draw does not depend
+        on device, order or sharding. The original's bits need its CUDA generator, so they differ.
+        """
+        D, L = self.config.d_model, self.config.n_layers
+        if self.config.init == "small":
+            std, residual_std = math.sqrt(2 / (5 * D)), 2 / (L * math.sqrt(D))
+        else:
+            std, residual_std = 0.02, 0.02 / math.sqrt(2 * L)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:  # LayerNorm weight
+                parameter.fill_(1)
+            else:
+                digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                writes_residual = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+                draw = torch.empty(parameter.shape).normal_(
+                    0, residual_std if writes_residual else std, generator=generator)
+                parameter.copy_(draw)
+
+    def hidden(self, tokens):
+        """Return the final hidden states (B, T, D) of tokens (B, T) int64."""
+        if tokens.shape[1] > self.config.seq_length:
+            raise ValueError(f"{tokens.shape[1]} tokens, but seq_length is {self.config.seq_length}")
+        x = self.embed_in(tokens)
+        cos, sin = rotary_tables(tokens.shape[1], self.config.rotary_dims, tokens.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.final_layer_norm(x)
+
+    def forward(self, tokens, targets=None):
+        """Return logits (B, T, V) of tokens (B, T) int64, or with targets (B, T) the mean loss in nats."""
+        x = self.hidden(tokens)
+        if targets is None:
+            return self.embed_out(x)
+        return HeadLoss.apply(x.flatten(0, 1), self.embed_out.weight, targets.flatten(),
+                              torch.is_grad_enabled())
+
+    @torch.no_grad()
+    def generate(self, tokens, n_tokens, temperature=1.0, generator=None):
+        """Return tokens (B, T) with n_tokens sampled ones behind them; temperature 0 is greedy."""
+        for _ in range(n_tokens):
+            x = self.hidden(tokens[:, -self.config.seq_length:])[:, -1]  # (B, D)
+            logits = self.embed_out(x).float()  # (B, V)
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                probabilities = (logits / temperature).softmax(-1)
+                chosen = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat((tokens, chosen), dim=1)
+        return tokens
