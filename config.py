@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 import runpy
 import sys
 import types
@@ -19,7 +20,8 @@ import typing
 
 def fail(message):
     """End the program with one line on stderr and exit code 2: a mistake the user can mend."""
-    print(message, file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process gets here
+        print(message, file=sys.stderr)
     sys.exit(2)
 
 
@@ -67,7 +69,17 @@ def command(argv, commands):
         fail(f"command line: expected one of {', '.join(commands)}"
              + (f", found {argv[0]}" if argv else "") + "; --help says what they do")
     schema, function = commands[argv[0]]
-    return function(parse(argv[1:], schema))
+    run(function, parse(argv[1:], schema))
+
+
+def run(function, *arguments):
+    """Call a script's main; what only the user can mend (ValueError, OSError) ends in one line."""
+    try:
+        return function(*arguments)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
+        fail(str(error))
 
 
 def _flag(argument):
