@@ -11,3 +11,5 @@ clip_norm = 1.0
 checkpoint_every = 1000
 dtype = "float16"
 gelu = "tanh"
+# The Pile as published in training order: EleutherAI/pile-standard-pythia-preshuffled.
+data = "data/pile/document"

@@ -1,0 +1,47 @@
+# make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw the curves
+# make test   run the test suite
+# make proofs run the long proofs and the benchmarks
+# Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test proofs tokenizer
+
+demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
+	$(PY) data.py order --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256
+	$(PY) train.py configs/mini.py --out_dir=runs/mini
+	$(PY) eval.py --model=runs/mini --steps=all --tasks=heldout --docs=data/demo/docs --output=runs/mini/results.csv
+	$(PY) eval.py sample --model=runs/mini --steps=1,64,512 --prompt="And the LORD said unto"
+	$(PY) plots.py training --run=runs/mini --results=runs/mini/results.csv --output=runs/mini/curves.png
+	@echo
+	@echo "The corpus is data/demo/train.jsonl, its tokens data/demo/train.bin, the checkpoints runs/mini/step*,"
+	@echo "the log runs/mini/metrics.csv, the evaluations runs/mini/results.csv, the curves runs/mini/curves.png. Try:"
+	@echo "  $(PY) data.py view --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256 --step=100"
+	@echo "  $(PY) eval.py sample --model=runs/mini --prompt='In the beginning'"
+	@echo "  $(PY) train.py configs/mini.py --out_dir=runs/wide --d_model=128 --learning_rate=3e-3"
+
+test: .venv/requirements-dev 20B_tokenizer.json
+	$(PY) -m pytest -q tests
+
+proofs: .venv/requirements-dev 20B_tokenizer.json
+	$(PY) -m pytest -q tests -m proof
+	$(PY) bench.py train --size=14m
+	$(PY) bench.py train --size=70m
+
+tokenizer: 20B_tokenizer.json
+
+20B_tokenizer.json: | .venv/requirements-dev
+	$(PY) -m studies.corpus tokenizer
+
+data/demo/train.jsonl: | .venv/requirements-dev
+	$(PY) -m studies.corpus demo
+
+data/demo/train.idx: data/demo/train.jsonl 20B_tokenizer.json
+	$(PY) data.py tokenize --input=data/demo/train.jsonl --output=data/demo/train
+
+.venv/requirements-dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,3 @@
+# The deduplicated Pile, as published in training order: EleutherAI/pile-deduped-pythia-preshuffled.
+# 207B tokens, so a run sees 72 % of two epochs shuffled together (data.py, build_order).
+data = "data/pile_deduped/document"
