@@ -192,12 +192,12 @@ def load_training(run, step, model, optimizer):
     parameters = dict(model.named_parameters())
     weights = read_tensors(folder / "model.safetensors")
     check_tensors(folder / "model.safetensors", weights, {hf_name(n): p.shape for n, p in parameters.items()})
+    training = read_json(folder / "training.json")
     moments = read_tensors(folder / "optimizer.safetensors")
-    if step > 0:
+    if training["updates"] > 0:  # before the first one Adam has no moments
         check_tensors(folder / "optimizer.safetensors", moments,
                       {f"{kind}.{name}": p.shape for name, p in parameters.items()
                        for kind in ("exp_avg", "exp_avg_sq")})
-    training = read_json(folder / "training.json")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[hf_name(name)])

@@ -138,13 +138,13 @@ def peak_flops(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for key, peak in GPU_PEAKS.items() if key in name), math.nan)
-    a = torch.randn(1024, 1024)
+    a = torch.randn(2048, 2048)
     best = math.inf
-    for _ in range(8):
+    for _ in range(5):
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    return 2 * len(a)**3 / best
 
 
 class Processes:
@@ -246,9 +246,6 @@ def main(model_config, config):
         raise ValueError(f"{config.data} holds {len(data):,} rows of {model_config.seq_length + 1} tokens, "
                          f"the run needs {config.steps * config.batch_size:,}")
     micro_batches = data.batch(0, config.batch_size, rank, processes.count, config.micro_batch_size).shape[0]
-    largest = int(data.rows(range(config.batch_size)).max())
-    if largest >= model_config.vocab_size:
-        raise ValueError(f"{config.data}: token {largest}, but vocab_size is {model_config.vocab_size}")
     if is_main:
         open_run(model_config, config, data)
     model = Pythia(model_config, config.seed).to(device)
@@ -301,6 +298,9 @@ def main(model_config, config):
         # ---------------------------------------------------------------- one training step
         rate = learning_rate_at(updates, config)
         rows = data.batch(step, config.batch_size, rank, processes.count, config.micro_batch_size)
+        if rows.max() >= model_config.vocab_size:
+            raise ValueError(f"{config.data}: token {rows.max()} in step {step}, but vocab_size is "
+                             f"{model_config.vocab_size}")
         loss = 0.0
         for i, micro_batch in enumerate(torch.from_numpy(rows)):
             if device.type == "cuda":

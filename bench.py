@@ -1,0 +1,118 @@
+"""Measure ourselves beside what one would pick instead, alternating in one run on one machine.
+
+    python bench.py train --size=14m
+
+A full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
+GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a process of its own,
+so that peak memory is its own too, and they take turns, so that a noisy machine is noisy to all.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from checkpoints import hf_config
+from config import command, parse
+from model import ModelConfig, Pythia
+from train import TrainConfig, flops_per_token, make_optimizer, peak_flops
+
+CONTENDERS = ("ours", "ours compiled", "transformers", "transformers compiled")
+
+
+@dataclass(frozen=True)
+class Train:
+    size: str = "14m"
+    batch: int = 4  # sequences
+    seq_length: int = 512
+    rounds: int = 7
+    threads: int = 2
+
+
+def sized(options):
+    """Return the ModelConfig and TrainConfig of a size at this benchmark's sequence length."""
+    return parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf", "--out_dir=none",
+                  f"--seq_length={options.seq_length}"], ModelConfig, TrainConfig)
+
+
+def train(options):
+    """Time a training step of every contender in turn; print speed, ratio, peak memory."""
+    config, _ = sized(options)
+    torch.set_num_threads(options.threads)
+    flags = [f"--{name}={getattr(options, name)}" for name in ("size", "batch", "seq_length", "threads")]
+    workers = {who: subprocess.Popen([sys.executable, __file__, "worker", f"--who={who}", *flags], text=True,
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE) for who in CONTENDERS}
+
+    def step(who):
+        print("step", file=workers[who].stdin, flush=True)
+        seconds, memory = workers[who].stdout.readline().split()
+        return float(seconds), int(memory)
+
+    for who in CONTENDERS:
+        step(who), step(who)  # warm up, compile, let Adam allocate
+    taken, memory, peaks = {who: [] for who in CONTENDERS}, {}, []
+    for _ in range(options.rounds):
+        peaks.append(peak_flops(torch.device("cpu")))
+        for who in CONTENDERS:
+            seconds, memory[who] = step(who)
+            taken[who].append(seconds)
+    for worker in workers.values():
+        worker.communicate()
+    tokens = options.batch * options.seq_length
+    peak = statistics.median(peaks)
+    print(f"{options.size}, {options.batch} x {options.seq_length} tokens, float32, {options.threads} threads, "
+          f"{options.rounds} rounds, matmul peak {peak / 1e9:.0f} GFLOP/s; medians")
+    print(f"{'':22} {'tokens/s':>9} {'of peak':>8} {'ours is':>8} {'memory':>9} {'ours uses':>9}")
+    for who in CONTENDERS:
+        speed = tokens / statistics.median(taken[who])
+        ratio = statistics.median(b / a for a, b in zip(taken["ours"], taken[who]))
+        print(f"{who:22} {speed:9,.0f} {speed * flops_per_token(config) / peak:8.0%} {ratio:7.2f}x "
+              f"{memory[who] / 1024:6,.0f} MB {memory['ours'] / memory[who]:8.2f}x")
+
+
+@dataclass(frozen=True)
+class Worker(Train):
+    who: str = "ours"
+
+
+def worker(options):
+    """Take one training step for every line of input; print its seconds and the peak memory in KiB."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config, training = sized(options)
+    tokens = torch.randint(50277, (options.batch, options.seq_length + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if options.who.startswith("ours"):
+        model = Pythia(config)
+        if "compiled" in options.who:
+            for layer in model.layers:
+                layer.compile()
+        loss_of = lambda: model(inputs, targets)
+    else:
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config)))
+        compiled = torch.compile(model) if "compiled" in options.who else model
+        loss_of = lambda: compiled(input_ids=inputs, labels=inputs, use_cache=False).loss
+    optimizer = make_optimizer(model, training)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss_of().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        print(time.perf_counter() - start, peak_memory(), flush=True)
+
+
+def peak_memory():
+    """Return this process's largest resident size in KiB (Linux; ru_maxrss would count the parent's)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
+    command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker)})

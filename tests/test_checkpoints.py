@@ -1,0 +1,160 @@
+"""pytest tests/test_checkpoints.py"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints import checkpoint_steps, load_model, load_training, save, saved_steps
+from conftest import ROOT
+from model import ModelConfig, Pythia
+from train import TrainConfig, make_optimizer
+
+CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=50304, seq_length=32)
+TRAIN = TrainConfig(data="", out_dir="", learning_rate=1e-3)
+
+
+@pytest.fixture
+def trained():
+    """A model and optimizer after two real updates."""
+    model = Pythia(CONFIG)
+    optimizer = make_optimizer(model, TRAIN)
+    for seed in range(2):
+        tokens = torch.randint(50277, (2, 33), generator=torch.Generator().manual_seed(seed))
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+STATE = {"updates": 2, "tokens": 128, "scaler": {}}
+
+
+def test_pythias_schedule_has_154_steps():
+    steps = checkpoint_steps(143000)
+    assert len(steps) == 154 and steps[:12] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
+    assert steps[12:] == list(range(2000, 143001, 1000))
+
+
+def test_scaled_schedules():
+    assert checkpoint_steps(20, every=6) == [0, 1, 2, 4, 6, 8, 12, 16, 18, 20]
+
+
+@pytest.mark.parametrize("gelu", ["tanh", "erf"])
+def test_transformers_reads_a_checkpoint_as_it_lies(tmp_path, tokenizer_path, gelu):
+    model = Pythia(ModelConfig(2, 32, 2, vocab_size=50304, seq_length=32, gelu=gelu))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)  # where the two GELUs differ
+    save(tmp_path, 0, model, make_optimizer(model, TRAIN), STATE, tokenizer_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "step0")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "step0")
+    tokens = torch.tensor([tokenizer("Hello world\n\n  foo   bar")["input_ids"]])
+    assert tokens.tolist() == [[12092, 1533, 535, 50276, 12110, 50275, 2009]]
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert load_file(tmp_path / "step0/model.safetensors")["embed_out.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_transformers_writes_is_read_bit_for_bit(tmp_path, trained, dtype):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "step2").to(dtype)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter.to(dtype).float()), name
+
+
+def test_published_files_with_legacy_buffers_are_read(tmp_path, trained):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    path = tmp_path / "step2/model.safetensors"
+    tensors = load_file(path)
+    tensors["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e4)
+    tensors["gpt_neox.layers.1.attention.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(tensors, path)
+    assert torch.equal(load_model(tmp_path / "step2").embed_in.weight, model.embed_in.weight)
+
+
+def test_training_state_comes_back_bit_for_bit(tmp_path, trained):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    again = Pythia(CONFIG, seed=5)
+    optimizer_again = make_optimizer(again, TRAIN)
+    assert load_training(tmp_path, 2, again, optimizer_again)["tokens"] == 128
+    for parameter, other in zip(model.parameters(), again.parameters()):
+        assert torch.equal(parameter, other)
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(value, optimizer_again.state[other][key]), key
+
+
+def test_an_unscheduled_checkpoint_gives_way_to_the_next(tmp_path, trained):
+    model, optimizer = trained
+    save(tmp_path, 1, model, optimizer, STATE)
+    save(tmp_path, 3, model, optimizer, STATE, scheduled=False)
+    assert saved_steps(tmp_path) == [1, 3]
+    save(tmp_path, 4, model, optimizer, STATE)
+    assert saved_steps(tmp_path) == [1, 4]
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items()}))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "llama"}, "model_type is 'llama'"), ({"use_parallel_residual": False}, "parallel"),
+    ({"rotary_pct": 1.0}, "rotary_pct is 1.0"), ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ({"hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
+    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"), ({"num_hidden_layers": 1}, "unexpected"),
+    ({"vocab_size": 50432}, r"embed_in.weight is \(50304, 32\), expected \(50432, 32\)")])
+def test_a_foreign_model_is_named_not_loaded(tmp_path, trained, changes, words):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    edit_json(tmp_path / "step2/config.json", **changes)
+    with pytest.raises(ValueError, match=words):
+        load_model(tmp_path / "step2")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_file_is_named(tmp_path, trained, keep):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    path = tmp_path / "step2/model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        load_model(tmp_path / "step2")
+
+
+def test_a_kill_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
+    """A process that saves without pause is killed (SIGKILL) again and again; what is listed must load."""
+    script = ("import checkpoints, train, model, itertools, sys, test_checkpoints as t\n"
+              "m = model.Pythia(t.CONFIG); o = train.make_optimizer(m, t.TRAIN)\n"
+              "ids = t.torch.zeros(1, 8, dtype=int); m(ids, ids).backward(); o.step()\n"
+              "first = max(checkpoints.saved_steps(sys.argv[1]), default=-1) + 1\n"
+              "for step in itertools.count(first):\n"
+              "    checkpoints.save(sys.argv[1], step, m, o, t.STATE)\n"
+              "    print(step, flush=True)\n")
+    for attempt in range(6):
+        process = subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, stdout=subprocess.PIPE,
+                                   env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+        reported = [int(process.stdout.readline()) for _ in range(2)]
+        time.sleep(0.02 * attempt)  # somewhere in the third save
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        steps = saved_steps(tmp_path)
+        assert reported[-1] in steps
+        load_model(tmp_path / f"step{steps[-1]}")
+        load_training(tmp_path, steps[-1], Pythia(CONFIG), make_optimizer(Pythia(CONFIG), TRAIN))
+        for step in steps[:-1]:
+            shutil.rmtree(tmp_path / f"step{step}")

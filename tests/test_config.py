@@ -1,0 +1,69 @@
+"""pytest tests/test_config.py"""
+
+from dataclasses import dataclass
+
+import pytest
+
+from config import parse
+
+
+@dataclass(frozen=True)
+class First:
+    steps: int = 10  # a comment that --help shows
+    rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Second:
+    name: str
+    seed: int | None = 1234
+    compile: bool = False
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse(argv, First, Second)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_flags_win_over_files_in_the_order_given(tmp_path):
+    (tmp_path / "a.py").write_text("name, steps = 'a', 1\n_helper = 3\nrate = 2 * _helper\n")
+    (tmp_path / "b.py").write_text("steps = 2\n")
+    first, second = parse([str(tmp_path / "a.py"), "--steps=5", str(tmp_path / "b.py")], First, Second)
+    assert (first, second) == (First(steps=2, rate=6.0), Second(name="a"))
+
+
+def test_values_take_the_declared_type():
+    first, second = parse(["--name=1e5", "--steps=3e11", "--rate=1", "--seed=None", "--compile=True"],
+                          First, Second)
+    assert (first.steps, first.rate) == (300_000_000_000, 1.0) and type(first.rate) is float
+    assert second == Second(name="1e5", seed=None, compile=True)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--stepz=3"], "no setting called stepz, did you mean steps?"),
+    (["--steps=abc"], "steps = 'abc' is not int"),
+    (["--steps=True"], "steps = True is not int"),
+    (["--compile=false"], "compile = 'false' is not bool"),
+    (["--seed=1.5"], "seed = 1.5 is not int or NoneType"),
+    (["--steps", "3"], "found --steps, expected --name=value"),
+    (["nowhere.py"], "nowhere.py: cannot read this config"),
+    (["--steps=3"], "missing: --name"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, words):
+    assert words in refused(capsys, *argv)
+
+
+def test_a_broken_config_file_is_one_line(capsys, tmp_path):
+    (tmp_path / "bad.py").write_text("steps = (")
+    assert "SyntaxError" in refused(capsys, str(tmp_path / "bad.py"))
+
+
+def test_help_prints_the_dataclasses_themselves(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"], First, Second)
+    assert stop.value.code == 0
+    assert "steps: int = 10  # a comment that --help shows" in capsys.readouterr().out

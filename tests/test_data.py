@@ -1,0 +1,307 @@
+"""pytest tests/test_data.py"""
+
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from conftest import ROOT
+from data import (OrderedData, TokenFile, batch_rows, build_order, order_paths, samples_needed,
+                  write_token_file)
+
+# data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
+# seq_length, num_samples, seed; epochs, samples; sha256 of doc_idx, sample_idx, shuffle_idx.
+GOLDEN = [
+    (2294, 1, 300, 887852006, 2048, 453, 1234, 3, 491,
+     "e21c5671558382188fd972d69992006442e35b28eefc7855a18f456470805a4e",
+     "431bd5571d98db5a55dcac38bcd7899dc0acfbb9bea9c7338119aa3e9ac08b15",
+     "15596f409e1b55297768d68b70031aef3c349c2c486b8b9e33f8885055fd1898"),
+    (1072, 1, 30, 479936231, 64, 678, 1234, 3, 739,
+     "1117ef2cbe12d531e1764fa663adb69589cc91e9f426cf2c524f24be06c3982d",
+     "9fe68d5ced55634254cfc0c4be0da6444156fe0bcf6c4c4bd7b068c3d83bc9cf",
+     "1ce704b50d431d5ccd962e1a5b7d8c9c743f0c501c75a7ffe99be3edda590ed5"),
+    (3832, 1, 30, 806256527, 256, 314, 2, 2, 441,
+     "c15491cb231bd8f02522f1d93e566d0e3385d4dcabafd108b2e07affe00d6b7c",
+     "c2ef2c314015f40fed80f624890b33c14c3a08944fc6611b956625ff65d9e750",
+     "3dbde15cffd03990b5e1af5b05fddf9ba9276aeaee9fce5e6a17ac7277c073e2"),
+    (3192, 1, 30, 1041703117, 2048, 32, 7, 2, 45,
+     "5f9fef3db98640b92e4960a413c3362668d1b818755b4e7fb6b3b5828e1b9d00",
+     "9244214709e6ae7943a1397607d0f4e18d40c47bc0f4832ef0a3ea4388f104ce",
+     "9a2145d15769e0d9fa5c914827f6cc37207fb2eb34c9da75a96e415b72c295c6"),
+    (3198, 1, 300, 511510674, 16, 80949, 2, 3, 89256,
+     "fde013350597c7d3fc0a5e5641619476610c316bc9da090e50912907daaf7357",
+     "bbabad18be532db2f717f6ddb126ea23b79b714c7ad77a68bb75c1b662c61ddd",
+     "c35cd363a328cf7e569139ef57a0aeee8fa5ecc2c57a21c5c567090ff46598eb"),
+    (1426, 1, 300, 1039966185, 64, 9023, 2, 3, 10017,
+     "87f18c470867ef9e63cf4222bbdc256ae323a0f83815de2e7a73951364ebbb8f",
+     "fe839953ba534b9c20d28b61ccf2e2eddc09a7fd2ac24a45524caaf9d5eeda76",
+     "20f34daafaa7510880558842a94a3a8b64e06fb6c98656534e57f39150645ea4"),
+]
+
+
+def write(prefix, documents):
+    with write_token_file(prefix) as append:
+        for document in documents:
+            append(document)
+
+
+def random_documents(sizes, seed=0):
+    rng = np.random.RandomState(seed)
+    return [rng.randint(0, 50277, size).astype(np.uint16) for size in sizes]
+
+
+# ---------------------------------------------------------------------------- token files
+
+
+def test_files_are_byte_for_byte_megatron(tmp_path):
+    write(tmp_path / "d", [[5, 6, 50276], [7], [8, 0]])
+    assert (tmp_path / "d.bin").read_bytes() == struct.pack("<6H", 5, 6, 50276, 7, 8, 0)
+    assert (tmp_path / "d.idx").read_bytes() == (
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4) + struct.pack("<3i", 3, 1, 2)
+        + struct.pack("<3q", 0, 6, 8) + struct.pack("<4q", 0, 1, 2, 3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1).filter(any))
+def test_round_trip(tmp_path_factory, documents):
+    prefix = tmp_path_factory.mktemp("d") / "d"
+    write(prefix, documents)
+    tokens = TokenFile(prefix)
+    assert [tokens.read(i).tolist() for i in range(len(tokens))] == documents
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), write_token_file(tmp_path / "d") as append:
+        append([1])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(min_size=1, max_size=12), st.integers(0, 10**9), st.booleans())
+def test_a_corrupted_index_is_a_value_error_or_reads_in_bounds(tmp_path_factory, noise, where, cut):
+    prefix = tmp_path_factory.mktemp("d") / "d"
+    write(prefix, random_documents([3, 1, 4, 1, 5]))
+    raw = bytearray((prefix.parent / "d.idx").read_bytes())
+    at = where % len(raw)
+    raw[at:at + len(noise)] = b"" if cut else noise
+    (prefix.parent / "d.idx").write_bytes(raw)
+    try:
+        tokens = TokenFile(prefix)
+        for i in range(len(tokens)):
+            assert len(tokens.read(i)) == tokens.sizes[i]
+    except ValueError as error:
+        assert str(prefix) in str(error)
+
+
+@pytest.mark.parametrize("name, at, content, words", [
+    ("d.idx", 0, b"NOTANIDX\0", "not a Megatron index"), ("d.idx", 9, b"\2", "version 2, expected 1"),
+    ("d.idx", 17, b"\6", "dtype code 6"), ("d.idx", 18, b"\x09", "truncated or damaged"),
+    ("d.idx", 0, b"", "not a Megatron index"), ("d.bin", 0, b"\1\2", "truncated")])
+def test_each_defect_is_named(tmp_path, name, at, content, words):
+    write(tmp_path / "d", random_documents([3, 4]))
+    raw = (tmp_path / name).read_bytes()
+    whole = at > 0 or name == "d.idx" and content
+    (tmp_path / name).write_bytes(raw[:at] + content + raw[at + len(content):] if whole else content)
+    with pytest.raises(ValueError, match=words):
+        TokenFile(tmp_path / "d")
+
+
+def test_beyond_four_gigabytes(tmp_path):
+    """A sparse file of 2^31 + 7 tokens: byte offsets over 2^32, token positions over 2^31."""
+    sizes = np.array([2**31 - 1, 8], dtype="<i4")
+    pointers = np.array([0, 2 * (2**31 - 1)], dtype="<i8")
+    (tmp_path / "d.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + sizes.tobytes()
+                                     + pointers.tobytes() + np.arange(3, dtype="<i8").tobytes())
+    with open(tmp_path / "d.bin", "wb") as file:
+        file.seek(2 * (2**31 - 1))
+        file.write(np.arange(1, 9, dtype="<u2").tobytes())
+    tokens = TokenFile(tmp_path / "d")
+    assert tokens.read(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    data = OrderedData(tmp_path / "d", 2**28, 7, 1234)
+    document_of_the_end = [piece for row in range(len(data)) for piece in data.pieces(row) if piece[0] == 1]
+    assert document_of_the_end and all(0 <= start < stop <= 8 for _, start, stop in document_of_the_end)
+
+
+# ---------------------------------------------------------------------------- the order
+
+
+def sha256(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden[3]))
+def test_order_equals_gpt_neox_golden_hashes(golden):
+    documents, low, high, sizes_seed, seq_length, num_samples, seed, epochs, samples, *hashes = golden
+    sizes = np.random.RandomState(sizes_seed).randint(low, high, documents).astype(np.int32)
+    arrays = build_order(sizes, seq_length, num_samples, seed)
+    assert (len(arrays[0]) // documents, len(arrays[2])) == (epochs, samples)
+    assert [sha256(array) for array in arrays] == hashes
+
+
+def walk(sizes, doc_idx, seq_length, n_samples):
+    """build_sample_idx of gpt-neox's helpers.cpp, step by step as it is written there."""
+    sample_idx, index, offset = [(0, 0)], 0, 0
+    while len(sample_idx) <= n_samples:
+        remaining = seq_length + 1
+        while remaining != 0:
+            length = sizes[doc_idx[index]] - offset
+            remaining -= length
+            if remaining <= 0:
+                offset += remaining + length - 1
+                remaining = 0
+            else:
+                index, offset = index + 1, 0
+        sample_idx.append((index, offset))
+    return sample_idx
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda s: sum(s) > 1),
+       st.integers(1, 60), st.integers(1, 50), st.integers(0, 2**32 - 1))
+def test_order_equals_the_original_walk(sizes, seq_length, num_samples, seed):
+    sizes = np.array(sizes, dtype=np.int32)
+    doc_idx, sample_idx, shuffle_idx = build_order(sizes, seq_length, num_samples, seed)
+    epochs = len(doc_idx) // len(sizes)
+    assert (epochs * sizes.sum() - 1) // seq_length >= num_samples
+    assert epochs == 1 or ((epochs - 1) * sizes.sum() - 1) // seq_length < num_samples
+    assert sample_idx.tolist() == [list(pair) for pair in walk(sizes, doc_idx, seq_length, len(shuffle_idx))]
+    assert sorted(shuffle_idx.tolist()) == list(range((epochs * sizes.sum() - 1) // seq_length))
+
+
+def test_all_epochs_are_shuffled_together():
+    doc_idx, _, _ = build_order(np.full(1000, 10, dtype=np.int32), 5, 3990, 1234)
+    first_half = np.bincount(doc_idx[:1000], minlength=1000)
+    assert len(doc_idx) == 2000 and 200 < (first_half == 0).sum() < 300 < (first_half == 1).sum() < 600
+
+
+def test_pythias_number_of_samples():
+    assert samples_needed(143000, 1024) == 147_164_160
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20).filter(lambda s: sum(s) > 60),
+       st.integers(1, 30), st.integers(2, 40))
+def test_rows_are_the_shuffled_documents_cut_every_seq_length(tmp_path_factory, sizes, seq_length, n):
+    prefix = tmp_path_factory.mktemp("d") / "d"
+    documents = random_documents(sizes)
+    write(prefix, documents)
+    data = OrderedData(prefix, seq_length, n, 7)
+    if data.preshuffled:
+        return
+    doc_idx, _, shuffle_idx = data.order
+    stream = np.concatenate([documents[d] for d in doc_idx])
+    expected = [stream[s * seq_length:(s + 1) * seq_length + 1] for s in shuffle_idx[:-1].astype(int)]
+    assert len(data) == len(expected)
+    assert np.array_equal(data.rows(range(len(data))), np.array(expected).reshape(len(data), -1))
+    for row in range(len(data)):
+        pieces = [documents[d][start:stop] for d, start, stop in data.pieces(row)]
+        assert np.array_equal(np.concatenate(pieces), expected[row])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("corpus") / "d"
+    write(prefix, random_documents(np.random.RandomState(3).randint(1, 90, 200)))
+    return prefix
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 5), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.integers(1, 3))
+def test_ranks_and_micro_batches_partition_every_step(step, world_size, micro, accumulation):
+    batch_size = world_size * micro * accumulation
+    parts = [batch_rows(step, batch_size, rank, world_size, micro) for rank in range(world_size)]
+    assert all(part.shape == (accumulation, micro) for part in parts)
+    micro_steps = np.stack(parts, axis=1).ravel()  # gpt-neox: consecutive rows, a contiguous slice a rank
+    assert micro_steps.tolist() == list(range(step * batch_size, (step + 1) * batch_size))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="not a multiple"):
+        batch_rows(0, 10, 0, 4, 1)
+
+
+def test_batches_do_not_depend_on_what_was_read_before(corpus):
+    data = OrderedData(corpus, 16, 300, 1)
+    last = data.batch(30, 8)
+    again = OrderedData(corpus, 16, 300, 1)
+    for step in (3, 30, 0, 30):
+        batch = again.batch(step, 8)
+    assert batch.dtype == np.int64 and batch.shape == (1, 8, 17) and np.array_equal(batch, last)
+
+
+def run(*argv):
+    return subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(corpus):
+    baked = corpus.parent / "baked"
+    flags = ["--seq_length=16", "--steps=20", "--batch_size=8"]
+    assert run("shuffle", f"--data={corpus}", f"--output={baked}", *flags).returncode == 0
+    num_samples = samples_needed(20, 8)
+    first, second = (OrderedData(prefix, 16, num_samples, 1234) for prefix in (corpus, baked))
+    assert second.preshuffled and not first.preshuffled and len(second) == 160
+    for step in range(20):
+        for world_size in (1, 2, 4):
+            for rank in range(world_size):
+                assert np.array_equal(first.batch(step, 8, rank, world_size, 2),
+                                      second.batch(step, 8, rank, world_size, 2))
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def text_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    records = [{"text": f"Document {i}, in plain words. " * (i % 7), "meta": {"pile_set_name": f"set {i % 3}"}}
+               for i in range(40)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "b.txt").write_text("A text file\nis one document.")
+    return folder
+
+
+def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
+    prefix = text_files / "out"
+    done = run("tokenize", f"--input={text_files}/a.jsonl,{text_files}/b.txt", f"--output={prefix}")
+    assert done.returncode == 0 and "35 documents in 4 subsets, 6 empty documents skipped" in done.stdout
+    tokens = TokenFile(prefix)
+    assert tokens.read(len(tokens) - 1).tolist()[-1] == 0  # EOD
+    flags = [f"--data={prefix}", "--seq_length=32", "--steps=10", "--batch_size=4"]
+    assert run("order", *flags).returncode == 0
+    arrays = build_order(tokens.sizes, 32, samples_needed(10, 4), 1234)
+    for path, array in zip(order_paths(prefix, 32, samples_needed(10, 4), 1234), arrays):
+        assert np.array_equal(np.load(path), array) and np.load(path).dtype == array.dtype
+    assert order_paths("p", 2048, 147164160, 1234)[0] == "p_train_0_indexmap_147164160ns_2048sl_1234s_doc_idx.npy"
+    shown = run("view", *flags, "--step=9", "--rows=3:4").stdout
+    assert "step 9 is rows 36 to 39 (both included)" in shown and "row 39 (step 9, row 3)" in shown
+    assert ", set " in shown and "in plain words." in shown
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
+    ("bad.jsonl", b'{"txt": "fine"}\n', 'bad.jsonl, line 1: expected an object with a string "text"'),
+    ("bad.jsonl", b"[" * 100000 + b"\n", "bad.jsonl, line 1: not JSON"),
+    ("bad.jsonl", b'{"text": "\xff"}\n', "bad.jsonl, line 1: not UTF-8"),
+    ("bad.jsonl", b"\n\n", "holds no documents"), ("bad.csv", b"a,b", "expected a .jsonl or .txt"),
+    ("bad.txt", b"\xff", "bad.txt: not UTF-8")])
+def test_bad_text_is_one_line_and_leaves_nothing(tmp_path, tokenizer_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    done = run("tokenize", f"--input={tmp_path / name}", f"--output={tmp_path}/out")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["tokenize", "--input=nowhere.jsonl", "--output=x"], "nowhere.jsonl: No such file"),
+    (["order", "--data=nowhere"], "nowhere.idx: No such file"),
+    (["tokenise"], "expected one of tokenize, order, shuffle, view, found tokenise"),
+    (["view", "--data=x", "--stop=3"], "no setting called stop, did you mean step")])
+def test_a_mistake_on_the_command_line_is_one_line(argv, words):
+    done = run(*argv)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,236 @@
+"""pytest tests/test_train.py"""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoints import saved_steps
+from conftest import ROOT
+from data import OrderedData, samples_needed, write_token_file
+from model import ModelConfig, Pythia
+from test_model import transformers_twin
+from train import LossScaler, TrainConfig, flops_per_token, learning_rate_at, make_optimizer
+
+PYTHIA = TrainConfig(data="", out_dir="", learning_rate=1e-3)
+SHAPE = dict(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=32)
+SETTINGS = dict(SHAPE, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2, checkpoint_every=6,
+                log_every=1, warmup=0.25)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("data") / "tokens"
+    rng = np.random.RandomState(0)
+    with write_token_file(prefix) as append:
+        for _ in range(300):  # a few frequent tokens, so that there is something to learn
+            append(np.minimum(rng.geometric(0.05, rng.randint(5, 60)), 511))
+    return prefix
+
+
+def command(data, out_dir, processes=1, /, **changes):
+    settings = SETTINGS | dict(data=data, out_dir=out_dir) | changes
+    settings.setdefault("tokenizer", ROOT / "20B_tokenizer.json")
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return launch + ["train.py"] + [f"--{name}={value}" for name, value in settings.items()]
+
+
+def train(*arguments, expect=0, **changes):
+    done = subprocess.run(command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+def losses(out_dir):
+    with open(out_dir / "metrics.csv", newline="") as file:
+        return [(int(row["step"]), float(row["loss"]), float(row["grad_norm"])) for row in csv.DictReader(file)]
+
+
+def assert_same_bits(first, second):
+    assert saved_steps(first) == saved_steps(second)
+    for step in saved_steps(first):
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            assert (first / f"step{step}" / name).read_bytes() == (second / f"step{step}" / name).read_bytes()
+    assert losses(first) == losses(second)
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("k, rate", [  # pythia.md section 2, from gpt-neox v1.0's own function
+    (0, 0.0), (1, 6.993007e-7), (715, 5e-4), (1430, 1e-3), (10000, 9.9116420e-4), (50000, 7.4135799e-4),
+    (71500, 5.1570538e-4), (100000, 2.1986750e-4), (115138, 1.0000603e-4), (115139, 1e-4), (142999, 1e-4)])
+def test_learning_rate_has_gpt_neox_values(k, rate):
+    assert math.isclose(learning_rate_at(k, PYTHIA), rate, rel_tol=5e-8)
+
+
+def test_floor_is_reached_at_115139_and_not_before():
+    assert learning_rate_at(115138, PYTHIA) > 1e-4 == learning_rate_at(115139, PYTHIA)
+
+
+def test_decay_reaches_matrices_and_embeddings_only():
+    model = Pythia(ModelConfig(**SHAPE))
+    decayed, bare = make_optimizer(model, PYTHIA).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in decayed["params"]} == {
+        "embed_in", "embed_out", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in bare["params"])
+    assert (decayed["weight_decay"], bare["weight_decay"]) == (0.1, 0.0)
+    assert len(names) == len(decayed["params"]) + len(bare["params"])
+
+
+def test_loss_scaler_follows_deepspeeds_table():
+    scaler = LossScaler(enabled=True)
+    seen = []
+    for iteration in range(4002):
+        scaler.update(overflow=iteration in (1500, 1501, 1502, 3600))
+        seen.append((scaler.state["scale"], scaler.state["hysteresis"]))
+    assert seen[998] == (4096, 2) and seen[999] == (8192, 2)  # the 1000th good one doubles it
+    assert seen[1500:1503] == [(8192, 1), (4096, 1), (2048, 1)]  # one forgiven, then halved each time
+    assert seen[2501] == (2048, 1) and seen[2502] == (4096, 2)  # 1000 after the last overflow
+    assert seen[3502] == (8192, 2) and seen[3600] == (8192, 1) and seen[4001] == (8192, 1)
+
+
+def test_overflow_at_scale_one_stops():
+    scaler = LossScaler(enabled=True)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        for _ in range(20):
+            scaler.update(overflow=True)
+    assert scaler.state["scale"] == 1
+
+
+def test_flops_are_counted_from_the_matmuls():
+    config = ModelConfig(2, 64, 2, vocab_size=512, seq_length=128)
+    model, tokens = Pythia(config), torch.randint(512, (1, 128))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    attention = 6 * config.n_layers * config.d_model * config.seq_length
+    # The counter sees attention's whole square, of which a causal model needs half.
+    assert counter.get_total_flops() / 128 == flops_per_token(config) + attention
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+def test_trajectory_equals_a_plain_loop_with_transformers(data, tmp_path):
+    train(data, tmp_path / "run", steps=20)
+    config, settings = ModelConfig(**SHAPE), TrainConfig(data="", out_dir="", learning_rate=1e-2, steps=20,
+                                                         warmup=0.25)
+    twin, _ = transformers_twin(Pythia(config))
+    matrices = [p for p in twin.parameters() if p.dim() == 2]
+    vectors = [p for p in twin.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8)
+    rows = OrderedData(data, 32, samples_needed(20, 8), 1234)
+    for step, loss, norm in losses(tmp_path / "run"):
+        tokens = torch.from_numpy(rows.rows(range(8 * step, 8 * step + 8)).astype(np.int64))
+        expected = F.cross_entropy(twin(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+        expected.backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert math.isclose(loss, expected.item(), rel_tol=1e-5) and math.isclose(norm, expected_norm.item(), rel_tol=1e-4)
+    assert loss < 0.8 * losses(tmp_path / "run")[0][1]  # it really learned
+
+
+def test_steps_0_and_1_are_equal_and_the_schedule_is_kept(data, tmp_path):
+    train(data, tmp_path)
+    assert saved_steps(tmp_path) == [0, 1, 2, 4, 6, 8, 12]
+    zero, one, two = (load_file(tmp_path / f"step{n}/model.safetensors") for n in (0, 1, 2))
+    assert all(torch.equal(zero[name], one[name]) for name in zero)
+    assert not torch.equal(one["embed_out.weight"], two["embed_out.weight"])
+
+
+@pytest.mark.parametrize("number, micro_batch_size", [(signal.SIGTERM, 8), (signal.SIGINT, 2)])
+def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, number, micro_batch_size):
+    """A real signal to a real process, with one and with four micro-batches."""
+    settings = dict(steps=60, micro_batch_size=micro_batch_size, checkpoint_every=20)
+    train(data, tmp_path / "whole", **settings)
+    process = subprocess.Popen(command(data, tmp_path / "cut", **settings), cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("step     21/"):
+            process.send_signal(number)
+            break
+    out, _ = process.communicate()
+    assert process.returncode == 128 + number and "interrupted: saved step" in out
+    stopped = saved_steps(tmp_path / "cut")[-1]
+    assert 21 < stopped < 60
+    done = train(data, tmp_path / "cut", **settings)
+    assert f"going on from step {stopped}" in done.stdout
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_killed_run_ends_with_the_same_bits(data, tmp_path):
+    train(data, tmp_path / "whole", steps=40)
+    process = subprocess.Popen(command(data, tmp_path / "cut", steps=40), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     15/"):
+            break
+    process.kill()
+    process.communicate()
+    train(data, tmp_path / "cut", steps=40)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_two_processes_and_accumulation_take_the_same_steps(data, tmp_path):
+    train(data, tmp_path / "one", micro_batch_size=8)
+    train(data, tmp_path / "four", micro_batch_size=2)
+    train(data, tmp_path / "ddp", 2, micro_batch_size=2)
+    for other in ("four", "ddp"):
+        for ours, theirs in zip(losses(tmp_path / "one"), losses(tmp_path / other), strict=True):
+            assert ours[0] == theirs[0] and math.isclose(ours[1], theirs[1], rel_tol=1e-6)
+
+
+def test_compiled_blocks_take_the_same_steps(data, tmp_path):
+    train(data, tmp_path / "eager", steps=4)
+    train(data, tmp_path / "compiled", steps=4, compile=True)
+    for ours, theirs in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+        assert math.isclose(ours[1], theirs[1], rel_tol=1e-5)
+    names = load_file(tmp_path / "compiled/step4/model.safetensors")
+    assert not any("_orig_mod" in name or "module." in name for name in names)
+
+
+def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path):
+    done = train(data, tmp_path, expect=2, learning_rate=1e38)
+    assert "step 2 (rows 16 to 23): loss nan" in done.stderr or "step 3 (rows 24 to 31)" in done.stderr
+    assert done.stderr.count("\n") == 1 and "last checkpoint is" in done.stderr
+
+
+def test_a_token_outside_the_vocabulary_stops(data, tmp_path):
+    done = train(data, tmp_path, expect=2, vocab_size=100)
+    assert ", but vocab_size is 100" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_another_run_in_the_same_folder_is_refused(data, tmp_path):
+    train(data, tmp_path, steps=2)
+    done = train(data, tmp_path, expect=2, steps=2, learning_rate=0.5, batch_size=4)
+    assert "learning_rate was 0.01, is 0.5" in done.stderr and "batch_size was 8, is 4" in done.stderr
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(tokenizer="nowhere.json"), "nowhere.json: no such tokenizer"),
+    (dict(data="nowhere"), "nowhere.idx: No such file"),
+    (dict(batch_size=7), "batch_size = 7 is not a multiple"),
+    (dict(n_heads=3), "d_model = 32 is not a multiple of n_heads = 3"),
+    (dict(stepz=3), "no setting called stepz, did you mean steps?"),
+    (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
+    (dict(steps=0), "steps = 0, expected at least 1")])
+def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
+    done = train(data, tmp_path / "run", expect=2, **changes)
+    assert words in done.stderr and done.stderr.count("\n") == 1
+    assert saved_steps(tmp_path / "run") == []
