@@ -15,32 +15,39 @@ from data import (OrderedData, TokenFile, batch_rows, build_order, order_paths, 
                   write_token_file)
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
-# seq_length, num_samples, seed; epochs, samples; sha256 of doc_idx, sample_idx, shuffle_idx.
+# seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx and
+# of the first rows, where token p of document d is (7919 d + p) mod 50254.
 GOLDEN = [
-    (2294, 1, 300, 887852006, 2048, 453, 1234, 3, 491,
+    (2294, 1, 300, 887852006, 2048, 453, 1234, 3, 491, 63,
      "e21c5671558382188fd972d69992006442e35b28eefc7855a18f456470805a4e",
      "431bd5571d98db5a55dcac38bcd7899dc0acfbb9bea9c7338119aa3e9ac08b15",
-     "15596f409e1b55297768d68b70031aef3c349c2c486b8b9e33f8885055fd1898"),
-    (1072, 1, 30, 479936231, 64, 678, 1234, 3, 739,
+     "15596f409e1b55297768d68b70031aef3c349c2c486b8b9e33f8885055fd1898",
+     "360ef2a4e20bd93515456571e7426e50d2afbf12a2837e86d6127c1b620318fa"),
+    (1072, 1, 30, 479936231, 64, 678, 1234, 3, 739, 63,
      "1117ef2cbe12d531e1764fa663adb69589cc91e9f426cf2c524f24be06c3982d",
      "9fe68d5ced55634254cfc0c4be0da6444156fe0bcf6c4c4bd7b068c3d83bc9cf",
-     "1ce704b50d431d5ccd962e1a5b7d8c9c743f0c501c75a7ffe99be3edda590ed5"),
-    (3832, 1, 30, 806256527, 256, 314, 2, 2, 441,
+     "1ce704b50d431d5ccd962e1a5b7d8c9c743f0c501c75a7ffe99be3edda590ed5",
+     "331c82125562da0e4ba514f1d2a2bd32317a9d6585b782434823fd884329f217"),
+    (3832, 1, 30, 806256527, 256, 314, 2, 2, 441, 63,
      "c15491cb231bd8f02522f1d93e566d0e3385d4dcabafd108b2e07affe00d6b7c",
      "c2ef2c314015f40fed80f624890b33c14c3a08944fc6611b956625ff65d9e750",
-     "3dbde15cffd03990b5e1af5b05fddf9ba9276aeaee9fce5e6a17ac7277c073e2"),
-    (3192, 1, 30, 1041703117, 2048, 32, 7, 2, 45,
+     "3dbde15cffd03990b5e1af5b05fddf9ba9276aeaee9fce5e6a17ac7277c073e2",
+     "de6010023f5c92fcba1744b62633c7c406c821ee76282a19df08f8b024870210"),
+    (3192, 1, 30, 1041703117, 2048, 32, 7, 2, 45, 44,
      "5f9fef3db98640b92e4960a413c3362668d1b818755b4e7fb6b3b5828e1b9d00",
      "9244214709e6ae7943a1397607d0f4e18d40c47bc0f4832ef0a3ea4388f104ce",
-     "9a2145d15769e0d9fa5c914827f6cc37207fb2eb34c9da75a96e415b72c295c6"),
-    (3198, 1, 300, 511510674, 16, 80949, 2, 3, 89256,
+     "9a2145d15769e0d9fa5c914827f6cc37207fb2eb34c9da75a96e415b72c295c6",
+     "84818876d35b5be71eb910ef97a9dcbe30d43404ce481e0c883cec81fd9ac30e"),
+    (3198, 1, 300, 511510674, 16, 80949, 2, 3, 89256, 63,
      "fde013350597c7d3fc0a5e5641619476610c316bc9da090e50912907daaf7357",
      "bbabad18be532db2f717f6ddb126ea23b79b714c7ad77a68bb75c1b662c61ddd",
-     "c35cd363a328cf7e569139ef57a0aeee8fa5ecc2c57a21c5c567090ff46598eb"),
-    (1426, 1, 300, 1039966185, 64, 9023, 2, 3, 10017,
+     "c35cd363a328cf7e569139ef57a0aeee8fa5ecc2c57a21c5c567090ff46598eb",
+     "3c4df3750655f083128e7928761f35dd0774da6e04ff81e6090f8accb652910a"),
+    (1426, 1, 300, 1039966185, 64, 9023, 2, 3, 10017, 63,
      "87f18c470867ef9e63cf4222bbdc256ae323a0f83815de2e7a73951364ebbb8f",
      "fe839953ba534b9c20d28b61ccf2e2eddc09a7fd2ac24a45524caaf9d5eeda76",
-     "20f34daafaa7510880558842a94a3a8b64e06fb6c98656534e57f39150645ea4"),
+     "20f34daafaa7510880558842a94a3a8b64e06fb6c98656534e57f39150645ea4",
+     "6d8e6eab5115e31799b3584f2a2f87e7389b5849d657707a5e5f4f070d2ce44d"),
 ]
 
 
@@ -136,12 +143,13 @@ def sha256(array):
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden[3]))
-def test_order_equals_gpt_neox_golden_hashes(golden):
-    documents, low, high, sizes_seed, seq_length, num_samples, seed, epochs, samples, *hashes = golden
+def test_order_equals_gpt_neox_golden_hashes(golden, tmp_path):
+    documents, low, high, sizes_seed, seq_length, num_samples, seed, epochs, samples, n_rows, *hashes = golden
     sizes = np.random.RandomState(sizes_seed).randint(low, high, documents).astype(np.int32)
-    arrays = build_order(sizes, seq_length, num_samples, seed)
-    assert (len(arrays[0]) // documents, len(arrays[2])) == (epochs, samples)
-    assert [sha256(array) for array in arrays] == hashes
+    write(tmp_path / "d", [(7919 * d + np.arange(size)) % 50254 for d, size in enumerate(sizes)])
+    data = OrderedData(tmp_path / "d", seq_length, num_samples, seed)
+    assert (len(data.order[0]) // documents, len(data.order[2])) == (epochs, samples)
+    assert [sha256(array) for array in (*data.order, data.rows(range(n_rows)))] == hashes
 
 
 def walk(sizes, doc_idx, seq_length, n_samples):
