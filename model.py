@@ -140,11 +140,11 @@ class HeadLoss(torch.autograd.Function):
             target = targets[rows, None]  # (n, 1)
             target_logit = logits.gather(1, target)
             largest = logits.amax(1, keepdim=True)
-            exp = logits.sub_(largest).exp_()
-            sum_exp = exp.sum(1, keepdim=True)
-            total += (largest + sum_exp.log() - target_logit).sum()
+            probabilities = torch.softmax(logits, 1, out=logits)
+            # log sum exp = largest logit - log(largest probability), which never underflows
+            total += (largest - probabilities.amax(1, keepdim=True).log() - target_logit).sum()
             if needs_grad:  # d loss / d logits = softmax - one_hot(target), times 1/N in backward
-                grad = exp.div_(sum_exp).scatter_add_(1, target, torch.full_like(sum_exp, -1))
+                grad = probabilities.scatter_add_(1, target, torch.full_like(target_logit, -1))
                 grad = grad.to(dtype)
                 grad_hidden[rows] = grad @ weight
                 if dtype is wide:
@@ -171,10 +171,10 @@ class HeadLoss(torch.autograd.Function):
 def head_blocks(hidden, weight):
     """Yield (rows, logits) over hidden (N, D): a slice and its float32-or-wider (n, V) logits.
 
-    Every block reuses one buffer, so take what you need before asking for the next. 256 rows keep it
-    near the CPU's last cache (measured: 128 to 512 are within 10 %); a GPU wants larger matmuls.
+    Every block reuses one buffer, so take what you need before asking for the next. 512 rows were the
+    fastest of 128 to 1024 on a CPU (by 11 % at d_model 128); a GPU wants larger matmuls.
     """
-    n = 256 if hidden.device.type == "cpu" else 2048
+    n = 512 if hidden.device.type == "cpu" else 2048
     wide = torch.promote_types(hidden.dtype, torch.float32)
     buffer = torch.empty(min(n, len(hidden)), len(weight), dtype=wide, device=hidden.device)
     for start in range(0, len(hidden), n):

@@ -60,7 +60,7 @@ def training(options):
                    color="black" if task == "heldout" else plt.cm.viridis(i / len(tasks)),
                    linewidth=2 if task == "heldout" else 1)
     right.set(xlabel="tokens seen", ylabel="held-out bits per byte", xscale="log")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="lower left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
