@@ -258,9 +258,9 @@ def main(config):
             rows = TASKS[task][0](model, tokenizer, documents[task])
             append_results(config.output, [(name, step, tokens, t, 0, metric, value, stderr, n)
                                            for t, metric, value, stderr, n in rows])
-            for t, metric, value, stderr, n in rows:
-                tqdm.write(f"{name} step {step:>6} | {t} {metric} {value:.4f}"
-                           + (f" ± {stderr:.4f}" if stderr is not None else "") + f" | n {n:,}")
+            tqdm.write(f"{name} step {step:>6} | " + " | ".join(
+                f"{t} {metric} {value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "") + f" (n {n:,})"
+                for t, metric, value, stderr, n in rows))
             bar.update()
     print(f"{config.output}: {len(todo)} evaluations done, {len(folders) * len(tasks) - len(todo)} were there")
 
