@@ -155,11 +155,19 @@ def test_steps_0_and_1_are_equal_and_the_schedule_is_kept(data, tmp_path):
     assert not torch.equal(one["embed_out.weight"], two["embed_out.weight"])
 
 
-@pytest.mark.parametrize("number, micro_batch_size", [(signal.SIGTERM, 8), (signal.SIGINT, 2)])
-def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, number, micro_batch_size):
-    """A real signal to a real process, with one and with four micro-batches."""
-    settings = dict(steps=60, micro_batch_size=micro_batch_size, checkpoint_every=20)
-    train(data, tmp_path / "whole", **settings)
+@pytest.fixture(scope="module", params=[8, 2], ids=["one micro-batch", "four micro-batches"])
+def whole(data, tmp_path_factory, request):
+    """The settings of a run, and the folder in which it was never interrupted."""
+    settings = dict(steps=60, micro_batch_size=request.param, checkpoint_every=20)
+    folder = tmp_path_factory.mktemp("whole")
+    train(data, folder, **settings)
+    return settings, folder
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, whole):
+    """A real signal to a real process."""
+    settings, folder = whole
+    number = signal.SIGTERM if settings["micro_batch_size"] == 8 else signal.SIGINT
     process = subprocess.Popen(command(data, tmp_path / "cut", **settings), cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
@@ -172,19 +180,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, number, micr
     assert 21 < stopped < 60
     done = train(data, tmp_path / "cut", **settings)
     assert f"going on from step {stopped}" in done.stdout
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert_same_bits(folder, tmp_path / "cut")
 
 
-def test_a_killed_run_ends_with_the_same_bits(data, tmp_path):
-    train(data, tmp_path / "whole", steps=40)
-    process = subprocess.Popen(command(data, tmp_path / "cut", steps=40), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def test_a_killed_run_ends_with_the_same_bits(data, tmp_path, whole):
+    settings, folder = whole
+    process = subprocess.Popen(command(data, tmp_path, **settings), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step     15/"):
+        if line.startswith("step     45/"):
             break
     process.kill()
     process.communicate()
-    train(data, tmp_path / "cut", steps=40)
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert saved_steps(tmp_path)[-1] < 60
+    train(data, tmp_path, **settings)
+    assert_same_bits(folder, tmp_path)
 
 
 def test_two_processes_and_accumulation_take_the_same_steps(data, tmp_path):
