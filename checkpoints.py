@@ -25,7 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import replacing
+from config import replacing
+from data import read_json
 from model import ModelConfig, Pythia
 
 # What files of 2023 still carry and no forward pass needs: the causal mask, its value, the frequencies.
@@ -88,17 +89,6 @@ def read_config(folder):
         if type(sizes[ours]) is not int or sizes[ours] < 1:
             raise ValueError(f"{path}: {theirs} is {sizes[ours]!r}, expected a positive integer")
     return ModelConfig(**sizes, gelu=gelus[spec["hidden_act"]])
-
-
-def read_json(path):
-    """Return the object in a JSON file, or raise ValueError naming the file."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
 
 
 def read_tensors(path):

@@ -16,6 +16,8 @@ import runpy
 import sys
 import types
 import typing
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def fail(message):
@@ -23,6 +25,21 @@ def fail(message):
     if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process gets here
         print(message, file=sys.stderr)
     sys.exit(2)
+
+
+@contextmanager
+def replacing(path):
+    """Open a file that takes the place of `path` only once it is complete and on the disk."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    os.makedirs(os.path.dirname(temporary) or ".", exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def parse(argv, *schemas):

@@ -1,11 +1,15 @@
 """The Pile's order: Megatron token files, gpt-neox's shuffle, and batches that are functions of the step.
 
     python data.py tokenize --input=a.jsonl,b.txt --output=data/train
-    python data.py order    --data=data/train --steps=143000 --batch_size=1024
+    python data.py order    --data=data/train --steps=143000 --batch_size=1024 [--report=71500]
     python data.py shuffle  --data=data/train --output=data/preshuffled --steps=143000
     python data.py view     --data=data/train --step=0
+    python data.py find     --data=data/train --text="in the beginning"
+    python data.py verify   --data=data/pile/document --hashes=shard_hashes.txt
+    python data.py dedup    --input=a.jsonl --output=b.jsonl
 
-PREFIX.bin holds the tokens of all documents, little-endian, one after the other, with no header.
+PREFIX.bin holds the tokens of all documents, little-endian, one after the other, with no header; or,
+as published, in pieces PREFIX-00000-of-000NN.bin, of which there are NN + 1.
 PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_dataset.py):
 
     offset   bytes  content
@@ -18,43 +22,54 @@ PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_datas
     34+4S    8 S    int64 pointers, byte offset of each sequence in PREFIX.bin
     34+12S   8 Dn   int64 doc_idx, first sequence of each document: 0, 1, ..., S
 
-Beside them `tokenize` leaves PREFIX.json (subset names, counts) and PREFIX_subset_idx.npy (the subset
-of each document). `shuffle` bakes the order into a token file of its own, whose every sequence is one
-row of seq_length + 1 tokens, already in training order, as the published "preshuffled" Pile.
+Beside them `tokenize` leaves PREFIX.json (names, counts) and PREFIX_documents.npy (each document's
+subset, source file and line). `shuffle` bakes the order into a token file of its own, whose every
+sequence is one row of seq_length + 1 tokens, already in training order, as the published
+"preshuffled" Pile. prepare.py writes these files, viewer.py looks into them; this file reads them.
 """
 
 import json
 import math
 import os
+import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from config import command
-from tokenizer import ENDOFTEXT, Tokenizer
+from config import command, replacing
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER_BYTES = 34
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
+def read_json(path):
+    """Return the object in a JSON file, or raise ValueError naming the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value
+
+
 # ---------------------------------------------------------------------------- token files
 
 
 class TokenFile:
-    """Memory-mapped reader of PREFIX.idx and PREFIX.bin: len() documents, read(document, start, stop).
+    """Memory-mapped reader of PREFIX.idx and its .bin: len() documents, read(document, start, stop).
 
     Raises ValueError, naming the file and what is wrong with it, OSError if it cannot be opened.
     """
 
     def __init__(self, prefix):
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
-        idx, bin_ = f"{self.prefix}.idx", f"{self.prefix}.bin"
+        idx = f"{self.prefix}.idx"
         idx_bytes = os.path.getsize(idx)
         with open(idx, "rb") as file:
             header = file.read(HEADER_BYTES)
@@ -71,86 +86,97 @@ class TokenFile:
         if idx_bytes != expected:
             raise ValueError(f"{idx}: {idx_bytes:,} bytes, but its header ({count:,} sequences, "
                              f"{doc_count:,} doc_idx entries) wants {expected:,}: truncated or damaged")
-        self.dtype = np.dtype(DTYPES[header[17]]).newbyteorder("<")
         if count == 0:
             raise ValueError(f"{idx}: holds no documents")
+        self.dtype = np.dtype(DTYPES[header[17]]).newbyteorder("<")
         self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
-        bin_bytes = os.path.getsize(bin_)
-        end = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
-        if bin_bytes != end:
-            raise ValueError(f"{bin_}: {bin_bytes:,} bytes, but {idx} describes {end:,}: "
-                             + ("truncated" if bin_bytes < end else "not the file of this index"))
-        if bin_bytes == 0:
-            raise ValueError(f"{bin_}: holds no tokens")
-        self.tokens = np.memmap(bin_, self.dtype, "r")  # int64 positions throughout: over 2^32 bytes
+        # Python ints and int64 throughout: 600 GB of tokens are beyond 2^31 and 2^32.
+        self.n_tokens = (int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize) // self.dtype.itemsize
+        if self.n_tokens <= 0:
+            raise ValueError(f"{idx}: describes no tokens")
+        self.shards, self.shard_paths = self._open_shards()
+
+    def _open_shards(self):
+        """Return the first token of each shard (and the end), and {shard number: path} of those present."""
+        expected = self.n_tokens * self.dtype.itemsize
+        single = f"{self.prefix}.bin"
+        pieces = {}
+        for path in glob(f"{escape(self.prefix)}-*-of-*.bin"):
+            if match := re.fullmatch(r"-(\d{5})-of-(\d{5})\.bin", path[len(self.prefix):]):
+                pieces[int(match[1])] = path, int(match[2])
+        if os.path.exists(single) or not pieces:
+            self._check_size(single, expected)
+            return [0, self.n_tokens], {0: single}
+        lasts = {last for _, last in pieces.values()}
+        if len(lasts) > 1 or max(pieces) > max(lasts):
+            raise ValueError(f"{self.prefix}-*-of-*.bin: pieces of {len(lasts)} different sets")
+        # "of" is the number of the last piece. All are equally long but the last, so that a piece that
+        # is not there need not be: its tokens alone are out of reach.
+        [last] = lasts
+        some = min(pieces)
+        length = os.path.getsize(pieces[some][0])
+        if some == last > 0:
+            length = (expected - length) // last
+        bounds = [min(i * length, expected) for i in range(last + 1)] + [expected]
+        for number, (path, _) in pieces.items():
+            self._check_size(path, bounds[number + 1] - bounds[number])
+        if length % self.dtype.itemsize:
+            raise ValueError(f"{pieces[some][0]}: {length:,} bytes do not hold whole tokens")
+        return [bound // self.dtype.itemsize for bound in bounds], {n: path for n, (path, _) in pieces.items()}
+
+    def _check_size(self, path, expected):
+        found = os.path.getsize(path)
+        if found != expected:
+            raise ValueError(f"{path}: {found:,} bytes, but {self.prefix}.idx describes {expected:,}: "
+                             + ("truncated" if found < expected else "not the file of this index"))
 
     def __len__(self):
         return len(self.sizes)
 
     def read(self, document, start=0, stop=None):
-        """Return tokens start..stop (to the end if None) of a document, without copying."""
-        size = int(self.sizes[document])
-        pointer = int(self.pointers[document])
+        """Return tokens start..stop (to the end if None) of a document, without copying where it can."""
+        size, pointer = int(self.sizes[document]), int(self.pointers[document])
         stop = size if stop is None else stop
-        first = pointer // self.dtype.itemsize
-        if not (0 <= start <= stop <= size and 0 <= pointer and first + size <= len(self.tokens)):
+        first, rest = divmod(pointer, self.dtype.itemsize)
+        if rest or not (0 <= start <= stop <= size and 0 <= first and first + size <= self.n_tokens):
             raise ValueError(f"{self.prefix}.idx: document {document} (pointer {pointer}, size {size}) "
                              f"cannot give tokens {start}..{stop}: damaged index")
-        return self.tokens[first + start:first + stop]
+        return self.slice(first + start, first + stop)
 
+    def slice(self, first, stop):
+        """Return tokens first..stop of the whole file, whatever shards they lie in."""
+        shard = bisect_right(self.shards, first, hi=len(self.shards) - 1) - 1
+        if stop <= self.shards[shard + 1]:
+            return self._map(shard)[first - self.shards[shard]:stop - self.shards[shard]]
+        middle = self.shards[shard + 1]
+        return np.concatenate((self.slice(first, middle), self.slice(middle, stop)))
 
-@contextmanager
-def write_token_file(prefix):
-    """Give an append(tokens) that adds one uint16 document; PREFIX.bin and .idx appear whole, or not at all."""
-    prefix, sizes = str(prefix), []
-    bin_ = f"{prefix}.bin"
-    os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-
-    with replacing(f"{prefix}.idx") as idx_file, replacing(bin_) as bin_file:
-        def append(tokens):
-            bin_file.write(np.asarray(tokens, dtype="<u2").data)
-            sizes.append(len(tokens))
-
-        yield append
-        if not sizes:
-            raise ValueError(f"{bin_}: nothing to write, the input holds no documents")
-        sizes = np.array(sizes, dtype="<i4")
-        pointers = 2 * (np.cumsum(sizes, dtype="<i8") - sizes)
-        header = MAGIC + (1).to_bytes(8, "little") + bytes([8])
-        for array in (header, len(sizes).to_bytes(8, "little"), (len(sizes) + 1).to_bytes(8, "little"),
-                      sizes.data, pointers.astype("<i8").data, np.arange(len(sizes) + 1, dtype="<i8").data):
-            idx_file.write(array)
-
-
-@contextmanager
-def replacing(path):
-    """Open a file that takes the place of `path` only once it is complete and on the disk."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    def _map(self, shard):
+        maps = self.__dict__.setdefault("_maps", {})
+        if shard not in maps:
+            if shard not in self.shard_paths:
+                raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.shards) - 2:05}.bin: not there, "
+                                 "and what was asked for lies in it")
+            maps[shard] = np.memmap(self.shard_paths[shard], self.dtype, "r")
+        return maps[shard]
 
 
 # ---------------------------------------------------------------------------- the order
 
 
-def build_order(sizes, seq_length, num_samples, seed):
+def build_order(sizes, seq_length, num_samples, seed, block=1 << 24):
     """Return gpt-neox's (doc_idx, sample_idx, shuffle_idx) over documents of `sizes` tokens.
 
     doc_idx (epochs * documents,) int32: all epochs' copies of every document in ONE shuffle. gpt-neox
         v1.0 has no separate last epoch, so a run of 1.5 epochs is not "one pass, then half of
-        another": some documents come twice before others come once.
+        another": some documents come twice before others come once (`order --report` counts them).
     sample_idx (samples + 1, 2) int32: where in doc_idx, and at which token of that document, each
         sample begins. A sample is seq_length + 1 tokens and the next one begins on its last.
     shuffle_idx (samples,) uint32: the order in which the samples are served.
 
-    Source: megatron/data/gpt2_dataset.py and helpers.cpp (build_sample_idx), here without a loop.
+    Source: megatron/data/gpt2_dataset.py and helpers.cpp (build_sample_idx), whose walk over tokens
+    is here a search in the running sum of sizes, `block` documents at a time to bound the memory.
     """
     total = int(np.sum(sizes, dtype=np.int64))
     if total < 2:
@@ -160,11 +186,16 @@ def build_order(sizes, seq_length, num_samples, seed):
     doc_idx = np.tile(np.arange(len(sizes), dtype=np.int32), epochs)
     rng.shuffle(doc_idx)
     n_samples = (epochs * total - 1) // seq_length
-    starts = np.concatenate(([0], np.cumsum(sizes[doc_idx], dtype=np.int64)))  # of each document
-    first_tokens = np.arange(n_samples + 1, dtype=np.int64) * seq_length
-    position = np.searchsorted(starts, first_tokens, side="right") - 1
-    sample_idx = np.stack((position, first_tokens - starts[position]), axis=1).astype(np.int32)
-    sample_idx[0] = 0  # the walk starts at document 0 even if that is empty
+    sample_idx = np.zeros((n_samples + 1, 2), dtype=np.int32)
+    sample, tokens_before = 1, 0  # sample 0 begins at (0, 0), even if that document is empty
+    for start in range(0, len(doc_idx), block):
+        ends = tokens_before + np.cumsum(sizes[doc_idx[start:start + block]], dtype=np.int64)
+        until = min(n_samples, (int(ends[-1]) - 1) // seq_length) + 1  # samples that begin in this block
+        first_tokens = np.arange(sample, until, dtype=np.int64) * seq_length
+        position = np.searchsorted(ends, first_tokens, side="right")
+        sample_idx[sample:until, 0] = start + position
+        sample_idx[sample:until, 1] = first_tokens - np.append(tokens_before, ends)[position]
+        sample, tokens_before = max(sample, until), int(ends[-1])
     shuffle_idx = np.arange(n_samples, dtype=np.uint32 if n_samples < 2**32 - 2 else np.int64)
     rng.shuffle(shuffle_idx)
     return doc_idx, sample_idx, shuffle_idx
@@ -183,15 +214,21 @@ def load_order(tokens, seq_length, num_samples, seed):
         for path, array in zip(paths, build_order(tokens.sizes, seq_length, num_samples, seed)):
             with replacing(path) as file:
                 np.save(file, array)
-    try:
-        doc_idx, sample_idx, shuffle_idx = (np.load(path, mmap_mode="r") for path in paths)
-    except (ValueError, EOFError) as error:  # not an .npy file, or one that wants unpickling
-        raise ValueError(f"{paths[0]} and its two siblings: {error}; delete them to rebuild") from None
-    if (len(doc_idx) % len(tokens) or sample_idx.shape != (len(shuffle_idx) + 1, 2)
-            or len(shuffle_idx) < num_samples):
+    doc_idx, sample_idx, shuffle_idx = (load_npy(path) for path in paths)
+    epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
+    if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
+            or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples):
         raise ValueError(f"{paths[0]} and its two siblings do not belong to {tokens.prefix}.idx "
                          f"({len(tokens):,} documents); delete them to rebuild")
     return doc_idx, sample_idx, shuffle_idx
+
+
+def load_npy(path):
+    """Return a memory-mapped .npy file; never unpickles. Raises ValueError naming the file."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a whole .npy file ({error}); delete it to rebuild") from None
 
 
 def samples_needed(steps, batch_size):
@@ -210,9 +247,17 @@ class OrderedData:
     def __init__(self, prefix, seq_length, num_samples, seed):
         self.tokens = TokenFile(prefix)
         self.seq_length = seq_length
-        self.preshuffled = bool((self.tokens.sizes == seq_length + 1).all())
+        self.preshuffled = self._all_rows_long()
         if not self.preshuffled:
             self.order = load_order(self.tokens, seq_length, num_samples, seed)
+            self.order_path = order_paths(self.tokens.prefix, seq_length, num_samples, seed)[0]
+            self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
+
+    def _all_rows_long(self):
+        """Whether every sequence is one row: by the sum, and 1000 of them (147 million would take a second)."""
+        sizes, length = self.tokens.sizes, self.seq_length + 1
+        some = sizes[np.linspace(0, len(sizes) - 1, 1000, dtype=np.int64)]
+        return bool((some == length).all()) and self.tokens.n_tokens == len(sizes) * length
 
     def __len__(self):
         if self.preshuffled:
@@ -253,105 +298,26 @@ def batch_rows(step, batch_size, rank=0, world_size=1, micro_batch_size=None):
     micro_batch_size * world_size rows, and each rank a contiguous slice of those.
     """
     micro = micro_batch_size or batch_size // world_size
-    if batch_size % (micro * world_size):
+    if micro < 1 or batch_size % (micro * world_size):
         raise ValueError(f"batch_size = {batch_size} is not a multiple of micro_batch_size * processes "
                          f"= {micro} * {world_size}")
     numbers = np.arange(step * batch_size, (step + 1) * batch_size)
     return numbers.reshape(-1, world_size, micro)[:, rank]
 
 
+def times_seen(data, n_rows):
+    """Return how many documents had a token in 0, 1, 2, ... of their copies among the first n_rows rows."""
+    doc_idx, sample_idx, shuffle_idx = data.order
+    edges = np.zeros(len(doc_idx) + 1, dtype=np.int32)  # +1 where a served sample begins, -1 after its end
+    for start in range(0, n_rows, 1 << 22):
+        samples = shuffle_idx[start:min(start + (1 << 22), n_rows)].astype(np.int64)
+        np.add.at(edges, sample_idx[samples, 0], 1)
+        np.add.at(edges, sample_idx[samples + 1, 0] + 1, -1)
+    seen = np.cumsum(edges[:-1], dtype=np.int32) > 0
+    return np.bincount(np.bincount(doc_idx[seen], minlength=len(data.tokens)))
+
+
 # ---------------------------------------------------------------------------- commands
-
-
-@dataclass(frozen=True)
-class Tokenize:
-    input: str  # comma-separated .jsonl ({"text", optional "meta": {"pile_set_name"}}) and .txt files
-    output: str  # writes OUTPUT.bin, OUTPUT.idx, OUTPUT.json and OUTPUT_subset_idx.npy
-    tokenizer: str = "20B_tokenizer.json"
-    append_eod: bool = True  # <|endoftext|> after every document
-
-
-def tokenize(options):
-    """Turn text files into PREFIX.bin and PREFIX.idx, one sequence a document, in the order given."""
-    tokenizer = load_tokenizer(options.tokenizer)
-    paths = options.input.split(",")
-    total = sum(os.path.getsize(path) for path in paths)
-    end = [ENDOFTEXT] if options.append_eod else []
-    subsets, subset_idx, n_tokens, empty = {}, [], 0, 0
-    with (write_token_file(options.output) as append, ThreadPoolExecutor() as pool,
-          tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar):
-        for batch in _batches(documents(paths, bar.update)):
-            texts, names = zip(*batch)
-            for ids, name in zip(pool.map(tokenizer.encode, texts), names):
-                if not ids:
-                    empty += 1
-                    continue
-                append(ids + end)
-                n_tokens += len(ids + end)
-                subset_idx.append(subsets.setdefault(name, len(subsets)))
-    with replacing(f"{options.output}_subset_idx.npy") as file:
-        np.save(file, np.array(subset_idx, dtype=np.uint16))
-    summary = {"documents": len(subset_idx), "tokens": n_tokens, "empty_documents": empty,
-               "append_eod": options.append_eod, "subsets": list(subsets)}
-    with replacing(f"{options.output}.json") as file:
-        file.write(json.dumps(summary, indent=2).encode())
-    print(f"{options.output}.bin: {n_tokens:,} tokens of {len(subset_idx):,} documents in "
-          f"{len(subsets)} subsets, {empty:,} empty documents skipped")
-
-
-def load_tokenizer(path):
-    """Return the Tokenizer at a path, or raise ValueError that says where to get one."""
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it, --tokenizer=PATH names it")
-    return Tokenizer(path)
-
-
-def documents(paths, advance):
-    """Yield (text, subset name) of every document; advance(bytes) reports progress."""
-    for path in paths:
-        if path.endswith(".txt"):
-            raw = Path(path).read_bytes()
-            yield _utf8(raw, path), "unnamed"
-            advance(len(raw))
-        elif path.endswith(".jsonl"):
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _json_document(_utf8(line, f"{path}, line {number}"), f"{path}, line {number}")
-                    advance(len(line))
-        else:
-            raise ValueError(f"{path}: expected a .jsonl or .txt file")
-
-
-def _utf8(raw, where):
-    try:
-        return raw.decode("utf8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _json_document(line, where):
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{where}: expected an object with a string "text"')
-    meta = record.get("meta")
-    name = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    return text, name if isinstance(name, str) else "unnamed"
-
-
-def _batches(items, size=1000):
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True)
@@ -363,75 +329,52 @@ class Order:
     num_samples: int | None = None  # default: ceil(1.005 * steps * batch_size)
     seed: int = 1234
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        if self.num_samples is not None and self.num_samples < 1:
+            raise ValueError(f"num_samples = {self.num_samples}, expected at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed}, expected 0 to {2**32 - 1:,}")
+
+
+@dataclass(frozen=True)
+class Report(Order):
+    report: int | None = None  # a step: also count the documents seen 0, 1, 2, ... times before it
+
+
+def ordered(options):
+    """Return the OrderedData of an Order's settings."""
+    num_samples = options.num_samples or samples_needed(options.steps, options.batch_size)
+    return OrderedData(options.data, options.seq_length, num_samples, options.seed)
+
 
 def order(options):
     """Fix the training order: write the three index arrays under gpt-neox's cache names."""
-    num_samples = options.num_samples or samples_needed(options.steps, options.batch_size)
-    tokens = TokenFile(options.data)
-    doc_idx, sample_idx, shuffle_idx = load_order(tokens, options.seq_length, num_samples, options.seed)
-    print(f"{len(tokens):,} documents, {len(doc_idx) // len(tokens)} epochs, "
-          f"{len(shuffle_idx):,} samples of {options.seq_length + 1} tokens")
-    for path in order_paths(tokens.prefix, options.seq_length, num_samples, options.seed):
-        print(path)
-
-
-@dataclass(frozen=True)
-class Shuffle(Order):
-    output: str = ""  # PREFIX of the token file to write
-
-
-def shuffle(options):
-    """Bake the order: write the rows of all steps, in training order, as a token file of their own."""
-    if not options.output:
-        raise ValueError("missing: --output (--help explains every setting)")
-    num_samples = options.num_samples or samples_needed(options.steps, options.batch_size)
-    data = OrderedData(options.data, options.seq_length, num_samples, options.seed)
+    data = ordered(options)
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
-    n_rows = min(options.steps * options.batch_size, len(data))
-    with write_token_file(options.output) as append:
-        for start in tqdm(range(0, n_rows, 1024), unit="krow", disable=None):
-            for row in data.rows(range(start, min(start + 1024, n_rows))):
-                append(row)
-    print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in training order")
-
-
-@dataclass(frozen=True)
-class View(Order):
-    step: int = 0  # 0-based: the update of step 0 makes checkpoint step1
-    rows: str = "0:4"  # which of the step's rows, first:last+1
-    tokenizer: str = "20B_tokenizer.json"
-
-
-def view(options):
-    """Print what the model saw at a step: text, with document boundaries and subset names."""
-    tokenizer = load_tokenizer(options.tokenizer)
+    doc_idx, _, shuffle_idx = data.order
+    print(f"{len(data.tokens):,} documents, {len(doc_idx) // len(data.tokens)} epochs, "
+          f"{len(shuffle_idx):,} samples of {options.seq_length + 1} tokens")
     num_samples = options.num_samples or samples_needed(options.steps, options.batch_size)
-    data = OrderedData(options.data, options.seq_length, num_samples, options.seed)
-    try:
-        first, last = (int(end) for end in options.rows.split(":"))
-    except ValueError:
-        raise ValueError(f"rows = {options.rows!r}, expected first:last+1, as in 0:4") from None
-    subset_of = _subset_names(data)
-    numbers = batch_rows(options.step, options.batch_size)[0]
-    print(f"step {options.step:,} is rows {numbers[0]:,} to {numbers[-1]:,} (both included); "
-          f"checkpoint step{options.step + 1} is the first to have seen them")
-    for row in numbers[first:last]:
-        print(f"\n=== row {row:,} (step {options.step:,}, row {row - numbers[0]})")
-        for document, start, stop in data.pieces(int(row)):
-            print(f"--- document {document:,}{subset_of(document)}, tokens {start:,} to {stop - 1:,}")
-            print(tokenizer.decode(data.tokens.read(document, start, stop).tolist()))
-
-
-def _subset_names(data):
-    """Return a function from a document to ", its subset" ("" where nobody recorded one)."""
-    if data.preshuffled or not os.path.exists(f"{data.tokens.prefix}.json"):
-        return lambda document: ""
-    names = json.loads(Path(f"{data.tokens.prefix}.json").read_text())["subsets"]
-    subset_idx = np.load(f"{data.tokens.prefix}_subset_idx.npy", mmap_mode="r")
-    return lambda document: f", {names[subset_idx[document]]}"
+    for path in order_paths(data.tokens.prefix, options.seq_length, num_samples, options.seed):
+        print(path)
+    if options.report is not None:
+        if not 0 <= options.report * options.batch_size <= len(data):
+            raise ValueError(f"report = {options.report}, expected a step from 0 to "
+                             f"{len(data) // options.batch_size}")
+        print(f"before step {options.report:,} ({options.report * options.batch_size:,} rows):")
+        for times, documents in enumerate(times_seen(data, options.report * options.batch_size)):
+            print(f"{documents:12,} documents seen {times} times ({documents / len(data.tokens):.1%})")
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"tokenize": (Tokenize, tokenize), "order": (Order, order),
-                           "shuffle": (Shuffle, shuffle), "view": (View, view)})
+    import prepare
+    import viewer
+    command(sys.argv[1:], {
+        "tokenize": (prepare.Tokenize, prepare.tokenize), "order": (Report, order),
+        "shuffle": (prepare.Shuffle, prepare.shuffle), "view": (viewer.View, viewer.view),
+        "find": (viewer.Find, viewer.find), "verify": (viewer.Verify, viewer.verify),
+        "dedup": (prepare.Dedup, prepare.dedup)})

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import checkpoints
 from config import parse, run
-from data import load_tokenizer
+from data import read_json
 from model import head_blocks
-from tokenizer import ENDOFTEXT
+from tokenizer import ENDOFTEXT, load_tokenizer
 
 # ---------------------------------------------------------------------------- scoring
 
@@ -298,7 +298,7 @@ def find(model, steps):
 
 def _tokens(folder):
     path = folder / "training.json"
-    return checkpoints.read_json(path).get("tokens", "") if path.exists() else ""
+    return read_json(path).get("tokens", "") if path.exists() else ""
 
 
 def open_results(path):

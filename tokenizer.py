@@ -6,9 +6,11 @@ Source: 20B_tokenizer.json of EleutherAI/pythia (utils/), sha256 56ac4821…c985
 """
 
 import json
+import os
 import re
 import unicodedata
 
+import numpy as np
 import tiktoken
 
 ENDOFTEXT = 0  # also Pythia's only beginning of text
@@ -69,19 +71,42 @@ class Tokenizer:
 
     def encode(self, text):
         """Return the ids of text; a literal <|endoftext|> or <|padding|> becomes its id."""
-        if "<|" not in text:
-            return self.encoding.encode_ordinary(_nfc(text))
-        ids = []
-        for piece in _SPECIAL_RE.split(text):  # specials are cut out before NFC sees their neighbours
-            if piece in SPECIAL:
-                ids.append(SPECIAL[piece])
-            else:
-                ids += self.encoding.encode_ordinary(_nfc(piece))
-        return ids
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text):
+        """Return encode(text) as an array; a lone surrogate becomes U+FFFD, as in tiktoken."""
+        parts = _SPECIAL_RE.split(text) if "<|" in text else [text]
+        arrays = []
+        for part in parts:  # specials are cut out before NFC sees their neighbours
+            if part in SPECIAL:
+                arrays.append(np.array([SPECIAL[part]], dtype=np.uint32))
+            elif part:
+                part = _nfc(part)
+                if not part.isascii():
+                    part = part.encode("utf16", "surrogatepass").decode("utf16", "replace")
+                arrays.append(self.encoding.encode_to_numpy(part, disallowed_special=()))
+        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0] if arrays else np.empty(0, np.uint32)
 
     def decode(self, ids):
-        """Return the text of ids below N_TOKENS, specials spelled out, broken UTF-8 as U+FFFD."""
-        return self.encoding.decode(ids)
+        """Return the text of ids, specials spelled out, broken UTF-8 as U+FFFD, ids that are none as nothing."""
+        return self.encoding.decode([id_ for id_ in ids if 0 <= id_ < N_TOKENS])
+
+    def token_bytes(self):
+        """Return the bytes of each of the 2^16 ids a token file can hold; no text has those of specials."""
+        return [b"\xff" if id_ in (0, 1) or id_ >= N_TOKENS else self.encoding.decode_single_token_bytes(id_)
+                for id_ in range(1 << 16)]
+
+    @staticmethod
+    def normalize(text):
+        """Return text in the tokenizer's own NFC, as every text is before it is encoded."""
+        return _nfc(text)
+
+
+def load_tokenizer(path):
+    """Return the Tokenizer at a path, or raise ValueError that says where to get one."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it, --tokenizer=PATH names it")
+    return Tokenizer(path)
 
 
 _SPECIAL_RE = re.compile("(" + "|".join(re.escape(name) for name in SPECIAL) + ")")

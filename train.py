@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
-from config import fail, parse, run
-from data import OrderedData, load_tokenizer, replacing, samples_needed
+from config import fail, parse, replacing, run
+from data import OrderedData, read_json, samples_needed
 from model import ModelConfig, Pythia
+from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def open_run(model_config, config, data):
     settings["first_batch_sha256"] = hashlib.sha256(first.astype("<u2").tobytes()).hexdigest()
     path = os.path.join(config.out_dir, "config.json")
     if os.path.exists(path):
-        before = checkpoints.read_json(path)
+        before = read_json(path)
         differences = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()
                        if name not in MAY_CHANGE and before.get(name) != value]
         if differences:

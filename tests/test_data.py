@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT
-from data import (OrderedData, TokenFile, batch_rows, build_order, order_paths, samples_needed,
-                  write_token_file)
+from data import OrderedData, TokenFile, batch_rows, build_order, order_paths, samples_needed
+from prepare import TokenWriter
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
 # seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx and
@@ -52,9 +52,10 @@ GOLDEN = [
 
 
 def write(prefix, documents):
-    with write_token_file(prefix) as append:
-        for document in documents:
-            append(document)
+    writer = TokenWriter(prefix, "test")
+    for document in documents:
+        writer.append(document, [len(document)])
+    writer.finish({})
 
 
 def random_documents(sizes, seed=0):
@@ -82,11 +83,26 @@ def test_round_trip(tmp_path_factory, documents):
     assert [tokens.read(i).tolist() for i in range(len(tokens))] == documents
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), write_token_file(tmp_path / "d") as append:
-        append([1])
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_path):
+    writer = TokenWriter(tmp_path / "d", "job")
+    writer.append([1, 2], [2])
+    writer.commit("after the first")
+    writer.append([3, 3, 3], [3])  # lost: never committed
+    del writer
+    assert [path.name for path in tmp_path.iterdir()] == ["d.partial"]
+    writer = TokenWriter(tmp_path / "d", "job")
+    assert writer.position == "after the first"
+    writer.append([4], [1])
+    writer.finish({})
+    assert [TokenFile(tmp_path / "d").read(i).tolist() for i in (0, 1)] == [[1, 2], [4]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx", "d.json"]
+
+
+def test_another_job_starts_anew(tmp_path):
+    writer = TokenWriter(tmp_path / "d", "job")
+    writer.append([1, 2], [2])
+    writer.commit(1)
+    assert TokenWriter(tmp_path / "d", "another").position is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -277,7 +293,7 @@ def text_files(tmp_path_factory):
 def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
     prefix = text_files / "out"
     done = run("tokenize", f"--input={text_files}/a.jsonl,{text_files}/b.txt", f"--output={prefix}")
-    assert done.returncode == 0 and "35 documents in 4 subsets, 6 empty documents skipped" in done.stdout
+    assert done.returncode == 0 and "35 documents in 4 subsets; skipped 6 empty documents" in done.stdout
     tokens = TokenFile(prefix)
     assert tokens.read(len(tokens) - 1).tolist()[-1] == 0  # EOD
     flags = [f"--data={prefix}", "--seq_length=32", "--steps=10", "--batch_size=4"]
@@ -287,8 +303,8 @@ def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
         assert np.array_equal(np.load(path), array) and np.load(path).dtype == array.dtype
     assert order_paths("p", 2048, 147164160, 1234)[0] == "p_train_0_indexmap_147164160ns_2048sl_1234s_doc_idx.npy"
     shown = run("view", *flags, "--step=9", "--rows=3:4").stdout
-    assert "step 9 is rows 36 to 39 (both included)" in shown and "row 39 (step 9, row 3)" in shown
-    assert ", set " in shown and "in plain words." in shown
+    assert "step 9: rows 36 to 39 (both included)" in shown and "row 39 (step 9, row 3)" in shown
+    assert "(set " in shown and "in plain words." in shown
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -296,19 +312,19 @@ def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
     ("bad.jsonl", b'{"txt": "fine"}\n', 'bad.jsonl, line 1: expected an object with a string "text"'),
     ("bad.jsonl", b"[" * 100000 + b"\n", "bad.jsonl, line 1: not JSON"),
     ("bad.jsonl", b'{"text": "\xff"}\n', "bad.jsonl, line 1: not UTF-8"),
-    ("bad.jsonl", b"\n\n", "holds no documents"), ("bad.csv", b"a,b", "expected a .jsonl or .txt"),
+    ("bad.jsonl", b"\n\n", "holds no documents"), ("bad.csv", b"a,b", "expected a file ending in"),
     ("bad.txt", b"\xff", "bad.txt: not UTF-8")])
 def test_bad_text_is_one_line_and_leaves_nothing(tmp_path, tokenizer_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     done = run("tokenize", f"--input={tmp_path / name}", f"--output={tmp_path}/out")
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in tmp_path.iterdir()} <= {name, "out.partial"}  # no token file
 
 
 @pytest.mark.parametrize("argv, words", [
     (["tokenize", "--input=nowhere.jsonl", "--output=x"], "nowhere.jsonl: No such file"),
     (["order", "--data=nowhere"], "nowhere.idx: No such file"),
-    (["tokenise"], "expected one of tokenize, order, shuffle, view, found tokenise"),
+    (["tokenise"], "expected one of tokenize, order, shuffle, view, find, verify, dedup, found tokenise"),
     (["view", "--data=x", "--stop=3"], "no setting called stop, did you mean step")])
 def test_a_mistake_on_the_command_line_is_one_line(argv, words):
     done = run(*argv)

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints import saved_steps
 from conftest import ROOT
-from data import OrderedData, samples_needed, write_token_file
+from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
+from prepare import TokenWriter
 from test_model import transformers_twin
 from train import LossScaler, TrainConfig, flops_per_token, learning_rate_at, make_optimizer
 
@@ -33,9 +34,10 @@ SETTINGS = dict(SHAPE, steps=12, batch_size=8, micro_batch_size=4, learning_rate
 def data(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("data") / "tokens"
     rng = np.random.RandomState(0)
-    with write_token_file(prefix) as append:
-        for _ in range(300):  # a few frequent tokens, so that there is something to learn
-            append(np.minimum(rng.geometric(0.05, rng.randint(5, 60)), 511))
+    sizes = rng.randint(5, 60, 300)  # a few frequent tokens, so that there is something to learn
+    writer = TokenWriter(prefix, "test")
+    writer.append(np.minimum(rng.geometric(0.05, sizes.sum()), 511), sizes)
+    writer.finish({})
     return prefix
 
 

@@ -1,0 +1,450 @@
+"""The write side of data.py: text to token files on all cores, baked orders, removal of duplicates.
+
+Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that was
+killed goes on from its last commit, and a file that exists is complete.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from glob import glob
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import replacing
+from data import MAGIC, Order, ordered, read_json
+from tokenizer import ENDOFTEXT, Tokenizer, load_tokenizer
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+# What PREFIX_documents.npy holds of each document: names of subsets and files are in PREFIX.json.
+PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u2")])
+
+
+# ---------------------------------------------------------------------------- writing token files
+
+
+class TokenWriter:
+    """Builds PREFIX.bin, .idx, .json and _documents.npy in PREFIX.partial.
+
+    job: a JSON object that says what is being written; another one found in PREFIX.partial is thrown
+    away, the same one is continued from `position`, what the last commit was given (None at first).
+    """
+
+    PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
+
+    def __init__(self, prefix, job):
+        self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
+        self.job = json.loads(json.dumps(job))
+        progress = self.folder / "progress.json"
+        state = read_json(progress) if progress.exists() else {}
+        if state.get("job") != self.job or not state:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
+        self.position = state["position"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
+        for name, file in self.files.items():
+            file.truncate(state["bytes"][name])
+
+    def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE)):
+        """Add documents: their tokens one after the other, the size of each, and the PROVENANCE of each or of none."""
+        for (name, dtype), values in zip(self.PARTS.items(), (tokens, sizes, documents)):
+            self.files[name].write(np.ascontiguousarray(values, dtype=dtype).data)
+
+    def commit(self, position):
+        """Make what was appended survive a kill, with a JSON note of where in the input it ends."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        state = {"job": self.job, "position": position,
+                 "bytes": {name: file.tell() for name, file in self.files.items()}}
+        with replacing(self.folder / "progress.json") as file:
+            file.write(json.dumps(state).encode())
+
+    def finish(self, summary):
+        """Write the index and move everything into place, the index last: then the token file exists."""
+        self.commit(self.position)
+        for file in self.files.values():
+            file.close()
+        sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
+        if not len(sizes):
+            shutil.rmtree(self.folder)
+            raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
+        summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
+        with open(self.folder / "idx", "wb") as file:
+            write_index(file, sizes)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.getsize(self.folder / "documents"):
+            with replacing(f"{self.prefix}_documents.npy") as file:
+                np.save(file, np.fromfile(self.folder / "documents", dtype=PROVENANCE))
+        with replacing(f"{self.prefix}.json") as file:
+            file.write(json.dumps(summary, indent=2).encode())
+        os.replace(self.folder / "bin", f"{self.prefix}.bin")
+        os.replace(self.folder / "idx", f"{self.prefix}.idx")
+        shutil.rmtree(self.folder)
+        return summary
+
+
+def write_index(file, sizes):
+    """Write the .idx of consecutive uint16 documents (data.py draws its bytes)."""
+    sizes = np.asarray(sizes, dtype="<i4")
+    pointers = 2 * (np.cumsum(sizes, dtype="<i8") - sizes)
+    for part in (MAGIC, (1).to_bytes(8, "little"), bytes([8]), len(sizes).to_bytes(8, "little"),
+                 (len(sizes) + 1).to_bytes(8, "little"), sizes.data, pointers.data,
+                 np.arange(len(sizes) + 1, dtype="<i8").data):
+        file.write(part)
+
+
+# ---------------------------------------------------------------------------- reading text
+
+
+def input_files(spec):
+    """Return the files that a comma-separated list of files, folders and globs names, in a fixed order."""
+    paths = []
+    for item in spec.split(","):
+        if os.path.isdir(item):
+            found = sorted(str(path) for path in Path(item).rglob("*") if path.name.endswith(SUFFIXES))
+        elif os.path.exists(item) or not any(c in item for c in "*?["):
+            found = [item]
+        else:
+            found = sorted(glob(item, recursive=True))
+        if not found:
+            raise ValueError(f"{item}: no {', '.join(SUFFIXES)} files there")
+        paths += found
+    for path in paths:
+        if not path.endswith(SUFFIXES):
+            raise ValueError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
+        os.stat(path)  # a missing file is known before the first one is read
+    return paths
+
+
+def open_text(path):
+    """Return (stream of uncompressed bytes, the underlying file, whose tell() is the progress)."""
+    raw = open(path, "rb")
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw), raw
+    if path.endswith(".zst"):
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+        return io.BufferedReader(_ZstdStream(raw, zstandard)), raw
+    return raw, raw
+
+
+class _ZstdStream(io.RawIOBase):
+    """Frames of zstandard, one after the other; unlike its own reader, this one tells a file that is cut off."""
+
+    def __init__(self, raw, zstandard):
+        self.raw, self.zstandard, self.frame, self.ready = raw, zstandard, None, b""
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready:
+            block = self.frame.unused_data if self.frame and self.frame.eof else b""
+            block = block or self.raw.read(1 << 17)
+            if not block:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the last frame is incomplete")
+                return 0
+            if not self.frame or self.frame.eof:
+                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self.ready = self.frame.decompress(block)
+            except self.zstandard.ZstdError as error:
+                raise EOFError(error) from None
+        n = min(len(buffer), len(self.ready))
+        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
+        return n
+
+
+def chunks(paths, position, size=1 << 20):
+    """Yield (chunk, position after it, compressed bytes read) of whole lines, about `size` bytes each.
+
+    chunk: (file number, path, number of its first line, bytes). position: [file number, offset in the
+    uncompressed text, line number] to go on from, or None. A .txt file is one chunk and one document.
+    """
+    first, offset, line = position or [0, 0, 1]
+    for number in range(first, len(paths)):
+        path = paths[number]
+        stream, raw = open_text(path)
+        try:
+            with raw, stream:
+                stream.read(offset) if stream is not raw else raw.seek(offset)
+                before = 0
+                while block := stream.read() if path.endswith(".txt") else (
+                        stream.read(size) + stream.readline()):
+                    chunk = (number, path, line, block)
+                    offset, line = offset + len(block), line + block.count(b"\n")
+                    before, advance = raw.tell(), raw.tell() - before
+                    yield chunk, [number, offset, line], advance
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged or cut off near line {line} ({error})") from None
+        offset, line = 0, 1
+
+
+def documents(chunk, on_malformed):
+    """Yield (line number, record with a string "text") of a chunk; on_malformed(message) is told of bad lines."""
+    _, path, first, block = chunk
+    if path.endswith(".txt"):
+        lines = [(1, block)]
+    else:
+        lines = ((first + i, line) for i, line in enumerate(block.split(b"\n")) if line.strip())
+    for number, line in lines:
+        where = path if path.endswith(".txt") else f"{path}, line {number}"
+        try:
+            text = line.decode("utf8")
+            record = {"text": text} if path.endswith(".txt") else json.loads(text)
+        except UnicodeDecodeError as error:
+            on_malformed(f"{where}: not UTF-8 ({error.reason} at byte {error.start})")
+            continue
+        except (ValueError, RecursionError) as error:
+            on_malformed(f"{where}: not JSON ({error})")
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            on_malformed(f'{where}: expected an object with a string "text"')
+            continue
+        yield number, record
+
+
+def subset_name(record):
+    """Return a record's pile_set_name, where the Pile ("meta") or datatrove ("metadata") puts it."""
+    meta = record.get("meta") or record.get("metadata")
+    name = meta.get("pile_set_name") if isinstance(meta, dict) else None
+    return name if isinstance(name, str) else "unnamed"
+
+
+# ---------------------------------------------------------------------------- tokenize
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    input: str  # comma-separated .jsonl, .jsonl.gz, .jsonl.zst and .txt files, folders and globs
+    output: str  # PREFIX: writes PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX_documents.npy
+    tokenizer: str = "20B_tokenizer.json"
+    append_eod: bool = True  # <|endoftext|> after every document; the published deduped file has none
+    skip_malformed: bool = False  # count and skip bad lines instead of stopping at the first
+    workers: int = 0  # processes; 0: one a core
+
+
+def tokenize(options):
+    """Turn text into a token file, a sequence a document, in the order given; the same bytes for any workers."""
+    load_tokenizer(options.tokenizer)
+    paths = input_files(options.input)
+    stats = [os.stat(path) for path in paths]
+    writer = TokenWriter(options.output, {
+        "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
+        "tokenizer": hashlib.sha256(Path(options.tokenizer).read_bytes()).hexdigest(),
+        "append_eod": options.append_eod})
+    done = writer.position or {"at": None, "read": 0, "subsets": [], "empty": 0, "malformed": 0}
+    subsets = {name: i for i, name in enumerate(done["subsets"])}
+    last_commit = time.monotonic()
+    with tqdm(total=sum(stat.st_size for stat in stats), initial=done["read"], unit="B", unit_scale=True,
+              disable=None) as bar:
+        results = encoded(chunks(paths, done["at"]), options)
+        for (tokens, sizes, lines, names, empty, malformed), file_number, at, advance in results:
+            if malformed and not options.skip_malformed:
+                writer.commit(done)
+                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True)")
+            provenance = np.empty(len(sizes), dtype=PROVENANCE)
+            provenance["file"], provenance["line"] = file_number, lines
+            provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
+            writer.append(tokens, sizes, provenance)
+            done = {"at": at, "read": done["read"] + advance, "subsets": list(subsets),
+                    "empty": done["empty"] + empty, "malformed": done["malformed"] + len(malformed)}
+            bar.update(advance)
+            if time.monotonic() - last_commit > 5:
+                writer.commit(done)
+                last_commit = time.monotonic()
+    summary = writer.finish({"empty_documents": done["empty"], "malformed_lines": done["malformed"],
+                             "append_eod": options.append_eod, "subsets": list(subsets), "files": paths})
+    print(f"{options.output}.bin: {summary['tokens']:,} tokens of {summary['documents']:,} documents in "
+          f"{len(subsets)} subsets; skipped {done['empty']:,} empty documents, {done['malformed']:,} bad lines")
+
+
+def encoded(tasks, options):
+    """Yield (encode_chunk's result, file number, position, advance) of each chunk, in order.
+
+    Workers run ahead by a bounded number of chunks, and results are taken in the chunks' order.
+    """
+    workers = options.workers or os.cpu_count()
+    if workers == 1:
+        _start_worker(options.tokenizer)
+        for chunk, at, advance in tasks:
+            yield encode_chunk(chunk, options.append_eod), chunk[0], at, advance
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options.tokenizer,)) as pool:
+        waiting = deque()
+        try:
+            for chunk, at, advance in tasks:
+                waiting.append((pool.submit(encode_chunk, chunk, options.append_eod), chunk[0], at, advance))
+                if len(waiting) > 3 * workers:
+                    future, *rest = waiting.popleft()
+                    yield future.result(), *rest
+            while waiting:
+                future, *rest = waiting.popleft()
+                yield future.result(), *rest
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def serve_parent():
+    """Make a worker process leave Ctrl-C to its parent, and end when that is gone, however it went."""
+    if parent := parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        watch = lambda: (wait([parent.sentinel]), os._exit(1))
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _start_worker(path):
+    global _tokenizer  # one a process: a Tokenizer cannot be sent between processes
+    _tokenizer = Tokenizer(path)
+    serve_parent()
+
+
+def encode_chunk(chunk, append_eod):
+    """Return (tokens uint16, sizes int32, lines, subset names, empty documents, malformed lines) of a chunk."""
+    end = [ENDOFTEXT] if append_eod else []
+    tokens, lines, names, malformed, empty = [], [], [], [], 0
+    for line, record in documents(chunk, malformed.append):
+        ids = _tokenizer.encode_array(record["text"])
+        if not len(ids):
+            empty += 1
+            continue
+        tokens.append(np.concatenate((ids, end)).astype(np.uint16))
+        lines.append(line)
+        names.append(subset_name(record))
+    sizes = np.array([len(ids) for ids in tokens], dtype=np.int32)
+    flat = np.concatenate(tokens) if tokens else np.empty(0, np.uint16)
+    return flat, sizes, lines, names, empty, malformed
+
+
+# ---------------------------------------------------------------------------- shuffle
+
+
+@dataclass(frozen=True)
+class Shuffle(Order):
+    output: str = ""  # PREFIX of the token file to write
+
+
+def shuffle(options):
+    """Bake the order: write the rows of all steps, in training order, as a token file of their own."""
+    if not options.output:
+        raise ValueError("missing: --output (--help explains every setting)")
+    data = ordered(options)
+    if data.preshuffled:
+        raise ValueError(f"{options.data}: already in training order, every sequence is one row")
+    n_rows = min(options.steps * options.batch_size, len(data))
+    job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens, "order": data.settings, "rows": n_rows}
+    writer = TokenWriter(options.output, job)
+    done = writer.position or 0
+    block = 4096
+    with tqdm(total=n_rows, initial=done, unit="row", unit_scale=True, disable=None) as bar:
+        for start in range(done, n_rows, block):
+            stop = min(start + block, n_rows)
+            rows = data.rows(range(start, stop))
+            writer.append(rows, np.full(len(rows), rows.shape[1]))
+            writer.position = stop
+            if (stop // block) % 64 == 0:
+                writer.commit(stop)
+            bar.update(len(rows))
+    writer.finish({"baked_from": job})
+    print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in training order")
+
+
+# ---------------------------------------------------------------------------- dedup
+
+
+@dataclass(frozen=True)
+class Dedup:
+    input: str  # as for tokenize
+    output: str  # .jsonl of the documents that stay, in their order
+    report: str = ""  # CSV of what was removed and which document stands for it; default OUTPUT.removed.csv
+    near: bool = True  # also near duplicates; False: equal texts only
+    threshold: float = 0.87  # Jaccard similarity of the sets of words' n-grams, as the deduplicated Pile's
+    ngram: int = 5  # words
+    permutations: int = 128  # of MinHash: the similarity's standard error is at most 1 / (2 sqrt(permutations))
+
+
+def dedup(options):
+    """Remove equal and nearly equal documents; the first of each cluster stays."""
+    exact, kept, rows, clusters = {}, 0, [], {}
+    similar = _Near(options) if options.near else None
+    paths = input_files(options.input)
+    with (replacing(options.output) as output,
+          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, disable=None) as bar):
+        for chunk, _, advance in chunks(paths, None):
+            for line, record in documents(chunk, _refuse):
+                place = f"{chunk[1]}:{line}"
+                digest = hashlib.sha256(record["text"].encode("utf8", "surrogatepass")).digest()
+                first, similarity = exact.get(digest), 1.0
+                if first is None and similar:
+                    first, similarity = similar.find_or_add(place, record["text"])
+                if first is None:
+                    kept += 1
+                    output.write(json.dumps(record).encode() + b"\n")
+                else:
+                    clusters[first] = clusters.get(first, 1) + 1
+                    rows.append((place, first, "equal" if digest in exact else "near", f"{similarity:.3f}"))
+                exact.setdefault(digest, first or place)
+            bar.update(advance)
+        if not kept:
+            raise ValueError(f"{options.input}: holds no documents")
+    report = options.report or f"{options.output}.removed.csv"
+    with replacing(report) as file:
+        text = io.StringIO()
+        csv.writer(text).writerows([("removed", "stands_for_it", "kind", "similarity"), *rows])
+        file.write(text.getvalue().encode())
+    equal = sum(row[2] == "equal" for row in rows)
+    print(f"{options.output}: {kept:,} documents stay, {len(rows):,} removed ({equal:,} of them equal), "
+          f"{len(clusters):,} clusters, the largest of {max(clusters.values(), default=1):,}; {report}")
+
+
+def _refuse(message):
+    raise ValueError(message)
+
+
+class _Near:
+    """MinHash LSH over the documents that stay, by datasketch; candidates are held to the threshold."""
+
+    def __init__(self, options):
+        try:
+            from datasketch import MinHash, MinHashLSH
+        except ImportError:
+            raise ValueError("near duplicates need datasketch: pip install datasketch "
+                             "(--near=False finds equal texts without)") from None
+        self.options, self.hashes = options, {}
+        self.minhash = lambda: MinHash(num_perm=options.permutations, seed=1)
+        self.index = MinHashLSH(threshold=options.threshold, num_perm=options.permutations)
+
+    def find_or_add(self, place, text):
+        """Return (place of the most similar document that stays, similarity), or (None, 0) and keep this one."""
+        words, n = text.split(), self.options.ngram
+        minhash = self.minhash()
+        minhash.update_batch({" ".join(words[i:i + n]).encode("utf8", "surrogatepass")
+                              for i in range(max(1, len(words) - n + 1))})
+        candidates = [(minhash.jaccard(self.hashes[key]), key) for key in self.index.query(minhash)]
+        similarity, first = max(candidates, default=(0.0, None))
+        if similarity >= self.options.threshold:
+            return first, similarity
+        self.index.insert(place, minhash)
+        self.hashes[place] = minhash
+        return None, 0.0

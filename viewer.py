@@ -1,0 +1,473 @@
+"""What the model saw, and when: any step as text, any text as steps; and whether the files are the right ones.
+
+The three commands `view`, `find` and `verify` of data.py, where their settings are described.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from bisect import bisect_left, bisect_right
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import replacing
+from data import Order, OrderedData, TokenFile, batch_rows, load_npy, ordered, read_json
+from prepare import serve_parent
+from tokenizer import load_tokenizer
+
+# ---------------------------------------------------------------------------- where things come from
+
+
+class Provenance:
+    """For each row its documents, for each document its subset, its source, and the rows it came in.
+
+    data: OrderedData. A baked order is traced to the token file it was baked from, if that is there.
+    """
+
+    def __init__(self, data):
+        summary = f"{data.tokens.prefix}.json"
+        baked_from = read_json(summary).get("baked_from") if os.path.exists(summary) else None
+        if data.preshuffled and baked_from and os.path.exists(f"{baked_from['data']}.idx"):
+            order = baked_from["order"]
+            data = OrderedData(baked_from["data"], order["seq_length"], order["num_samples"], order["seed"])
+        self.data = data
+        self.known = not data.preshuffled
+        self.names = None
+        prefix = data.tokens.prefix
+        if self.known and os.path.exists(f"{prefix}_documents.npy"):
+            self.names, self.table = read_json(f"{prefix}.json"), load_npy(f"{prefix}_documents.npy")
+            if len(self.table) != len(data.tokens):
+                raise ValueError(f"{prefix}_documents.npy: {len(self.table):,} documents, {prefix}.idx has "
+                                 f"{len(data.tokens):,}; tokenize again")
+
+    def describe(self, document):
+        """Return "subset, file:line" of a document, as far as it is recorded."""
+        if self.names is None:
+            return "subset not recorded"
+        row = self.table[document]
+        return (f"{self.names['subsets'][row['subset']]}, "
+                f"{self.names['files'][row['file']]}:{row['line']}")
+
+    def appearances(self, document):
+        """Return the rows in which each copy of a document has tokens: a sorted list a copy."""
+        sample_idx = self.data.order[1]
+        begins = lambda sample: sample_idx[sample, 0]
+        copies = []
+        for position in self._inverse("doc")[document].tolist():
+            # From the sample that begins before this place and reaches it, to the last that begins in it.
+            first = max(bisect_left(range(len(sample_idx)), position, key=begins) - 1, 0)
+            last = min(bisect_right(range(len(sample_idx)), position, key=begins), len(sample_idx) - 1)
+            copies.append(sorted(self._inverse("shuffle")[first:last].tolist()))
+        return copies
+
+    def rows_of(self, document, offset, length):
+        """Yield (row, offset in it) of every served row that holds `length` tokens of a document whole."""
+        sample_idx, sizes = self.data.order[1], self.data.tokens.sizes
+        for position in self._inverse("doc")[document].tolist():
+            place = (position, offset)
+            after = bisect_right(range(len(sample_idx)), place, key=lambda s: tuple(sample_idx[s].tolist()))
+            for sample in (after - 1, after - 2):  # a first token of one sample is the last of another
+                if not 0 <= sample < len(sample_idx) - 1:
+                    continue
+                (first, start) = sample_idx[sample].tolist()
+                between = self.data.order[0][first:position]
+                within = int(sizes[between].sum(dtype=np.int64)) - start + offset
+                row = int(self._inverse("shuffle")[sample])
+                if 0 <= within and within + length <= self.data.seq_length + 1 and row < len(self.data):
+                    yield row, within
+
+    def _inverse(self, name):
+        """Return where each value stands in doc_idx, (documents, epochs), or in shuffle_idx, (samples,).
+
+        Made once, beside the order's own files, so that the next look takes no time.
+        """
+        cache = self.__dict__.setdefault("_inverses", {})
+        if name in cache:
+            return cache[name]
+        array = self.data.order[0 if name == "doc" else 2]
+        path = self.data.order_path.replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
+        if not os.path.exists(path):
+            count = len(self.data.tokens) if name == "doc" else len(array)
+            inverse = np.empty((count, len(array) // count), dtype=np.uint32)
+            remaining = np.arange(len(array), dtype=np.uint32)
+            for copy in range(inverse.shape[1]):
+                values = array[remaining]
+                inverse[values[::-1], copy] = remaining[::-1]  # the earliest place is written last
+                remaining = remaining[inverse[values, copy] != remaining]
+            with replacing(path) as file:
+                np.save(file, inverse if name == "doc" else inverse[:, 0])
+        cache[name] = load_npy(path)
+        return cache[name]
+
+
+# ---------------------------------------------------------------------------- view
+
+
+@dataclass(frozen=True)
+class View(Order):
+    step: str = "0"  # 0-based: the update of step 0 makes checkpoint step1; 3:5 is steps 3, 4 and 5
+    rows: str = "0:4"  # which of each step's rows, first:last+1
+    save: str = ""  # BATCH.npy: write all rows of the steps, (steps * batch_size, seq_length + 1) uint16
+    tokenizer: str = "20B_tokenizer.json"
+
+
+def view(options):
+    """Print what the model saw at a step: text, document by document, with subset, source and repeats."""
+    first_step, last_step = _range(options.step, "step", inclusive=True)
+    first, last = _range(options.rows, "rows", inclusive=False)
+    data = ordered(options)
+    steps = min(options.steps, len(data) // options.batch_size)
+    if last_step >= steps:
+        raise ValueError(f"step = {options.step}, but there are {steps:,} steps of {options.batch_size} rows, "
+                         f"the last is {steps - 1:,}")
+    if last > options.batch_size:
+        raise ValueError(f"rows = {options.rows!r}, but a step has {options.batch_size} rows, "
+                         f"the last is {options.batch_size - 1}")
+    numbers = np.arange(first_step * options.batch_size, (last_step + 1) * options.batch_size)
+    steps = f"step {first_step:,}" + (f" to {last_step:,} (both included)" if last_step > first_step else "")
+    print(f"{steps}: rows {numbers[0]:,} to {numbers[-1]:,} (both included); "
+          f"checkpoint step{last_step + 1} is the first to have seen them all")
+    if options.save:
+        with replacing(options.save) as file:
+            np.save(file, data.rows(numbers))
+        return print(f"{options.save}: {len(numbers):,} rows of {data.seq_length + 1} tokens")
+    tokenizer = load_tokenizer(options.tokenizer)
+    provenance = Provenance(data)
+    for step in range(first_step, last_step + 1):
+        for row in batch_rows(step, options.batch_size)[0][first:last].tolist():
+            print(f"\n=== row {row:,} (step {step:,}, row {row - step * options.batch_size})")
+            show_row(data, provenance, tokenizer, row, step * options.batch_size)
+
+
+def show_row(data, provenance, tokenizer, row, rows_before):
+    """Print a row's documents; each says how many of its copies had begun before row `rows_before`."""
+    if not provenance.known:  # a published preshuffled file: documents end where <|endoftext|> stands
+        return print(tokenizer.decode(data.rows([row])[0].tolist()))
+    for document, start, stop in provenance.data.pieces(row):
+        copies = provenance.appearances(document)
+        seen = sum(rows[0] < rows_before for rows in copies if rows)
+        print(f"--- document {document:,} ({provenance.describe(document)}), tokens {start:,} to {stop - 1:,} "
+              f"of {provenance.data.tokens.sizes[document]:,}; seen before: {seen} of {len(copies)} copies")
+        print(tokenizer.decode(provenance.data.tokens.read(document, start, stop).tolist()))
+
+
+def _range(text, name, inclusive):
+    """Return (first, last) of "3" or "3:5"; without `inclusive`, last is one beyond and 3 is 3:4."""
+    if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
+        first = int(match[1])
+        last = int(match[2]) if match[2] else first + (not inclusive)
+        if first < last + inclusive:
+            return first, last
+    raise ValueError(f"{name} = {text!r}, expected a number or first:last" + ("" if inclusive else "+1"))
+
+
+# ---------------------------------------------------------------------------- find
+
+
+@dataclass(frozen=True)
+class Find(Order):
+    text: str = ""  # found wherever its bytes stand, however they were cut into tokens
+    tokens: str = ""  # or ids with commas: found as exactly these tokens
+    limit: int = 100  # print so many places; all are counted
+    workers: int = 0  # processes; 0: one a core
+    tokenizer: str = "20B_tokenizer.json"
+
+
+def find(options):
+    """Find every step, row and offset at which a text or a token sequence was seen.
+
+    A text is searched by one of its bytes. However the text was cut into tokens, some token covers
+    that byte, and only so many tokens of the vocabulary fit there with the bytes of the text around
+    it. Those are looked for in the token file, and each hit is decided by decoding its
+    neighbourhood. The byte taken is the one whose tokens are rarest in a sample of the file. What
+    stands across the end of a document is found only where documents were baked into rows.
+    """
+    if bool(options.text) == bool(options.tokens):
+        raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.tokens and not re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens):
+        raise ValueError(f"tokens = {options.tokens!r}, expected ids with commas")
+    data = ordered(options)
+    counts = sample_counts(data.tokens)
+    if options.tokens:
+        pattern = TokenPattern([int(id_) for id_ in options.tokens.split(",")], counts)
+    else:
+        pattern = TextPattern(tokenizer.normalize(options.text).encode(), tokenizer.token_bytes(), counts)
+    began = time.perf_counter()
+    found = search(data.tokens.prefix, data.tokens.n_tokens, pattern, options.workers or os.cpu_count())
+    seconds = time.perf_counter() - began
+    provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
+    for first, length in found:
+        places += [place for place in rows_with(data, provenance, first, length) if place[0] < n_rows]
+    for row, offset, length, where in sorted(places)[:options.limit]:
+        print(f"step {row // options.batch_size:,}, row {row % options.batch_size:,} (row {row:,} of the order), "
+              f"tokens {offset:,} to {offset + length - 1:,}{where}")
+    if len(places) > options.limit:
+        print(f"... and {len(places) - options.limit:,} more; --limit=N shows more")
+    size = data.tokens.n_tokens * data.tokens.dtype.itemsize / 1e9
+    print(f"{len(found):,} places in the file, seen {len(places):,} times in {options.steps:,} steps; "
+          f"searched {size:.3f} GB in {seconds:.2f} s, {size / seconds:.2f} GB/s")
+
+
+class TokenPattern:
+    """A sequence of ids, searched by the rarest of them.
+
+    A pattern has: anchors, ids of which one is in every match; left and right, the ids that can stand
+    1, 2, ... before and after an anchor; reach, how many tokens around an anchor decide a hit.
+    """
+
+    def __init__(self, ids, counts):
+        self.ids, self.reach = np.array(ids), len(ids)
+        self.rarest = min(range(len(ids)), key=lambda i: counts[ids[i]])
+        self.anchors = [ids[self.rarest]]
+        self.left = [[id_] for id_ in ids[:self.rarest][::-1]]
+        self.right = [[id_] for id_ in ids[self.rarest + 1:]]
+
+    def matches(self, tokens, at):
+        """Yield (first, length) of the matches whose anchor is tokens[at]."""
+        first = at - self.rarest
+        if first >= 0 and np.array_equal(tokens[first:first + len(self.ids)], self.ids):
+            yield first, len(self.ids)
+
+
+class TextPattern:
+    """Bytes, searched by the tokens that fit over one of them; same fields as TokenPattern's."""
+
+    def __init__(self, text, token_bytes, counts):
+        self.text, self.token_bytes, self.reach = text, token_bytes, len(text)
+        # Where each token fits, by the place in the text where it begins (negative: before the text).
+        self.fits = {start: [] for start in range(1 - max(map(len, token_bytes)), len(text))}
+        by_first_byte = {}
+        for id_, token in enumerate(token_bytes):
+            by_first_byte.setdefault(token[0], []).append((id_, token))
+            before = token.find(text[0], 1)
+            while before > 0:  # the text begins inside the token
+                if text.startswith(token[before:]) or token[before:].startswith(text):
+                    self.fits[-before].append(id_)
+                before = token.find(text[0], before + 1)
+        for start, byte in enumerate(text):
+            self.fits[start] += [id_ for id_, token in by_first_byte.get(byte, ())
+                                 if text.startswith(token, start) or token.startswith(text[start:])]
+        cost = np.zeros(len(text))  # of each byte: how often its tokens occur
+        for start, ids in self.fits.items():
+            for id_ in ids:
+                cost[max(start, 0):start + len(token_bytes[id_])] += counts[id_]
+        byte = int(np.argmin(cost))
+        self.starts = {}
+        for start in range(byte + 1 - max(map(len, token_bytes)), byte + 1):
+            for id_ in self.fits.get(start, ()):
+                if start + len(token_bytes[id_]) > byte:
+                    self.starts.setdefault(id_, []).append(start)
+        self.anchors = sorted(self.starts)
+        placed = [(start, id_) for id_, starts in self.starts.items() for start in starts]
+        self.left = list(self._neighbours({start for start, _ in placed}, "left"))
+        self.right = list(self._neighbours({start + len(token_bytes[id_]) for start, id_ in placed}, "right"))
+
+    def _neighbours(self, places, side, most=4):
+        """Yield the ids that can come next on one side of tokens that end at any of these places in the text.
+
+        It stops where the text may already be over, since anything can follow then.
+        """
+        for _ in range(most):
+            if side == "right":
+                if max(places) >= len(self.text):
+                    return
+                fits = [(start, id_) for start in places for id_ in self.fits[start]]
+                places = {start + len(self.token_bytes[id_]) for start, id_ in fits}
+            else:
+                if min(places) <= 0:
+                    return
+                fits = [(start, id_) for start, ids in self.fits.items() for id_ in ids
+                        if start + len(self.token_bytes[id_]) in places]
+                places = {start for start, _ in fits}
+            if not fits:
+                return
+            yield sorted({id_ for _, id_ in fits})
+
+    def matches(self, tokens, at):
+        """Yield (first, length) of the tokens that hold the text, where tokens[at] covers the chosen byte."""
+        pieces = [self.token_bytes[id_] for id_ in tokens]
+        ends = np.cumsum([len(piece) for piece in pieces])
+        joined, anchor = b"".join(pieces), int(ends[at]) - len(pieces[at])
+        for start in self.starts[int(tokens[at])]:
+            begin = anchor - start
+            if begin >= 0 and joined[begin:begin + len(self.text)] == self.text:
+                first, last = np.searchsorted(ends, (begin, begin + len(self.text) - 1), side="right")
+                yield int(first), int(last - first + 1)
+
+
+def sample_counts(tokens, blocks=64, size=1 << 15):
+    """Return how often each id occurs in a spread-out sample of the file."""
+    starts = np.linspace(0, max(tokens.n_tokens - size, 0), blocks, dtype=np.int64).tolist()
+    return sum(np.bincount(tokens.slice(start, min(start + size, tokens.n_tokens)), minlength=1 << 16)
+               for start in starts)
+
+
+def search(prefix, n_tokens, pattern, workers, block=1 << 24):
+    """Return the sorted (first token, length) of all matches within documents, searched on all cores."""
+    ranges = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
+    found = set()
+    with tqdm(total=n_tokens * 2, unit="B", unit_scale=True, disable=None) as bar:
+        if workers == 1 or len(ranges) == 1:
+            _start_searching(prefix, pattern)
+            for span in ranges:
+                found.update(search_range(*span))
+                bar.update(2 * (span[1] - span[0]))
+        else:
+            with ProcessPoolExecutor(workers, get_context("spawn"), _start_searching, (prefix, pattern)) as pool:
+                for span, matches in zip(ranges, pool.map(search_range, *zip(*ranges))):
+                    found.update(matches)
+                    bar.update(2 * (span[1] - span[0]))
+    return sorted(found)
+
+
+def _start_searching(prefix, pattern):
+    global _tokens, _pattern, _tables
+    serve_parent()
+    _tokens, _pattern = TokenFile(prefix), pattern
+    _tables = {offset: np.zeros(1 << 16, dtype=bool) for offset in range(-len(pattern.left), len(pattern.right) + 1)}
+    for offset, ids in ((0, pattern.anchors), *((-i, ids) for i, ids in enumerate(pattern.left, 1)),
+                        *enumerate(pattern.right, 1)):
+        _tables[offset][ids] = True
+
+
+def search_range(start, stop, block=1 << 20):
+    """Return the matches whose anchor lies in tokens start..stop."""
+    found = []
+    before, after = len(_pattern.left), len(_pattern.right)
+    for first in range(start, stop, block):
+        # A block with its neighbours, as far as the file has them; hits on its rim are decided without them.
+        low, high = max(first - before, 0), min(first + block + after, _tokens.n_tokens)
+        ids = _tokens.slice(low, high)
+        if len(_pattern.anchors) <= 12:  # comparing is faster than looking up while there is little to compare
+            is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
+        else:
+            is_anchor = _tables[0].take(ids, mode="clip")
+        hits = np.flatnonzero(is_anchor[first - low:min(first + block, stop) - low]) + first - low
+        for offset, table in _tables.items():
+            at = hits + offset
+            inside = (at >= 0) & (at < len(ids))
+            hits = hits[~inside | table[ids[np.where(inside, at, 0)]]]
+        for position in (low + hits).tolist():
+            document = document_at(_tokens, position)
+            begin = int(_tokens.pointers[document]) // _tokens.dtype.itemsize
+            left = max(begin, position - _pattern.reach)
+            right = min(begin + int(_tokens.sizes[document]), position + _pattern.reach + 1)
+            found += [(left + i, length) for i, length in
+                      _pattern.matches(_tokens.slice(left, right), position - left)]
+    return found
+
+
+def document_at(tokens, position):
+    """Return the document that holds a token of the file."""
+    place = position * tokens.dtype.itemsize
+    return bisect_right(range(len(tokens)), place, key=lambda document: tokens.pointers[document]) - 1
+
+
+def rows_with(data, provenance, first, length):
+    """Yield (row, offset, length, where from) of the rows in which tokens first.. were served whole."""
+    document = document_at(data.tokens, first)
+    offset = first - int(data.tokens.pointers[document]) // data.tokens.dtype.itemsize
+    if data.preshuffled:
+        yield document, offset, length, ""
+    else:
+        for row, within in provenance.rows_of(document, offset, length):
+            yield row, within, length, f"; document {document:,} ({provenance.describe(document)})"
+
+
+# ---------------------------------------------------------------------------- verify
+
+
+@dataclass(frozen=True)
+class Verify:
+    data: str  # PREFIX of a token file
+    hashes: str = ""  # lines of "name sha256" or "sha256 name"; without: print the files' own hashes
+
+
+def verify(options):
+    """Check that an index is sound and that files have the SHA-256 they should have."""
+    tokens = TokenFile(options.data)
+    check_index(tokens)
+    folder = os.path.dirname(tokens.prefix)
+    if options.hashes:
+        expected = read_hashes(options.hashes)
+    else:
+        names = [f"{tokens.prefix}.idx", *(path for _, path in sorted(tokens.shard_paths.items()))]
+        expected = {os.path.basename(name): None for name in names}
+    paths = {name: os.path.join(folder, name) for name in expected}
+    known_path = f"{tokens.prefix}.verified.json"  # so that 600 GB are read once
+    known = read_json(known_path) if os.path.exists(known_path) else {}
+    present = [name for name in expected if os.path.exists(paths[name])]
+    wrong = []
+    with tqdm(total=sum(os.path.getsize(paths[name]) for name in present), unit="B", unit_scale=True,
+              disable=None) as bar:
+        for name in expected:
+            if name not in present:
+                print(f"missing  {name}")
+                continue
+            stat = os.stat(paths[name])
+            seal = [stat.st_size, stat.st_mtime_ns]
+            if known.get(name, [])[:2] != seal:
+                known[name] = [*seal, sha256_of(paths[name], bar)]
+                with replacing(known_path) as file:
+                    file.write(json.dumps(known, indent=2).encode())
+            else:
+                bar.update(stat.st_size)
+            found = known[name][2]
+            if expected[name] is None:
+                print(f"{found}  {name}")
+            elif found == expected[name]:
+                print(f"ok       {name}")
+            else:
+                wrong.append(name)
+                print(f"WRONG    {name}: {found}, expected {expected[name]}")
+    print(f"{len(tokens):,} documents, {tokens.n_tokens:,} tokens, index sound; {len(present)} files read, "
+          f"{len(expected) - len(present)} missing, {len(wrong)} wrong")
+    if wrong or len(present) < len(expected):
+        sys.exit(1)
+
+
+def check_index(tokens, block=1 << 24):
+    """Raise ValueError unless every document follows the one before it, to the end of the file."""
+    end = 0
+    for start in range(0, len(tokens), block):
+        sizes = tokens.sizes[start:start + block]
+        ends = end + np.cumsum(sizes, dtype=np.int64) * tokens.dtype.itemsize
+        bad = np.flatnonzero((sizes < 0) | (tokens.pointers[start:start + block] != ends - sizes.astype(np.int64)
+                                            * tokens.dtype.itemsize))
+        if len(bad):
+            document = start + int(bad[0])
+            raise ValueError(f"{tokens.prefix}.idx: document {document:,} has size {tokens.sizes[document]} and "
+                             f"pointer {tokens.pointers[document]}, which do not follow the one before")
+        end = int(ends[-1])
+
+
+def read_hashes(path):
+    """Return {file name: SHA-256} of a list in either column order."""
+    hashes = {}
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+        words = line.split()
+        digests = [word for word in words if re.fullmatch(r"[0-9a-fA-F]{64}", word)]
+        if words and (len(words) != 2 or len(digests) != 1):
+            raise ValueError(f"{path}, line {number}: expected a file name and a SHA-256, found {line[:80]!r}")
+        if words:
+            [name] = [word for word in words if word not in digests]
+            hashes[os.path.basename(name.lstrip("*"))] = digests[0].lower()
+    return hashes
+
+
+def sha256_of(path, bar, block=1 << 24):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(block):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
