@@ -116,12 +116,18 @@ class Block(nn.Module):
                 + self.mlp(self.post_attention_layernorm(x)))
 
 
+MASKED = -100  # a target that is not learnt, as in torch's cross_entropy
+
+
 class HeadLoss(torch.autograd.Function):
     """Mean cross entropy (nats, float32 or wider) of hidden @ weight.T against targets.
 
     hidden (N, D), weight (V, D), targets (N,) int64. The (N, V) logits never exist: a block of rows
     at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
     are made on the way forward (the loss is the last node, so its incoming gradient is a number).
+
+    A target of MASKED (padding) adds nothing to the sum, but the mean is still over all N: a token
+    weighs the same whatever padding shares its micro-batch, on any number of processes.
     """
 
     @staticmethod
@@ -137,20 +143,22 @@ class HeadLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden, dtype=wide)
             grad_weight = torch.zeros_like(weight, dtype=wide)
         for rows, logits in head_blocks(hidden, weight):
-            target = targets[rows, None]  # (n, 1)
+            target, kept = targets[rows, None].clamp(min=0), targets[rows, None] != MASKED  # (n, 1)
             target_logit = logits.gather(1, target)
             largest = logits.amax(1, keepdim=True)
             probabilities = torch.softmax(logits, 1, out=logits)
             # log sum exp = largest logit - log(largest probability), which never underflows
-            total += (largest - probabilities.amax(1, keepdim=True).log() - target_logit).sum()
+            losses = largest - probabilities.amax(1, keepdim=True).log() - target_logit
+            total += losses.masked_fill_(~kept, 0).sum()
             if needs_grad:  # d loss / d logits = softmax - one_hot(target), times 1/N in backward
                 grad = probabilities.scatter_add_(1, target, torch.full_like(target_logit, -1))
                 grad = grad.to(dtype)
-                grad_hidden[rows] = grad @ weight
+                # Masking the (n, D) factors spares a pass over the (n, V) gradient.
+                grad_hidden[rows] = (grad @ weight) * kept
                 if dtype is wide:
-                    grad_weight.addmm_(grad.T, hidden[rows])
+                    grad_weight.addmm_(grad.T, hidden[rows] * kept)
                 else:
-                    grad_weight += grad.T @ hidden[rows]
+                    grad_weight += grad.T @ (hidden[rows] * kept)
         if needs_grad:
             # Not save_for_backward: autograd copies a gradient that somebody else still holds.
             ctx.grads = grad_hidden, grad_weight
@@ -234,7 +242,10 @@ class Pythia(nn.Module):
         return self.final_layer_norm(x)
 
     def forward(self, tokens, targets=None):
-        """Return logits (B, T, V) of tokens (B, T) int64, or with targets (B, T) the mean loss in nats."""
+        """Return logits (B, T, V) of tokens (B, T) int64, or with targets (B, T) the mean loss in nats.
+
+        Targets that are MASKED add nothing to the loss.
+        """
         x = self.hidden(tokens)
         if targets is None:
             return self.embed_out(x)

@@ -17,7 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from checkpoints import hf_config, hf_name
 from config import parse
 from conftest import ROOT
-from model import HeadLoss, ModelConfig, Pythia
+from model import MASKED, HeadLoss, ModelConfig, Pythia
 from train import TrainConfig
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
@@ -98,13 +98,15 @@ def test_random_shapes_equal_transformers(L, H, d_head, gelu, B, T, V):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 600), st.integers(1, 40), st.integers(2, 900), st.sampled_from([0.1, 1.0, 300.0]))
-def test_blocked_loss_is_cross_entropy_with_its_exact_gradients(N, D, V, spread):
+@given(st.integers(1, 600), st.integers(1, 40), st.integers(2, 900), st.sampled_from([0.1, 1.0, 300.0]),
+       st.sampled_from([0.0, 0.3, 1.0]))
+def test_blocked_loss_is_cross_entropy_with_its_exact_gradients(N, D, V, spread, masked):
     generator = torch.Generator().manual_seed(N * D * V)
     hidden = torch.randn(N, D, dtype=torch.float64, generator=generator).requires_grad_()
     weight = (spread * torch.randn(V, D, dtype=torch.float64, generator=generator)).requires_grad_()
     targets = torch.randint(V, (N,), generator=generator)
-    expected = F.cross_entropy(hidden @ weight.T, targets)
+    targets[torch.rand(N, generator=generator) < masked] = MASKED
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / N
     expected_grads = torch.autograd.grad(3 * expected, (hidden, weight))
     loss = HeadLoss.apply(hidden, weight, targets, True)
     grads = torch.autograd.grad(3 * loss, (hidden, weight))
