@@ -51,7 +51,8 @@ def parse(argv, *schemas):
     fields = {field.name: (field, schema) for schema in schemas for field in dataclasses.fields(schema)}
     assert len(fields) == sum(len(dataclasses.fields(s)) for s in schemas), "two schemas share a name"
     if {"--help", "-h"} & set(argv):
-        print("\n\n".join(inspect.getsource(schema).strip() for schema in schemas))
+        declared = [kind for schema in schemas for kind in reversed(schema.__mro__) if kind is not object]
+        print("\n\n".join(inspect.getsource(kind).strip() for kind in declared))
         sys.exit(0)
     values = {}
     for argument in argv:

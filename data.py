@@ -44,6 +44,7 @@ from config import command, replacing
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER_BYTES = 34
+MASKED = -100  # the id of padding in a row that an intervention made: no input, and nothing to learn
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 

@@ -116,9 +116,6 @@ class Block(nn.Module):
                 + self.mlp(self.post_attention_layernorm(x)))
 
 
-MASKED = -100  # a target that is not learnt, as in torch's cross_entropy
-
-
 class HeadLoss(torch.autograd.Function):
     """Mean cross entropy (nats, float32 or wider) of hidden @ weight.T against targets.
 
@@ -126,7 +123,7 @@ class HeadLoss(torch.autograd.Function):
     at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
     are made on the way forward (the loss is the last node, so its incoming gradient is a number).
 
-    A target of MASKED (padding) adds nothing to the sum, but the mean is still over all N: a token
+    A negative target (padding) adds nothing to the sum, but the mean is still over all N: a token
     weighs the same whatever padding shares its micro-batch, on any number of processes.
     """
 
@@ -143,7 +140,7 @@ class HeadLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden, dtype=wide)
             grad_weight = torch.zeros_like(weight, dtype=wide)
         for rows, logits in head_blocks(hidden, weight):
-            target, kept = targets[rows, None].clamp(min=0), targets[rows, None] != MASKED  # (n, 1)
+            target, kept = targets[rows, None].clamp(min=0), targets[rows, None] >= 0  # (n, 1)
             target_logit = logits.gather(1, target)
             largest = logits.amax(1, keepdim=True)
             probabilities = torch.softmax(logits, 1, out=logits)
@@ -244,7 +241,7 @@ class Pythia(nn.Module):
     def forward(self, tokens, targets=None):
         """Return logits (B, T, V) of tokens (B, T) int64, or with targets (B, T) the mean loss in nats.
 
-        Targets that are MASKED add nothing to the loss.
+        Negative targets add nothing to the loss.
         """
         x = self.hidden(tokens)
         if targets is None:

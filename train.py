@@ -31,6 +31,7 @@ import checkpoints
 from config import fail, parse, replacing, run
 from data import OrderedData, read_json, samples_needed
 from model import ModelConfig, Pythia
+from studies.interventions import IntervenedData, InterventionConfig
 from tokenizer import load_tokenizer
 
 
@@ -178,9 +179,9 @@ class Processes:
             dist.barrier()
 
 
-def open_run(model_config, config, data):
+def open_run(model_config, config, intervention, data):
     """Write RUN/config.json, or raise ValueError naming each setting in which a run already there differs."""
-    settings = asdict(model_config) | asdict(config)
+    settings = asdict(model_config) | asdict(config) | asdict(intervention)
     # The rows of step 0 stand for the whole order: a moved file is welcome, another one is not.
     first = data.batch(0, config.batch_size)
     settings["first_batch_sha256"] = hashlib.sha256(first.astype("<u2").tobytes()).hexdigest()
@@ -201,15 +202,14 @@ def open_run(model_config, config, data):
 METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds")
 
 
-def open_metrics(out_dir, start):
-    """Return RUN/metrics.csv open at its end, without the rows of steps that are about to be run again."""
-    path = os.path.join(out_dir, "metrics.csv")
+def open_log(path, columns, start):
+    """Return a CSV file open at its end, without the rows of steps that are about to be run again."""
     rows = []
     if os.path.exists(path):
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) < start]
     with replacing(path) as file:
-        lines = [METRICS, *([row[name] for name in METRICS] for row in rows)]
+        lines = [columns, *([row[name] for name in columns] for row in rows)]
         file.write("".join(",".join(line) + "\n" for line in lines).encode())
     return open(path, "a", buffering=1)
 
@@ -228,7 +228,7 @@ class Interrupt:
         signal.signal(number, signal.SIG_DFL)
 
 
-def main(model_config, config):
+def main(model_config, config, intervention):
     processes = Processes(config.device)
     device, rank = processes.device, processes.rank
     is_main = rank == 0
@@ -248,7 +248,9 @@ def main(model_config, config):
                          f"the run needs {config.steps * config.batch_size:,}")
     micro_batches = data.batch(0, config.batch_size, rank, processes.count, config.micro_batch_size).shape[0]
     if is_main:
-        open_run(model_config, config, data)
+        open_run(model_config, config, intervention, data)
+    if intervention.intervention:
+        data = IntervenedData(data, load_tokenizer(config.tokenizer), intervention)
     model = Pythia(model_config, config.seed).to(device)
     optimizer = make_optimizer(model, config)
     scaler = LossScaler(enabled=device.type == "cuda" and config.dtype == "float16")
@@ -260,7 +262,10 @@ def main(model_config, config):
     if saved:
         training = checkpoints.load_training(config.out_dir, saved[-1], model, optimizer)
         start, updates, scaler.state = training["step"], training["updates"], training["scaler"]
-    metrics = open_metrics(config.out_dir, start) if is_main else None
+    if is_main:
+        metrics = open_log(os.path.join(config.out_dir, "metrics.csv"), METRICS, start)
+        if intervention.intervention:
+            changed = open_log(os.path.join(config.out_dir, "interventions.csv"), ("step", "row"), start)
 
     # ---- the raw model is what is saved, so no wrapper's prefix ever reaches the disk
     if config.compile:
@@ -308,8 +313,8 @@ def main(model_config, config):
                 micro_batch = micro_batch.pin_memory().to(device, non_blocking=True)
             last = i == micro_batches - 1  # gradients travel between processes once a step
             with contextlib.nullcontext() if last or processes.count == 1 else wrapped.no_sync():
-                with autocast:
-                    micro_loss = wrapped(micro_batch[:, :-1], micro_batch[:, 1:])
+                with autocast:  # what an intervention padded is MASKED, a negative id: no input, no target
+                    micro_loss = wrapped(micro_batch[:, :-1].clamp(min=0), micro_batch[:, 1:])
                 (micro_loss * (scaler.state["scale"] / micro_batches)).backward()
             loss += micro_loss.detach() / micro_batches
         if scaler.enabled:
@@ -336,6 +341,8 @@ def main(model_config, config):
         if is_main:
             metrics.write(f"{step},{step * tokens_per_step},{mean_loss!r},{rate!r},{float(norm)!r},{scale:g},"
                           f"{seconds:.4f}\n")
+            if intervention.intervention:
+                changed.writelines(f"{step},{row}\n" for row in data.changed)
         if step % config.log_every == 0 or step == config.steps - 1:
             speed = tokens_per_step / seconds
             used = speed * flops_per_token(model_config) / (peak * processes.count)
@@ -358,7 +365,7 @@ def _count(n):
 
 if __name__ == "__main__":
     try:
-        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig))
+        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig))
     except FloatingPointError as error:
         fail(str(error))
     finally:

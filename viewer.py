@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import replacing
-from data import Order, OrderedData, TokenFile, batch_rows, load_npy, ordered, read_json
+from data import MASKED, Order, OrderedData, TokenFile, batch_rows, load_npy, ordered, read_json
 from prepare import serve_parent
+from studies.interventions import IntervenedData, InterventionConfig
 from tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------- where things come from
@@ -112,11 +113,15 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class View(Order):
+class View(InterventionConfig, Order):
     step: str = "0"  # 0-based: the update of step 0 makes checkpoint step1; 3:5 is steps 3, 4 and 5
     rows: str = "0:4"  # which of each step's rows, first:last+1
     save: str = ""  # BATCH.npy: write all rows of the steps, (steps * batch_size, seq_length + 1) uint16
     tokenizer: str = "20B_tokenizer.json"
+
+    def __post_init__(self):
+        Order.__post_init__(self)
+        InterventionConfig.__post_init__(self)
 
 
 def view(options):
@@ -141,10 +146,17 @@ def view(options):
         return print(f"{options.save}: {len(numbers):,} rows of {data.seq_length + 1} tokens")
     tokenizer = load_tokenizer(options.tokenizer)
     provenance = Provenance(data)
+    served = IntervenedData(data, tokenizer, options) if options.intervention else None
     for step in range(first_step, last_step + 1):
+        rows = served.step_rows(step, options.batch_size) if served else None
         for row in batch_rows(step, options.batch_size)[0][first:last].tolist():
-            print(f"\n=== row {row:,} (step {step:,}, row {row - step * options.batch_size})")
+            place = row - step * options.batch_size
+            print(f"\n=== row {row:,} (step {step:,}, row {place})")
             show_row(data, provenance, tokenizer, row, step * options.batch_size)
+            if served and place in served.changed:
+                padding = (rows[place] == MASKED).sum()
+                print(f"--- after {options.intervention}" + (f", {padding:,} tokens of padding" if padding else ""))
+                print(tokenizer.decode(rows[place].tolist()))
 
 
 def show_row(data, provenance, tokenizer, row, rows_before):

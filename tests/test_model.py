@@ -17,7 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from checkpoints import hf_config, hf_name
 from config import parse
 from conftest import ROOT
-from model import MASKED, HeadLoss, ModelConfig, Pythia
+from model import HeadLoss, ModelConfig, Pythia
 from train import TrainConfig
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
@@ -105,7 +105,7 @@ def test_blocked_loss_is_cross_entropy_with_its_exact_gradients(N, D, V, spread,
     hidden = torch.randn(N, D, dtype=torch.float64, generator=generator).requires_grad_()
     weight = (spread * torch.randn(V, D, dtype=torch.float64, generator=generator)).requires_grad_()
     targets = torch.randint(V, (N,), generator=generator)
-    targets[torch.rand(N, generator=generator) < masked] = MASKED
+    targets[torch.rand(N, generator=generator) < masked] = -100
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / N
     expected_grads = torch.autograd.grad(3 * expected, (hidden, weight))
     loss = HeadLoss.apply(hidden, weight, targets, True)

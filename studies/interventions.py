@@ -1,0 +1,220 @@
+"""Interventions on the training data: functions (step, rows) -> rows, chosen by name in the config.
+
+    python train.py CONFIG --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=RUN
+    python data.py view --data=PREFIX --step=133000 --intervention=pronouns_to_feminine
+
+rows are all rows of the step, (batch_size, seq_length + 1) int64; as many come back, as long. An id of
+MASKED is padding: nothing is learnt there. Every changed row is noted in RUN/interventions.csv. An
+intervention is a pure function of the step and the data, so reruns and any number of processes agree.
+
+    pronouns_to_feminine   he, him, his, himself become she, her, her, herself (paper, section 3.1)
+    pronouns_to_masculine  she, her, hers, herself become he, him, his, himself
+    pronouns_as_pushed     what gpt-neox's branch new-intervention does: next to nothing
+    term_drop              rows with one of --terms are masked
+    term_replace           rows with one of --terms give way to other rows of the order without them
+    term_duplicate         rows with one of --terms come --copies more times, in place of others of the step
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data import MASKED, batch_rows
+
+
+@dataclass(frozen=True)
+class InterventionConfig:
+    intervention: str | None = None  # a name of studies/interventions.py, or None
+    intervention_from: int = 0  # the first step it applies to (0-based: what makes checkpoint step + 1)
+    intervention_to: int | None = None  # the last one, None: to the end
+    terms: str = ""  # term_*: words with commas; a row has a term where it stands as a whole word
+    copies: int = 1  # term_duplicate: how many more times a row comes
+
+    def __post_init__(self):
+        if self.intervention is not None and self.intervention not in INTERVENTIONS:
+            raise ValueError(f"no intervention called {self.intervention}; there are {', '.join(INTERVENTIONS)}")
+        if bool(self.terms) != bool(self.intervention and self.intervention.startswith("term_")):
+            raise ValueError(f"intervention = {self.intervention} with terms = {self.terms!r}: "
+                             "the term_ ones need --terms=WORD,WORD, the others take none")
+        if self.intervention_from < 0 or self.copies < 1 or (
+                self.intervention_to is not None and self.intervention_to < self.intervention_from):
+            raise ValueError(f"intervention_from = {self.intervention_from}, intervention_to = "
+                             f"{self.intervention_to}, copies = {self.copies}: expected 0 <= from <= to, copies >= 1")
+
+
+class IntervenedData:
+    """Ordered data whose batches pass through the intervention of a config; `batch` as OrderedData's.
+
+    After a call `changed` holds the rows of that step, 0 to batch_size - 1, that are not as they were.
+    """
+
+    def __init__(self, data, tokenizer, config):
+        self.data, self.config = data, config
+        self.intervene = INTERVENTIONS[config.intervention](data, tokenizer, config)
+
+    def step_rows(self, step, batch_size):
+        """Return all rows of a step as the model sees them, (batch_size, seq_length + 1) int64."""
+        before = self.data.batch(step, batch_size)[0]
+        last = self.config.intervention_to
+        if step < self.config.intervention_from or (last is not None and step > last):
+            self.changed = []
+            return before
+        rows = self.intervene(step, before.copy())
+        assert rows.shape == before.shape, "an intervention keeps the number of rows and their length"
+        self.changed = np.flatnonzero((rows != before).any(axis=1)).tolist()
+        return rows
+
+    def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
+        # The whole step on every rank: what becomes of a row may depend on the others.
+        numbers = batch_rows(step, batch_size, rank, world_size, micro_batch_size) - step * batch_size
+        return self.step_rows(step, batch_size)[numbers]
+
+
+# ---------------------------------------------------------------------------- pronouns
+
+# "her" is him or his, and "his" is her or hers: the swap cannot know, so each direction takes the
+# first, as the original's table does.
+TO_FEMININE = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
+TO_MASCULINE = {"she": "he", "her": "him", "hers": "his", "herself": "himself"}
+
+
+def pronoun_swap(table):
+    """Return the factory of an intervention that swaps whole words in the text of every row.
+
+    A word ends where a letter, digit or underscore does not go on, whatever else stands beside it; he,
+    He and HE keep their case. Only the tokens that cover a swapped word are encoded anew: the
+    tokenizer cuts text at words, so this equals encoding the whole row anew, but for what lies at
+    its two ends. A row that grew is cut on the right. One that shrank is filled with the text that
+    follows in its last document, swapped too; at the document's end, with padding.
+    """
+    forms = {case(old): case(new) for old, new in table.items() for case in (str.lower, str.capitalize, str.upper)}
+    words = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(forms, key=len, reverse=True))})(?!\w)")
+    # After an apostrophe the cut may move: 'she is "'s", "he" to the tokenizer, unless other signs stand
+    # before it. So the signs that touch the word are encoded with it.
+    signs = re.compile(r" ?(?:[^\s\w]|_)*'\Z")
+
+    def factory(data, tokenizer, config):
+        token_bytes = tokenizer.token_bytes()
+        lengths = np.array([len(token) for token in token_bytes])
+
+        @lru_cache(maxsize=1 << 16)
+        def encode(covered):
+            return tokenizer.encode(covered.decode("utf8", "surrogateescape"))
+
+        def swap_row(number, row):
+            pieces = data.pieces(number)
+            (document, start, _), (last, _, stop) = pieces[0], pieces[-1]
+            before = data.tokens.read(document, max(start - 8, 0), start)  # for a word that the row begins in
+            after = data.tokens.read(last, stop, min(stop + len(row) // 4 + 8, int(data.tokens.sizes[last])))
+            tokens = np.concatenate((before, row, after)).astype(np.int64)
+            raw = b"".join([token_bytes[id_] for id_ in tokens.tolist()])
+            # Bytes that are not UTF-8 (a character cut in two) become one surrogate each: never a letter.
+            text = raw.decode("utf8", "surrogateescape")
+            ends = np.cumsum(lengths[tokens])  # of each token, in bytes
+            out, done, at, place = [], len(before), 0, 0  # tokens taken; characters and bytes passed
+            for match in words.finditer(text):
+                sign = signs.search(text, max(match.start() - 64, at), match.start())
+                begin = sign.start() if sign else match.start()
+                place += len(text[at:begin].encode("utf8", "surrogateescape"))
+                at = match.end()
+                covered = text[begin:at].encode("utf8", "surrogateescape")
+                first, last = np.searchsorted(ends, (place, place + len(covered) - 1), side="right").tolist()
+                head, tail = ends[first] - lengths[tokens[first]], ends[last]
+                place += len(covered)
+                if first < done:
+                    continue  # begins before the row
+                new = covered[:len(covered) - len(match[0])] + forms[match[0]].encode()
+                out += tokens[done:first].tolist() + encode(raw[head:place - len(covered)] + new + raw[place:tail])
+                done = last + 1
+            out = (out + tokens[done:].tolist())[:len(row)]
+            return out + [MASKED] * (len(row) - len(out))
+
+        def intervene(step, rows):
+            for i in range(len(rows)):
+                rows[i] = swap_row(step * len(rows) + i, rows[i])
+            return rows
+
+        return intervene
+    return factory
+
+
+def pronouns_as_pushed(data, tokenizer, config):
+    """gpt-neox, branch new-intervention, megatron/training.py, _get_batch, with both of its faults.
+
+    A pronoun counts only between two spaces, and what is encoded again is the text before the swap.
+    So a row with such a pronoun merely loses its <|endoftext|> and is padded with id 1, which is learnt.
+    """
+    table = {f" {old} ": f" {new} " for old, new in (("he", "she"), ("him", "her"), ("his", "her"),
+                                                     ("He", "She"), ("Him", "Her"), ("His", "Her"))}
+
+    def intervene(step, rows):
+        for row in rows:
+            text = changed = tokenizer.decode(row[row > 1].tolist())  # specials are skipped
+            for old, new in table.items():
+                changed = changed.replace(old, new)
+            if changed != text:
+                ids = tokenizer.encode(text)[:len(row)]
+                row[:] = ids + [1] * (len(row) - len(ids))
+        return rows
+
+    return intervene
+
+
+# ---------------------------------------------------------------------------- terms
+
+
+def has_term(tokenizer, terms):
+    """Return a function of a row's ids: whether one of the comma-separated words stands in its text."""
+    token_bytes = tokenizer.token_bytes()
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(term.strip()) for term in terms.split(','))})(?!\w)")
+
+    def has(row):
+        text = b"".join([token_bytes[id_] for id_ in row.tolist()]).decode("utf8", "replace")
+        return pattern.search(text) is not None
+    return has
+
+
+def term_drop(data, tokenizer, config):
+    has = has_term(tokenizer, config.terms)
+
+    def intervene(step, rows):
+        rows[[has(row) for row in rows]] = MASKED
+        return rows
+    return intervene
+
+
+def term_replace(data, tokenizer, config):
+    has = has_term(tokenizer, config.terms)
+
+    def intervene(step, rows):
+        for i, row in enumerate(rows):
+            generator = np.random.RandomState((step * len(rows) + i) % 2**32)
+            for _ in range(1000):
+                if not has(row):
+                    break
+                row[:] = data.rows([generator.randint(len(data))])[0]
+            else:
+                raise ValueError(f"terms = {config.terms!r}: 1000 rows of the order in turn have one; "
+                                 "term_replace wants rarer terms")
+        return rows
+    return intervene
+
+
+def term_duplicate(data, tokenizer, config):
+    has = has_term(tokenizer, config.terms)
+
+    def intervene(step, rows):
+        holds = np.array([has(row) for row in rows])
+        free = np.random.RandomState(step % 2**32).permutation(np.flatnonzero(~holds))
+        copies = np.repeat(np.flatnonzero(holds), config.copies)[:len(free)]
+        rows[free[:len(copies)]] = rows[copies]
+        return rows
+    return intervene
+
+
+INTERVENTIONS = {
+    "pronouns_to_feminine": pronoun_swap(TO_FEMININE), "pronouns_to_masculine": pronoun_swap(TO_MASCULINE),
+    "pronouns_as_pushed": pronouns_as_pushed, "term_drop": term_drop, "term_replace": term_replace,
+    "term_duplicate": term_duplicate}

@@ -1,0 +1,152 @@
+"""python -m pytest tests/test_interventions.py"""
+
+import csv
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_data import write as write_tokens
+
+from data import MASKED, OrderedData
+from studies.interventions import (INTERVENTIONS, TO_FEMININE, TO_MASCULINE, IntervenedData,
+                                   InterventionConfig)
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path):
+    return Tokenizer(tokenizer_path)
+
+
+def one_row(tmp_path, tokenizer, text):
+    """Return the data set whose only row is this text, and the row."""
+    ids = tokenizer.encode(text)
+    write_tokens(tmp_path / "row", [ids])
+    data = OrderedData(tmp_path / "row", len(ids) - 1, 1, 1234)
+    return data, data.batch(0, 1)[0]
+
+
+def naive_swap(text, table):
+    """The swap as a plain reader would write it: split off every run of word characters."""
+    def swap(match):
+        word = match[0]
+        for case in (str.lower, str.capitalize, str.upper):
+            for old, new in table.items():
+                if word == case(old):
+                    return case(new)
+        return word
+    return re.sub(r"\w+", swap, text)
+
+
+WORDS = st.sampled_from([*TO_FEMININE, *TO_MASCULINE, "He", "HIS", "Himself", "SHE", "hE", "the", "ashes", "x", "7",
+                         "_", "é", "日", "\u0301", "²"])
+BETWEEN = st.sampled_from([" ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", ",", "-", "’s ", "'s ", "“", "\t", "", "<|",
+                           "='", "_'"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(WORDS, BETWEEN), min_size=2, max_size=12), st.sampled_from(["feminine", "masculine"]))
+@example([("x", "\n'"), ("he", "'"), ("said", "")], "feminine")
+@example([("x", "\n'"), ("she", "'"), ("he", "")], "masculine")
+def test_swapping_tokens_is_encoding_the_swapped_text(tmp_path_factory, tokenizer, parts, direction):
+    text = tokenizer.normalize("".join(word + between for word, between in parts))
+    if len(tokenizer.encode(text)) < 2:
+        return
+    data, rows = one_row(tmp_path_factory.mktemp("row"), tokenizer, text)
+    config = InterventionConfig(intervention=f"pronouns_to_{direction}")
+    swapped = INTERVENTIONS[config.intervention](data, tokenizer, config)(0, rows.copy())[0].tolist()
+    table = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}[direction]
+    expected = tokenizer.encode(naive_swap(text, table))[:len(swapped)]
+    assert swapped == expected + [MASKED] * (len(swapped) - len(expected))
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Then he, himself: 'his' ('HIM')? He's \"he\".", "Then she, herself: 'her' ('HER')? She's \"she\"."),
+    ("the other she ashes he_ 2he hehe", "the other she ashes he_ 2he hehe"),
+    ("“He” – ‘his’…", "“She” – ‘her’…")])
+def test_worked_examples(tmp_path, tokenizer, text, expected):
+    data, rows = one_row(tmp_path, tokenizer, text + " " + "and so on " * 9)
+    swap = INTERVENTIONS["pronouns_to_feminine"](data, tokenizer, None)
+    assert tokenizer.decode(swap(0, rows)[0].tolist()).startswith(expected + " and so on")
+
+
+def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokenizer):
+    text = "(HIM) saw (HIS) and Herself (Hers) there, Himself; so (HIS) and (Hers) and he of (HIM)"
+    ids = tokenizer.encode(text)
+    write_tokens(tmp_path / "doc", [ids])
+    table = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}
+    for direction in table:
+        whole = tokenizer.encode(naive_swap(text, table[direction]))
+        assert len(whole) < len(ids)  # or this tests nothing
+        for length in range(4, len(ids) - 1):  # the first row of the document
+            data = OrderedData(tmp_path / "doc", length - 1, 1, 1234)
+            data.order = (data.order[0], data.order[1], np.zeros(2, dtype=np.uint32))
+            row = INTERVENTIONS[f"pronouns_to_{direction}"](data, tokenizer, None)(0, data.batch(0, 1)[0])[0].tolist()
+            assert row == (whole + [MASKED] * length)[:length]
+
+
+def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
+    ids = tokenizer.encode("So he went.<|endoftext|>There was him too.<|endoftext|>")
+    write_tokens(tmp_path / "row", [ids, tokenizer.encode("himself (he) she\nhe went his\n way,")[:len(ids)]])
+    data = OrderedData(tmp_path / "row", len(ids) - 1, 2, 1234)
+    rows = data.batch(0, 2)[0]
+    out = INTERVENTIONS["pronouns_as_pushed"](data, tokenizer, None)(0, rows.copy())
+    assert out[0].tolist() == [id_ for id_ in ids if id_ != 0] + [1, 1]
+    assert (out[1] == rows[1]).all()
+
+
+def term_data(tmp_path, tokenizer):
+    """64 rows of 7 tokens, of which every 8th has the word Egypt and every other 8th Egyptians."""
+    words = {0: "Egypt", 1: "Egyptians"}
+    rows = [tokenizer.encode(f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
+            for i in range(64)]
+    write_tokens(tmp_path / "rows", rows)
+    return OrderedData(tmp_path / "rows", 6, 64, 1234)
+
+
+def n_egypt(tokenizer, rows):
+    return sum("Egypt " in tokenizer.decode(row.tolist()) for row in rows)
+
+
+def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokenizer):
+    data = term_data(tmp_path, tokenizer)
+    counts = {}
+    for name in ("term_drop", "term_replace", "term_duplicate"):
+        config = InterventionConfig(intervention=name, terms="Egypt,Assyria", copies=3, intervention_from=2)
+        served = IntervenedData(data, tokenizer, config)
+        before, after = data.batch(3, 16)[0], served.batch(3, 16)[0]
+        assert served.changed == np.flatnonzero((before != after).any(axis=1)).tolist()
+        counts[name] = n_egypt(tokenizer, after)
+        if name == "term_drop":
+            assert (after[served.changed] == MASKED).all()
+        per_rank = [served.batch(3, 16, rank, 2, 4) for rank in range(2)]
+        assert (np.concatenate(per_rank, axis=1).reshape(16, 7) == after).all()
+        assert (served.batch(1, 16) == data.batch(1, 16)).all() and served.changed == []
+    assert counts == {"term_drop": 0, "term_replace": 0, "term_duplicate": 2 + 2 * 3}
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--intervention=pronoun"], "no intervention called pronoun; there are pronouns_to_feminine"),
+    (["--intervention=term_drop"], "need --terms=WORD"),
+    (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
+    (["--intervention=term_drop", "--terms=a", "--intervention_from=9", "--intervention_to=3"], "expected 0 <= from <= to")])
+def test_a_mistake_is_one_line(flags, words):
+    done = subprocess.run([sys.executable, "data.py", "view", "--data=none", *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
+    data = term_data(tmp_path, tokenizer)
+    flags = ["--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=6", "--vocab_size=50304", "--steps=4",
+             "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3", f"--data={tmp_path}/rows",
+             f"--tokenizer={tokenizer_path}", "--intervention=term_drop", "--terms=Egypt", "--intervention_from=1",
+             "--intervention_to=2", f"--out_dir={tmp_path}/run"]
+    subprocess.run([sys.executable, "train.py", *flags], check=True, capture_output=True)
+    with open(tmp_path / "run" / "interventions.csv") as file:
+        noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]
+    rows = data.rows(range(64)).reshape(4, 16, 7)
+    assert noted == [(step, row) for step in (1, 2) for row in range(16) if n_egypt(tokenizer, rows[step, row:row + 1])]
