@@ -8,6 +8,7 @@
                tokenizer_config.json
                optimizer.safetensors  Adam's moments: exp_avg.NAME and exp_avg_sq.NAME, float32
                training.json        the step, its place in the data, the loss scaler
+               manifest.json        bytes and SHA-256 of every file above, written last
 
 Checkpoint N is the weights after N updates; step 0 is the initialisation. (Pythia's update 0 has
 learning rate 0, so step 0 and step 1 are equal: that is how the originals are.)
@@ -22,12 +23,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from config import replacing
-from data import read_json
 from model import ModelConfig, Pythia
+from tensors import check_tensors, open_folder, read_small_json, sha256_of, write_file
 
 # What files of 2023 still carry and no forward pass needs: the causal mask, its value, the frequencies.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
@@ -62,67 +61,82 @@ def hf_config(config):
 
 
 def read_config(folder):
-    """Return the ModelConfig that folder/config.json describes, ours or a published one.
+    """Return the ModelConfig that folder/config.json describes: ours, or one of transformers 4.24 to 5.
 
     Raises ValueError naming whatever makes it another architecture than Pythia's.
     """
     path = Path(folder) / "config.json"
-    spec = read_json(path)
+    spec = read_small_json(path)
     rope = spec.get("rope_parameters") or {}  # transformers 5 keeps the rotary settings here
+    if type(rope) is not dict:
+        raise ValueError(f"{path}: rope_parameters is {repr(rope)[:100]}, expected an object")
     expected = {"model_type": ("gpt_neox", spec.get("model_type")),
                 "rotary_pct": (0.25, rope.get("partial_rotary_factor", spec.get("rotary_pct", 0.25))),
                 "rotary_emb_base": (10000, rope.get("rope_theta", spec.get("rotary_emb_base", 10000))),
+                "rope_type": ("default", rope.get("rope_type", "default")),
+                "rope_scaling": (None, spec.get("rope_scaling")),
                 "use_parallel_residual": (True, spec.get("use_parallel_residual", True)),
+                "attention_bias": (True, spec.get("attention_bias", True)),
                 "tie_word_embeddings": (False, spec.get("tie_word_embeddings", False)),
-                "layer_norm_eps": (1e-5, spec.get("layer_norm_eps", 1e-5))}
+                "layer_norm_eps": (1e-5, spec.get("layer_norm_eps", 1e-5)),
+                "quantization_config": (None, spec.get("quantization_config"))}
     for name, (wanted, found) in expected.items():
         if found != wanted:
-            raise ValueError(f"{path}: {name} is {found!r}, Pythia's is {wanted!r}")
+            raise ValueError(f"{path}: {name} is {repr(found)[:100]}, Pythia's is {wanted!r}")
     gelus = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-    if spec.get("hidden_act") not in gelus:
-        raise ValueError(f"{path}: hidden_act is {spec.get('hidden_act')!r}, expected one of {list(gelus)}")
+    if str(spec.get("hidden_act")) not in gelus:
+        raise ValueError(f"{path}: hidden_act is {repr(spec.get('hidden_act'))[:100]}, "
+                         f"expected one of {list(gelus)}")
     sizes = {}
-    for ours, theirs in (("n_layers", "num_hidden_layers"), ("d_model", "hidden_size"),
-                         ("n_heads", "num_attention_heads"), ("vocab_size", "vocab_size"),
-                         ("seq_length", "max_position_embeddings")):
+    for ours, theirs, most in (  # the limits keep a hostile file from making a model of 2^60 layers
+            ("n_layers", "num_hidden_layers", 1 << 10), ("d_model", "hidden_size", 1 << 17),
+            ("n_heads", "num_attention_heads", 1 << 10), ("vocab_size", "vocab_size", 1 << 20),
+            ("seq_length", "max_position_embeddings", 1 << 20)):
         sizes[ours] = spec.get(theirs)
-        if type(sizes[ours]) is not int or sizes[ours] < 1:
-            raise ValueError(f"{path}: {theirs} is {sizes[ours]!r}, expected a positive integer")
-    return ModelConfig(**sizes, gelu=gelus[spec["hidden_act"]])
-
-
-def read_tensors(path):
-    """Return the tensors of a safetensors file, or raise ValueError naming the file."""
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file")
+        if type(sizes[ours]) is not int or not 1 <= sizes[ours] <= most:
+            raise ValueError(f"{path}: {theirs} is {repr(sizes[ours])[:100]}, "
+                             f"expected a positive integer up to {most:,}")
+    if spec.get("intermediate_size", 4 * sizes["d_model"]) != 4 * sizes["d_model"]:
+        raise ValueError(f"{path}: intermediate_size is {str(spec['intermediate_size'])[:100]}, "
+                         f"expected 4 * hidden_size = {4 * sizes['d_model']}")
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+        return ModelConfig(**sizes, gelu=gelus[spec["hidden_act"]])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parameter_shapes(config):
+    """Return {published name: shape} of every parameter of a Pythia."""
+    with torch.device("meta"):
+        return {hf_name(name): tuple(p.shape) for name, p in Pythia(config).named_parameters()}
+
+
+def open_model(folder):
+    """Return the ModelConfig and {published name: Stored} of a folder with model.safetensors or its shards.
+
+    Nothing of the weights is read yet. The legacy buffers are left out. Raises ValueError naming
+    every tensor that is missing, extra or misshapen.
+    """
+    config = read_config(folder)
+    tensors = without_legacy_buffers(open_folder(folder))
+    check_tensors(folder, tensors, parameter_shapes(config))
+    return config, tensors
+
+
+def without_legacy_buffers(tensors):
+    """Return the tensors that a forward pass needs."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(LEGACY_BUFFERS)}
 
 
 def load_model(folder, device="cpu"):
-    """Return the Pythia in a checkpoint folder (ours, or a published one with model.safetensors), float32."""
-    config = read_config(folder)
+    """Return the Pythia in a checkpoint folder (ours, or a published one in safetensors), in float32."""
+    config, tensors = open_model(folder)
     with torch.device("meta"):
         model = Pythia(config)
-    path = Path(folder) / "model.safetensors"
-    tensors = {name: tensor for name, tensor in read_tensors(path).items()
-               if not name.endswith(LEGACY_BUFFERS)}
-    check_tensors(path, tensors, {hf_name(n): p.shape for n, p in model.named_parameters()})
-    state = {name.removeprefix("gpt_neox."): tensor.float() for name, tensor in tensors.items()}
+    state = {name: tensors[hf_name(name)].read().to(device, torch.float32)
+             for name, _ in model.named_parameters()}
     model.load_state_dict(state, assign=True)
-    return model.to(device)
-
-
-def check_tensors(path, tensors, shapes):
-    """Raise ValueError naming every tensor that is missing, extra or of another shape than in `shapes`."""
-    problems = [f"missing {name}" for name in shapes if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in shapes]
-    problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
-                 for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
-    if problems:
-        raise ValueError(f"{path}: " + "; ".join(problems))
+    return model
 
 
 def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True):
@@ -137,11 +151,11 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True):
     temporary = Path(run) / f".step{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
     temporary.mkdir(parents=True)
-    weights = {hf_name(name): p.detach().cpu() for name, p in model.named_parameters()}
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    moments = {f"{kind}.{name}": optimizer.state[p][kind].cpu() for name, p in model.named_parameters()
+    weights = {hf_name(name): p for name, p in model.named_parameters()}
+    moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in model.named_parameters()
                for kind in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-    save_file(moments, temporary / "optimizer.safetensors")
+    written = {file: write_file(temporary / file, tensors) for file, tensors in
+               (("model.safetensors", weights), ("optimizer.safetensors", moments))}
     _write_json(temporary / "training.json", {"step": step, "scheduled": scheduled, **training})
     _write_json(temporary / "config.json", hf_config(model.config))
     if tokenizer:
@@ -149,14 +163,23 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True):
         _write_json(temporary / "tokenizer_config.json", {
             "tokenizer_class": "GPTNeoXTokenizer", "model_max_length": model.config.seq_length,
             **{f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}})
+    write_manifest(temporary, written)
     for path in temporary.iterdir():
         _sync(path)
     _sync(temporary)
     os.rename(temporary, folder)
     _sync(run)
     for other in saved_steps(run):
-        if other < step and not read_json(Path(run) / f"step{other}" / "training.json")["scheduled"]:
+        if other < step and not read_small_json(Path(run) / f"step{other}" / "training.json")["scheduled"]:
             shutil.rmtree(Path(run) / f"step{other}")
+
+
+def write_manifest(folder, known=()):
+    """Write folder/manifest.json: bytes and sha256 of every file in it; `known` has those hashed already."""
+    known = dict(known)
+    entries = {path.name: known.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+               for path in sorted(Path(folder).iterdir()) if path.name != "manifest.json"}
+    _write_json(Path(folder) / "manifest.json", entries)
 
 
 def _write_json(path, value):
@@ -180,20 +203,20 @@ def load_training(run, step, model, optimizer):
     """Fill model and optimizer from RUN/step{N}, every bit as it was; return the saved training object."""
     folder = Path(run) / f"step{step}"
     parameters = dict(model.named_parameters())
-    weights = read_tensors(folder / "model.safetensors")
-    check_tensors(folder / "model.safetensors", weights, {hf_name(n): p.shape for n, p in parameters.items()})
-    training = read_json(folder / "training.json")
-    moments = read_tensors(folder / "optimizer.safetensors")
+    weights = open_folder(folder)
+    check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
+    training = read_small_json(folder / "training.json")
+    moments = open_folder(folder, "optimizer")
     if training["updates"] > 0:  # before the first one Adam has no moments
         check_tensors(folder / "optimizer.safetensors", moments,
                       {f"{kind}.{name}": p.shape for name, p in parameters.items()
                        for kind in ("exp_avg", "exp_avg_sq")})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[hf_name(name)])
+            parameter.copy_(weights[hf_name(name)].read())
             if moments:
                 optimizer.state[parameter] = {
                     "step": torch.tensor(float(training["updates"]), device=parameter.device),
-                    **{kind: moments[f"{kind}.{name}"].to(parameter.device)
+                    **{kind: moments[f"{kind}.{name}"].read().to(parameter.device)
                        for kind in ("exp_avg", "exp_avg_sq")}}
     return training

@@ -1,0 +1,247 @@
+"""Safetensors files: checked before they are believed, read and written one tensor at a time.
+
+    bytes 0-7   N, the header's length, little-endian
+    N bytes     the header, JSON: {name: {"dtype": "F16", "shape": [3, 4], "data_offsets": [0, 24]}, ...}
+    the rest    the data, every tensor at its offsets, without holes
+
+The safetensors package reads the same format, but maps whole files (a truncated one then ends the
+process with SIGBUS), and writes only what is all in memory at once. Files come from strangers: a
+file that is not whole, or lies about itself, ends in a ValueError that names it.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from data import read_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Parsed JSON takes up to 30 times its bytes; the header of a 12B model has 60 KB.
+JSON_LIMIT = 4 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in its file: dtype and shape are known, read() returns it."""
+    path: Path
+    dtype: torch.dtype
+    shape: tuple
+    read: Callable
+
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_small_json(path):
+    """Return the object in a JSON file of at most JSON_LIMIT bytes. Raises ValueError naming the file."""
+    if regular_size(path) > JSON_LIMIT:
+        raise ValueError(f"{path}: {os.path.getsize(path):,} bytes, expected at most {JSON_LIMIT:,}")
+    return read_json(path)
+
+
+def regular_size(path):
+    """Return the bytes of a regular file (a pipe or a device would never end), or raise ValueError."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path}: no such file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a regular file")
+    return status.st_size
+
+
+def open_file(path):
+    """Return {name: Stored} of a safetensors file, in the order of its bytes.
+
+    Raises ValueError if the header is not exactly a description of this file.
+    """
+    path = Path(path)
+    size = regular_size(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path}: not a whole safetensors file: {size:,} bytes, the header alone "
+                             f"claims {length:,}")
+        if length > JSON_LIMIT:
+            raise ValueError(f"{path}: a header of {length:,} bytes, expected at most {JSON_LIMIT:,}")
+        header = file.read(length)
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+        expect(type(entries) is dict, "the header is no object")
+        entries.pop("__metadata__", None)
+        entries = sorted((_entry(*item) for item in entries.items()), key=lambda entry: entry[3:])
+        end = 0
+        for name, _, _, start, stop in entries:
+            expect(start == end, f"{name} begins at {start:,}, the tensor before it ends at {end:,}")
+            end = stop
+        expect(end == size - 8 - length, f"holds {size - 8 - length:,} bytes of data, expected {end:,}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {str(error)[:300]}") from None
+    return {name: Stored(path, dtype, shape, _reader(path, name, dtype, shape, 8 + length + start))
+            for name, dtype, shape, start, _ in entries}
+
+
+def expect(condition, otherwise):
+    """Raise ValueError(otherwise) unless the condition holds."""
+    if not condition:
+        raise ValueError(otherwise)
+
+
+def _unique(pairs):
+    names = dict(pairs)
+    expect(len(names) == len(pairs), "a name occurs twice")
+    return names
+
+
+def _entry(name, entry):
+    """Return (name, dtype, shape, start, stop) of a header's entry, or raise ValueError."""
+    expect(name.isprintable() and len(name) < 200, f"no name of a tensor: {name[:50]!r}")
+    expect(type(entry) is dict and entry.keys() == {"dtype", "shape", "data_offsets"},
+                f"{name}: expected dtype, shape and data_offsets")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    expect(type(entry["dtype"]) is str and entry["dtype"] in DTYPES, f"{name}: no dtype {entry['dtype']!r}")
+    for numbers, most in ((shape, 8), (offsets, 2)):
+        expect(type(numbers) is list and len(numbers) <= most
+               and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers), f"{name}: found {numbers!r}")
+    expect(len(offsets) == 2, f"{name}: data_offsets {offsets!r}")
+    dtype = DTYPES[entry["dtype"]]
+    span = math.prod(shape) * dtype.itemsize
+    expect(offsets[1] - offsets[0] == span, f"{name}: {shape} of {entry['dtype']} are {span:,} bytes, "
+                                            f"the offsets {offsets} are not")
+    return name, dtype, tuple(shape), *offsets
+
+
+def _reader(path, name, dtype, shape, position):
+    def read():
+        tensor = torch.empty(shape, dtype=dtype)
+        with open(path, "rb") as file:
+            file.seek(position)
+            if file.readinto(raw(tensor)) != tensor.nbytes:
+                raise ValueError(f"{path}: ends inside {name}; it was whole when it was opened")
+        return tensor
+    return read
+
+
+def raw(tensor):
+    """Return the bytes of a contiguous tensor on the CPU, as a buffer without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def open_folder(folder, stem="model"):
+    """Return {name: Stored} of folder/STEM.safetensors, or of the shards that its index names.
+
+    Raises ValueError if a shard is missing, lies elsewhere or holds other tensors than the index says.
+    """
+    single, index = Path(folder) / f"{stem}.safetensors", Path(folder) / f"{stem}.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return open_file(single)
+    return open_shards(index, open_file)
+
+
+def open_shards(index, open_one):
+    """Return {name: Stored} of the shards of an index file, each opened by open_one(path)."""
+    weight_map = read_small_json(index).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise ValueError(f"{index}: no weight_map")
+    for file in weight_map.values():
+        if type(file) is not str or not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
+            raise ValueError(f"{index}: {str(file)[:100]!r} is not the name of a file beside it")
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        shard = open_one(index.parent / file)
+        listed = {name for name, where in weight_map.items() if where == file}
+        problems = [f"missing {name}" for name in sorted(listed - shard.keys())]
+        problems += [f"unexpected {name}" for name in sorted(shard.keys() - listed)]
+        if problems:
+            raise ValueError(f"{index.parent / file}: not what {index.name} says: {listing(problems)}")
+        tensors |= shard
+    return tensors
+
+
+def listing(problems, most=20):
+    """Return the problems in one line, the first of them if they are many."""
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+
+
+def check_tensors(where, tensors, shapes):
+    """Raise ValueError naming every tensor that is missing, extra or of another shape than in `shapes`."""
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in shapes]
+    problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+                 for name, shape in shapes.items()
+                 if name in tensors and tuple(tensors[name].shape) != tuple(shape)]
+    if problems:
+        raise ValueError(f"{where}: {listing(problems)}")
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def write_file(path, tensors, dtype=None):
+    """Write {name: tensor or Stored} as a safetensors file; return its manifest entry, bytes and sha256.
+
+    dtype: what every tensor becomes; default its own. One tensor at a time is in memory, hashed by
+    a second thread while it is written.
+    """
+    # Wide elements first, as the safetensors package does: every tensor is aligned to its own size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
+        header[name] = {"dtype": CODES[dtype or tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    header = json.dumps(header, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    sha256 = hashlib.sha256()
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
+        def write(data):
+            hashed = hasher.submit(sha256.update, data)
+            file.write(data)
+            hashed.result()
+
+        write(len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            tensor = tensor.read() if isinstance(tensor, Stored) else tensor.detach().cpu()
+            write(raw(tensor.to(dtype or tensor.dtype).contiguous()))
+    return {"bytes": 8 + len(header) + end, "sha256": sha256.hexdigest()}
+
+
+def write_folder(folder, tensors, stem="model", dtype=None, shard_size=None):
+    """Write {name: tensor or Stored} as STEM.safetensors, or as shards of at most shard_size bytes and
+    their index; return the manifest entries of the tensor files."""
+    shards, room = [{}], shard_size or math.inf
+    for name, tensor in tensors.items():
+        size = math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
+        if shards[-1] and size > room:
+            shards.append({})
+            room = shard_size
+        shards[-1][name] = tensor
+        room -= size
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": write_file(Path(folder) / f"{stem}.safetensors", tensors, dtype)}
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    entries = {name: write_file(Path(folder) / name, shard, dtype) for name, shard in zip(names, shards)}
+    size = sum(math.prod(t.shape) * (dtype or t.dtype).itemsize for t in tensors.values())
+    index = {"metadata": {"total_size": size},
+             "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
+    (Path(folder) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return entries
+
+
+def sha256_of(path):
+    """Return the SHA-256 of a file in hex, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
