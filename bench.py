@@ -1,24 +1,34 @@
 """Measure ourselves beside what one would pick instead, alternating in one run on one machine.
 
     python bench.py train --size=14m
+    python bench.py tokenize --input=data/demo/train.jsonl
+    python bench.py find --data=data/demo/train
 
-A full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
+train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
 GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a process of its own,
 so that peak memory is its own too, and they take turns, so that a noisy machine is noisy to all.
+
+tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the same.
+find: a text searched in a token file of --gigabytes, the given one over and over.
 """
 
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
 import torch
 
+import prepare
+import viewer
 from checkpoints import hf_config
-from config import command, parse
+from config import command, fail, parse
+from data import TokenFile
 from model import ModelConfig, Pythia
+from tokenizer import Tokenizer
 from train import TrainConfig, flops_per_token, make_optimizer, peak_flops
 
 CONTENDERS = ("ours", "ours compiled", "transformers", "transformers compiled")
@@ -107,6 +117,70 @@ def worker(options):
         print(time.perf_counter() - start, peak_memory(), flush=True)
 
 
+@dataclass(frozen=True)
+class Tokenize:
+    input: str = "data/demo/train.jsonl"
+    tokenizer: str = "20B_tokenizer.json"
+    rounds: int = 5
+
+
+def tokenize(options):
+    """Time the encoding of documents on one core, in turn with the tokenizers library."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer as Original
+    ours, theirs = Tokenizer(options.tokenizer), Original.from_file(options.tokenizer)
+    chunks = prepare.chunks(prepare.input_files(options.input), None)
+    texts = [record["text"] for chunk, _, _ in chunks for _, record in prepare.documents(chunk, fail)]
+    contenders = {
+        "ours": lambda: [ours.encode_array(text) for text in texts],
+        "tokenizers encode": lambda: [theirs.encode(text).ids for text in texts],
+        "tokenizers encode_batch_fast": lambda: [one.ids for one in theirs.encode_batch_fast(texts)]}
+    taken, ids = {who: [] for who in contenders}, {}
+    for _ in range(options.rounds):
+        for who, encode in contenders.items():
+            start = time.perf_counter()
+            ids[who] = encode()
+            taken[who].append(time.perf_counter() - start)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{len(texts):,} documents, {size:.1f} MB, one core, {options.rounds} rounds; medians")
+    for who in contenders:
+        same = all(list(a) == list(b) for a, b in zip(ids["ours"], ids[who]))
+        ratio = statistics.median(b / a for a, b in zip(taken["ours"], taken[who]))
+        print(f"{who:30} {size / statistics.median(taken[who]):6.2f} MB/s   ours is {ratio:5.2f}x   "
+              f"{'same ids' if same else 'OTHER IDS'}")
+
+
+@dataclass(frozen=True)
+class Find:
+    data: str = "data/demo/train"
+    text: str = "the waters of Shiloah"
+    tokens: str = "45190"  # an id that is rare in the demo's text
+    gigabytes: float = 2.0
+    tokenizer: str = "20B_tokenizer.json"
+
+
+def find(options):
+    """Time the search of a text and of a token on one core and on all."""
+    token_file, tokenizer = TokenFile(options.data), Tokenizer(options.tokenizer)
+    times = max(1, round(options.gigabytes * 1e9 / 2 / token_file.n_tokens))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        writer = prepare.TokenWriter(f"{folder}/long", "bench")
+        for _ in range(times):
+            writer.append(token_file.slice(0, token_file.n_tokens), token_file.sizes)
+        writer.finish({})
+        counts = viewer.sample_counts(TokenFile(f"{folder}/long"))
+        n_tokens, patterns = times * token_file.n_tokens, {
+            f"text {options.text!r}": viewer.TextPattern(options.text.encode(), tokenizer.token_bytes(), counts),
+            f"tokens {options.tokens}": viewer.TokenPattern([int(i) for i in options.tokens.split(",")], counts)}
+        for name, pattern in patterns.items():
+            for workers in (1, os.cpu_count()):
+                start = time.perf_counter()
+                found = viewer.search(f"{folder}/long", n_tokens, pattern, workers)
+                seconds = time.perf_counter() - start
+                print(f"{name}: {len(found):,} places in {2 * n_tokens / 1e9:.2f} GB, {workers} process(es), "
+                      f"{seconds:.2f} s, {2 * n_tokens / 1e9 / seconds:.2f} GB/s")
+
+
 def peak_memory():
     """Return this process's largest resident size in KiB (Linux; ru_maxrss would count the parent's)."""
     with open("/proc/self/status") as file:
@@ -115,4 +189,5 @@ def peak_memory():
 
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
-    command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker)})
+    command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker), "tokenize": (Tokenize, tokenize),
+                           "find": (Find, find)})

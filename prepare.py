@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import replacing
-from data import MAGIC, Order, ordered, read_json
+from data import MAGIC, Order, OrderedData, ordered, read_json
 from tokenizer import ENDOFTEXT, Tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
@@ -340,15 +340,14 @@ def encode_chunk(chunk, append_eod):
 # ---------------------------------------------------------------------------- shuffle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shuffle(Order):
-    output: str = ""  # PREFIX of the token file to write
+    output: str  # PREFIX of the token file to write
+    check: bool = True  # afterwards read everything back and compare it with the order
 
 
 def shuffle(options):
     """Bake the order: write the rows of all steps, in training order, as a token file of their own."""
-    if not options.output:
-        raise ValueError("missing: --output (--help explains every setting)")
     data = ordered(options)
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
@@ -356,18 +355,30 @@ def shuffle(options):
     job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens, "order": data.settings, "rows": n_rows}
     writer = TokenWriter(options.output, job)
     done = writer.position or 0
-    block = 4096
-    with tqdm(total=n_rows, initial=done, unit="row", unit_scale=True, disable=None) as bar:
-        for start in range(done, n_rows, block):
-            stop = min(start + block, n_rows)
-            rows = data.rows(range(start, stop))
-            writer.append(rows, np.full(len(rows), rows.shape[1]))
-            writer.position = stop
-            if (stop // block) % 64 == 0:
-                writer.commit(stop)
-            bar.update(len(rows))
+    for start, rows in _row_blocks(data, done, n_rows, "write"):
+        writer.append(rows, np.full(len(rows), rows.shape[1]))
+        writer.position = start + len(rows)
+        if writer.position % (1 << 18) == 0:
+            writer.commit(writer.position)
     writer.finish({"baked_from": job})
-    print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in training order")
+    if options.check:
+        baked = OrderedData(options.output, options.seq_length, n_rows, options.seed)
+        for start, rows in _row_blocks(data, 0, n_rows, "check"):
+            wrong = np.flatnonzero((baked.rows(range(start, start + len(rows))) != rows).any(axis=1))
+            if len(wrong):
+                raise ValueError(f"{options.output}.bin: row {start + int(wrong[0]):,} is not the order's: "
+                                 "was a file changed meanwhile, or is the disk failing? Delete it and try again")
+    print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in training order"
+          + (", read back and equal" if options.check else ""))
+
+
+def _row_blocks(data, first, stop, what, block=4096):
+    """Yield (first row, rows) of a range in blocks, with a progress bar."""
+    with tqdm(total=stop, initial=first, desc=what, unit="row", unit_scale=True, disable=None) as bar:
+        for start in range(first, stop, block):
+            rows = data.rows(range(start, min(start + block, stop)))
+            yield start, rows
+            bar.update(len(rows))
 
 
 # ---------------------------------------------------------------------------- dedup

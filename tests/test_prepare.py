@@ -142,11 +142,15 @@ def test_a_killed_shuffle_goes_on(tmp_path):
     run("shuffle", *flags, f"--output={tmp_path}/whole")
     baked = (tmp_path / "whole.bin").read_bytes()
     job = json.loads((tmp_path / "whole.json").read_text())["baked_from"]
-    writer = TokenWriter(tmp_path / "cut", job)  # what a job killed after 300 rows leaves
-    writer.append(np.frombuffer(baked, "<u2")[:300 * 9], np.full(300, 9))
-    writer.commit(300)
-    run("shuffle", *flags, f"--output={tmp_path}/cut")
-    assert (tmp_path / "cut.bin").read_bytes() == baked
+    rows = np.frombuffer(baked, "<u2")[:300 * 9].reshape(300, 9).copy()
+    for spoiled in (False, True):
+        rows[123] += spoiled
+        writer = TokenWriter(tmp_path / "cut", job)  # what a job killed after 300 rows leaves
+        writer.append(rows, np.full(300, 9))
+        writer.commit(300)
+        done = run("shuffle", *flags, f"--output={tmp_path}/cut", expect=2 if spoiled else 0)
+        assert ((tmp_path / "cut.bin").read_bytes() == baked) != spoiled
+    assert "cut.bin: row 123 is not the order's" in done.stderr
 
 
 def jaccard(first, second, n=5):
