@@ -30,6 +30,7 @@ sequence is one row of seq_length + 1 tokens, already in training order, as the 
 
 import json
 import math
+import mmap
 import os
 import re
 import sys
@@ -69,6 +70,7 @@ class TokenFile:
     """
 
     def __init__(self, prefix):
+        self.scattered = False  # whether reads will jump about the file: see _map
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
         idx = f"{self.prefix}.idx"
         idx_bytes = os.path.getsize(idx)
@@ -159,7 +161,13 @@ class TokenFile:
             if shard not in self.shard_paths:
                 raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.shards) - 2:05}.bin: not there, "
                                  "and what was asked for lies in it")
-            maps[shard] = np.memmap(self.shard_paths[shard], self.dtype, "r")
+            with open(self.shard_paths[shard], "rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if self.scattered and hasattr(memory, "madvise"):
+                # Otherwise every row makes the system read 128 KB around it: with a file larger than
+                # memory a step of 1024 rows took 14 s instead of 0.04.
+                memory.madvise(mmap.MADV_RANDOM)
+            maps[shard] = np.frombuffer(memory, self.dtype)
         return maps[shard]
 
 
@@ -250,6 +258,7 @@ class OrderedData:
         self.seq_length = seq_length
         self.preshuffled = self._all_rows_long()
         if not self.preshuffled:
+            self.tokens.scattered = True
             self.order = load_order(self.tokens, seq_length, num_samples, seed)
             self.order_path = order_paths(self.tokens.prefix, seq_length, num_samples, seed)[0]
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
