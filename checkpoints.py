@@ -20,11 +20,13 @@ import json
 import os
 import re
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from config import replacing
+from config import command, replacing
 from model import ModelConfig, Pythia
 from tensors import check_tensors, open_folder, read_small_json, sha256_of, write_file
 
@@ -148,30 +150,45 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True):
     folder = Path(run) / f"step{step}"
     if folder.exists():
         return
-    temporary = Path(run) / f".step{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    temporary.mkdir(parents=True)
     weights = {hf_name(name): p for name, p in model.named_parameters()}
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in model.named_parameters()
                for kind in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-    written = {file: write_file(temporary / file, tensors) for file, tensors in
-               (("model.safetensors", weights), ("optimizer.safetensors", moments))}
-    _write_json(temporary / "training.json", {"step": step, "scheduled": scheduled, **training})
-    _write_json(temporary / "config.json", hf_config(model.config))
-    if tokenizer:
-        shutil.copyfile(tokenizer, temporary / "tokenizer.json")
-        _write_json(temporary / "tokenizer_config.json", {
-            "tokenizer_class": "GPTNeoXTokenizer", "model_max_length": model.config.seq_length,
-            **{f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}})
-    write_manifest(temporary, written)
-    for path in temporary.iterdir():
-        _sync(path)
-    _sync(temporary)
-    os.rename(temporary, folder)
-    _sync(run)
+    with writing(folder) as temporary:
+        written = {file: write_file(temporary / file, tensors) for file, tensors in
+                   (("model.safetensors", weights), ("optimizer.safetensors", moments))}
+        write_json(temporary / "training.json", {"step": step, "scheduled": scheduled, **training})
+        write_json(temporary / "config.json", hf_config(model.config))
+        if tokenizer:
+            write_tokenizer(temporary, tokenizer, model.config.seq_length)
+        write_manifest(temporary, written)
     for other in saved_steps(run):
         if other < step and not read_small_json(Path(run) / f"step{other}" / "training.json")["scheduled"]:
             shutil.rmtree(Path(run) / f"step{other}")
+
+
+@contextmanager
+def writing(folder):
+    """Give a new folder that takes the name `folder` only once all of it is on the disk."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    finally:  # a full disk gets its room back
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_tokenizer(folder, tokenizer, seq_length):
+    """Copy a tokenizer.json into a checkpoint, with what AutoTokenizer wants beside it."""
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "GPTNeoXTokenizer", "model_max_length": seq_length,
+        **{f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}})
 
 
 def write_manifest(folder, known=()):
@@ -179,10 +196,10 @@ def write_manifest(folder, known=()):
     known = dict(known)
     entries = {path.name: known.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
                for path in sorted(Path(folder).iterdir()) if path.name != "manifest.json"}
-    _write_json(Path(folder) / "manifest.json", entries)
+    write_json(Path(folder) / "manifest.json", entries)
 
 
-def _write_json(path, value):
+def write_json(path, value):
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
@@ -220,3 +237,10 @@ def load_training(run, step, model, optimizer):
                     **{kind: moments[f"{kind}.{name}"].read().to(parameter.device)
                        for kind in ("exp_avg", "exp_avg_sq")}}
     return training
+
+
+if __name__ == "__main__":
+    import huggingface
+    command(sys.argv[1:], {
+        "import": (huggingface.Import, huggingface.import_, "source output"),
+        "export": (huggingface.Export, huggingface.export, "source output")})

@@ -56,6 +56,8 @@ def parse(argv, *schemas):
         sys.exit(0)
     values = {}
     for argument in argv:
+        if argument.removeprefix("--") in fields and fields[argument[2:]][0].type in (bool, "bool"):
+            argument += "=True"  # --push
         where, settings = ("command line", _flag(argument)) if argument.startswith("-") else (
             argument, _file(argument))
         for name, value in settings.items():
@@ -77,17 +79,34 @@ def parse(argv, *schemas):
 
 
 def command(argv, commands):
-    """Run `commands[argv[0]] = (schema, function)` on the rest of `argv`: `data.py view --step=3`."""
+    """Run `commands[argv[0]] = (schema, function)` on the rest of `argv`: `data.py view --step=3`.
+
+    A third entry names the settings that may come without a flag: "source output" makes `import A B`
+    mean `import --source=A --output=B`, and "folders..." joins all with commas.
+    """
     if not argv or argv[0] not in commands:
         listing = "\n".join(f"  {name:10} {function.__doc__.strip().splitlines()[0]}"
-                            for name, (_, function) in commands.items())
+                            for name, (_, function, *_) in commands.items())
         if argv and argv[0] in ("--help", "-h"):
             print(f"commands (COMMAND --help lists its settings):\n{listing}")
             sys.exit(0)
         fail(f"command line: expected one of {', '.join(commands)}"
              + (f", found {argv[0]}" if argv else "") + "; --help says what they do")
-    schema, function = commands[argv[0]]
-    run(function, parse(argv[1:], schema))
+    schema, function, *names = commands[argv[0]]
+    run(function, parse(_named(argv[1:], *names), schema))
+
+
+def _named(argv, names=None):
+    """Return `argv` with its positional arguments as flags, if `names` says which."""
+    plain = [argument for argument in argv if not argument.startswith("-")]
+    if names is None or not plain:
+        return argv
+    if names.endswith("..."):
+        names, plain = names.removesuffix("..."), [",".join(plain)]
+    if len(plain) > len(names.split()):
+        fail(f"command line: found {' '.join(plain)}, expected {names}")
+    return [argument for argument in argv if argument.startswith("-")] + [
+        f"--{name}={value}" for name, value in zip(names.split(), plain)]
 
 
 def run(function, *arguments):

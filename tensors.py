@@ -40,10 +40,6 @@ class Stored:
     shape: tuple
     read: Callable
 
-    @property
-    def bytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def read_small_json(path):
     """Return the object in a JSON file of at most JSON_LIMIT bytes. Raises ValueError naming the file."""
@@ -190,18 +186,17 @@ def check_tensors(where, tensors, shapes):
 # ---------------------------------------------------------------------------- writing
 
 
-def write_file(path, tensors, dtype=None):
+def write_file(path, tensors):
     """Write {name: tensor or Stored} as a safetensors file; return its manifest entry, bytes and sha256.
 
-    dtype: what every tensor becomes; default its own. One tensor at a time is in memory, hashed by
-    a second thread while it is written.
+    One tensor at a time is in memory, hashed by a second thread while it is written.
     """
     # Wide elements first, as the safetensors package does: every tensor is aligned to its own size.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -(dtype or item[1].dtype).itemsize))
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
-        header[name] = {"dtype": CODES[dtype or tensor.dtype], "shape": list(tensor.shape),
+        start, end = end, end + size_of(tensor)
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [start, end]}
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -214,28 +209,30 @@ def write_file(path, tensors, dtype=None):
 
         write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors.values():
-            tensor = tensor.read() if isinstance(tensor, Stored) else tensor.detach().cpu()
-            write(raw(tensor.to(dtype or tensor.dtype).contiguous()))
+            write(raw(tensor.read() if isinstance(tensor, Stored) else tensor.detach().cpu().contiguous()))
     return {"bytes": 8 + len(header) + end, "sha256": sha256.hexdigest()}
 
 
-def write_folder(folder, tensors, stem="model", dtype=None, shard_size=None):
+def size_of(tensor):
+    """Return the bytes of a tensor or Stored."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def write_folder(folder, tensors, stem="model", shard_size=None):
     """Write {name: tensor or Stored} as STEM.safetensors, or as shards of at most shard_size bytes and
     their index; return the manifest entries of the tensor files."""
     shards, room = [{}], shard_size or math.inf
     for name, tensor in tensors.items():
-        size = math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
-        if shards[-1] and size > room:
+        if shards[-1] and size_of(tensor) > room:
             shards.append({})
             room = shard_size
         shards[-1][name] = tensor
-        room -= size
+        room -= size_of(tensor)
     if len(shards) == 1:
-        return {f"{stem}.safetensors": write_file(Path(folder) / f"{stem}.safetensors", tensors, dtype)}
+        return {f"{stem}.safetensors": write_file(Path(folder) / f"{stem}.safetensors", tensors)}
     names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    entries = {name: write_file(Path(folder) / name, shard, dtype) for name, shard in zip(names, shards)}
-    size = sum(math.prod(t.shape) * (dtype or t.dtype).itemsize for t in tensors.values())
-    index = {"metadata": {"total_size": size},
+    entries = {name: write_file(Path(folder) / name, shard) for name, shard in zip(names, shards)}
+    index = {"metadata": {"total_size": sum(map(size_of, tensors.values()))},
              "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
     (Path(folder) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return entries

@@ -1,0 +1,320 @@
+"""Published checkpoints: every form they come in, conversion both ways, the Hub.
+
+    python checkpoints.py fetch pythia-70m-deduped --steps=0,1,512,143000
+    python checkpoints.py import pythia-70m-deduped/step512 runs/pythia-70m-deduped/step512
+    python checkpoints.py import global_step143000 runs/mine/step143000
+    python checkpoints.py export runs/mine/step143000 OUT --dtype=float16 --shard_size=5GB --push
+
+What is read: model.safetensors or its shards, pytorch_model.bin or its shards, gpt-neox's
+global_stepN/layer_XX-model_YY-model_states.pt of any number of tensor-parallel ranks. The last two
+are pickles: they are looked through first and then read with weights_only, so nothing in them runs.
+
+Source of the NeoX layout: gpt-neox v1.0 tools/convert_to_hf.py.
+"""
+
+import pickletools
+import re
+import shutil
+import sys
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import (hf_config, open_model, parameter_shapes, read_config, without_legacy_buffers,
+                         write_json, write_manifest, write_tokenizer, writing)
+from model import ModelConfig
+from tensors import (CODES, JSON_LIMIT, Stored, check_tensors, listing, open_shards, regular_size, size_of,
+                     write_folder)
+
+# What the pickle of a state dict names. Anything else would be code.
+HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+
+
+def open_any(source, gelu=None, n_heads=None):
+    """Return the ModelConfig and {published name: Stored} of a checkpoint in any published form.
+
+    gelu, n_heads: what NeoX files do not say. Raises ValueError naming every tensor that is
+    missing, extra or misshapen.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder")
+    if any((source / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        config, tensors = open_model(source)
+    elif layers := sorted(source.glob("layer_*-model_*-model_states.pt")):
+        config, tensors = open_neox(source, layers, n_heads)
+    else:
+        single, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
+        if not single.exists() and not index.exists():
+            raise ValueError(f"{source}: no checkpoint; expected model.safetensors, pytorch_model.bin, the "
+                             "index of their shards, or layer_XX-model_YY-model_states.pt of gpt-neox")
+        config = read_config(source)
+        tensors = open_pickle(single) if single.exists() else open_shards(index, open_pickle)
+        tensors = without_legacy_buffers(tensors)
+        check_tensors(source, tensors, parameter_shapes(config))
+    return replace(config, gelu=gelu or config.gelu), tensors
+
+
+# ---------------------------------------------------------------------------- pickles, never run
+
+
+def load_pickle(path):
+    """Return {name: tensor} of a torch.save file, mapped and not yet read, or raise ValueError naming it."""
+    regular_size(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            # torch.save never compresses; a compressed record may be a bomb.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("compressed records")
+            pickle = next(record for record in records if record.filename.endswith("/data.pkl"))
+            if pickle.file_size > JSON_LIMIT:
+                raise ValueError(f"a pickle of {pickle.file_size:,} bytes")
+            for opcode, argument, _ in pickletools.genops(archive.read(pickle)):
+                if opcode.name == "STACK_GLOBAL" or (
+                        opcode.name in ("GLOBAL", "INST") and not HARMLESS.fullmatch(argument)):
+                    raise ValueError(f"the pickle wants to run {argument or 'code'}; refused")
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken archive or pickle raises whatever it likes
+        raise ValueError(f"{path}: not a whole file of torch.save: "
+                         f"{' '.join(f'{type(error).__name__} {error}'.split())[:200]}") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: holds a {type(tensors).__name__}, expected a dict of tensors")
+    for name, tensor in tensors.items():
+        if type(name) is not str or not name.isprintable():
+            raise ValueError(f"{path}: {repr(name)[:50]} is no name of a tensor")
+        if not (isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and tensor.dtype in CODES
+                and tensor.device.type == "cpu" and tensor.is_contiguous()):
+            raise ValueError(f"{path}: {name} is not a plain tensor")
+    return tensors
+
+
+class Mapped:
+    """The tensors of a torch.save file; pages it has shown count as memory, so it is mapped anew every GB."""
+
+    def __init__(self, path):
+        self.path, self.shown, self.tensors = path, 0, load_pickle(path)
+
+    def read(self, name):
+        """Return a copy of a tensor."""
+        if self.shown > 1 << 30:
+            self.tensors = None
+            self.shown, self.tensors = 0, load_pickle(self.path)
+        self.shown += size_of(self.tensors[name])
+        return self.tensors[name].detach().clone()
+
+
+def open_pickle(path):
+    """Return {name: Stored} of a torch.save file."""
+    mapped = Mapped(path)
+    return {name: Stored(path, tensor.dtype, tuple(tensor.shape), lambda name=name: mapped.read(name))
+            for name, tensor in mapped.tensors.items()}
+
+
+# ---------------------------------------------------------------------------- gpt-neox's layer files
+
+
+def open_neox(folder, paths, n_heads=None):
+    """Return the ModelConfig and {published name: Stored} of gpt-neox's layer files, ranks merged."""
+    ranks = {}  # layer -> its files, by tensor-parallel rank
+    for path in paths:
+        match = re.fullmatch(r"layer_(\d{2,3})-model_(\d{2,3})-model_states\.pt", path.name)
+        if match:
+            ranks.setdefault(int(match[1]), {})[int(match[2])] = path
+    count = max(max(files) for files in ranks.values()) + 1
+    problems = [f"no layer_{layer:02}-model_{rank:02}-model_states.pt" for layer in sorted(ranks)
+                for rank in range(count) if rank not in ranks[layer]]
+    if problems:
+        raise ValueError(f"{folder}: {listing(problems)}")
+    head = max(ranks)  # layer 0 is the embedding, 1 and L + 2 have no weights, L + 3 the norm, L + 4 the head
+    tensors, rotary = {}, None
+    for layer, files in sorted(ranks.items()):
+        files = [files[rank] for rank in range(count)]
+        first = load_pickle(files[0])
+        rotary = first.get("attention.rotary_emb.inv_freq", rotary)
+        for name in without_legacy_buffers({f".{name}": None for name in first}):
+            published = _published(layer, name.removeprefix("."), head)
+            tensors[published] = _merging(files, name.removeprefix("."), published)
+    ends = ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "embed_out.weight")
+    if missing := [name for name in ends if name not in tensors or not tensors[name].shape]:
+        raise ValueError(f"{folder}: missing {', '.join(missing)} (layers {min(ranks)} to {head} are there)")
+    d_model, vocab_size = tensors[ends[1]].shape[0], tensors[ends[0]].shape[0]
+    if n_heads is None and rotary is not None and rotary.numel():
+        n_heads = d_model // (8 * rotary.numel())  # one frequency for two dims of the first quarter of a head
+    if not n_heads:
+        raise ValueError(f"{folder}: these files do not say how many heads there are; add --n_heads=N")
+    config = ModelConfig(head - 4, d_model, n_heads, vocab_size=vocab_size, gelu="tanh")
+    check_tensors(folder, tensors, parameter_shapes(config))
+    return config, tensors
+
+
+def _published(layer, name, head):
+    """Return the published name of a tensor of gpt-neox's layer file."""
+    if layer == 0:
+        return {"word_embeddings.weight": "gpt_neox.embed_in.weight"}.get(name, f"layer_00 {name}")
+    if layer == head:
+        return {"final_linear.weight": "embed_out.weight"}.get(name, f"layer_{layer:02} {name}")
+    if layer == head - 1:
+        return f"gpt_neox.final_layer_norm.{name.removeprefix('norm.')}"
+    return f"gpt_neox.layers.{layer - 2}.{name}"
+
+
+def _merging(files, name, published):
+    """Return the Stored of a tensor of which every tensor-parallel rank's file holds a part."""
+    def parts():
+        loaded = [load_pickle(file) for file in files]
+        for file, tensors in zip(files, loaded):
+            if name not in tensors:
+                raise ValueError(f"{file}: missing {name}")
+            if (tensors[name].shape, tensors[name].dtype) != (loaded[0][name].shape, loaded[0][name].dtype):
+                raise ValueError(f"{file}: {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
+                                 f"of rank 0 {tuple(loaded[0][name].shape)} {loaded[0][name].dtype}")
+        return [tensors[name] for tensors in loaded]
+
+    try:
+        shape = merge(published, [part.to("meta") for part in parts()])
+    except (RuntimeError, IndexError) as error:  # parts that do not fit together, dimensions missing
+        raise ValueError(f"{files[0]}: {name} cannot be merged ({error})") from None
+    return Stored(files[0], shape.dtype, tuple(shape.shape), lambda: merge(published, parts()))
+
+
+def merge(name, parts):
+    """Return the whole of a tensor from its tensor-parallel ranks' parts, in their dtype as the original."""
+    if len(parts) == 1:
+        return parts[0].detach().clone()
+    if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):  # row parallel: split over inputs
+        return torch.cat(parts, 1)
+    if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # every rank adds its own
+        return sum(parts)
+    if "layernorm" in name or "layer_norm" in name:  # every rank has all of it, drifted apart by rounding
+        return sum(parts) / len(parts)
+    return torch.cat(parts, 0)  # column parallel: split over outputs, whole heads and rows of the vocabulary
+
+
+# ---------------------------------------------------------------------------- known bad uploads
+
+EARLY = {0, *(2**i for i in range(10))}
+FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), 70000, 80000, 90000, 100000, 103000, 110000, 120000, 130000,
+                      140000}
+# Repositories (a regular expression), steps (None: any), what is wrong and its issue in EleutherAI/pythia.
+KNOWN_BAD = (
+    ("pythia-2.8b", FINAL_2_8B, "serves weights of the end of training (#205, #195)"),
+    ("pythia-2.8b(-deduped)?", EARLY | {1000}, "2.8b and 2.8b-deduped have equal published evaluations up to "
+     "step 1000: one is a copy of the other"),
+    ("pythia-12b", {50000, 58000}, "its first shard is the final checkpoint's (#206)"),
+    ("pythia-12b-deduped", {32000}, "was the final model until June 2023: is yours older? (#108)"),
+    ("neox-ckpt-pythia-6.9b-deduped.*", None, "several steps are reported to hold the same weights (#195)"),
+    ("pythia-160m-weight-seed[12]", None, "later steps do not descend from its step 0 (#203)"),
+    ("pythia-410m-seed9", {40000}, "weights reported missing (#202)"),
+    ("pythia-410m-seed6", {88000}, "weights reported missing (#202)"),
+    ("pythia-410m-seed2", {111000}, "weights reported missing (#202)"),
+    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (the first update has rate 0, #83); float16 hides "
+     "most of the second update (#198)"))
+
+
+def known_bad(name, step):
+    """Return a line for everything known to be wrong with a published checkpoint."""
+    return [f"{name} step {step}: {words}" for repository, steps, words in KNOWN_BAD
+            if re.fullmatch(repository, name) and (steps is None or step in steps)]
+
+
+def identify(source):
+    """Return the published name and step that a path speaks of: (\"\", None) if it does not.
+
+    pythia-12b/step50000, or the Hub's cache, models--EleutherAI--pythia-12b/snapshots/COMMIT.
+    """
+    path = Path(source).absolute()
+    names = [match[1] for part in path.parts
+             if (match := re.fullmatch(r"(?:models--EleutherAI--)?((?:neox-ckpt-)?pythia-[\w.-]+)", part))]
+    steps = [int(match[1]) for part in path.parts if (match := re.fullmatch(r"(?:global_)?step(\d+)", part))]
+    if path.parent.name == "snapshots" and (path.parent.parent / "refs").is_dir():
+        steps = [int(ref.name[4:]) for ref in (path.parent.parent / "refs").glob("step*")
+                 if ref.name[4:].isdigit() and ref.read_text().strip() == path.name]
+    return (names or [""])[-1], (steps or [None])[-1]
+
+
+# ---------------------------------------------------------------------------- import and export
+
+
+@dataclass(frozen=True)
+class Import:
+    source: str  # folder of a published checkpoint, as it was downloaded
+    output: str  # folder to write, e.g. runs/pythia-70m/step512
+    dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
+    shard_size: str = "50GB"  # bytes of a file at most, also as 500MB, 5GB
+    gelu: str | None = None  # erf or tanh; default: config.json's, or tanh, as trained, for NeoX files
+    n_heads: int | None = None  # for NeoX files without rotary frequencies
+    tokenizer: str | None = "20B_tokenizer.json"  # where the source has no tokenizer.json; None: leave it out
+
+    def __post_init__(self):
+        if self.dtype not in (None, "float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype = {self.dtype!r}, expected float32, float16 or bfloat16")
+        if self.gelu not in (None, "erf", "tanh"):
+            raise ValueError(f"gelu = {self.gelu!r}, expected erf (as published) or tanh (as trained)")
+        parse_size(self.shard_size)
+
+
+@dataclass(frozen=True)
+class Export(Import):
+    shard_size: str = "5GB"
+    push: bool = False  # also print the command that uploads it
+
+
+def parse_size(text):
+    """Return the bytes that 500MB, 5GB or 123456 mean."""
+    match = re.fullmatch(r"(\d+)(|KB|MB|GB)", text)
+    if not match or int(match[1]) == 0:
+        raise ValueError(f"shard_size = {text!r}, expected bytes, also as 500MB or 5GB")
+    return int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+
+
+def import_(options):
+    """Turn a published checkpoint of any form into a folder that everything here reads."""
+    for line in known_bad(*identify(options.source)):
+        print(f"warning: {line}", file=sys.stderr)
+    config, tensors = open_any(options.source, options.gelu, options.n_heads)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    output, size = Path(options.output), sum(map(size_of, tensors.values()))
+    if output.exists():
+        raise ValueError(f"{output}: is there already; nothing was written")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(output.parent).free < size:
+        raise ValueError(f"{output}: {size:,} bytes to write, {shutil.disk_usage(output.parent).free:,} free")
+    tokenizer = Path(options.source) / "tokenizer.json"
+    tokenizer = tokenizer if tokenizer.exists() else options.tokenizer
+    if tokenizer and regular_size(tokenizer) > 64 << 20:
+        raise ValueError(f"{tokenizer}: {regular_size(tokenizer):,} bytes are no tokenizer")
+    with writing(output) as folder, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        tensors = {name: _cast(name, stored, dtype, bar) for name, stored in tensors.items()}
+        written = write_folder(folder, tensors, shard_size=parse_size(options.shard_size))
+        dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
+        write_json(folder / "config.json", hf_config(config) | {
+            "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"})
+        if tokenizer:
+            write_tokenizer(folder, tokenizer, config.seq_length)
+        write_manifest(folder, written)
+    print(f"{output}: {len(tensors)} tensors, {sum(entry['bytes'] for entry in written.values()):,} bytes in "
+          f"{len(written)} file(s), gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
+
+
+def export(options):
+    """Write a checkpoint for Hugging Face: dtype, shards, tokenizer; --push prints the upload command."""
+    import_(options)
+    if options.push:
+        step = Path(options.source).resolve()
+        print(f"hf upload {step.parent.name} {options.output} . --revision={step.name}")
+
+
+def _cast(name, stored, dtype, bar):
+    """Return the Stored in another dtype, moving the bar as it is read. Raises ValueError on an overflow."""
+    def read():
+        tensor = stored.read()
+        cast = tensor.to(dtype or tensor.dtype)
+        if cast.dtype != tensor.dtype and cast.isinf().sum() > tensor.isinf().sum():
+            raise ValueError(f"{name}: {tensor.abs().max():g} overflows {dtype}; choose bfloat16 or float32")
+        bar.update(size_of(stored))
+        return cast
+    return replace(stored, dtype=dtype or stored.dtype, read=read)

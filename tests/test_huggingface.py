@@ -1,0 +1,400 @@
+"""pytest tests/test_huggingface.py"""
+
+import json
+import os
+import runpy
+import sys
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from checkpoints import checkpoint_steps, load_model, parameter_shapes, read_config
+from conftest import ROOT
+from huggingface import (Export, Import, export, identify, import_, known_bad, merge, open_any, open_pickle)
+from model import ModelConfig
+
+CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
+
+
+def weights(dtype=torch.float16, config=CONFIG):
+    """Random weights of every published name, LayerNorms included."""
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=generator).to(dtype)
+            for name, shape in parameter_shapes(config).items()}
+
+
+def legacy_buffers(config=CONFIG, dtype=torch.float16):
+    """What files of 2023 carry besides the weights."""
+    return {f"gpt_neox.layers.{i}.attention.{name}": tensor
+            for i in range(config.n_layers) for name, tensor in {
+        "bias": torch.ones(32, 32, dtype=torch.uint8).tril()[None, None],
+        "masked_bias": torch.tensor(-1e9).to(dtype),
+        "rotary_emb.inv_freq": torch.ones(config.rotary_dims // 2).to(dtype)}.items()}
+
+
+# As transformers 4.24 wrote it for the 160m; the sizes are ours.
+CONFIG_2022 = {
+    "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+    "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 256, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 32, "model_type": "gpt_neox", "num_attention_heads": 4, "num_hidden_layers": 2,
+    "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 256}
+
+
+def published(folder, tensors, form="model.safetensors", config=CONFIG_2022):
+    """Write a checkpoint as it lies on disk after a download."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write = save_file if "safetensors" in form else torch.save
+    if not form.endswith("shards"):
+        write(tensors, folder / form)
+        return folder
+    stem, end = form.removesuffix(" shards").split(".")
+    names, where = list(tensors), {}
+    for i in range(3):
+        file = f"{stem}-0000{i + 1}-of-00003.{end}"
+        write({name: tensors[name] for name in names[i::3]}, folder / file)
+        where |= {name: file for name in names[i::3]}
+    (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def bits(model):
+    return {("" if name.startswith("embed_out") else "gpt_neox.") + name: p.detach()
+            for name, p in model.named_parameters()}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name].to(found[name].dtype)), name
+
+
+FORMS = ["model.safetensors", "model.safetensors shards", "pytorch_model.bin", "pytorch_model.bin shards"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype, legacy", [(torch.float32, False), (torch.float16, True),
+                                           (torch.bfloat16, True)])
+def test_every_published_form_is_imported_bit_for_bit(tmp_path, form, dtype, legacy):
+    expected = weights(dtype)
+    source = published(tmp_path / "source", expected | (legacy_buffers() if legacy else {}), form)
+    import_(Import(str(source), str(tmp_path / "step512"), tokenizer=None))
+    stored = load_file(tmp_path / "step512/model.safetensors")
+    assert_equal(stored, expected)
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    model = load_model(tmp_path / "step512")
+    assert_equal(bits(model), expected)
+    assert model.config == CONFIG
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "step512")
+    assert theirs.dtype == dtype
+    tokens = torch.arange(32)[None]
+    torch.testing.assert_close(model(tokens), theirs.float()(tokens).logits, rtol=1e-5, atol=1e-3)  # of ~60
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shard_size", ["50GB", "100KB"])
+def test_what_transformers_saves_is_imported(tmp_path, dtype, shard_size):
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**CONFIG_2022)).to(dtype)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
+    import_(Import(str(tmp_path / "theirs"), str(tmp_path / "ours"), tokenizer=None))
+    stored = load_file(tmp_path / "ours/model.safetensors")
+    for name, parameter in theirs.named_parameters():
+        name = name.replace("lm_head", "embed_out")
+        assert torch.equal(stored[name], parameter) and stored[name].dtype == dtype, name
+
+
+def aged(**changes):
+    return {name: value for name, value in (CONFIG_2022 | changes).items() if value != "absent"}
+
+
+@pytest.mark.parametrize("spec", [
+    aged(),
+    aged(classifier_dropout=0.1, transformers_version="4.30.2", attention_dropout=0.0, hidden_dropout=0.0),
+    aged(rope_scaling=None, attention_bias=True, transformers_version="4.38.0"),
+    aged(rotary_pct="absent", rotary_emb_base="absent", torch_dtype="absent", dtype="float16",
+         rope_parameters={"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "default"}),
+    aged(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}, is_decoder=False)])
+def test_config_json_of_every_age(tmp_path, spec):
+    (tmp_path / "config.json").write_text(json.dumps(spec))
+    assert read_config(tmp_path) == CONFIG
+    theirs = GPTNeoXConfig.from_pretrained(tmp_path)  # agrees on what decides the numbers
+    assert theirs.rope_parameters["rope_theta"] == 10000 and theirs.hidden_act == "gelu"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_missing_extra_or_misshapen_tensor_is_named(tmp_path, form):
+    tensors = weights()
+    del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"], tensors["gpt_neox.final_layer_norm.weight"]
+    tensors |= {"gpt_neox.layers.2.attention.dense.bias": torch.ones(64),
+                "embed_out.weight": torch.ones(250, 64)}
+    with pytest.raises(ValueError) as error:
+        import_(Import(str(published(tmp_path / "source", tensors, form)), str(tmp_path / "out")))
+    for words in ("missing gpt_neox.layers.1.mlp.dense_h_to_4h.bias",
+                  "missing gpt_neox.final_layer_norm.weight",
+                  "unexpected gpt_neox.layers.2.attention.dense.bias",
+                  "embed_out.weight is (250, 64), expected (256, 64)"):
+        assert words in str(error.value)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+# ---------------------------------------------------------------------------- gpt-neox
+
+
+def neox_layers(tensors, ranks, config=CONFIG):
+    """Return {(layer, rank): state dict} of weights split as Megatron splits them over tensor-parallel ranks.
+
+    Biases of row-parallel layers are split into addends, norms are copied.
+    """
+    def part(name, tensor, rank):
+        if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+            return tensor.chunk(ranks, 1)[rank].clone()
+        if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):
+            return tensor / ranks  # exact: ranks is a power of two and no value is subnormal
+        return tensor.clone() if "norm" in name else tensor.chunk(ranks, 0)[rank].clone()
+
+    layers = {}
+    for name, tensor in tensors.items():
+        layer, short = {"gpt_neox.embed_in.weight": (0, "word_embeddings.weight"),
+                        "gpt_neox.final_layer_norm.weight": (config.n_layers + 3, "norm.weight"),
+                        "gpt_neox.final_layer_norm.bias": (config.n_layers + 3, "norm.bias"),
+                        "embed_out.weight": (config.n_layers + 4, "final_linear.weight")
+                        }.get(name, (None, None))
+        if layer is None:
+            number, short = name.removeprefix("gpt_neox.layers.").split(".", 1)
+            layer = int(number) + 2
+        for rank in range(ranks):
+            layers.setdefault((layer, rank), {})[short] = part(name, tensor, rank)
+    for layer in range(2, config.n_layers + 2):
+        for rank in range(ranks):
+            layers[layer, rank]["attention.rotary_emb.inv_freq"] = torch.ones(config.rotary_dims // 2).half()
+    return layers
+
+
+def neox(folder, layers):
+    folder.mkdir(parents=True)
+    for (layer, rank), state in layers.items():
+        torch.save(state, folder / f"layer_{layer:02}-model_{rank:02}-model_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_neox_ranks_merge_to_the_same_bits(tmp_path, ranks, dtype):
+    expected = {name: (tensor * 64).round() / 64 for name, tensor in weights(dtype).items()}  # sums are exact
+    source = neox(tmp_path / "global_step8", neox_layers(expected, ranks))
+    torch.save({"args": object}, source / "mp_rank_00_model_states.pt")  # optimizer and arguments: left alone
+    import_(Import(str(source), str(tmp_path / "step8"), tokenizer=None))
+    model = load_model(tmp_path / "step8")
+    assert_equal(bits(model), expected)
+    assert model.config == ModelConfig(2, 64, 4, vocab_size=256, gelu="tanh")
+
+
+def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
+    parts = [torch.tensor(x).half() for x in (0.1, 0.2, 0.3, 0.4)]
+    total = ((parts[0] + parts[1]) + parts[2]) + parts[3]
+    assert torch.equal(merge("gpt_neox.layers.0.attention.dense.bias", parts), total)
+    assert torch.equal(merge("gpt_neox.layers.0.mlp.dense_4h_to_h.bias", parts), total)
+    for name in ("layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.bias",
+                 "final_layer_norm.weight"):
+        assert torch.equal(merge(f"gpt_neox.{name}", parts), total / 4)
+
+
+def drop(key, name=None):
+    def edit(layers):
+        layers.pop(key) if name is None else layers[key].pop(name)
+    return edit
+
+
+def put(key, name, tensor):
+    return lambda layers: layers[key].update({name: tensor})
+
+
+@pytest.mark.parametrize("edit, words", [
+    (drop((3, 1)), "no layer_03-model_01-model_states.pt"), (drop((6, 0)), "no layer_06-model_00"),
+    (drop((2, 1), "attention.dense.bias"), "model_01-model_states.pt: missing attention.dense.bias"),
+    (put((2, 0), "attention.dense.extra", torch.ones(3)), "layer_02-model_01-model_states.pt: missing"),
+    (put((2, 1), "mlp.dense_h_to_4h.weight", torch.ones(3, 64).half()), r"is \(3, 64\) .*of rank 0"),
+    (lambda layers: [drop((3, rank))(layers) for rank in (0, 1)],
+     "missing gpt_neox.layers.1.input_layernorm.weight"),
+    (lambda layers: [drop((6, rank))(layers) for rank in (0, 1)], "missing .*embed_out.weight"),
+    (lambda layers: [drop((2, rank), "mlp.dense_4h_to_h.bias")(layers) for rank in (0, 1)],
+     "missing gpt_neox.layers.0.mlp.dense_4h_to_h.bias"),
+    (lambda layers: [put((5, rank), "norm.bias", torch.ones(63).half())(layers) for rank in (0, 1)],
+     r"final_layer_norm.bias is \(63,\), expected \(64,\)"),
+    (lambda layers: [drop((layer, rank), "attention.rotary_emb.inv_freq")(layers) for layer in (2, 3)
+                     for rank in (0, 1)], "add --n_heads=N")])
+def test_neox_files_that_do_not_fit_are_named(tmp_path, edit, words):
+    layers = neox_layers(weights(), 2)
+    edit(layers)
+    with pytest.raises(ValueError, match=words):
+        open_any(neox(tmp_path / "global_step8", layers))
+
+
+# ---------------------------------------------------------------------------- hostile pickles
+
+
+class Run:
+    """Unpickling this runs a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("hidden", [lambda run: run, lambda run: {"a": run},
+                                    lambda run: {"a": torch.ones(2), "b": [run]}])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, hidden):
+    torch.save(hidden(Run(tmp_path / "ran")), tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin: .*wants to run (posix|os) system; refused"):
+        open_pickle(tmp_path / "x.bin")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value, words", [
+    ([torch.ones(2)], "holds a list"), ({"a": 3}, "a is not a plain tensor"),
+    ({3: torch.ones(2)}, "3 is no name"),
+    ({"a": torch.ones(1).expand(1 << 40)}, "a is not a plain tensor"),
+    ({"a": torch.ones(2, 3).T}, "not a plain"),
+    ({"a": torch.ones(2).to_sparse()}, "wants to run torch._utils _rebuild_sparse_tensor"),
+    ({"a": torch.ones(2, dtype=torch.complex64)}, "not a plain tensor"),
+    ({"a": torch.ones(2, device="meta")}, "wants to run")])
+def test_what_is_no_state_dict_is_named(tmp_path, value, words):
+    torch.save(value, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=words):
+        open_pickle(tmp_path / "x.bin")
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "honest")
+    with (zipfile.ZipFile(tmp_path / "honest") as old,
+          zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as new):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ValueError, match="bomb: .*compressed records"):
+        open_pickle(tmp_path / "bomb")
+
+
+@settings(max_examples=250, deadline=None)
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
+       cut=st.integers(0, 10**6) | st.none())
+def test_random_corruption_of_a_pickle_is_an_error_or_other_numbers(tmp_path_factory, edits, cut):
+    path = tmp_path_factory.getbasetemp() / "corrupt.bin"
+    torch.save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}, path)
+    data = bytearray(path.read_bytes())
+    for position, value in edits:
+        data[position % len(data)] = value
+    path.write_bytes(data[:None if cut is None else cut % len(data)])
+    try:
+        for stored in open_pickle(path).values():
+            assert stored.read().shape == stored.shape
+    except ValueError as error:
+        assert str(path) in str(error) and len(str(error)) < 400
+
+
+# ---------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shard_size", ["5GB", "100KB"])
+def test_export_goes_round_without_losing_a_bit(tmp_path, dtype, shard_size, tokenizer_path):
+    expected = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights(torch.float32).items()}
+    source = published(tmp_path / "run/step8", weights(torch.float32))
+    export(Export(str(source), str(tmp_path / "hf"), dtype, shard_size, tokenizer=str(tokenizer_path)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == getattr(torch, dtype)
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, expected[name.replace("lm_head", "embed_out")]), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("Hello, I am")["input_ids"] == [12092, 13, 309, 717]
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == (shard_size == "100KB")
+    import_(Import(str(tmp_path / "hf"), str(tmp_path / "back")))
+    assert_equal(load_file(tmp_path / "back/model.safetensors"), expected)
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
+    theirs.save_pretrained(tmp_path / "theirs")  # and round through theirs
+    import_(Import(str(tmp_path / "theirs"), str(tmp_path / "again"), tokenizer=None))
+    assert_equal(load_file(tmp_path / "again/model.safetensors"), expected)
+
+
+def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
+    tensors = weights(torch.float32)
+    tensors["gpt_neox.layers.0.mlp.dense_h_to_4h.bias"][3] = 1e6
+    source = published(tmp_path / "step8", tensors)
+    with pytest.raises(ValueError, match="layers.0.mlp.dense_h_to_4h.bias: 1e.06 overflows torch.float16"):
+        export(Export(str(source), str(tmp_path / "out"), "float16", tokenizer=None))
+    assert os.listdir(tmp_path) == ["step8"]
+
+
+def run_checkpoints(monkeypatch, *arguments):
+    """Run checkpoints.py's command line here; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / "checkpoints.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "pythia-12b/step50000", weights())
+    assert run_checkpoints(monkeypatch, "import", "pythia-12b/step50000", "runs/x/step7",
+                           "--tokenizer=None") == 0
+    assert "first shard is the final checkpoint's (#206)" in capsys.readouterr().err
+    assert run_checkpoints(monkeypatch, "export", "runs/x/step7", "out", "--dtype=bfloat16", "--push",
+                           "--tokenizer=None") == 0
+    assert "hf upload x out . --revision=step7" in capsys.readouterr().out.splitlines()
+    for wrong, words in ((("import", "nowhere", "b"), "nowhere: no such folder"),
+                         (("import", ".", "b"), "no checkpoint; expected model.safetensors"),
+                         (("import", "a"), "missing: --output"),
+                         (("import", "a", "b", "c"), "expected source output"),
+                         (("import", "runs/x/step7", "out"), "out: is there already"),
+                         (("export", "runs/x/step7", "b", "--dtype=int8"), "expected float32, float16 or"),
+                         (("export", "runs/x/step7", "b", "--shard_size=5XB"), "expected bytes"),
+                         (("export", "runs/x/step7", "b", "--tokenizer=none.json"), "none.json: no such"),
+                         (("exprot",), "expected one of")):
+        assert run_checkpoints(monkeypatch, *wrong) == 2, wrong
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and words in lines[0], wrong
+    assert not (tmp_path / "b").exists()
+
+
+# ---------------------------------------------------------------------------- known bad uploads
+
+
+@pytest.mark.parametrize("name, step, issue", [
+    ("pythia-2.8b", 0, "#205"), ("pythia-2.8b", 53000, "#205"), ("pythia-2.8b", 64000, "#205"),
+    ("pythia-12b", 58000, "#206"), ("pythia-12b-deduped", 32000, "#108"),
+    ("pythia-160m-weight-seed2", 512, "#203"),
+    ("pythia-70m", 2, "#198"), ("neox-ckpt-pythia-6.9b-deduped-v1", 1000, "#195")])
+def test_known_bad_uploads_warn(name, step, issue):
+    assert any(issue in line for line in known_bad(name, step))
+
+
+def test_good_uploads_do_not_warn():
+    assert not any(known_bad(name, step) for name, step in (
+        ("pythia-2.8b", 66000), ("pythia-2.8b", 143000), ("pythia-12b", 51000), ("pythia-160m", 512),
+        ("pythia-12b-deduped", 33000), ("", None)))
+
+
+def test_86_of_154_steps_of_the_2_8b_are_wrong():
+    bad = [step for step in checkpoint_steps(143000)
+           if any("#205" in line for line in known_bad("pythia-2.8b", step))]
+    assert len(bad) == 85  # the 86th, step143000, is where these weights belong
+
+
+def test_names_and_steps_are_found_in_paths(tmp_path):
+    assert identify("/data/pythia-2.8b/step1000") == ("pythia-2.8b", 1000)
+    assert identify("neox-ckpt-pythia-70m-deduped-v1/global_step143000")[1] == 143000
+    cache = tmp_path / "models--EleutherAI--pythia-12b"
+    (cache / "snapshots/abc").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs/step58000").write_text("abc")
+    (cache / "refs/step59000").write_text("abd")
+    assert identify(cache / "snapshots/abc") == ("pythia-12b", 58000)
+    assert identify("/somewhere/else") == ("", None)
