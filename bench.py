@@ -29,7 +29,8 @@ from config import command, fail, parse
 from data import TokenFile
 from model import ModelConfig, Pythia
 from tokenizer import Tokenizer
-from train import TrainConfig, flops_per_token, make_optimizer, peak_flops
+from parallel import LaunchConfig, flops_per_token, peak_flops
+from train import TrainConfig, make_optimizer
 
 CONTENDERS = ("ours", "ours compiled", "transformers", "transformers compiled")
 
@@ -45,8 +46,8 @@ class Train:
 
 def sized(options):
     """Return the ModelConfig and TrainConfig of a size at this benchmark's sequence length."""
-    return parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf", "--out_dir=none",
-                  f"--seq_length={options.seq_length}"], ModelConfig, TrainConfig)
+    return parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf",
+                  f"--seq_length={options.seq_length}"], ModelConfig, TrainConfig, LaunchConfig)[:2]
 
 
 def train(options):

@@ -16,22 +16,28 @@ learning rate 0, so step 0 and step 1 are equal: that is how the originals are.)
     AutoModelForCausalLM.from_pretrained("RUN/step64")
 """
 
+import functools
 import json
 import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from config import command, replacing
 from model import ModelConfig, Pythia
+from parallel import fill, is_shard
 from tensors import check_tensors, open_folder, read_small_json, sha256_of, write_file
 
 # What files of 2023 still carry and no forward pass needs: the causal mask, its value, the frequencies.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+
+SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 
 
 def checkpoint_steps(steps, every=1000):
@@ -141,26 +147,121 @@ def load_model(folder, device="cpu"):
     return model
 
 
-def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True):
-    """Write RUN/step{N} whole or not at all: beside it first, on the disk, then renamed.
+def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, asynchronous=False):
+    """Write RUN/step{N} whole or not at all; return a Future that is done when it is on the disk.
 
-    training: a JSON object to come back from load_training. An unscheduled checkpoint (of an
-    interrupted run) gives way to the next one. A checkpoint that is already there is left alone.
+    Every process calls. asynchronous: return once the tensors are copied to host memory; wait for the
+    Future before the next call. training: a JSON object to come back from load_training. An
+    unscheduled checkpoint (of an interrupted run) gives way to the next one. A checkpoint that is
+    already there is left alone.
     """
+    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     folder = Path(run) / f"step{step}"
-    if folder.exists():
-        return
-    weights = {hf_name(name): p for name, p in model.named_parameters()}
-    moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in model.named_parameters()
+    exists = folder.exists()
+    _meet()  # nobody makes the folder before all have looked
+    if exists:
+        return _WRITER.submit(lambda: None)
+    parameters = dict(model.named_parameters())
+    weights = {hf_name(name): p.detach() for name, p in parameters.items()}
+    moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
                for kind in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-    with writing(folder) as temporary:
-        written = {file: write_file(temporary / file, tensors) for file, tensors in
-                   (("model.safetensors", weights), ("optimizer.safetensors", moments))}
-        write_json(temporary / "training.json", {"step": step, "scheduled": scheduled, **training})
-        write_json(temporary / "config.json", hf_config(model.config))
-        if tokenizer:
-            write_tokenizer(temporary, tokenizer, model.config.seq_length)
-        write_manifest(temporary, written)
+    shards, indices = split({"model": weights, "optimizer": moments})
+    mine = own_share(shards, rank, count, asynchronous)
+    notes = indices | {"training.json": {"step": step, "scheduled": scheduled, **training},
+                       "config.json": hf_config(model.config)}
+
+    def write(temporary):
+        written = {name: write_file(temporary / name, shard) for name, shard in mine.items()}
+        if rank > 0:
+            for name in written:
+                _sync(temporary / name)
+            write_json(temporary / f".written{rank}", written)
+        _meet()  # all files of all processes are written
+        return written
+
+    def finish():
+        if rank > 0:
+            _meet()  # the temporary folder is there
+            write(folder.with_name(f".{folder.name}.tmp"))
+        else:
+            with writing(folder) as temporary:
+                _meet()
+                written = write(temporary)
+                for other in temporary.glob(".written*"):
+                    written |= read_small_json(other)
+                    other.unlink()
+                for name, note in notes.items():
+                    write_json(temporary / name, note)
+                if tokenizer:
+                    write_tokenizer(temporary, tokenizer, model.config.seq_length)
+                write_manifest(temporary, written)
+            remove_unscheduled(run, step)
+        _meet()
+
+    future = _WRITER.submit(finish)
+    if not asynchronous:
+        future.result()
+    return future
+
+
+_WRITER = ThreadPoolExecutor(1)
+
+
+@functools.cache
+def _group():
+    return dist.new_group(backend="gloo")  # of its own: a thread waits in it while training goes on
+
+
+def _meet():
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier(_group())
+
+
+def split(stems):
+    """Return {file name: {name: tensor}} and {index name: object} of {stem: {name: tensor}}.
+
+    One file for each stem, or shards of SHARD_BYTES under Hugging Face's names with their index.
+    """
+    files, indices = {}, {}
+    for stem, contents in stems.items():
+        shards, size = [{}], 0
+        for name, tensor in contents.items():
+            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += tensor.nbytes
+        if len(shards) == 1:
+            files[f"{stem}.safetensors"] = contents
+            continue
+        named = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+        files |= named
+        indices[f"{stem}.safetensors.index.json"] = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in contents.values())},
+            "weight_map": {name: file for file, shard in named.items() for name in shard}}
+    return files, indices
+
+
+def own_share(files, rank, count, copy):
+    """Return the files that this process writes, {file name: {name: whole tensor}}; every process calls.
+
+    The files go round the processes. Sharded tensors are gathered one at a time and kept, in host
+    memory, by the process that writes them, so that none of several ever holds a whole copy.
+    """
+    mine = {name: {} for i, name in enumerate(files) if i % count == rank}
+    for file, contents in files.items():
+        for name, tensor in contents.items():
+            sharded = is_shard(tensor)
+            if sharded:
+                tensor = tensor.full_tensor()
+            if file in mine:
+                mine[file][name] = tensor.to("cpu", copy=not sharded) if copy or sharded else tensor
+    return mine
+
+
+def remove_unscheduled(run, step):
+    """Remove checkpoints before `step` that were saved only because the run was interrupted there."""
     for other in saved_steps(run):
         if other < step and not read_small_json(Path(run) / f"step{other}" / "training.json")["scheduled"]:
             shutil.rmtree(Path(run) / f"step{other}")
@@ -217,25 +318,31 @@ def saved_steps(run):
 
 
 def load_training(run, step, model, optimizer):
-    """Fill model and optimizer from RUN/step{N}, every bit as it was; return the saved training object."""
+    """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
+
+    Return the saved training object; None, with the weights alone filled, if no moments lie there.
+    Tensors are read one at a time. Raises ValueError naming each that is missing, extra or misshapen.
+    """
     folder = Path(run) / f"step{step}"
     parameters = dict(model.named_parameters())
-    weights = open_folder(folder)
+    weights = without_legacy_buffers(open_folder(folder))
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
+    for name, parameter in parameters.items():
+        fill(parameter, weights[hf_name(name)].read())
+    if not (folder / "training.json").exists():
+        return None
     training = read_small_json(folder / "training.json")
     moments = open_folder(folder, "optimizer")
-    if training["updates"] > 0:  # before the first one Adam has no moments
-        check_tensors(folder / "optimizer.safetensors", moments,
-                      {f"{kind}.{name}": p.shape for name, p in parameters.items()
-                       for kind in ("exp_avg", "exp_avg_sq")})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[hf_name(name)].read())
-            if moments:
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(training["updates"]), device=parameter.device),
-                    **{kind: moments[f"{kind}.{name}"].read().to(parameter.device)
-                       for kind in ("exp_avg", "exp_avg_sq")}}
+    if training["updates"] == 0:  # before the first one Adam has no moments
+        return training
+    check_tensors(folder / "optimizer.safetensors", moments,
+                  {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in ("exp_avg", "exp_avg_sq")})
+    for name, parameter in parameters.items():
+        state = {kind: torch.empty_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+        for kind in state:
+            fill(state[kind], moments[f"{kind}.{name}"].read())
+        optimizer.state[parameter] = state | {
+            "step": torch.tensor(float(training["updates"]), device=parameter.device)}
     return training
 
 

@@ -204,11 +204,12 @@ class Pythia(nn.Module):
             self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, seed):
+    def init_weights(self, seed, fill=torch.Tensor.copy_):
         """Draw every weight as gpt-neox does (megatron/model/init_functions.py).
 
         Each tensor has a CPU generator of its own, seeded by (seed, name): the draw does not depend
         on device, order or sharding. The original's bits need its CUDA generator, so they differ.
+        fill(parameter, draw) copies the draw; parameters in shards need one of their own.
         """
         D, L = self.config.d_model, self.config.n_layers
         if self.config.init == "small":
@@ -226,7 +227,7 @@ class Pythia(nn.Module):
                 writes_residual = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
                 draw = torch.empty(parameter.shape).normal_(
                     0, residual_std if writes_residual else std, generator=generator)
-                parameter.copy_(draw)
+                fill(parameter, draw)
 
     def hidden(self, tokens):
         """Return the final hidden states (B, T, D) of tokens (B, T) int64."""

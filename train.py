@@ -2,35 +2,39 @@
 
     python train.py configs/mini.py --data=data/demo/train --out_dir=runs/mini
     torchrun --standalone --nproc_per_node=8 train.py configs/pythia_160m.py --data=PREFIX --out_dir=RUN
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ... --sharding=fsdp
+    python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child --intervention=NAME --twin=True
 
 The same command, given again, goes on where the run stopped, to the same bits as if it had never
 stopped. Checkpoint N is the weights after N updates; step s is the update that makes checkpoint s + 1
 from the rows s * batch_size to (s + 1) * batch_size - 1.
+record.py says what else is in the run folder.
 
 Sources: gpt-neox v1.0 megatron/{training,learning_rates}.py, DeeperSpeed fp16/loss_scaler.py.
 """
 
-import contextlib
-import csv
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoints
-from config import fail, parse, replacing, run
-from data import OrderedData, read_json, samples_needed
+from config import fail, parse, run
+from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
+from parallel import (LaunchConfig, Processes, communicate, compute_dtype, fill, flops_per_token, is_shard,
+                      make_deterministic, parallelize, peak_flops)
+from record import Log, describe_launch, open_run
 from studies.interventions import IntervenedData, InterventionConfig
 from tokenizer import load_tokenizer
 
@@ -38,13 +42,12 @@ from tokenizer import load_tokenizer
 @dataclass(frozen=True)
 class TrainConfig:
     data: str  # PREFIX of a token file (python data.py tokenize)
-    out_dir: str  # run folder; a run that is there already goes on
     learning_rate: float  # the highest, reached after the warmup
+    out_dir: str | None = None  # run folder; a run that is there already goes on
     min_lr_ratio: float = 0.1  # floor of the learning rate, as a fraction of learning_rate
     warmup: float = 0.01  # fraction of steps
     steps: int = 143000
     batch_size: int = 1024  # sequences per optimizer step, all processes together
-    micro_batch_size: int = 32  # sequences per forward pass of one process
     weight_decay: float = 0.1  # matrices and embeddings; not biases, not LayerNorms
     beta1: float = 0.9
     beta2: float = 0.95
@@ -52,27 +55,31 @@ class TrainConfig:
     clip_norm: float = 1.0  # of the gradient of all parameters
     seed: int = 1234  # of the initialisation and of the data order
     dtype: str = "float16"  # float32, bfloat16 or float16 on a GPU; a CPU always computes in float32
-    device: str = "auto"  # cuda where there is one, else cpu
-    compile: bool = False  # torch.compile each block
     checkpoint_every: int = 1000  # besides steps 0, 1, 2, 4, ..., 512
-    log_every: int = 10  # steps between printed lines; metrics.csv has every step
     tokenizer: str = "20B_tokenizer.json"  # goes into every checkpoint
+    log_every: int = 10  # steps between printed lines; metrics.csv has every step
+    async_save: bool = False  # training goes on while a checkpoint is written, from a copy in host memory
+    stop_at: int | None = None  # save and stop after this step; the same command without it goes on
+    heldout: str | None = None  # PREFIX of a token file: its loss is measured every heldout_every steps
+    heldout_every: int = 1000
+    heldout_batches: int = 1  # of batch_size sequences
+    branch_from: str | None = None  # RUN/stepN: begin there, with its weights, moments and place in the order
+    warm_moments: int = 0  # if that holds weights only: rebuild Adam's moments from the K batches before it
+    twin: bool = False  # then train the branch without its intervention too, in OUT_DIR_twin
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype = {self.dtype!r}, expected float32, bfloat16 or float16")
-        for name in ("steps", "batch_size", "micro_batch_size", "checkpoint_every", "log_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "heldout_every", "heldout_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        if self.twin and not self.branch_from:
+            raise ValueError("twin = True without branch_from: only a branch has a control twin")
 
 
-# Settings that may differ when a run goes on: they do not decide what is computed (accumulation and
-# compilation round differently, as does another number of processes; the batches stay the same).
-MAY_CHANGE = {"data", "out_dir", "micro_batch_size", "device", "compile", "log_every", "tokenizer"}
-
-# Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets.
-GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12,
-             "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "H100": 989e12, "H200": 989e12}
+# What may differ when a run goes on: it does not decide what is computed.
+MAY_CHANGE = {"data", "out_dir", "tokenizer", "log_every", "async_save", "stop_at", "heldout", "heldout_every",
+              "heldout_batches", "twin"}
 
 
 def learning_rate_at(k, config):
@@ -117,7 +124,9 @@ class LossScaler:
             return
         if overflow:
             if state["scale"] == 1.0:
-                raise FloatingPointError("overflow at loss scale 1: the run has diverged")
+                raise FloatingPointError(
+                    "overflow at loss scale 1, after halving it at every step: the run has diverged. Look at the loss "
+                    "in metrics.csv and go back to an earlier checkpoint with a lower rate or --dtype=bfloat16")
             if state["hysteresis"] == 1:
                 state["scale"] = max(state["scale"] / 2, 1.0)
             else:
@@ -129,243 +138,248 @@ class LossScaler:
         state["iteration"] += 1
 
 
-def flops_per_token(config):
-    """Return the matmul FLOPs of one token's forward and backward pass, causal attention counted once."""
-    matrices = config.n_layers * 12 * config.d_model**2 + config.vocab_size * config.d_model
-    return 6 * matrices + 6 * config.n_layers * config.d_model * config.seq_length
-
-
-def peak_flops(device):
-    """Return the device's peak in FLOP/s: known for a GPU (else nan), measured here for a CPU in float32."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in GPU_PEAKS.items() if key in name), math.nan)
-    a = torch.randn(2048, 2048)
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * len(a)**3 / best
-
-
-class Processes:
-    """This process among those torchrun started; alone, rank 0 of 1."""
-
-    def __init__(self, device):
-        self.rank, self.count, local_rank, local_count = (
-            int(os.environ.get(name, default)) for name, default in
-            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
-            torch.set_num_threads(max(1, os.cpu_count() // local_count))  # torchrun sets 1
-        if self.count > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
-    def mean(self, *values):
-        """Return the mean over all processes of each number."""
-        values = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.count > 1:
-            dist.all_reduce(values)
-        return (values / self.count).tolist()
-
-    def barrier(self):
-        if self.count > 1:
-            dist.barrier()
-
-
-def open_run(model_config, config, intervention, data):
-    """Write RUN/config.json, or raise ValueError naming each setting in which a run already there differs."""
-    settings = asdict(model_config) | asdict(config) | asdict(intervention)
-    # The rows of step 0 stand for the whole order: a moved file is welcome, another one is not.
-    first = data.batch(0, config.batch_size)
-    settings["first_batch_sha256"] = hashlib.sha256(first.astype("<u2").tobytes()).hexdigest()
-    path = os.path.join(config.out_dir, "config.json")
-    if os.path.exists(path):
-        before = read_json(path)
-        differences = [f"{name} was {before.get(name)!r}, is {value!r}" for name, value in settings.items()
-                       if name not in MAY_CHANGE and before.get(name) != value]
-        if differences:
-            raise ValueError(f"{config.out_dir} holds another run: {'; '.join(differences)}. "
-                             "Go back to its settings, or name another --out_dir")
-        return
-    os.makedirs(config.out_dir, exist_ok=True)
-    with replacing(path) as file:
-        file.write((json.dumps(settings, indent=2) + "\n").encode())
-
-
-METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds")
-
-
-def open_log(path, columns, start):
-    """Return a CSV file open at its end, without the rows of steps that are about to be run again."""
-    rows = []
-    if os.path.exists(path):
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) < start]
-    with replacing(path) as file:
-        lines = [columns, *([row[name] for name in columns] for row in rows)]
-        file.write("".join(",".join(line) + "\n" for line in lines).encode())
-    return open(path, "a", buffering=1)
-
-
 class Interrupt:
-    """Notes SIGINT and SIGTERM for the loop to act on between steps; a second one ends the process."""
+    """Notes SIGINT and SIGTERM for the loop to act on between steps; a later second one ends the process.
 
-    signal = 0
+    torchrun passes on the signal that a terminal or Slurm has already sent to every process of the
+    group, so what comes within two seconds is still the first.
+    """
+
+    signal, noted = 0, 0.0
 
     def __init__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() > self.noted + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
-def main(model_config, config, intervention):
-    processes = Processes(config.device)
-    device, rank = processes.device, processes.rank
-    is_main = rank == 0
-    say = tqdm.write if is_main else lambda line: None
+def open_data(prefix, steps, model_config, config, processes):
+    """Return `steps` batches of data in order; the first process builds the order, the others find it built."""
+    def build():
+        return OrderedData(prefix, model_config.seq_length, samples_needed(steps, config.batch_size), config.seed)
+
+    data = build() if processes.rank == 0 else None
+    processes.barrier()
+    data = data or build()
+    if len(data) < steps * config.batch_size:
+        raise ValueError(f"{prefix} holds {len(data):,} rows of {model_config.seq_length + 1} tokens, "
+                         f"{steps:,} steps need {steps * config.batch_size:,}")
+    return data
+
+
+def find_start(config):
+    """Return (folder, step) of the checkpoint to begin from, (None, 0) for a run from the initialisation."""
+    saved = checkpoints.saved_steps(config.out_dir)
+    if saved:
+        return os.path.join(config.out_dir, f"step{saved[-1]}"), saved[-1]
+    if not config.branch_from:
+        return None, 0
+    step = re.fullmatch(r"step(0|[1-9]\d*)", Path(config.branch_from).name)
+    if not step or not os.path.isdir(config.branch_from):
+        raise ValueError(f"branch_from = {config.branch_from}, expected a folder RUN/stepN")
+    return config.branch_from, int(step[1])
+
+
+def rescale_moments(optimizer, updates):
+    """Let moments of a few replayed batches stand for those of `updates` updates.
+
+    Adam's moments are sums whose weights come to 1 - beta**steps; what the batches before the replayed
+    ones weighed goes to those replayed.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            replayed = float(state["step"])
+            for beta, moment in zip(group["betas"], (state["exp_avg"], state["exp_avg_sq"])):
+                moment.mul_((1 - beta**updates) / (1 - beta**replayed))
+            state["step"].fill_(updates)
+
+
+def clip(model, limit, scale):
+    """Undo the loss scale, clip the gradient of all parameters to a norm of `limit`; return the norm before.
+
+    Nothing here waits for the device: the norm is a tensor on it, the same on every process.
+    """
+    if scale != 1:
+        torch._foreach_div_([p.grad for p in model.parameters()], scale)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor() if is_shard(norm) else norm
+
+
+def to_device(rows, device):
+    """Return the rows on the device, copied from pinned memory, so that the host does not wait for the copy."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+
+
+def rehearse(wrapped, optimizer, autocast, shape, device):
+    """Take one pass over zeros and forget its gradients.
+
+    DDP settles the layout of its messages in the first pass, and the layout decides how sums round: a
+    run that goes on must not have its first pass where one that never stopped had a later one. It
+    also shows before the first step whether the memory suffices.
+    """
+    communicate(wrapped, last=True)
+    rows = torch.zeros(shape, dtype=torch.int64, device=device)
+    with autocast():
+        loss = wrapped(rows, rows)
+    loss.backward()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def mean_loss(wrapped, batches, autocast, processes):
+    """Return the mean loss over all processes' rows in `batches`, which are of one size."""
+    losses = []
+    for rows in batches:
+        rows = to_device(torch.from_numpy(rows), processes.device)
+        with autocast():
+            losses.append(wrapped(rows[:, :-1], rows[:, 1:]))
+    return processes.mean(torch.stack(losses).mean())
+
+
+def train(model_config, config, intervention, launch, processes):
+    device, is_main = processes.device, processes.rank == 0
     tokens_per_step = config.batch_size * model_config.seq_length
+    share = dict(batch_size=config.batch_size, rank=processes.rank, world_size=processes.count,
+                 micro_batch_size=launch.micro_batch_size)
 
-    # ---- data, model, optimizer; the first process builds the order, the others find it built
-    num_samples = samples_needed(config.steps, config.batch_size)
+    # ---- data and the run folder; a mistake ends here, before anything is computed
+    data = open_data(config.data, config.steps, model_config, config, processes)
+    micro_batches = len(data.batch(0, **share))
+    heldout = config.heldout and open_data(config.heldout, config.heldout_batches, model_config, config, processes)
+    source, start = find_start(config)
     if is_main:
         load_tokenizer(config.tokenizer)
-        data = OrderedData(config.data, model_config.seq_length, num_samples, config.seed)
-    processes.barrier()
-    if not is_main:
-        data = OrderedData(config.data, model_config.seq_length, num_samples, config.seed)
-    if len(data) < config.steps * config.batch_size:
-        raise ValueError(f"{config.data} holds {len(data):,} rows of {model_config.seq_length + 1} tokens, "
-                         f"the run needs {config.steps * config.batch_size:,}")
-    micro_batches = data.batch(0, config.batch_size, rank, processes.count, config.micro_batch_size).shape[0]
-    if is_main:
-        open_run(model_config, config, intervention, data)
+        # The rows of step 0 stand for the whole order: a moved file is welcome, another one is not.
+        digest = hashlib.sha256(data.batch(0, config.batch_size).astype("<u2").tobytes()).hexdigest()
+        settings = asdict(model_config) | asdict(config) | asdict(intervention) | {"first_batch_sha256": digest}
+        open_run(config.out_dir, settings, MAY_CHANGE)
+        with open(os.path.join(config.out_dir, "launches.jsonl"), "a") as file:
+            file.write(json.dumps(describe_launch(asdict(launch), processes)) + "\n")
     if intervention.intervention:
         data = IntervenedData(data, load_tokenizer(config.tokenizer), intervention)
-    model = Pythia(model_config, config.seed).to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = LossScaler(enabled=device.type == "cuda" and config.dtype == "float16")
-
-    # ---- resume
-    saved = checkpoints.saved_steps(config.out_dir)
     processes.barrier()
-    start, updates = 0, 0  # updates: successful ones, which is what the learning rate counts
-    if saved:
-        training = checkpoints.load_training(config.out_dir, saved[-1], model, optimizer)
-        start, updates, scaler.state = training["step"], training["updates"], training["scaler"]
-    if is_main:
-        metrics = open_log(os.path.join(config.out_dir, "metrics.csv"), METRICS, start)
-        if intervention.intervention:
-            changed = open_log(os.path.join(config.out_dir, "interventions.csv"), ("step", "row"), start)
 
-    # ---- the raw model is what is saved, so no wrapper's prefix ever reaches the disk
-    if config.compile:
-        for layer in model.layers:
-            layer.compile()
-    wrapped = model
-    if processes.count > 1:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    autocast = contextlib.nullcontext()
-    if device.type == "cuda" and config.dtype != "float32":
-        autocast = torch.autocast("cuda", getattr(torch, config.dtype))
+    # ---- model, optimizer, and where they go on
+    dtype = compute_dtype(config.dtype, device)
+    autocast = functools.partial(  # every weight is cast once a pass, so keeping the casts would only cost memory
+        torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    with torch.device("meta"):
+        model = Pythia(model_config)
+    wrapped = parallelize(model, launch, dtype, processes)
+    optimizer = make_optimizer(model, config)
+    scaler = LossScaler(enabled=dtype == torch.float16)
+    first, updates = start, 0  # updates: successful ones, which is what the learning rate counts
+    if source is None:
+        model.init_weights(config.seed, fill)
+    elif training := checkpoints.load_training(Path(source).parent, start, model, optimizer):
+        updates, scaler.state = training["updates"], training["scaler"]
+    else:  # weights alone: replay the batches before them at rate 0, which moves nothing but the moments
+        first, updates = start - config.warm_moments, start
+        if not 0 <= first < start:
+            raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: --warm_moments=K "
+                             f"rebuilds Adam's moments from the K batches before it, K from 1 to {start}")
 
     schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
+    log = Log(config.out_dir, start, config.steps, config.batch_size, tokens_per_step, scaler.enabled, processes)
+    peak = peak_flops(device) if is_main else math.nan
+    log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, "
+            f"{config.steps:,} steps, {processes.count} process(es) on {device.type}, {micro_batches} micro-batch(es) "
+            f"of {launch.micro_batch_size}, peak {peak / 1e12:.2f} TFLOP/s"
+            + (f"; going on from step {start:,}" if source else ""))
+    saving = None
 
     def save(step):
-        if is_main:
-            training = {"tokens": step * tokens_per_step, "updates": updates, "scaler": scaler.state}
-            checkpoints.save(config.out_dir, step, model, optimizer, training, config.tokenizer,
-                             scheduled=step in schedule)
-        processes.barrier()
+        nonlocal saving
+        log.flush()  # raises if one of the steps before was not finite
+        if saving:
+            saving.result()
+        saving = checkpoints.save(config.out_dir, step, model, optimizer,
+                                  {"tokens": step * tokens_per_step, "updates": updates, "scaler": scaler.state},
+                                  config.tokenizer, step in schedule, config.async_save)
+        log.restart_clock()
 
-    peak = peak_flops(device) if is_main else math.nan
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters:,} parameters, {tokens_per_step:,} tokens a step, {config.steps:,} steps, "
-        f"{processes.count} process(es) on {device.type}, {micro_batches} micro-batch(es) of "
-        f"{config.micro_batch_size}, peak {peak / 1e12:.2f} TFLOP/s"
-        + (f"; going on from step {start:,}" if saved else ""))
-    if start == 0:
+    if source is None:
         save(0)
-
-    interrupt = Interrupt()
-    bar = tqdm(total=config.steps, initial=start, unit="step", disable=None if is_main else True)
+    if processes.count > 1:
+        rehearse(wrapped, optimizer, autocast, (launch.micro_batch_size, model_config.seq_length), device)
+    end = min(config.steps, config.stop_at or config.steps)
+    interrupt, stop = Interrupt(), False
     model.train()
-    for step in range(start, config.steps):
-        began = time.perf_counter()
+    log.restart_clock()
+    for step in range(first, end):
         # ---------------------------------------------------------------- one training step
-        rate = learning_rate_at(updates, config)
-        rows = data.batch(step, config.batch_size, rank, processes.count, config.micro_batch_size)
-        if rows.max() >= model_config.vocab_size:
-            raise ValueError(f"{config.data}: token {rows.max()} in step {step}, but vocab_size is "
+        rate = learning_rate_at(updates, config) if step >= start else 0.0
+        batch = torch.from_numpy(data.batch(step, **share))  # (micro-batches, sequences, T + 1)
+        if batch.max() >= model_config.vocab_size:
+            raise ValueError(f"{config.data}: token {batch.max()} in step {step}, but vocab_size is "
                              f"{model_config.vocab_size}")
-        loss = 0.0
-        for i, micro_batch in enumerate(torch.from_numpy(rows)):
-            if device.type == "cuda":
-                micro_batch = micro_batch.pin_memory().to(device, non_blocking=True)
-            last = i == micro_batches - 1  # gradients travel between processes once a step
-            with contextlib.nullcontext() if last or processes.count == 1 else wrapped.no_sync():
-                with autocast:  # what an intervention padded is MASKED, a negative id: no input, no target
-                    micro_loss = wrapped(micro_batch[:, :-1].clamp(min=0), micro_batch[:, 1:])
-                (micro_loss * (scaler.state["scale"] / micro_batches)).backward()
-            loss += micro_loss.detach() / micro_batches
-        if scaler.enabled:
-            torch._foreach_div_([p.grad for p in model.parameters()], scaler.state["scale"])
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        finite = math.isfinite(norm)
-        mean_loss, stop = processes.mean(float(loss), float(interrupt.signal > 0))
-        if not math.isfinite(mean_loss) or not (finite or scaler.enabled):
-            first_row = step * config.batch_size
-            raise FloatingPointError(
-                f"step {step} (rows {first_row:,} to {first_row + config.batch_size - 1:,}): loss {mean_loss}, "
-                f"gradient norm {float(norm)}. Nothing was saved after it; the last checkpoint is "
-                f"step{checkpoints.saved_steps(config.out_dir)[-1]}, `python data.py view` shows the rows")
+        loss = torch.zeros((), device=device)
+        for i, rows in enumerate(batch):
+            rows = to_device(rows, device)
+            communicate(wrapped, last=i == micro_batches - 1)
+            with autocast():  # what an intervention padded has a negative id: no input, no target
+                micro_loss = wrapped(rows[:, :-1].clamp(min=0), rows[:, 1:]) / micro_batches
+            (micro_loss * scaler.state["scale"]).backward()
+            loss += micro_loss.detach()
+        norm = clip(model, config.clip_norm, scaler.state["scale"])
+        # The host runs ahead of the device, but for float16: a skipped update does not advance the
+        # rate, so the host must know. It asks once a step, as DeepSpeed does.
+        finite = not scaler.enabled or math.isfinite(norm)
         if finite:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            updates += 1
         scale = scaler.state["scale"]
         scaler.update(overflow=not finite)
         optimizer.zero_grad(set_to_none=True)
         # ----------------------------------------------------------------------------------
-        seconds = time.perf_counter() - began
-        if is_main:
-            metrics.write(f"{step},{step * tokens_per_step},{mean_loss!r},{rate!r},{float(norm)!r},{scale:g},"
-                          f"{seconds:.4f}\n")
-            if intervention.intervention:
-                changed.writelines(f"{step},{row}\n" for row in data.changed)
-        if step % config.log_every == 0 or step == config.steps - 1:
-            speed = tokens_per_step / seconds
-            used = speed * flops_per_token(model_config) / (peak * processes.count)
-            say(f"step {step:6}/{config.steps} | loss {mean_loss:.4f} | lr {rate:.2e} | norm {float(norm):.2f} "
-                f"| {seconds:.2f} s | {_count(speed)} tok/s | mfu {'-' if math.isnan(used) else f'{used:.1%}'}")
-        bar.update()
-        if step + 1 in schedule or stop:
+        if step < start:
+            if step == start - 1:
+                rescale_moments(optimizer, updates)
+            continue
+        updates += finite
+        log.note(step, loss, norm, rate, scale, getattr(data, "changed", ()))
+        last, stop = step + 1 == end, processes.any(interrupt.signal)
+        if step % config.log_every == 0 or last or stop:
+            log.report(*log.flush(), flops_per_token(model_config), peak)
+        if heldout and ((step + 1) % config.heldout_every == 0 or last):
+            batches = (rows for i in range(config.heldout_batches) for rows in heldout.batch(i, **share))
+            log.heldout(step + 1, mean_loss(wrapped, batches, autocast, processes))
+        if step + 1 in schedule or last or stop:
             save(step + 1)
         if stop:
-            bar.close()
-            say(f"interrupted: saved step{step + 1}; the same command goes on from there")
-            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
-    bar.close()
-    say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
+            break
+    if saving:
+        saving.result()  # on the disk, or raises why it is not
+    log.close()
+    if stop:
+        log.say(f"interrupted: saved step{step + 1}; the same command goes on from there")
+        sys.exit(128 + (interrupt.signal or signal.SIGTERM))
+    log.say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
 
-def _count(n):
-    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k"
+def main(model_config, config, intervention, launch):
+    if config.out_dir is None:
+        raise ValueError("missing: --out_dir, the run folder (--help explains every setting)")
+    processes = Processes(launch.device)
+    if launch.deterministic:
+        make_deterministic()
+    train(model_config, config, intervention, launch, processes)
+    if config.twin:
+        control = replace(config, out_dir=f"{config.out_dir}_twin", twin=False)
+        train(model_config, control, InterventionConfig(), launch, processes)
 
 
 if __name__ == "__main__":
     try:
-        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig))
+        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig, LaunchConfig))
     except FloatingPointError as error:
         fail(str(error))
     finally:

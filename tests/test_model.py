@@ -18,6 +18,7 @@ from checkpoints import hf_config, hf_name
 from config import parse
 from conftest import ROOT
 from model import HeadLoss, ModelConfig, Pythia
+from parallel import LaunchConfig
 from train import TrainConfig
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
@@ -141,7 +142,7 @@ def test_loss_without_gradients_is_the_same_number():
 def test_configs_give_the_published_sizes(size, suffix, monkeypatch):
     monkeypatch.chdir(ROOT)
     L, D, H, V, parameters = SHAPES[size]
-    config, training = parse([f"configs/pythia_{size}{suffix}.py", "--out_dir=x"], ModelConfig, TrainConfig)
+    config, training, _ = parse([f"configs/pythia_{size}{suffix}.py"], ModelConfig, TrainConfig, LaunchConfig)
     with torch.device("meta"):
         model = Pythia(config)
     assert sum(p.numel() for p in model.parameters()) == parameters

@@ -20,11 +20,13 @@ from checkpoints import saved_steps
 from conftest import ROOT
 from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
+from parallel import flops_per_token
 from prepare import TokenWriter
 from test_model import transformers_twin
-from train import LossScaler, TrainConfig, flops_per_token, learning_rate_at, make_optimizer
+from train import LossScaler, TrainConfig, learning_rate_at, make_optimizer
 
 PYTHIA = TrainConfig(data="", out_dir="", learning_rate=1e-3)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small for two
 SHAPE = dict(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=32)
 SETTINGS = dict(SHAPE, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2, checkpoint_every=6,
                 log_every=1, warmup=0.25)
@@ -50,7 +52,7 @@ def command(data, out_dir, processes=1, /, **changes):
 
 
 def train(*arguments, expect=0, **changes):
-    done = subprocess.run(command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(*arguments, **changes), cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -170,7 +172,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, whole):
     """A real signal to a real process."""
     settings, folder = whole
     number = signal.SIGTERM if settings["micro_batch_size"] == 8 else signal.SIGINT
-    process = subprocess.Popen(command(data, tmp_path / "cut", **settings), cwd=ROOT, text=True,
+    process = subprocess.Popen(command(data, tmp_path / "cut", **settings), cwd=ROOT, text=True, env=ENVIRONMENT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("step     21/"):
@@ -187,7 +189,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, whole):
 
 def test_a_killed_run_ends_with_the_same_bits(data, tmp_path, whole):
     settings, folder = whole
-    process = subprocess.Popen(command(data, tmp_path, **settings), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(data, tmp_path, **settings), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT)
     for line in process.stdout:
         if line.startswith("step     45/"):
             break
