@@ -311,10 +311,28 @@ def _sync(path):
     os.close(descriptor)
 
 
-def saved_steps(run):
-    """Return the steps of the checkpoints in a run folder, in order."""
+def step_folders(run):
+    """Return [(step, folder)] of everything in a run folder that is named like a checkpoint, in order."""
     names = os.listdir(run) if os.path.isdir(run) else []
-    return sorted(int(name[4:]) for name in names if re.fullmatch(r"step(0|[1-9]\d*)", name))
+    return sorted((int(name[4:]), Path(run) / name) for name in names
+                  if re.fullmatch(r"step(0|[1-9]\d*)", name) and os.path.isdir(Path(run) / name))
+
+
+def saved_steps(run):
+    """Return the steps of the whole checkpoints in a run folder, in order."""
+    return [step for step, folder in step_folders(run) if is_whole(folder)]
+
+
+def is_whole(folder):
+    """Tell whether a checkpoint's files have the bytes of its manifest, or a download has any weights."""
+    if not (folder / "manifest.json").exists():
+        return any(next(folder.glob(pattern), None)
+                   for pattern in ("model*.safetensors", "pytorch_model*.bin", "layer_*.pt"))
+    try:
+        return all((folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+                   for name, entry in read_small_json(folder / "manifest.json").items())
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def load_training(run, step, model, optimizer):
@@ -348,6 +366,9 @@ def load_training(run, step, model, optimizer):
 
 if __name__ == "__main__":
     import huggingface
+    import verify
     command(sys.argv[1:], {
+        "verify": (verify.Verify, verify.verify, "folders..."), "diff": (verify.Diff, verify.diff, "a b"),
+        "list": (verify.List, verify.list_, "run"),
         "import": (huggingface.Import, huggingface.import_, "source output"),
         "export": (huggingface.Export, huggingface.export, "source output")})

@@ -70,5 +70,33 @@ def training(options):
     print(options.output)
 
 
+@dataclass(frozen=True)
+class Weights:
+    csv: str  # of checkpoints.py verify
+    output: str = "verify.png"
+
+
+def weights(options):
+    """Draw every matrix's norm, distance from the first checkpoint and cosine to the previous, over steps."""
+    plt = pyplot()
+    rows = [row for row in read_csv(options.csv) if row["distance_from_first"] != "nan"]
+    names = list(dict.fromkeys(row["tensor"] for row in rows))
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for axes, column, label in zip(panels, ("norm", "distance_from_first", "cosine_to_previous"), (
+            "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before")):
+        for i, name in enumerate(names):
+            points = sorted((int(row["step"]), float(row[column])) for row in rows if row["tensor"] == name)
+            axes.plot(*zip(*points), color=plt.cm.viridis(i / len(names)), linewidth=1, marker=".", markersize=3)
+        axes.set(xlabel="step", ylabel=label)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yscale("log")
+    figure.suptitle(f"{len(names)} matrices, embedding (dark) to head (light)")
+    figure.savefig(options.output, dpi=150)
+    plt.close(figure)
+    print(options.output)
+
+
 if __name__ == "__main__":
-    command(sys.argv[1:], {"training": (Training, training)})
+    command(sys.argv[1:], {"training": (Training, training), "weights": (Weights, weights)})

@@ -1,0 +1,289 @@
+"""pytest tests/test_verify.py"""
+
+import csv
+import os
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints import checkpoint_steps, load_model, save, saved_steps, write_manifest
+from conftest import ROOT
+from huggingface import Export, export
+from model import ModelConfig, Pythia
+from tensors import write_folder
+from train import TrainConfig, learning_rate_at, make_optimizer
+
+CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=384, seq_length=32)
+TRAIN = TrainConfig(data="", out_dir="", learning_rate=1e-2, steps=128, checkpoint_every=16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(run, seed=1234):
+    """Really train: 128 steps of tokens with something to learn, saved on Pythia's schedule."""
+    model = Pythia(CONFIG, seed)
+    optimizer = make_optimizer(model, TRAIN)
+    rng = np.random.RandomState(0)
+    for step in range(TRAIN.steps + 1):
+        if step in checkpoint_steps(TRAIN.steps, TRAIN.checkpoint_every):
+            save(run, step, model, optimizer, {"updates": step, "tokens": 128 * step, "scaler": {}})
+        if step == TRAIN.steps:
+            break
+        tokens = torch.from_numpy(np.minimum(rng.geometric(0.02, (4, 33)), 383))
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, TRAIN)
+        optimizer.step()
+        optimizer.zero_grad()
+    (run / "config.json").write_text('{"steps": 128, "checkpoint_every": 16}')
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory, one_thread):
+    run = tmp_path_factory.mktemp("honest")
+    train(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def other_seed(tmp_path_factory):
+    run = tmp_path_factory.mktemp("seed")
+    train(run, seed=5)
+    return run
+
+
+@pytest.fixture
+def run(honest, tmp_path):
+    shutil.copytree(honest, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoints(monkeypatch, capsys):
+    """Run the command line here; return (exit code, stdout)."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "checkpoints.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return code, captured.out if code != 2 else captured.err
+    return run
+
+
+def put(source, target):
+    """Upload one checkpoint's weights under another's name, as it happened: the manifest fits."""
+    shutil.copyfile(source / "model.safetensors", target / "model.safetensors")
+    write_manifest(target)
+
+
+def problems(text):
+    """Return {step: its problem lines}, and under None the others."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("step "):
+            step, _, words = line.removeprefix("step ").partition(": ")
+            found.setdefault(int(step), []).append(words)
+        elif line.startswith("missing"):
+            found.setdefault(None, []).append(line)
+    return found
+
+
+def test_an_honest_run_has_no_problems(run, checkpoints):
+    code, text = checkpoints("verify", run)
+    assert code == 0 and problems(text) == {} and "13 checkpoints, 0 problems" in text
+    with open(run / "verify.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13 * 28 and (run / "verify.png").stat().st_size > 10000
+    # Against the tensors themselves: norms exact, cosines and distances of these small matrices too.
+    first, second, third = (load_file(run / f"step{step}/model.safetensors") for step in (0, 64, 80))
+    row = next(row for row in rows if row["step"] == "80" and row["tensor"].endswith("1.mlp.dense_h_to_4h.weight"))
+    a, b, c = (tensors[row["tensor"]].double().flatten() for tensors in (first, second, third))
+    assert float(row["norm"]) == pytest.approx(c.norm().item(), rel=1e-12)
+    assert float(row["distance_from_first"]) == pytest.approx(((c - a).norm() / a.norm()).item(), rel=0.05)
+    assert float(row["cosine_to_previous"]) == pytest.approx((b @ c / b.norm() / c.norm()).item(), abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_honest_run_cast_to_half_has_no_problems(honest, tmp_path, checkpoints, dtype):
+    for step in saved_steps(honest):
+        export(Export(str(honest / f"step{step}"), str(tmp_path / f"run/step{step}"), dtype, tokenizer=None))
+    code, text = checkpoints("verify", tmp_path / "run", "--steps=0,1,2,4,8,16,32,48,64,80,96,112,128")
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("step", [0, 2, 16, 48, 112])
+def test_final_weights_under_an_early_step(run, checkpoints, step):
+    put(run / "step128", run / f"step{step}")
+    code, text = checkpoints("verify", run)
+    assert code == 1
+    assert any(f"equal to step {step}'s" in words for words in problems(text)[128])
+    if step < 112:  # the last but one does lie beside the last
+        assert problems(text)[step], text
+    assert problems(text).keys() <= {128, step}
+
+
+@pytest.mark.parametrize("step", [2, 16, 32])
+def test_final_weights_under_an_early_step_are_found_without_the_final_step(run, checkpoints, step):
+    put(run / "step128", run / f"step{step}")
+    for late in (112, 128):
+        shutil.rmtree(run / f"step{late}")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() == {step}, text
+
+
+def test_two_equal_neighbours(run, checkpoints):
+    put(run / "step64", run / "step80")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text) == {80: ["all 10 matrices are equal to step 64's"]}
+
+
+def reshard(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_folder(folder, tensors, shard_size=90_000)
+    write_manifest(folder)
+
+
+def test_one_shard_of_another_step(run, checkpoints):
+    for step in saved_steps(run):
+        reshard(run / f"step{step}")
+    files = sorted(path.name for path in (run / "step48").glob("model-*"))
+    assert len(files) == 3
+    shutil.copyfile(run / "step128" / files[0], run / "step48" / files[0])
+    write_manifest(run / "step48")
+    load_model(run / "step48")  # nothing else would notice
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() == {48, 128}
+    assert f"of {files[0]}" in problems(text)[48][0] and "nearer to step 1" in problems(text)[48][0]
+    assert "equal to step 48's" in problems(text)[128][0]
+
+
+def test_a_seed_run_that_does_not_descend_from_its_step_0(run, other_seed, checkpoints):
+    assert checkpoints("verify", other_seed)[0] == 0
+    put(other_seed / "step0", run / "step0")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and any("step 1 does not descend from it" in words for words in problems(text)[0])
+    for step in (1, 2, 4, 8):
+        shutil.rmtree(run / f"step{step}")
+    code, text = checkpoints("verify", run, "--steps=any")
+    assert code == 1 and any("step 16 does not descend from it" in words for words in problems(text)[0])
+
+
+def test_a_checkpoint_of_another_seed(run, other_seed, checkpoints):
+    put(other_seed / "step64", run / "step64")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() == {64}
+
+
+def test_the_last_checkpoint_of_another_seed(run, other_seed, checkpoints):
+    put(other_seed / "step128", run / "step128")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() == {128}
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: os.truncate(path, path.stat().st_size - 1000), "bytes, the manifest says"),
+    (lambda path: path.unlink(), "in the manifest but not there"),
+    (lambda path: path.write_bytes(b""), "0 bytes, the manifest says")])
+def test_a_half_written_file(run, checkpoints, damage, words):
+    damage(run / "step64/model.safetensors")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() == {64} and any(words in line for line in problems(text)[64])
+    assert 64 not in saved_steps(run) and "NOT WHOLE" in checkpoints("list", run)[1]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
+@pytest.mark.parametrize("bit", [0, 30])
+def test_a_flipped_bit(run, checkpoints, file, bit):
+    path = run / "step64" / file
+    data = bytearray(path.read_bytes())
+    data[-4 + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    code, text = checkpoints("verify", run)
+    assert code == 1 and any("SHA-256 is not the manifest's" in words for words in problems(text)[64]), text
+
+
+def test_nan_and_infinity(run, checkpoints):
+    for step, value in ((32, float("nan")), (48, float("inf"))):
+        tensors = load_file(run / f"step{step}/model.safetensors")
+        tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][3, 5] = value
+        save_file(tensors, run / f"step{step}/model.safetensors", metadata={"format": "pt"})
+        write_manifest(run / f"step{step}")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() >= {32, 48}
+    for step in (32, 48):
+        assert "gpt_neox.layers.1.mlp.dense_h_to_4h.weight: 1 values are NaN or infinite" in problems(text)[step]
+
+
+def test_missing_steps_are_named(run, checkpoints):
+    shutil.rmtree(run / "step4")
+    shutil.rmtree(run / "step96")
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text)[None][0].startswith("missing 2 scheduled checkpoints: 4, 96")
+    assert checkpoints("verify", run, "--steps=any")[0] == 0
+    (run / "config.json").unlink()  # a download: Pythia's 154
+    assert "missing 146 scheduled" in checkpoints("verify", run)[1]
+
+
+def test_folders_of_a_run_by_name(run, checkpoints):
+    code, text = checkpoints("verify", *(run / f"step{step}" for step in (128, 0, 16)), "--output=None")
+    assert code == 0 and [int(line.split()[0]) for line in text.splitlines()[1:4]] == [0, 16, 128]
+
+
+def test_a_damaged_archive_of_pytorch(run, tmp_path, checkpoints):
+    folder = tmp_path / "pythia/step64"
+    folder.mkdir(parents=True)
+    shutil.copy(run / "step64/config.json", folder)
+    torch.save(load_file(run / "step64/model.safetensors"), folder / "pytorch_model.bin")
+    assert checkpoints("verify", folder, "--output=None")[0] == 0
+    data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "pytorch_model.bin").write_bytes(data)
+    code, text = checkpoints("verify", folder, "--output=None")
+    assert code == 1 and "pytorch_model.bin: checksum of" in problems(text)[64][0]
+
+
+def test_diff_measures(run, checkpoints):
+    assert checkpoints("diff", run / "step64", run / "step64")[0] == 0
+    code, text = checkpoints("diff", run / "step64", run / "step80")
+    a, b = (load_file(run / f"step{step}/model.safetensors")["embed_out.weight"].double() for step in (64, 80))
+    name, shape, *numbers = next(line for line in text.splitlines() if line.startswith("embed_out")).split()
+    assert code == 1 and shape == "384x32" and "28 of 28 tensors differ" in text
+    expected = ((a - b).abs().max(), (a - b).abs().mean(), (a - b).norm() / b.norm())
+    assert [float(number) for number in numbers] == pytest.approx([float(x) for x in expected], rel=1e-2)
+    code, text = checkpoints("diff", run / "step0", run / "step1")  # the first update has learning rate 0
+    assert code == 0 and "0 of 28 tensors differ" in text
+
+
+def test_list_tells_what_is_there(run, checkpoints):
+    (run / "metrics.csv").write_text("step,tokens,loss\n0,0,5.95\n64,8192,5.1234\n")
+    (run / "step16/optimizer.safetensors").unlink()
+    code, text = checkpoints("list", run)
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert code == 0 and lines["64"].split()[1:3] == ["8,192", "5.1234"] and "weights, state, manifest" in lines["64"]
+    assert lines["128"].split()[2] == "-" and "NOT WHOLE" in lines["16"] and "13 checkpoints" in text
+
+
+def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
+    for wrong, words in ((("verify",), "missing: --folders"), (("verify", "nowhere"), "nowhere: no such folder"),
+                         (("verify", tmp_path), "neither a run"), (("diff", "a"), "missing: --b"),
+                         (("diff", "a", "b"), "a: no such folder"), (("list", "nowhere"), "no such folder"),
+                         (("list", "a", "b"), "expected run")):
+        code, text = checkpoints(*wrong)
+        assert code == 2 and words in text and len(text.splitlines()) == 1, wrong

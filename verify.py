@@ -1,0 +1,406 @@
+"""Which checkpoint is this really? Hashes, duplicates and breaks in the path that the weights took.
+
+    python checkpoints.py verify runs/mini                 # or several folders, of any published form
+    python checkpoints.py diff runs/mini/step512 OTHER/step512
+    python checkpoints.py list runs/mini
+
+No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
+the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
+matrix in every checkpoint (within about 2 %).
+
+Training moves through weight space in small steps, so a checkpoint lies between its neighbours: its
+distance to the nearer one, over theirs to each other, is about a half; noise alone would make it 1.
+Weights that belong elsewhere are far from both, and often near to where they belong.
+"""
+
+import csv
+import math
+import re
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import checkpoint_steps, is_whole, step_folders
+from config import replacing
+from huggingface import open_any
+from tensors import listing, read_small_json, sha256_of, size_of
+
+ENTRIES = 2048  # of every matrix; 154 checkpoints of a 12B take 180 MB
+RATIO = 1.5  # by which a distance must be too large
+FAR = 0.1  # relative distance that no checkpoint at either end of a run has from its neighbour by accident
+SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones have less than 0.01
+
+
+@dataclass(frozen=True)
+class Verify:
+    folders: str  # a run (its step0, step1, ... are checked) or checkpoints, separated by commas
+    steps: str | None = None  # expected: 0,1,512 or any; default: the run's schedule, else Pythia's 154
+    output: str | None = ""  # CSV of every tensor, plot beside it; default: RUN/verify.csv; None: neither
+
+
+@dataclass
+class Scan:
+    """What is known of a checkpoint after its bytes have been read."""
+    step: int
+    folder: Path
+    updates: int  # successful ones; the first has learning rate 0
+    bytes: int = 0
+    hashed: int | None = None  # files that agree with the manifest; None: there is no manifest
+    norms: dict = field(default_factory=dict)  # tensor -> L2 norm
+    samples: dict = field(default_factory=dict)  # matrix -> some of its entries, float32
+    files: dict = field(default_factory=dict)  # tensor -> name of its file
+    prints: dict = field(default_factory=dict)  # matrix -> equal for equal values
+    problems: list = field(default_factory=list)
+
+
+def scan(step, folder, bar):
+    """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
+    found = Scan(step, folder, step)
+    try:
+        if (folder / "training.json").exists():
+            found.updates = int(read_small_json(folder / "training.json").get("updates", step))
+    except (ValueError, TypeError) as error:
+        found.problems.append(str(error).removeprefix(f"{folder}/"))
+    with ThreadPoolExecutor(1) as hasher:  # hashes while this thread measures: the disk is read once
+        hashes = hasher.submit(check_files, found)
+        try:
+            _, tensors = open_any(folder)
+            for name, stored in tensors.items():
+                measure(found, name, stored)
+                found.bytes += size_of(stored)
+                bar.update(size_of(stored))
+        except (ValueError, OSError) as error:
+            found.problems.append(str(error).removeprefix(f"{folder}/"))
+        hashes.result()
+    return found
+
+
+def check_files(found):
+    """Compare every file with the manifest, and the archives of PyTorch with their own checksums."""
+    manifest = found.folder / "manifest.json"
+    if manifest.exists():
+        found.hashed = 0
+        for name, entry in read_small_json(manifest).items():
+            path = found.folder / name
+            if Path(name).name != name or type(entry) is not dict or not path.is_file():
+                found.problems.append(f"{name}: in the manifest but not there")
+            elif path.stat().st_size != entry.get("bytes"):
+                found.problems.append(f"{name}: {path.stat().st_size:,} bytes, "
+                                      f"the manifest says {entry.get('bytes')}")
+            elif sha256_of(path) != entry.get("sha256"):
+                found.problems.append(f"{name}: its SHA-256 is not the manifest's")
+            else:
+                found.hashed += 1
+    elif (found.folder / "training.json").exists():
+        found.problems.append("manifest.json is not there")
+    for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError) as error:
+            damaged = str(error)
+        if damaged:
+            found.problems.append(f"{path.name}: checksum of {damaged} is wrong")
+
+
+def measure(found, name, stored):
+    """Read a tensor; note its norm, whether it is finite and, of a matrix, some entries."""
+    tensor = stored.read().reshape(-1)
+    square = 0.0  # the square of any float16 to float32 fits float64: a sum that is not finite has a culprit
+    for chunk in tensor.split(1 << 20):
+        chunk = chunk.double()
+        square += chunk.dot(chunk).item()
+    if not math.isfinite(square):
+        broken = tensor.numel() - tensor.isfinite().sum()
+        found.problems.append(f"{name}: {broken:,} values are NaN or infinite")
+    found.norms[name], found.files[name] = math.sqrt(square), stored.path.name
+    if len(stored.shape) == 2:
+        generator = torch.Generator().manual_seed(tensor.numel())
+        places = torch.randint(tensor.numel(), (min(ENTRIES, tensor.numel()),), generator=generator)
+        found.samples[name] = sample = tensor[places].float()
+        found.prints[name] = hash((square, (sample + 0.0).numpy().tobytes()))  # -0.0 is equal to 0.0
+
+
+def check_path(scans):
+    """Note every checkpoint whose matrices do not belong where it stands; return {step: ratio}."""
+    scans = [here for here in scans if here.samples.keys() == scans[0].samples.keys() and here.samples]
+    names = list(scans[0].samples) if scans else []
+    if len(scans) < 2 or any(len({here.samples[n].shape for here in scans}) > 1 for n in names):
+        return {}
+    stacks = [torch.stack([here.samples[name] for here in scans]).double() for name in names]  # (n, ENTRIES)
+    sizes = torch.stack([stack.norm(dim=1) for stack in stacks])  # (M, n) of M matrices
+    apart = torch.stack([torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
+                         for stack in stacks])  # (M, n, n)
+
+    def note(here, far, words):
+        far = [name for name, is_far in zip(names, far.tolist()) if is_far]
+        if far:
+            here.problems.append(f"{_matrices(here, far)} {words}")
+
+    ratios = {}
+    for i, here in enumerate(scans):
+        floor = 1e-3 * sizes[:, i]  # float16 rounds early steps away: a smaller distance means nothing
+        if 0 < i < len(scans) - 1:
+            nearer = apart[:, i, [i - 1, i + 1]].amin(1)
+            ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floor)
+            ratios[here.step] = ratio.max().item()
+            note(here, ratio > RATIO, f"up to {ratio.max():.1f} times as far from steps {scans[i - 1].step} "
+                                      f"and {scans[i + 1].step} as these are apart")
+        elif len(scans) > 2:
+            one, two = (1, 2) if i == 0 else (i - 1, i - 2)
+            gap = abs(here.step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
+            far = apart[:, i, one] > (FAR * sizes[:, one]).maximum(3 * max(1, gap) * apart[:, one, two])
+            note(here, far, f"too far from step {scans[one].step} to stand beside it")
+        other, belongs = elsewhere(apart, i, floor)
+        if belongs.any():
+            note(here, belongs, f"nearer to step {scans[other].step} and its neighbour than to their own")
+    first = scans[1]
+    cosine = sum(torch.cosine_similarity(stack[0], stack[1], dim=0) for stack in stacks) / len(names)
+    if scans[0].step == 0 and first.step <= 2000 and cosine < SAME_INIT:
+        scans[0].problems.append(f"step {first.step} does not descend from it: their cosine is {cosine:.3f}")
+    return ratios
+
+
+def elsewhere(apart, i, floor):
+    """Return the place j where checkpoint i fits better, and which matrices do, (M,) bool.
+
+    There it is nearer to j and to one beside j than to the two on either side of its own place. (A
+    copy of it standing elsewhere is near too, but what is beside the copy is not.)
+    """
+    count = apart.shape[1]
+    own = apart[:, i, [k for k in range(count) if 1 <= abs(k - i) <= 2]].amin(1)
+    best, belongs = None, torch.zeros(len(apart), dtype=torch.bool)
+    for j in (j for j in range(count) if abs(j - i) > 2):
+        beside = [k for k in (j - 1, j + 1) if 0 <= k < count and abs(k - i) > 2]
+        if beside:
+            there = apart[:, i, j].maximum(apart[:, i, beside].amin(1))
+            fits = (RATIO * there < own) & (own > floor)
+            if fits.sum() > belongs.sum() or best is not None and fits.sum() == belongs.sum() > 0 and (
+                    there.sum() < nearest):
+                best, belongs, nearest = j, fits, there.sum()
+    return best, belongs
+
+
+def check_duplicates(here, seen):
+    """Note matrices equal to those of an earlier checkpoint; `seen` maps fingerprints to Scans, and grows."""
+    twins = {}
+    for name, fingerprint in here.prints.items():
+        other = seen.setdefault((name, fingerprint), here)
+        # Before the second update nothing has changed: the first has learning rate 0.
+        if other is not here and other.updates != here.updates and max(other.updates, here.updates) > 1:
+            twins.setdefault(other.step, []).append(name)
+    for step, names in twins.items():
+        here.problems.append(f"{_matrices(here, names)} equal to step {step}'s")
+
+
+def _matrices(found, names):
+    """Return "3 of 26 matrices (shard): " in words, naming the file if it is one of several."""
+    files = {found.files[name] for name in names}
+    where = f" of {', '.join(sorted(files))}" if files != set(found.files.values()) else ""
+    if len(names) == len(found.samples):
+        return f"all {len(names)} matrices are"
+    example = min(names) + ", ..." * (len(names) > 1)
+    return f"{len(names)} of {len(found.samples)} matrices{where} ({example}) are"
+
+
+def find(folders):
+    """Return the run folder or None, and [(step, folder)] in order, of what the user named."""
+    paths = [Path(folder) for folder in folders.split(",")]
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such folder")
+    if len(paths) == 1 and step_folders(paths[0]):
+        return paths[0], step_folders(paths[0])
+    found = []
+    for path in paths:
+        match = re.fullmatch(r"(?:global_)?step(\d+)", path.resolve().name)
+        if not match:
+            raise ValueError(f"{path}: neither a run (step0, step1, ... in it) nor a checkpoint called stepN")
+        found.append((int(match[1]), path))
+    return None, sorted(found)
+
+
+def missing_steps(run, there, expected):
+    """Return the scheduled steps of a run that are not there."""
+    if expected is None:
+        settings = read_small_json(run / "config.json") if (run / "config.json").exists() else {}
+        steps = settings.get("steps", 143000)
+        wanted = checkpoint_steps(steps, settings.get("checkpoint_every", 1000))
+        if settings:  # a run may still be under way
+            wanted = [step for step in wanted if step <= max(there)]
+    elif expected == "any":
+        wanted = []
+    elif re.fullmatch(r"\d+(,\d+)*", expected):
+        wanted = [int(step) for step in expected.split(",")]
+    else:
+        raise ValueError(f"steps = {expected!r}, expected numbers with commas, or any")
+    return [step for step in wanted if step not in there]
+
+
+def verify(options):
+    """Check a run: hashes, steps, duplicates, NaN, and weights that do not belong where they stand."""
+    run, found = find(options.folders)
+    problems = []
+    missing = missing_steps(run, [step for step, _ in found], options.steps) if run or options.steps else []
+    if missing:
+        problems.append(f"missing {len(missing)} scheduled checkpoints: {', '.join(map(str, missing[:20]))}"
+                        + (", ..." if len(missing) > 20 else "") + " (--steps=any if they are meant to be)")
+    total = sum(path.stat().st_size for _, folder in found for path in folder.iterdir()
+                if path.is_file() and not path.name.startswith("optimizer"))
+    seen, rows, scans = {}, [], []
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for step, folder in found:
+            scans.append(scan(step, folder, bar))
+            check_duplicates(scans[-1], seen)
+            rows += tensor_rows(scans[-1], scans[0], scans[-2] if len(scans) > 1 else None)
+    ratios = check_path(scans)
+    print_table(scans, rows, ratios)
+    problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
+    for problem in problems:
+        print(problem)
+    print(f"{len(scans)} checkpoints, {len(problems)} problem{'s' * (len(problems) != 1)}")
+    write(rows, problems, options, run or found[0][1].parent)
+    if problems:
+        sys.exit(1)
+
+
+HEADER = ("step", "tensor", "norm", "distance_from_first", "cosine_to_previous")
+
+
+def tensor_rows(here, first, previous):
+    """Return the CSV's rows of a checkpoint; distances are relative to the first checkpoint's norm."""
+    rows = []
+    for name, norm in here.norms.items():
+        distance = cosine = math.nan
+        if name in here.samples and name in first.samples:
+            distance = (here.samples[name] - first.samples[name]).norm() / first.samples[name].norm()
+        if previous and name in here.samples and name in previous.samples:
+            cosine = torch.nn.functional.cosine_similarity(here.samples[name], previous.samples[name], dim=0)
+        rows.append((here.step, name, norm, float(distance), float(cosine)))
+    return rows
+
+
+def print_table(scans, rows, ratios):
+    """Print a line a checkpoint: of its matrices the mean distance, the mean cosine, the largest ratio."""
+    print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} {'to previous':>11} "
+          f"{'between':>7}  problems")
+    for here in scans:
+        own = [row for row in rows if row[0] == here.step]
+        norm = math.sqrt(sum(row[2]**2 for row in own)) if own else math.nan
+        means = [_mean([row[i] for row in own if not math.isnan(row[i])]) for i in (3, 4)]
+        hashed = "-" if here.hashed is None else f"{here.hashed} ok"
+        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {_number(norm, 9, 3)} "
+              f"{_number(means[0], 10, 4)} {_number(means[1], 11, 5)} "
+              f"{_number(ratios.get(here.step, math.nan), 7, 2)}  {len(here.problems) or '-'}")
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else math.nan
+
+
+def _number(value, width, digits):
+    return f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
+
+
+def write(rows, problems, options, folder):
+    """Write the CSV and draw it, unless the user wants neither."""
+    if options.output is None or not rows:
+        return
+    output = Path(options.output or folder / "verify.csv")
+    with replacing(output) as file:
+        lines = [HEADER, *rows]
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    print(output)
+    try:
+        import plots
+        plots.weights(plots.Weights(str(output), str(output.with_suffix(".png"))))
+    except ValueError as error:  # matplotlib is an extra
+        print(error)
+
+
+# ---------------------------------------------------------------------------- diff and list
+
+
+@dataclass(frozen=True)
+class Diff:
+    a: str  # a checkpoint folder of any published form
+    b: str
+
+
+def diff(options):
+    """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
+    (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
+    if config_a != config_b:
+        print(f"config: {config_a} and {config_b}")
+    print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
+    differing = sorted(a.keys() ^ b.keys())
+    for name in sorted(a.keys() ^ b.keys()):
+        print(f"{name:50} only in {options.a if name in a else options.b}")
+    for name in tqdm([name for name in a if name in b], disable=None, leave=False):
+        line = f"{name:50} {'x'.join(map(str, a[name].shape)):>14}"
+        if a[name].shape != b[name].shape:
+            differing.append(name)
+            tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
+            continue
+        largest, total, square, norm, equal = 0.0, 0.0, 0.0, 0.0, True
+        for x, y in zip(a[name].read().reshape(-1).split(1 << 20), b[name].read().reshape(-1).split(1 << 20)):
+            x, y = x.double(), y.double()
+            delta = (x - y).abs()
+            equal = equal and torch.equal(x, y)
+            largest, total = max(largest, delta.max().item()), total + delta.sum().item()
+            square, norm = square + delta.square().sum().item(), norm + y.square().sum().item()
+        if not equal:
+            differing.append(name)
+        tqdm.write(f"{line} {largest:10.3g} {total / max(1, math.prod(a[name].shape)):10.3g} "
+                   + (f"{math.sqrt(square / norm):10.3g}" if norm else f"{'-':>10}"))
+    print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
+          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else ""))
+    if differing or config_a != config_b:
+        sys.exit(1)
+
+
+def _dtypes(tensors):
+    return "/".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}))
+
+
+@dataclass(frozen=True)
+class List:
+    run: str  # run folder
+
+
+def list_(options):
+    """List a run's checkpoints: step, tokens, loss there, size, what is in them."""
+    if not Path(options.run).is_dir():
+        raise ValueError(f"{options.run}: no such folder")
+    folders = step_folders(options.run)
+    losses = {}
+    if (Path(options.run) / "metrics.csv").exists():
+        with open(Path(options.run) / "metrics.csv", newline="") as file:
+            losses = {row.get("step"): row.get("loss") for row in csv.DictReader(file)}
+    print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
+    total = 0
+    for step, folder in folders:
+        training = read_small_json(folder / "training.json") if (folder / "training.json").exists() else {}
+        files = [path for path in folder.iterdir() if path.is_file()]
+        bytes_ = sum(path.stat().st_size for path in files)
+        total += bytes_
+        loss = losses.get(str(step))  # of the batch that these weights met next
+        tokens = f"{training['tokens']:,}" if type(training.get("tokens")) is int else "-"
+        print(f"{step:7} {tokens:>15} {f'{float(loss):.4f}' if loss else '-':>8} {bytes_ / 1e6:8,.1f} MB  "
+              + contents(folder, files))
+    print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
+
+
+def contents(folder, files):
+    """Return what a checkpoint holds, in words."""
+    names = [path.name for path in files]
+    held = [word for word, start in (
+                ("weights", ("model", "pytorch_model", "layer_")), ("state", "optimizer"),
+                ("tokenizer", "tokenizer.json"), ("manifest", "manifest.json"))
+            if any(name.startswith(start) for name in names)]
+    return ", ".join(held) + ("" if is_whole(folder) else ": NOT WHOLE")
