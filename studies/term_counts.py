@@ -1,0 +1,245 @@
+"""How often each number, and each question with its answer, was in the training data up to each checkpoint.
+
+    python -m studies.term_frequency count --data=PREFIX --output=counts [--questions=triviaqa.jsonl]
+
+OUTPUT/0000512_0001000.npy holds what stood in the rows of steps 512 to 999: int64 (2, n), keys in ascending
+order above, their counts below. Checkpoint 1000 has seen the sum of the files up to that one (`seen`).
+A key is kind * 10**10 + a * 10**5 + b:
+
+    kind 0  NEAR      b = number: how many windows of "number near number" it is in; twice if twice in one
+    kind 1  PLAIN     b = number: every run of at most five digits, wherever it stands ("3.14" is 3 and 14)
+    kind 2  UNIT      a = index in UNITS, b = number: windows of a number near a unit of time
+    kind 3  QUESTION  a = question, b = which of its terms: rows that have that term and the answer
+    kind 4  PAIR      a <= b, numbers of one window of kind 0
+
+Windows are those of the paper's code (EleutherAI/pythia, case-studies/term_frequency/run_freq_count.py): the
+text of a row with a space before it; from every space, a number of one to five digits, a space, one to
+three words of letters, digits, underscores and ASCII signs with white space behind each (as many as
+possible), and again up to five digits. All numbers inside count, those within words too. The paper's
+frequency of x is NEAR, so a number counts only with another one near it. The text is that of
+transformers' decode at the time, which spelled <|endoftext|> out and took the space before . ? ! , and
+some apostrophes away.
+"""
+
+import itertools
+import json
+import os
+import re
+import string
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import replacing
+from data import Order, load_npy, ordered, read_json
+from prepare import serve_parent
+from studies.term_questions import QuestionIndex, read_questions
+from tokenizer import SPECIAL, load_tokenizer
+
+NEAR, PLAIN, UNIT, QUESTION, PAIR = range(5)
+KIND = 10**10
+NUMBERS = 10**5  # a number has at most five digits
+UNITS = ("minute", "hour", "day", "week", "month", "year", "decade")
+PILE_ROWS = 143000 * 1024
+BLOCK_ROWS = 256  # what a worker counts at a time
+
+
+# ---------------------------------------------------------------------------- numbers
+
+# Possessive quantifiers: white space is no part of a word, so going back into one never helps.
+_WORD = rf"[\w{re.escape(string.punctuation)}]++\s++"
+_NUMBER = re.compile(r"\d{1,5}")
+_UNIT = re.compile("|".join(UNITS))
+_NEAR_NUMBER = re.compile(rf" \d{{1,5}} (?:{_WORD}){{1,3}}\d{{1,5}}")
+_NEAR_UNIT = re.compile(rf" \d{{1,5}} (?:{_WORD}){{0,3}}?(?:{_UNIT.pattern})")
+_UNIT_NEAR = re.compile(rf" (?:{_UNIT.pattern}) (?:{_WORD}){{0,3}}?\d{{1,5}}")
+
+# transformers 4, PreTrainedTokenizerBase.clean_up_tokenization, which decode called unless told not to.
+_TIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+# The value of every character that is a decimal digit in Unicode (what \d means), 255 for all others.
+_DIGIT = np.full(0x110000, 255, dtype=np.uint8)
+for _code in range(0x110000):
+    if chr(_code).isdecimal():
+        _DIGIT[_code] = int(chr(_code))
+
+
+def tidy(text):
+    for spaced in _TIDY:
+        text = text.replace(spaced, spaced.strip())
+    return text
+
+
+def count_numbers(text, keys):
+    """Append the keys of every number, pair and unit of time in the text of one row to a list."""
+    text = " " + tidy(text)
+    digit = _DIGIT[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+    edges = np.flatnonzero(np.diff(digit < 10, prepend=False, append=False))  # of runs of digits
+    starts, lengths = edges[::2], edges[1::2] - edges[::2]
+    short = lengths <= 5
+    starts, lengths = starts[short], lengths[short]
+    values = np.zeros(len(starts), dtype=np.int64)
+    for i in range(5):
+        more = lengths > i
+        values[more] = values[more] * 10 + digit[starts[more] + i]
+    keys.extend((values + PLAIN * KIND).tolist())
+    for start, length in zip(starts.tolist(), lengths.tolist()):
+        if text[start - 1] == " " and text[start + length:start + length + 1] == " ":
+            if window := _NEAR_NUMBER.match(text, start - 1):
+                numbers = sorted(map(int, _NUMBER.findall(window[0])))
+                keys.extend(NEAR * KIND + number for number in numbers)
+                keys.extend(PAIR * KIND + a * NUMBERS + b for a, b in itertools.combinations(numbers, 2))
+            if window := _NEAR_UNIT.match(text, start - 1):
+                _count_units(window[0], keys)
+    for unit in UNITS:
+        at = -1
+        while (at := text.find(f" {unit} ", at + 1)) >= 0:
+            if window := _UNIT_NEAR.match(text, at):
+                _count_units(window[0], keys)
+
+
+def _count_units(window, keys):
+    numbers = [int(number) for number in _NUMBER.findall(window)]
+    keys.extend(UNIT * KIND + UNITS.index(unit) * NUMBERS + number
+                for number in numbers for unit in _UNIT.findall(window))
+
+
+# ---------------------------------------------------------------------------- over the training order
+
+
+@dataclass(frozen=True)
+class Count(Order):
+    output: str = "counts"  # folder of the .npy files
+    at: str = ""  # steps to count up to, with commas; empty: the steps of Pythia's checkpoints
+    questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
+    workers: int = 0  # processes; 0: one a core
+    tokenizer: str = "20B_tokenizer.json"
+
+
+def count(options):
+    """Count numbers near numbers, and questions' terms with their answers, up to each checkpoint."""
+    if options.at and not re.fullmatch(r"\d+(,\d+)*", options.at):
+        raise ValueError(f"at = {options.at!r}, expected steps with commas")
+    from checkpoints import checkpoint_steps  # here: the workers, who import this file too, need no torch
+    steps = sorted({0, *(map(int, options.at.split(",")) if options.at else checkpoint_steps(options.steps))})
+    data = ordered(options)
+    if steps[-1] * options.batch_size > len(data):
+        raise ValueError(f"step {steps[-1]:,} wants {steps[-1] * options.batch_size:,} rows "
+                         f"({options.batch_size} a step), {options.data} has {len(data):,}")
+    load_tokenizer(options.tokenizer)
+    questions = read_questions(options.questions) if options.questions else []
+    settle(options, questions)
+    chunks, done = list(itertools.pairwise(steps)), counted(options.output)
+    if others := sorted(done.keys() - chunks):
+        raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to {others[0][1]:,}, "
+                         "which are not next to each other in --at; name another --output")
+    todo = [chunk for chunk in chunks if chunk not in done]
+    rows, workers = sum(b - a for a, b in todo) * options.batch_size, options.workers or os.cpu_count()
+    if workers == 1:
+        _start_worker(options, questions)
+        pool, in_order = nullcontext(), map
+    else:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options, questions))
+        in_order = pool.map
+    with tqdm(total=rows, unit="row", unit_scale=True, disable=None) as bar, pool:
+        list(in_order(count_rows, (0,), (0,)))  # starting up is no part of the rate
+        began = time.perf_counter()
+        for a, b in todo:
+            bar.set_description(f"to step {b:,}")
+            table = count_chunk(a * options.batch_size, b * options.batch_size, in_order, bar)
+            with replacing(os.path.join(options.output, f"{a:07}_{b:07}.npy")) as file:
+                np.save(file, table)
+        seconds = time.perf_counter() - began
+    there = steps[-1] * options.batch_size - rows
+    print(f"{options.output}: {rows:,} rows counted now, {there:,} were there")
+    if rows:
+        pile_hours = seconds * workers * PILE_ROWS * 2049 / (rows * (options.seq_length + 1)) / 3600
+        print(f"{rows / seconds:,.0f} rows/s of {options.seq_length + 1} tokens, {workers} process(es), "
+              f"{seconds:.1f} s; the Pile's {PILE_ROWS:,} rows of 2049 take {pile_hours:,.1f} core hours")
+
+
+def counted(folder):
+    """Return {(first step, step after the last): path} of the files of counts in a folder."""
+    matches = ((re.fullmatch(r"(\d+)_(\d+)\.npy", path.name), path) for path in Path(folder).glob("*_*.npy"))
+    return {(int(match[1]), int(match[2])): path for match, path in matches if match}
+
+
+def settle(options, questions):
+    """Write what is counted into OUTPUT/counts.json, or raise ValueError if that says something else."""
+    path = os.path.join(options.output, "counts.json")
+    settings = {name: value for name, value in asdict(options).items()
+                if name not in ("output", "at", "workers", "tokenizer", "questions")}
+    settings["questions"] = [question.id for question in questions]
+    if os.path.exists(path):
+        found = read_json(path)
+        for name, value in settings.items():
+            if found.get(name) != value:
+                raise ValueError(f"{path}: these counts are of another {name}; name another --output")
+    else:
+        with replacing(path) as file:
+            file.write(json.dumps(settings).encode())
+
+
+def count_chunk(first, last, in_order, bar):
+    """Return the table of rows first to last - 1, counted a block at a time by `in_order`, which is a map."""
+    starts = range(first, last, BLOCK_ROWS)
+    stops = [min(start + BLOCK_ROWS, last) for start in starts]
+    tables = [np.empty((2, 0), dtype=np.int64)]
+    for start, stop, table in zip(starts, stops, in_order(count_rows, starts, stops)):
+        tables.append(table)
+        if sum(t.shape[1] for t in tables[1:]) > tables[0].shape[1]:  # so that merging stays cheap
+            tables = [merge(tables)]
+        bar.update(stop - start)
+    return merge(tables)
+
+
+def _start_worker(options, questions):
+    global _data, _token_bytes, _index
+    serve_parent()
+    _data, _index = ordered(options), QuestionIndex(questions)
+    _token_bytes = load_tokenizer(options.tokenizer).token_bytes()
+    for name, id_ in SPECIAL.items():
+        _token_bytes[id_] = name.encode()
+
+
+def count_rows(start, stop):
+    """Return the table of rows start to stop - 1 of the order."""
+    keys = []
+    for row in _data.rows(range(start, stop)).tolist():
+        text = b"".join([_token_bytes[id_] for id_ in row]).decode("utf8", "replace")
+        count_numbers(text, keys)
+        if _index.filed:
+            keys.extend(QUESTION * KIND + question * NUMBERS + term for question, term in _index.found(text))
+    return np.stack(np.unique(np.array(keys, dtype=np.int64), return_counts=True))
+
+
+def merge(tables):
+    """Return the sum of tables (2, n) of ascending keys and their counts."""
+    keys, counts = np.concatenate(tables, axis=1)
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return np.stack((keys[first], np.add.reduceat(counts, first) if len(first) else counts))
+
+
+def seen(folder, kind):
+    """Yield (step, keys, counts) of one kind, keys without the kind, accumulated up to each counted step."""
+    chunks = dict(sorted((a, (b, path)) for (a, b), path in counted(folder).items()))
+    if 0 not in chunks:
+        raise ValueError(f"{folder}: holds no counts from step 0; `count --output={folder}` makes them")
+    total, reached = np.empty((2, 0), dtype=np.int64), 0
+    yield reached, *total
+    while reached in chunks:
+        reached, path = chunks[reached]
+        table = load_npy(path)
+        if table.dtype != np.int64 or table.ndim != 2 or len(table) != 2:
+            raise ValueError(f"{path}: not a table of counts; delete it and count again")
+        first, last = np.searchsorted(table[0], (kind * KIND, (kind + 1) * KIND)).tolist()
+        total = merge([total, table[:, first:last] - [[kind * KIND], [0]]])
+        yield reached, *total
