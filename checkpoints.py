@@ -16,6 +16,8 @@ learning rate 0, so step 0 and step 1 are equal: that is how the originals are.)
     AutoModelForCausalLM.from_pretrained("RUN/step64")
 """
 
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -147,17 +149,21 @@ def load_model(folder, device="cpu"):
     return model
 
 
-def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, asynchronous=False):
+def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, asynchronous=False,
+         state_every=None):
     """Write RUN/step{N} whole or not at all; return a Future that is done when it is on the disk.
 
     Every process calls. asynchronous: return once the tensors are copied to host memory; wait for the
     Future before the next call. training: a JSON object to come back from load_training. An
     unscheduled checkpoint (of an interrupted run) gives way to the next one. A checkpoint that is
-    already there is left alone.
+    already there, whole, is left alone. state_every: Adam's moments stay only in checkpoints of its
+    multiples and in the newest.
     """
     rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     folder = Path(run) / f"step{step}"
-    exists = folder.exists()
+    if not Path(run).is_dir():  # an unmounted disk: do not begin another run in its place
+        raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(run))
+    exists = is_whole(folder)
     _meet()  # nobody makes the folder before all have looked
     if exists:
         return _WRITER.submit(lambda: None)
@@ -195,7 +201,7 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
                 if tokenizer:
                     write_tokenizer(temporary, tokenizer, model.config.seq_length)
                 write_manifest(temporary, written)
-            remove_unscheduled(run, step)
+            make_room(run, step, state_every)
         _meet()
 
     future = _WRITER.submit(finish)
@@ -260,11 +266,52 @@ def own_share(files, rank, count, copy):
     return mine
 
 
-def remove_unscheduled(run, step):
-    """Remove checkpoints before `step` that were saved only because the run was interrupted there."""
-    for other in saved_steps(run):
-        if other < step and not read_small_json(Path(run) / f"step{other}" / "training.json")["scheduled"]:
-            shutil.rmtree(Path(run) / f"step{other}")
+def make_room(run, step, state_every):
+    """Remove what no later step needs: unscheduled checkpoints before `step`, moments off the grid.
+
+    Links are left alone, they lead to another run.
+    """
+    for other, folder in step_folders(run):
+        if other >= step or folder.is_symlink() or not (folder / "training.json").exists():
+            continue
+        if not read_small_json(folder / "training.json").get("scheduled", True):
+            temporary = folder.with_name(f".{folder.name}.tmp")  # no half checkpoint at any moment
+            os.rename(folder, temporary)
+            shutil.rmtree(temporary)
+        elif state_every and other % state_every:
+            moments = list(folder.glob("optimizer*.safetensors*"))
+            if has_state(folder):
+                names = {path.name for path in moments}
+                write_json(folder / "manifest.json", {
+                    name: entry for name, entry in read_small_json(folder / "manifest.json").items()
+                    if name not in names})
+            for path in moments:
+                path.unlink()
+
+
+def lock(run):
+    """Keep every other process from writing to a run folder until this one ends, or raise ValueError.
+
+    Removes what a killed process left half-written.
+    """
+    file = open(Path(run) / ".lock", "a")
+    _LOCKS.append(file)  # open for as long as the process lives, however it ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ValueError(f"{run}: another process is writing this run; wait for it or name another "
+                             "--out_dir") from None
+        return  # a file system without locks
+    for path in Path(run).glob(".step*.tmp"):
+        _remove(path)
+
+
+_LOCKS = []
+
+
+def _remove(path):
+    path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -272,12 +319,14 @@ def writing(folder):
     """Give a new folder that takes the name `folder` only once all of it is on the disk."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left
+    _remove(temporary)  # what a killed process left
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
+        if os.path.lexists(folder):  # not whole, or it would have been left alone
+            os.rename(folder, folder.with_name(f"{folder.name}.broken"))
         os.rename(temporary, folder)
         _sync(folder.parent)
     finally:  # a full disk gets its room back
@@ -318,9 +367,16 @@ def step_folders(run):
                   if re.fullmatch(r"step(0|[1-9]\d*)", name) and os.path.isdir(Path(run) / name))
 
 
-def saved_steps(run):
-    """Return the steps of the whole checkpoints in a run folder, in order."""
-    return [step for step, folder in step_folders(run) if is_whole(folder)]
+def saved_steps(run, state=False):
+    """Return the steps of the whole checkpoints in a run folder, in order; `state`: those to go on from."""
+    return [step for step, folder in step_folders(run)
+            if is_whole(folder) and (has_state(folder) or not state)]
+
+
+def has_state(folder):
+    """Tell whether a run can go on from a checkpoint: whether its manifest has Adam's moments."""
+    return (folder / "manifest.json").exists() and any(
+        name.startswith("optimizer") for name in read_small_json(folder / "manifest.json"))
 
 
 def is_whole(folder):
@@ -347,7 +403,7 @@ def load_training(run, step, model, optimizer):
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
     for name, parameter in parameters.items():
         fill(parameter, weights[hf_name(name)].read())
-    if not (folder / "training.json").exists():
+    if not has_state(folder):
         return None
     training = read_small_json(folder / "training.json")
     moments = open_folder(folder, "optimizer")

@@ -56,6 +56,7 @@ class TrainConfig:
     seed: int = 1234  # of the initialisation and of the data order
     dtype: str = "float16"  # float32, bfloat16 or float16 on a GPU; a CPU always computes in float32
     checkpoint_every: int = 1000  # besides steps 0, 1, 2, 4, ..., 512
+    state_every: int | None = None  # keep Adam's moments (2/3 of a checkpoint) only here and in the newest
     tokenizer: str = "20B_tokenizer.json"  # goes into every checkpoint
     log_every: int = 10  # steps between printed lines; metrics.csv has every step
     async_save: bool = False  # training goes on while a checkpoint is written, from a copy in host memory
@@ -78,8 +79,8 @@ class TrainConfig:
 
 
 # What may differ when a run goes on: it does not decide what is computed.
-MAY_CHANGE = {"data", "out_dir", "tokenizer", "log_every", "async_save", "stop_at", "heldout", "heldout_every",
-              "heldout_batches", "twin"}
+MAY_CHANGE = {"data", "out_dir", "tokenizer", "log_every", "async_save", "state_every", "stop_at", "heldout",
+              "heldout_every", "heldout_batches", "twin"}
 
 
 def learning_rate_at(k, config):
@@ -175,7 +176,7 @@ def open_data(prefix, steps, model_config, config, processes):
 
 def find_start(config):
     """Return (folder, step) of the checkpoint to begin from, (None, 0) for a run from the initialisation."""
-    saved = checkpoints.saved_steps(config.out_dir)
+    saved = checkpoints.saved_steps(config.out_dir, state=True)
     if saved:
         return os.path.join(config.out_dir, f"step{saved[-1]}"), saved[-1]
     if not config.branch_from:
@@ -260,6 +261,7 @@ def train(model_config, config, intervention, launch, processes):
         digest = hashlib.sha256(data.batch(0, config.batch_size).astype("<u2").tobytes()).hexdigest()
         settings = asdict(model_config) | asdict(config) | asdict(intervention) | {"first_batch_sha256": digest}
         open_run(config.out_dir, settings, MAY_CHANGE)
+        checkpoints.lock(config.out_dir)
         with open(os.path.join(config.out_dir, "launches.jsonl"), "a") as file:
             file.write(json.dumps(describe_launch(asdict(launch), processes)) + "\n")
     if intervention.intervention:
@@ -302,7 +304,8 @@ def train(model_config, config, intervention, launch, processes):
             saving.result()
         saving = checkpoints.save(config.out_dir, step, model, optimizer,
                                   {"tokens": step * tokens_per_step, "updates": updates, "scaler": scaler.state},
-                                  config.tokenizer, step in schedule, config.async_save)
+                                  config.tokenizer, step in schedule, config.async_save,
+                                  config.state_every)
         log.restart_clock()
 
     if source is None:

@@ -1,0 +1,233 @@
+"""pytest tests/test_faults.py; pytest tests/test_faults.py -m proof -s prints the table of faults.
+
+Real processes and real file systems: after every fault each listed checkpoint is whole to the hash,
+the newest whole one can be gone on from, and nothing else was touched.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoints
+from checkpoints import load_model, load_training, lock, saved_steps, step_folders
+from conftest import ROOT
+from model import ModelConfig, Pythia
+from tensors import read_small_json, sha256_of
+from train import TrainConfig, make_optimizer
+
+SAVER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import checkpoints, config, model, train
+torch.set_num_threads(1)
+RUN = Path(sys.argv[1])
+MODEL = model.Pythia(model.ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
+OPTIMIZER = train.make_optimizer(MODEL, train.TrainConfig(data='', out_dir='', learning_rate=1e-3))
+ids = torch.zeros(1, 8, dtype=int)
+MODEL(ids, ids).backward()
+OPTIMIZER.step()
+def save(step, **options):
+    checkpoints.save(RUN, step, MODEL, OPTIMIZER, {'updates': 1, 'tokens': 8, 'scaler': {}}, **options)
+def first():
+    return max(checkpoints.saved_steps(RUN), default=-1) + 1
+"""
+
+# Children of one process, which has imported everything already, save without pause until they are killed.
+KILLER = SAVER + """
+random.seed(int(sys.argv[3]))
+lost = []
+for attempt in range(int(sys.argv[2])):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        checkpoints.lock(RUN)
+        step = first()
+        while True:  # every third is of an interrupted run, and the moments stay on every fifth
+            os.write(writer, b'begun %d\\n' % step)
+            save(step, scheduled=step % 3 > 0, state_every=5)
+            os.write(writer, b'saved %d\\n' % step)
+            step += 1
+    os.close(writer)
+    time.sleep(random.uniform(0.0, 0.25))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    words = [line.split() for line in open(reader, 'rb').read().splitlines()]
+    begun, saved = ([int(w[1]) for w in words if w[0] == name] for name in (b'begun', b'saved'))
+    there = checkpoints.saved_steps(RUN)
+    assert not saved or there[-1] >= saved[-1], (saved, there)
+    lost.append(len([s for s in begun if s not in there and s not in saved]))
+    print(attempt, len(begun), len(saved), lost[-1], flush=True)
+    if there:
+        assert checkpoints.saved_steps(RUN, state=True)[-1] == there[-1]
+        checkpoints.load_training(RUN, there[-1], MODEL, OPTIMIZER)
+    for name, folder in checkpoints.step_folders(RUN):
+        assert checkpoints.is_whole(folder), folder
+        for file, entry in checkpoints.read_small_json(folder / 'manifest.json').items():
+            assert checkpoints.sha256_of(folder / file) == entry['sha256'], (folder, file)
+    assert all(s in there for s in range(max(there, default=0)) if s % 3), there  # scheduled ones stay
+"""
+
+
+def python(code, *arguments, namespace=None, expect=0):
+    """Run code in a process of its own; `namespace`: shell commands before it, mounts that only it sees."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    if namespace:
+        command = ["unshare", "-m", "sh", "-ec", f"{namespace}\nexec \"$@\"", "sh", *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done
+
+
+needs_mounts = pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="mounting a small disk takes root")
+
+
+def hashes(folder):
+    return {path: sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def kills(run, count, seed):
+    run.mkdir()
+    done = python(KILLER, run, count, seed)
+    rows = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(rows) == count
+    return {"tried": count, "saves begun": sum(row[1] for row in rows), "saved": sum(row[2] for row in rows),
+            "checkpoints lost": max(row[3] for row in rows)}
+
+
+def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(tmp_path):
+    assert kills(tmp_path / "run", 15, seed=1)["checkpoints lost"] <= 1
+
+
+@pytest.mark.proof
+def test_a_hundred_kills(tmp_path):
+    print(kills(tmp_path / "run", 100, seed=2))
+
+
+@needs_mounts
+def test_a_full_disk_loses_the_new_checkpoint_only(tmp_path):
+    """A disk of 3 MB: saving stops with an OSError that says so; made larger, the run goes on."""
+    (tmp_path / "run").mkdir()
+    done = python(SAVER + """
+for step in range(100):
+    try:
+        save(step)
+    except OSError as error:
+        print(error.strerror)
+        break
+assert step > 2 and checkpoints.saved_steps(RUN) == list(range(step)), checkpoints.saved_steps(RUN)
+assert sorted(os.listdir(RUN)) == sorted(f'step{s}' for s in range(step)), os.listdir(RUN)
+assert checkpoints.load_training(RUN, step - 1, MODEL, OPTIMIZER)['updates'] == 1
+os.system(f'mount -o remount,size=30m {RUN}')
+save(step)
+assert checkpoints.saved_steps(RUN)[-1] == step
+""", tmp_path / "run", namespace=f"mount -t tmpfs -o size=3m tmpfs {tmp_path / 'run'}")
+    assert done.stdout.splitlines() == ["No space left on device"]
+
+
+@needs_mounts
+def test_a_read_only_folder_is_an_error_and_nothing_else(tmp_path):
+    (tmp_path / "run").mkdir()
+    python(SAVER + "save(0)", tmp_path / "run")
+    before = hashes(tmp_path)
+    done = python(SAVER + "config.run(save, 1)", tmp_path / "run", expect=2,
+                  namespace=f"mount --bind {tmp_path / 'run'} {tmp_path / 'run'}\n"
+                            f"mount -o remount,bind,ro {tmp_path / 'run'}")
+    assert "Read-only file system" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert hashes(tmp_path) == before
+
+
+def test_a_vanished_folder_is_not_made_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    done = python(SAVER + "save(0); os.rename(RUN, RUN.with_name('gone')); config.run(save, 1)",
+                  tmp_path / "run", expect=2)
+    assert done.stderr == f"{tmp_path / 'run'}: the run folder has vanished\n"
+    assert os.listdir(tmp_path) == ["gone"] and saved_steps(tmp_path / "gone") == [0]
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import checkpoints, sys; checkpoints.lock(sys.argv[1]); print(1, flush=True); input()", tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match="another process is writing this run"):
+        lock(tmp_path)
+    holder.kill()  # however it ends, the next one may write
+    holder.wait()
+    lock(tmp_path)
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save a step of a model with Adam's moments in tmp_path/run, from this process."""
+    model = Pythia(ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
+    optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1e-3))
+    model(torch.zeros(1, 8, dtype=int), torch.zeros(1, 8, dtype=int)).backward()
+    optimizer.step()
+    (tmp_path / "run").mkdir()
+
+    def save(step, run=tmp_path / "run", **options):
+        checkpoints.save(run, step, model, optimizer, {"updates": 1, "tokens": 8, "scaler": {}}, **options)
+
+    save.model, save.optimizer = model, optimizer
+    return save
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, save, monkeypatch):
+    run = tmp_path / "run"
+    for step, now in ((0, 2e9), (1, 1e9), (2, 0.0)):  # 2033, 2001, 1970
+        monkeypatch.setattr(time, "time", lambda: now)
+        save(step, scheduled=step != 1)
+        for path in (run / f"step{step}", *(run / f"step{step}").iterdir()):
+            os.utime(path, (now, now))
+    assert saved_steps(run, state=True) == [0, 2]
+    assert load_training(run, 2, save.model, save.optimizer)["updates"] == 1
+
+
+def test_links_lead_nowhere(tmp_path, save):
+    """Another run's checkpoint linked into this one is never emptied, nor what a temporary name leads to."""
+    run = tmp_path / "run"
+    for name in ("other", "precious"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "precious/file").write_text("mine")
+    save(1, tmp_path / "other", scheduled=False)
+    before = hashes(tmp_path / "other") | hashes(tmp_path / "precious")
+    (run / "step1").symlink_to(tmp_path / "other/step1")
+    (run / "step7").symlink_to(tmp_path / "nowhere")
+    (run / ".step2.tmp").symlink_to(tmp_path / "precious")
+    (run / ".step9.tmp").symlink_to(tmp_path / "precious")
+    lock(run)
+    save(2), save(3, state_every=4), save(7)
+    assert hashes(tmp_path / "other") | hashes(tmp_path / "precious") == before
+    assert saved_steps(run) == [1, 2, 3, 7]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, save):
+    run = tmp_path / "run"
+    save(0), save(1), save(2)
+    os.truncate(run / "step2/optimizer.safetensors", 100)
+    (run / "step5").mkdir()  # empty
+    assert saved_steps(run) == [0, 1]
+    save(2)
+    assert saved_steps(run) == [0, 1, 2]
+    assert (run / "step2.broken/optimizer.safetensors").stat().st_size == 100
+
+
+def test_moments_stay_on_the_grid_and_in_the_newest(tmp_path, save):
+    run = tmp_path / "run"
+    for step in range(11):
+        save(step, state_every=4)
+    assert saved_steps(run) == list(range(11)) and saved_steps(run, state=True) == [0, 4, 8, 10]
+    assert [step for step, folder in step_folders(run)
+            if (folder / "optimizer.safetensors").exists()] == [0, 4, 8, 10]
+    load_model(run / "step5")
+    assert load_training(run, 5, save.model, save.optimizer) is None  # weights alone
+    small, large = (sum(entry["bytes"] for entry in read_small_json(run / f"step{n}/manifest.json").values())
+                    for n in (5, 8))
+    assert 2.8 < large / small < 3.2
