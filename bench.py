@@ -3,6 +3,7 @@
     python bench.py train --size=14m
     python bench.py tokenize --input=data/demo/train.jsonl
     python bench.py find --data=data/demo/train
+    python bench.py checkpoints --size=160m
 
 train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
 GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a process of its own,
@@ -10,8 +11,11 @@ so that peak memory is its own too, and they take turns, so that a noisy machine
 
 tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the same.
 find: a text searched in a token file of --gigabytes, the given one over and over.
+checkpoints: float32 weights to the disk (ours hashes them too), and published float16 ones into a model.
 """
 
+import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,15 +23,17 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 import prepare
 import viewer
-from checkpoints import hf_config
+from checkpoints import hf_config, load_model, parameter_shapes
 from config import command, fail, parse
 from data import TokenFile
 from model import ModelConfig, Pythia
+from tensors import write_file
 from tokenizer import Tokenizer
 from parallel import LaunchConfig, flops_per_token, peak_flops
 from train import TrainConfig, make_optimizer
@@ -182,8 +188,86 @@ def find(options):
                       f"{seconds:.2f} s, {2 * n_tokens / 1e9 / seconds:.2f} GB/s")
 
 
-def peak_memory():
-    """Return this process's largest resident size in KiB (Linux; ru_maxrss would count the parent's)."""
+@dataclass(frozen=True)
+class Checkpoints:
+    size: str = "160m"
+    rounds: int = 5
+    folder: str = "."  # on the disk to measure
+
+
+def checkpoints(options):
+    """Time saving and loading of a checkpoint and its peak memory, beside safetensors.torch and torch.save."""
+    from safetensors.torch import load_file, save_file
+    config = sized(Train(size=options.size))[0]
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        folder, out = Path(folder), Path(folder) / "out"
+
+        def weights(dtype=torch.float32):
+            return {name: torch.full(shape, 0.5, dtype=dtype) for name, shape in parameter_shapes(config).items()}
+
+        def published():
+            write_file(folder / "model.safetensors", weights(torch.float16))
+            torch.save(weights(torch.float16), folder / "pytorch_model.bin")
+            (folder / "config.json").write_text(json.dumps(hf_config(config)))
+
+        def synced(save):
+            def run(tensors):
+                save(tensors)
+                with open(out, "rb") as file:
+                    os.fsync(file.fileno())
+                out.unlink()
+            return run
+
+        def fill(tensors):
+            with torch.device("meta"):
+                model = Pythia(config)
+            state = {name.removeprefix("gpt_neox."): tensor.float() for name, tensor in tensors.items()}
+            model.load_state_dict(state, assign=True)
+
+        forked(published)
+        tasks = {
+            "save": (weights, {"ours": synced(lambda tensors: write_file(out, tensors)),
+                               "safetensors.torch": synced(lambda tensors: save_file(tensors, out)),
+                               "torch.save": synced(lambda tensors: torch.save(tensors, out))}),
+            "load": (lambda: None, {"ours": lambda _: load_model(folder),
+                                    "safetensors.torch": lambda _: fill(load_file(folder / "model.safetensors")),
+                                    "torch.load": lambda _: fill(torch.load(folder / "pytorch_model.bin"))})}
+        size = 4 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
+        print(f"{options.size}, {size / 1e6:,.0f} MB in float32, {options.rounds} rounds; medians")
+        for task, (prepared, contenders) in tasks.items():
+            results = {who: [] for who in contenders}
+            for _ in range(options.rounds):
+                for who, run in contenders.items():
+                    results[who].append(forked(run, prepared))
+            for who, taken in results.items():
+                ratio = statistics.median(theirs[0] / ours[0] for ours, theirs in zip(results["ours"], taken))
+                print(f"{task} {who:20} {statistics.median(t[0] for t in taken):6.2f} s   ours is {ratio:5.2f}x   "
+                      f"peak memory {max(t[1] for t in taken) * 1024 / size:.2f} of the model")
+
+
+def forked(run, prepare=None):
+    """Return the seconds of run(prepare()) and the KiB that both took, in a process of their own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = peak_memory(reset=True)
+        argument = (prepare(),) if prepare else ()
+        start = time.perf_counter()
+        run(*argument)
+        os.write(writer, f"{time.perf_counter() - start} {peak_memory() - before}".encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        seconds, memory = pipe.read().split()
+    os.waitpid(child, 0)
+    return float(seconds), int(memory)
+
+
+def peak_memory(reset=False):
+    """Return this process's largest resident size in KiB, from now on if `reset` (Linux)."""
+    if reset:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
@@ -191,4 +275,4 @@ def peak_memory():
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
     command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker), "tokenize": (Tokenize, tokenize),
-                           "find": (Find, find)})
+                           "find": (Find, find), "checkpoints": (Checkpoints, checkpoints)})
