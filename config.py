@@ -20,10 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def fail(message):
-    """End the program with one line on stderr and exit code 2: a mistake the user can mend."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun every process gets here
-        print(message, file=sys.stderr)
+def fail(message, everywhere=True):
+    """End the program with one line on stderr and exit code 2: a mistake the user can mend.
+
+    everywhere: torchrun's processes all meet it, so that the first may speak for them.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank == "0" or not everywhere:
+        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -114,9 +118,13 @@ def run(function, *arguments):
     try:
         return function(*arguments)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error),
+             everywhere=False)
     except ValueError as error:
-        fail(str(error))
+        fail(str(error), everywhere=False)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def _flag(argument):
@@ -131,7 +139,8 @@ def _file(path):
         settings = runpy.run_path(path)
     except Exception as error:  # whatever a config file does wrong, the user reads one line
         fail(f"{path}: cannot read this config: {type(error).__name__}: {error}")
-    return {name: value for name, value in settings.items() if not name.startswith("_")}
+    return {name: value for name, value in settings.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
 
 class _Text(str):

@@ -34,7 +34,7 @@ import mmap
 import os
 import re
 import sys
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
@@ -137,6 +137,10 @@ class TokenFile:
     def __len__(self):
         return len(self.sizes)
 
+    def require_uint16(self):
+        if self.dtype != np.dtype("<u2"):
+            raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16 as Pythia's")
+
     def read(self, document, start=0, stop=None):
         """Return tokens start..stop (to the end if None) of a document, without copying where it can."""
         size, pointer = int(self.sizes[document]), int(self.pointers[document])
@@ -220,16 +224,51 @@ def load_order(tokens, seq_length, num_samples, seed):
     """Return the memory-mapped order of a TokenFile, building its three .npy files if one is missing."""
     paths = order_paths(tokens.prefix, seq_length, num_samples, seed)
     if not all(map(os.path.exists, paths)):
+        check_index(tokens)
+        if tokens.n_tokens + num_samples * seq_length > 10**9:
+            print(f"building the order of {len(tokens):,} documents, {num_samples:,} samples: "
+                  "about a minute for the whole Pile, once", file=sys.stderr)
         for path, array in zip(paths, build_order(tokens.sizes, seq_length, num_samples, seed)):
             with replacing(path) as file:
                 np.save(file, array)
-    doc_idx, sample_idx, shuffle_idx = (load_npy(path) for path in paths)
+    order = doc_idx, sample_idx, shuffle_idx = tuple(load_npy(path) for path in paths)
     epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
     if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
-            or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples):
+            or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples
+            or not samples_fit(tokens, order, seq_length)):
         raise ValueError(f"{paths[0]} and its two siblings do not belong to {tokens.prefix}.idx "
                          f"({len(tokens):,} documents); delete them to rebuild")
-    return doc_idx, sample_idx, shuffle_idx
+    return order
+
+
+def samples_fit(tokens, order, seq_length, some=300):
+    """Return whether, of the samples spread over an order, each is seq_length tokens from the next, none served twice."""
+    doc_idx, sample_idx, shuffle_idx = order
+    served = shuffle_idx[np.linspace(0, len(shuffle_idx) - 1, some, dtype=np.int64)]
+    for sample in {int(sample) for sample in served}:
+        if sample >= len(shuffle_idx):
+            return False
+        (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
+        documents = doc_idx[first:last + 1]
+        if not 0 <= first <= last < len(doc_idx) or documents.min() < 0 or documents.max() >= len(tokens):
+            return False
+        if int(tokens.sizes[documents[:-1]].sum(dtype=np.int64)) + stop - start != seq_length:
+            return False
+    return len(np.unique(served)) == min(some, len(shuffle_idx))
+
+
+def check_index(tokens, block=1 << 24):
+    """Raise ValueError unless every document of a TokenFile follows the one before it, to the end of the file."""
+    end = 0
+    for start in range(0, len(tokens), block):
+        sizes = tokens.sizes[start:start + block].astype(np.int64)
+        ends = end + np.cumsum(sizes) * tokens.dtype.itemsize
+        bad = np.flatnonzero((sizes < 0) | (tokens.pointers[start:start + block] != ends - sizes * tokens.dtype.itemsize))
+        if len(bad):
+            document = start + int(bad[0])
+            raise ValueError(f"{tokens.prefix}.idx: document {document:,} has size {tokens.sizes[document]} and "
+                             f"pointer {tokens.pointers[document]}, which do not follow the one before")
+        end = int(ends[-1])
 
 
 def load_npy(path):
@@ -256,18 +295,28 @@ class OrderedData:
     def __init__(self, prefix, seq_length, num_samples, seed):
         self.tokens = TokenFile(prefix)
         self.seq_length = seq_length
-        self.preshuffled = self._all_rows_long()
+        rows_of = self._tokens_a_row()
+        self.preshuffled = rows_of == seq_length + 1
+        if rows_of and not self.preshuffled:
+            raise ValueError(f"{self.tokens.prefix}: in training order already, in rows of {rows_of} tokens; "
+                             f"found seq_length = {seq_length}, expected {rows_of - 1}")
         if not self.preshuffled:
             self.tokens.scattered = True
             self.order = load_order(self.tokens, seq_length, num_samples, seed)
             self.order_path = order_paths(self.tokens.prefix, seq_length, num_samples, seed)[0]
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
 
-    def _all_rows_long(self):
-        """Whether every sequence is one row: by the sum, and 1000 of them (147 million would take a second)."""
-        sizes, length = self.tokens.sizes, self.seq_length + 1
+    def _tokens_a_row(self):
+        """Return how long the rows of a file in training order are, or 0: documents differ in size.
+
+        By the sum and 1000 of the sizes, since 147 million would take a second. A handful of documents
+        may well be equally long: those are rows only if they are as long as rows are asked to be.
+        """
+        sizes = self.tokens.sizes
+        length = int(sizes[0])
         some = sizes[np.linspace(0, len(sizes) - 1, 1000, dtype=np.int64)]
-        return bool((some == length).all()) and self.tokens.n_tokens == len(sizes) * length
+        uniform = bool((some == length).all()) and self.tokens.n_tokens == len(sizes) * length
+        return length if uniform and (len(sizes) >= 100 or length == self.seq_length + 1) else 0
 
     def __len__(self):
         if self.preshuffled:
@@ -350,7 +399,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Report(Order):
+class OrderReport(Order):
     report: int | None = None  # a step: also count the documents seen 0, 1, 2, ... times before it
 
 
@@ -368,8 +417,7 @@ def order(options):
     doc_idx, _, shuffle_idx = data.order
     print(f"{len(data.tokens):,} documents, {len(doc_idx) // len(data.tokens)} epochs, "
           f"{len(shuffle_idx):,} samples of {options.seq_length + 1} tokens")
-    num_samples = options.num_samples or samples_needed(options.steps, options.batch_size)
-    for path in order_paths(data.tokens.prefix, options.seq_length, num_samples, options.seed):
+    for path in order_paths(data.tokens.prefix, **data.settings):
         print(path)
     if options.report is not None:
         if not 0 <= options.report * options.batch_size <= len(data):
@@ -384,7 +432,7 @@ if __name__ == "__main__":
     import prepare
     import viewer
     command(sys.argv[1:], {
-        "tokenize": (prepare.Tokenize, prepare.tokenize), "order": (Report, order),
+        "tokenize": (prepare.Tokenize, prepare.tokenize), "order": (OrderReport, order),
         "shuffle": (prepare.Shuffle, prepare.shuffle), "view": (viewer.View, viewer.view),
         "find": (viewer.Find, viewer.find), "verify": (viewer.Verify, viewer.verify),
         "dedup": (prepare.Dedup, prepare.dedup)})

@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from config import replacing
-from data import MASKED, Order, OrderedData, TokenFile, batch_rows, load_npy, ordered, read_json
-from prepare import serve_parent
+from data import (MASKED, Order, OrderedData, TokenFile, batch_rows, check_index, load_npy, order_paths,
+                  ordered, read_json)
+from prepare import PROVENANCE, serve_parent
 from studies.interventions import IntervenedData, InterventionConfig
 from tokenizer import load_tokenizer
 
@@ -34,28 +35,24 @@ class Provenance:
     """
 
     def __init__(self, data):
-        summary = f"{data.tokens.prefix}.json"
-        baked_from = read_json(summary).get("baked_from") if os.path.exists(summary) else None
-        if data.preshuffled and baked_from and os.path.exists(f"{baked_from['data']}.idx"):
-            order = baked_from["order"]
-            data = OrderedData(baked_from["data"], order["seq_length"], order["num_samples"], order["seed"])
-        self.data = data
-        self.known = not data.preshuffled
+        self.data = _baked_from(data) or data
+        self.known = not self.data.preshuffled
         self.names = None
-        prefix = data.tokens.prefix
+        prefix = self.data.tokens.prefix
         if self.known and os.path.exists(f"{prefix}_documents.npy"):
             self.names, self.table = read_json(f"{prefix}.json"), load_npy(f"{prefix}_documents.npy")
-            if len(self.table) != len(data.tokens):
-                raise ValueError(f"{prefix}_documents.npy: {len(self.table):,} documents, {prefix}.idx has "
-                                 f"{len(data.tokens):,}; tokenize again")
+            if self.table.dtype != PROVENANCE or self.table.shape != (len(self.data.tokens),) or any(
+                    not isinstance(self.names.get(key), list) or len(self.names[key]) <= self.table[column].max()
+                    for key, column in (("subsets", "subset"), ("files", "file"))):
+                raise ValueError(f"{prefix}_documents.npy and {prefix}.json do not belong to {prefix}.idx "
+                                 f"({len(self.data.tokens):,} documents); tokenize again")
 
     def describe(self, document):
         """Return "subset, file:line" of a document, as far as it is recorded."""
         if self.names is None:
             return "subset not recorded"
-        row = self.table[document]
-        return (f"{self.names['subsets'][row['subset']]}, "
-                f"{self.names['files'][row['file']]}:{row['line']}")
+        file, line, subset = self.table[document].tolist()
+        return f"{self.names['subsets'][subset]}, {self.names['files'][file]}:{line}"
 
     def appearances(self, document):
         """Return the rows in which each copy of a document has tokens: a sorted list a copy."""
@@ -96,17 +93,36 @@ class Provenance:
         array = self.data.order[0 if name == "doc" else 2]
         path = self.data.order_path.replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
         if not os.path.exists(path):
-            count = len(self.data.tokens) if name == "doc" else len(array)
-            inverse = np.empty((count, len(array) // count), dtype=np.uint32)
-            remaining = np.arange(len(array), dtype=np.uint32)
-            for copy in range(inverse.shape[1]):
-                values = array[remaining]
-                inverse[values[::-1], copy] = remaining[::-1]  # the earliest place is written last
-                remaining = remaining[inverse[values, copy] != remaining]
+            if name == "shuffle":
+                inverse = np.empty(len(array), dtype=np.uint32)
+                inverse[array] = np.arange(len(array), dtype=np.uint32)
+            else:  # every document comes once an epoch
+                inverse = np.argsort(array, kind="stable").astype(np.uint32).reshape(len(self.data.tokens), -1)
             with replacing(path) as file:
-                np.save(file, inverse if name == "doc" else inverse[:, 0])
-        cache[name] = load_npy(path)
-        return cache[name]
+                np.save(file, inverse)
+        inverse = load_npy(path)
+        some = np.linspace(0, len(inverse) - 1, 300, dtype=np.int64)
+        if inverse.size != len(array) or (array[inverse[some].reshape(len(some), -1)] != some[:, None]).any():
+            raise ValueError(f"{path}: does not belong to {self.data.order_path}; delete it to rebuild")
+        cache[name] = inverse
+        return inverse
+
+
+def _baked_from(data):
+    """Return the OrderedData that a baked file was made from, None unless it is there, whole, and the same."""
+    summary = f"{data.tokens.prefix}.json"
+    if not data.preshuffled or not os.path.exists(summary):
+        return None
+    try:
+        job = read_json(summary)["baked_from"]
+        order = [int(job["order"][name]) for name in ("seq_length", "num_samples", "seed")]
+        # The name comes out of a file: nothing is built beside it, only what is there is read.
+        if not all(map(os.path.exists, order_paths(str(job["data"]), *order))):
+            return None
+        source = OrderedData(str(job["data"]), *order)
+    except (KeyError, TypeError, ValueError, OSError):
+        return None
+    return None if source.preshuffled or source.tokens.n_tokens != job.get("tokens") else source
 
 
 # ---------------------------------------------------------------------------- view
@@ -115,7 +131,7 @@ class Provenance:
 @dataclass(frozen=True)
 class View(InterventionConfig, Order):
     step: str = "0"  # 0-based: the update of step 0 makes checkpoint step1; 3:5 is steps 3, 4 and 5
-    rows: str = "0:4"  # which of each step's rows, first:last+1
+    rows: str = ""  # which of each step's rows, first:last+1; default: the first four
     save: str = ""  # BATCH.npy: write all rows of the steps, (steps * batch_size, seq_length + 1) uint16
     tokenizer: str = "20B_tokenizer.json"
 
@@ -127,7 +143,7 @@ class View(InterventionConfig, Order):
 def view(options):
     """Print what the model saw at a step: text, document by document, with subset, source and repeats."""
     first_step, last_step = _range(options.step, "step", inclusive=True)
-    first, last = _range(options.rows, "rows", inclusive=False)
+    first, last = _range(options.rows or f"0:{min(4, options.batch_size)}", "rows", inclusive=False)
     data = ordered(options)
     steps = min(options.steps, len(data) // options.batch_size)
     if last_step >= steps:
@@ -137,16 +153,14 @@ def view(options):
         raise ValueError(f"rows = {options.rows!r}, but a step has {options.batch_size} rows, "
                          f"the last is {options.batch_size - 1}")
     numbers = np.arange(first_step * options.batch_size, (last_step + 1) * options.batch_size)
-    steps = f"step {first_step:,}" + (f" to {last_step:,} (both included)" if last_step > first_step else "")
-    print(f"{steps}: rows {numbers[0]:,} to {numbers[-1]:,} (both included); "
+    shown = f"step {first_step:,}" + (f" to {last_step:,} (both included)" if last_step > first_step else "")
+    print(f"{shown}: rows {numbers[0]:,} to {numbers[-1]:,} (both included); "
           f"checkpoint step{last_step + 1} is the first to have seen them all")
-    if options.save:
-        with replacing(options.save) as file:
-            np.save(file, data.rows(numbers))
-        return print(f"{options.save}: {len(numbers):,} rows of {data.seq_length + 1} tokens")
     tokenizer = load_tokenizer(options.tokenizer)
-    provenance = Provenance(data)
     served = IntervenedData(data, tokenizer, options) if options.intervention else None
+    if options.save:
+        return save_steps(options, served or data, range(first_step, last_step + 1))
+    provenance = Provenance(data)
     for step in range(first_step, last_step + 1):
         rows = served.step_rows(step, options.batch_size) if served else None
         for row in batch_rows(step, options.batch_size)[0][first:last].tolist():
@@ -159,10 +173,24 @@ def view(options):
                 print(tokenizer.decode(rows[place].tolist()))
 
 
+def save_steps(options, data, steps):
+    """Write all rows of the steps as one .npy, a step at a time."""
+    # uint16 as the token file; padding that an intervention made is a negative id and wants more.
+    dtype = np.dtype("<i4" if options.intervention else "<u2")
+    shape = (len(steps) * options.batch_size, options.seq_length + 1)
+    with replacing(options.save) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        for step in tqdm(steps, unit="step", disable=None):
+            file.write(data.batch(step, options.batch_size).astype(dtype).data)
+    print(f"{options.save}: {shape[0]:,} rows of {shape[1]} tokens, {dtype}")
+
+
 def show_row(data, provenance, tokenizer, row, rows_before):
     """Print a row's documents; each says how many of its copies had begun before row `rows_before`."""
-    if not provenance.known:  # a published preshuffled file: documents end where <|endoftext|> stands
-        return print(tokenizer.decode(data.rows([row])[0].tolist()))
+    ids = data.rows([row])[0]
+    # A published preshuffled file is text alone. A baked file is looked up where it came from, if that is the same.
+    if not provenance.known or not np.array_equal(provenance.data.rows([row])[0], ids):
+        return print(tokenizer.decode(ids.tolist()))
     for document, start, stop in provenance.data.pieces(row):
         copies = provenance.appearances(document)
         seen = sum(rows[0] < rows_before for rows in copies if rows)
@@ -205,9 +233,11 @@ def find(options):
     if bool(options.text) == bool(options.tokens):
         raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
     tokenizer = load_tokenizer(options.tokenizer)
-    if options.tokens and not re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens):
-        raise ValueError(f"tokens = {options.tokens!r}, expected ids with commas")
+    if options.tokens and not (re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens)
+                               and max(map(int, options.tokens.split(","))) < 1 << 16):
+        raise ValueError(f"tokens = {options.tokens!r}, expected ids below 65,536 with commas")
     data = ordered(options)
+    data.tokens.require_uint16()
     counts = sample_counts(data.tokens)
     if options.tokens:
         pattern = TokenPattern([int(id_) for id_ in options.tokens.split(",")], counts)
@@ -217,13 +247,15 @@ def find(options):
     found = search(data.tokens.prefix, data.tokens.n_tokens, pattern, options.workers or os.cpu_count())
     seconds = time.perf_counter() - began
     provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
-    for first, length in found:
+    for first, length in tqdm(found, desc="rows", unit="place", disable=None):
         places += [place for place in rows_with(data, provenance, first, length) if place[0] < n_rows]
-    for row, offset, length, where in sorted(places)[:options.limit]:
+    places.sort()
+    for row, offset, length, document in places[:options.limit]:
+        where = "" if data.preshuffled else f"; document {document:,} ({provenance.describe(document)})"
         print(f"step {row // options.batch_size:,}, row {row % options.batch_size:,} (row {row:,} of the order), "
               f"tokens {offset:,} to {offset + length - 1:,}{where}")
-    if len(places) > options.limit:
-        print(f"... and {len(places) - options.limit:,} more; --limit=N shows more")
+    if (more := len(places) - options.limit) > 0:
+        print(f"... and {more:,} more; --limit=N shows more")
     size = data.tokens.n_tokens * data.tokens.dtype.itemsize / 1e9
     print(f"{len(found):,} places in the file, seen {len(places):,} times in {options.steps:,} steps; "
           f"searched {size:.3f} GB in {seconds:.2f} s, {size / seconds:.2f} GB/s")
@@ -256,18 +288,20 @@ class TextPattern:
     def __init__(self, text, token_bytes, counts):
         self.text, self.token_bytes, self.reach = text, token_bytes, len(text)
         # Where each token fits, by the place in the text where it begins (negative: before the text).
-        self.fits = {start: [] for start in range(1 - max(map(len, token_bytes)), len(text))}
-        by_first_byte = {}
+        longest = max(map(len, token_bytes))
+        self.fits = {start: [] for start in range(1 - longest, len(text))}
+        whole, beginning = {}, {}  # the tokens that are these bytes, and those that go on after them
         for id_, token in enumerate(token_bytes):
-            by_first_byte.setdefault(token[0], []).append((id_, token))
-            before = token.find(text[0], 1)
-            while before > 0:  # the text begins inside the token
-                if text.startswith(token[before:]) or token[before:].startswith(text):
-                    self.fits[-before].append(id_)
-                before = token.find(text[0], before + 1)
-        for start, byte in enumerate(text):
-            self.fits[start] += [id_ for id_, token in by_first_byte.get(byte, ())
-                                 if text.startswith(token, start) or token.startswith(text[start:])]
+            whole.setdefault(token, []).append(id_)
+            for n in range(1, len(token)):
+                beginning.setdefault(token[:n], []).append(id_)
+                if text.startswith(token[n:]) or token[n:].startswith(text):  # the text begins inside it
+                    self.fits[-n].append(id_)
+        for start in range(len(text)):
+            for stop in range(start + 1, min(start + longest, len(text)) + 1):
+                self.fits[start] += whole.get(text[start:stop], ())
+            if len(text) - start < longest:
+                self.fits[start] += beginning.get(text[start:], ())
         cost = np.zeros(len(text))  # of each byte: how often its tokens occur
         for start, ids in self.fits.items():
             for id_ in ids:
@@ -325,7 +359,7 @@ def sample_counts(tokens, blocks=64, size=1 << 15):
 
 def search(prefix, n_tokens, pattern, workers, block=1 << 24):
     """Return the sorted (first token, length) of all matches within documents, searched on all cores."""
-    ranges = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
+    ranges = [(start, min(start + block, n_tokens), block // 16) for start in range(0, n_tokens, block)]
     found = set()
     with tqdm(total=n_tokens * 2, unit="B", unit_scale=True, disable=None) as bar:
         if workers == 1 or len(ranges) == 1:
@@ -351,7 +385,7 @@ def _start_searching(prefix, pattern):
         _tables[offset][ids] = True
 
 
-def search_range(start, stop, block=1 << 20):
+def search_range(start, stop, block):
     """Return the matches whose anchor lies in tokens start..stop."""
     found = []
     before, after = len(_pattern.left), len(_pattern.right)
@@ -359,10 +393,9 @@ def search_range(start, stop, block=1 << 20):
         # A block with its neighbours, as far as the file has them; hits on its rim are decided without them.
         low, high = max(first - before, 0), min(first + block + after, _tokens.n_tokens)
         ids = _tokens.slice(low, high)
-        if len(_pattern.anchors) <= 12:  # comparing is faster than looking up while there is little to compare
-            is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
-        else:
-            is_anchor = _tables[0].take(ids, mode="clip")
+        # Comparing is faster than looking up while there is little to compare.
+        is_anchor = (np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
+                     if len(_pattern.anchors) <= 12 else _tables[0].take(ids, mode="clip"))
         hits = np.flatnonzero(is_anchor[first - low:min(first + block, stop) - low]) + first - low
         for offset, table in _tables.items():
             at = hits + offset
@@ -373,8 +406,7 @@ def search_range(start, stop, block=1 << 20):
             begin = int(_tokens.pointers[document]) // _tokens.dtype.itemsize
             left = max(begin, position - _pattern.reach)
             right = min(begin + int(_tokens.sizes[document]), position + _pattern.reach + 1)
-            found += [(left + i, length) for i, length in
-                      _pattern.matches(_tokens.slice(left, right), position - left)]
+            found += [(left + i, n) for i, n in _pattern.matches(_tokens.slice(left, right), position - left)]
     return found
 
 
@@ -385,14 +417,14 @@ def document_at(tokens, position):
 
 
 def rows_with(data, provenance, first, length):
-    """Yield (row, offset, length, where from) of the rows in which tokens first.. were served whole."""
+    """Yield (row, offset, length, document) of the rows in which tokens first.. were served whole."""
     document = document_at(data.tokens, first)
     offset = first - int(data.tokens.pointers[document]) // data.tokens.dtype.itemsize
     if data.preshuffled:
-        yield document, offset, length, ""
+        yield document, offset, length, document
     else:
         for row, within in provenance.rows_of(document, offset, length):
-            yield row, within, length, f"; document {document:,} ({provenance.describe(document)})"
+            yield row, within, length, document
 
 
 # ---------------------------------------------------------------------------- verify
@@ -408,15 +440,14 @@ def verify(options):
     """Check that an index is sound and that files have the SHA-256 they should have."""
     tokens = TokenFile(options.data)
     check_index(tokens)
-    folder = os.path.dirname(tokens.prefix)
-    if options.hashes:
-        expected = read_hashes(options.hashes)
-    else:
-        names = [f"{tokens.prefix}.idx", *(path for _, path in sorted(tokens.shard_paths.items()))]
-        expected = {os.path.basename(name): None for name in names}
+    folder, prefix = os.path.split(tokens.prefix)
+    last = len(tokens.shards) - 2
+    shards = [f"{prefix}-{shard:05}-of-{last:05}.bin" for shard in range(last + 1)] if last else [f"{prefix}.bin"]
+    expected = read_hashes(options.hashes) if options.hashes else dict.fromkeys([f"{prefix}.idx", *shards])
     paths = {name: os.path.join(folder, name) for name in expected}
     known_path = f"{tokens.prefix}.verified.json"  # so that 600 GB are read once
-    known = read_json(known_path) if os.path.exists(known_path) else {}
+    known = {name: seal for name, seal in (read_json(known_path) if os.path.exists(known_path) else {}).items()
+             if isinstance(seal, list) and len(seal) == 3}
     present = [name for name in expected if os.path.exists(paths[name])]
     wrong = []
     with tqdm(total=sum(os.path.getsize(paths[name]) for name in present), unit="B", unit_scale=True,
@@ -441,25 +472,10 @@ def verify(options):
             else:
                 wrong.append(name)
                 print(f"WRONG    {name}: {found}, expected {expected[name]}")
-    print(f"{len(tokens):,} documents, {tokens.n_tokens:,} tokens, index sound; {len(present)} files read, "
+    print(f"{len(tokens):,} documents, {tokens.n_tokens:,} tokens, sizes and pointers sound; {len(present)} files read, "
           f"{len(expected) - len(present)} missing, {len(wrong)} wrong")
     if wrong or len(present) < len(expected):
         sys.exit(1)
-
-
-def check_index(tokens, block=1 << 24):
-    """Raise ValueError unless every document follows the one before it, to the end of the file."""
-    end = 0
-    for start in range(0, len(tokens), block):
-        sizes = tokens.sizes[start:start + block]
-        ends = end + np.cumsum(sizes, dtype=np.int64) * tokens.dtype.itemsize
-        bad = np.flatnonzero((sizes < 0) | (tokens.pointers[start:start + block] != ends - sizes.astype(np.int64)
-                                            * tokens.dtype.itemsize))
-        if len(bad):
-            document = start + int(bad[0])
-            raise ValueError(f"{tokens.prefix}.idx: document {document:,} has size {tokens.sizes[document]} and "
-                             f"pointer {tokens.pointers[document]}, which do not follow the one before")
-        end = int(ends[-1])
 
 
 def read_hashes(path):
@@ -476,10 +492,9 @@ def read_hashes(path):
     return hashes
 
 
-def sha256_of(path, bar, block=1 << 24):
+def sha256_of(path, bar):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(block):
-            digest.update(piece)
-            bar.update(len(piece))
+        while piece := file.read(1 << 24):
+            digest.update(piece), bar.update(len(piece))
     return digest.hexdigest()

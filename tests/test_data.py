@@ -98,6 +98,35 @@ def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx", "d.json"]
 
 
+def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path):
+    writer = TokenWriter(tmp_path / "d", "job")
+    writer.append([1, 2, 3], [3])
+    writer.commit("at the end")
+    writer.commit(writer.position)  # what finish does first
+    again = TokenWriter(tmp_path / "d", "job")
+    assert again.position == "at the end" and again.files["bin"].tell() == 6
+    (tmp_path / "d.partial" / "bin").rename(tmp_path / "d.bin")  # and last
+    assert TokenWriter(tmp_path / "d", "job").position is None
+
+
+def test_an_order_of_other_documents_is_refused(tmp_path):
+    write(tmp_path / "d", random_documents([5, 9, 14, 2, 30]))
+    OrderedData(tmp_path / "d", 4, 20, 1234)
+    write(tmp_path / "other", random_documents([9, 5, 14, 2, 30]))
+    for path in tmp_path.glob("d_train_0_*"):
+        path.rename(tmp_path / path.name.replace("d_", "other_", 1))
+    with pytest.raises(ValueError, match="do not belong to .*other.idx"):
+        OrderedData(tmp_path / "other", 4, 20, 1234)
+    write(tmp_path / "d", random_documents([9, 5, 14, 2, 30]))
+    OrderedData(tmp_path / "d", 4, 20, 1234)  # writing d anew removed its old order
+
+
+def test_rows_in_training_order_are_not_shuffled_again(tmp_path):
+    write(tmp_path / "d", random_documents([9] * 100))
+    with pytest.raises(ValueError, match="in training order already, in rows of 9 tokens"):
+        OrderedData(tmp_path / "d", 4, 20, 1234)
+
+
 def test_another_job_starts_anew(tmp_path):
     writer = TokenWriter(tmp_path / "d", "job")
     writer.append([1, 2], [2])
@@ -187,10 +216,10 @@ def walk(sizes, doc_idx, seq_length, n_samples):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda s: sum(s) > 1),
-       st.integers(1, 60), st.integers(1, 50), st.integers(0, 2**32 - 1))
-def test_order_equals_the_original_walk(sizes, seq_length, num_samples, seed):
+       st.integers(1, 60), st.integers(1, 50), st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 7, 1 << 24]))
+def test_order_equals_the_original_walk(sizes, seq_length, num_samples, seed, block):
     sizes = np.array(sizes, dtype=np.int32)
-    doc_idx, sample_idx, shuffle_idx = build_order(sizes, seq_length, num_samples, seed)
+    doc_idx, sample_idx, shuffle_idx = build_order(sizes, seq_length, num_samples, seed, block)
     epochs = len(doc_idx) // len(sizes)
     assert (epochs * sizes.sum() - 1) // seq_length >= num_samples
     assert epochs == 1 or ((epochs - 1) * sizes.sum() - 1) // seq_length < num_samples

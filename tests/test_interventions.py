@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from conftest import ROOT
 from test_data import write as write_tokens
 
 from data import MASKED, OrderedData
@@ -48,7 +49,7 @@ BETWEEN = st.sampled_from([" ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", 
                            "='", "_'"])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(WORDS, BETWEEN), min_size=2, max_size=12), st.sampled_from(["feminine", "masculine"]))
 @example([("x", "\n'"), ("he", "'"), ("said", "")], "feminine")
 @example([("x", "\n'"), ("she", "'"), ("he", "")], "masculine")
@@ -132,10 +133,11 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
 @pytest.mark.parametrize("flags, words", [
     (["--intervention=pronoun"], "no intervention called pronoun; there are pronouns_to_feminine"),
     (["--intervention=term_drop"], "need --terms=WORD"),
+    (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
     (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
     (["--intervention=term_drop", "--terms=a", "--intervention_from=9", "--intervention_to=3"], "expected 0 <= from <= to")])
 def test_a_mistake_is_one_line(flags, words):
-    done = subprocess.run([sys.executable, "data.py", "view", "--data=none", *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "data.py", "view", "--data=none", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -145,7 +147,7 @@ def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
              "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3", f"--data={tmp_path}/rows",
              f"--tokenizer={tokenizer_path}", "--intervention=term_drop", "--terms=Egypt", "--intervention_from=1",
              "--intervention_to=2", f"--out_dir={tmp_path}/run"]
-    subprocess.run([sys.executable, "train.py", *flags], check=True, capture_output=True)
+    subprocess.run([sys.executable, "train.py", *flags], check=True, cwd=ROOT, capture_output=True)
     with open(tmp_path / "run" / "interventions.csv") as file:
         noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]
     rows = data.rows(range(64)).reshape(4, 16, 7)
