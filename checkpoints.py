@@ -427,4 +427,5 @@ if __name__ == "__main__":
         "verify": (verify.Verify, verify.verify, "folders..."), "diff": (verify.Diff, verify.diff, "a b"),
         "list": (verify.List, verify.list_, "run"),
         "import": (huggingface.Import, huggingface.import_, "source output"),
-        "export": (huggingface.Export, huggingface.export, "source output")})
+        "export": (huggingface.Export, huggingface.export, "source output"),
+        "fetch": (huggingface.Fetch, huggingface.fetch, "name")})

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import (hf_config, open_model, parameter_shapes, read_config, without_legacy_buffers,
-                         write_json, write_manifest, write_tokenizer, writing)
+from checkpoints import (checkpoint_steps, hf_config, is_whole, open_model, parameter_shapes, read_config,
+                         without_legacy_buffers, write_json, write_manifest, write_tokenizer, writing)
 from model import ModelConfig
-from tensors import (CODES, JSON_LIMIT, Stored, check_tensors, listing, open_shards, regular_size, size_of,
-                     write_folder)
+from tensors import (CODES, JSON_LIMIT, Stored, check_tensors, listing, open_shards, regular_size, sha256_of,
+                     size_of, write_folder)
 
 # What the pickle of a state dict names. Anything else would be code.
 HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
@@ -318,3 +318,59 @@ def _cast(name, stored, dtype, bar):
         bar.update(size_of(stored))
         return cast
     return replace(stored, dtype=dtype or stored.dtype, read=read)
+
+
+# ---------------------------------------------------------------------------- the Hub
+
+
+@dataclass(frozen=True)
+class Fetch:
+    name: str  # a published repository: pythia-70m-deduped, pythia-160m-seed3, or OWNER/NAME
+    steps: str = "143000"  # numbers with commas, or all: Pythia's 154
+    out_dir: str | None = None  # run folder to fill with step0, step1, ...; default: NAME here
+
+
+def fetch(options):
+    """Download published checkpoints; what is already whole is not downloaded again."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError("fetch needs huggingface_hub: pip install huggingface_hub") from None
+    if not re.fullmatch(r"all|\d+(,\d+)*", options.steps):
+        raise ValueError(f"steps = {options.steps!r}, expected numbers with commas, or all")
+    steps = checkpoint_steps(143000) if options.steps == "all" else [int(s) for s in options.steps.split(",")]
+    repository = options.name if "/" in options.name else f"EleutherAI/{options.name}"
+    name = repository.split("/")[1]
+    for step in tqdm(steps, unit="checkpoint", disable=None):
+        for line in known_bad(name, step):
+            tqdm.write(f"warning: {line}", file=sys.stderr)
+        folder = Path(options.out_dir or name) / f"step{step}"
+        if (folder / "manifest.json").exists() and is_whole(folder):
+            continue
+        try:
+            info = huggingface_hub.HfApi().model_info(repository, revision=f"step{step}", files_metadata=True)
+            files = wanted({file.rfilename: file for file in info.siblings})
+            for file in files:  # by commit: all of one upload, whatever is pushed meanwhile
+                huggingface_hub.hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
+        except Exception as error:  # whatever the network and its client raise
+            raise ValueError(f"{repository} step{step}: {' '.join(str(error).split())[:200]}; the same command "
+                             "goes on where it stopped") from None
+        if not files:
+            raise ValueError(f"{repository} step{step}: no weights there")
+        entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+                   for name in files}
+        for file, entry in entries.items():
+            if files[file].lfs and files[file].lfs.sha256 != entry["sha256"]:
+                raise ValueError(f"{folder / file}: its SHA-256 is not the Hub's; remove it and fetch again")
+        write_json(folder / "manifest.json", entries)  # last: with it the checkpoint is whole
+    print(f"{options.out_dir or name}: {len(steps)} checkpoints; `python checkpoints.py verify` compares them")
+
+
+def wanted(files):
+    """Return the config, the tokenizer and one form of the weights out of a repository's {name: file}."""
+    for weights in (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+                    r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"):
+        if any(re.fullmatch(weights, name) for name in files):
+            return {name: file for name, file in files.items()
+                    if re.fullmatch(rf"{weights}|(tokenizer_)?config\.json|tokenizer\.json", name)}
+    return {}

@@ -1,10 +1,16 @@
 """pytest tests/test_huggingface.py"""
 
+import http.server
 import json
 import os
+import re
 import runpy
+import shutil
+import subprocess
 import sys
+import threading
 import zipfile
+from hashlib import sha256
 
 import pytest
 import torch
@@ -12,10 +18,11 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from checkpoints import checkpoint_steps, load_model, parameter_shapes, read_config
+from checkpoints import checkpoint_steps, load_model, parameter_shapes, read_config, saved_steps
 from conftest import ROOT
 from huggingface import (Export, Import, export, identify, import_, known_bad, merge, open_any, open_pickle)
 from model import ModelConfig
+from tensors import sha256_of
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
 
@@ -398,3 +405,88 @@ def test_names_and_steps_are_found_in_paths(tmp_path):
     (cache / "refs/step59000").write_text("abd")
     assert identify(cache / "snapshots/abc") == ("pythia-12b", 58000)
     assert identify("/somewhere/else") == ("", None)
+
+
+# ---------------------------------------------------------------------------- the Hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers what huggingface_hub asks for one repository, from {revision: folder}, on this machine."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        path = self.path.split("?")[0]
+        self.server.asked.append(path)
+        if match := re.fullmatch(r"/api/models/EleutherAI/(pythia-\w+)/revision/(\w+)", path):
+            folder = self.server.folders.get(match[2])
+            if folder is None:
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            siblings = [{"rfilename": file.name, "size": file.stat().st_size, "blobId": "0" * 40, "lfs": {
+                "sha256": self.server.claimed.get(file.name) or sha256_of(file), "size": file.stat().st_size,
+                "pointerSize": 1}} for file in sorted(folder.iterdir())]
+            commit = (folder.name.encode().hex() + "0" * 40)[:40]
+            self.server.folders[commit] = folder
+            return self.send(200, json.dumps({"_id": "1", "id": f"EleutherAI/{match[1]}", "sha": commit,
+                                              "siblings": siblings, "private": False, "downloads": 0, "tags": [],
+                                              "likes": 0}).encode(), {"Content-Type": "application/json"}, body)
+        if match := re.fullmatch(r"/EleutherAI/pythia-\w+/resolve/(\w+)/([\w.-]+)", path):
+            data = (self.server.folders[match[1]] / match[2]).read_bytes()
+            return self.send(200, data, {"X-Repo-Commit": match[1], "ETag": f'"{sha256(data).hexdigest()}"'}, body)
+        self.send(404, b"{}", {}, body)
+
+    def send(self, code, data, headers, body):
+        self.send_response(code)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+FETCH = """
+import json, sys, huggingface, config
+for arguments in json.loads(sys.argv[1]):
+    try:
+        config.command(["fetch", *arguments], {"fetch": (huggingface.Fetch, huggingface.fetch, "name")})
+    except SystemExit as end:
+        print("exit", end.code, file=sys.stderr)
+"""
+
+
+def test_fetch_downloads_checks_and_goes_on(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folders, server.claimed, server.asked = {}, {}, []
+    for step in (0, 512):
+        folder = published(tmp_path / f"hub/step{step}", weights() | legacy_buffers())
+        shutil.copy(folder / "model.safetensors", folder / "pytorch_model.bin")  # not wanted twice
+        server.folders[f"step{step}"] = folder
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(*commands):
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                                    "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"),
+                                    "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", FETCH, json.dumps(commands)], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    said = run(["pythia-70m", "--steps=0,512"], ["pythia-70m", "--steps=0,512"], ["pythia-70m", "--steps=7"])
+    assert "warning: pythia-70m step 0: steps 0 and 1 are equal" in said
+    assert saved_steps(tmp_path / "pythia-70m") == [0, 512]
+    assert not (tmp_path / "pythia-70m/step0/pytorch_model.bin").exists()
+    assert_equal(bits(load_model(tmp_path / "pythia-70m/step512")), weights())
+    assert sum("/api/" in path for path in server.asked) == 3  # nothing is asked for what is whole
+    assert re.search(r"EleutherAI/pythia-70m step7: .*\nexit 2\n$", said)
+    server.claimed["model.safetensors"] = "0" * 64
+    assert "its SHA-256 is not the Hub's" in run(["pythia-70m", "--steps=512", "--out_dir=other"])
+    assert not (tmp_path / "other/step512/manifest.json").exists()
+    server.shutdown()
