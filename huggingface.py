@@ -353,8 +353,8 @@ def fetch(options):
             for file in files:  # by commit: all of one upload, whatever is pushed meanwhile
                 huggingface_hub.hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
         except Exception as error:  # whatever the network and its client raise
-            raise ValueError(f"{repository} step{step}: {' '.join(str(error).split())[:200]}; the same command "
-                             "goes on where it stopped") from None
+            raise ValueError(f"{repository} step{step}: {' '.join(str(error).split())[:200]}; the same "
+                             "command goes on where it stopped") from None
         if not files:
             raise ValueError(f"{repository} step{step}: no weights there")
         entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
@@ -363,7 +363,7 @@ def fetch(options):
             if files[file].lfs and files[file].lfs.sha256 != entry["sha256"]:
                 raise ValueError(f"{folder / file}: its SHA-256 is not the Hub's; remove it and fetch again")
         write_json(folder / "manifest.json", entries)  # last: with it the checkpoint is whole
-    print(f"{options.out_dir or name}: {len(steps)} checkpoints; `python checkpoints.py verify` compares them")
+    print(f"{options.out_dir or name}: {len(steps)} checkpoints; python checkpoints.py verify compares them")
 
 
 def wanted(files):
