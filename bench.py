@@ -4,6 +4,7 @@
     python bench.py tokenize --input=data/demo/train.jsonl
     python bench.py find --data=data/demo/train
     python bench.py checkpoints --size=160m
+    python bench.py eval --docs=DIR          # needs lm_eval and accelerate
 
 train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
 GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a process of its own,
@@ -268,6 +269,77 @@ def peak_memory(reset=False):
     if reset:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
+
+
+@dataclass(frozen=True)
+class Eval:
+    docs: str  # folder of evaluation sets, as for eval.py
+    size: str = "70m"
+    documents: int = 48  # of each task (of MMLU: of the subject)
+    subject: str = "anatomy"  # of MMLU
+    rounds: int = 3
+    batch: int = 8  # of lm_eval and transformers; the fastest of 1, 4, 8, 16 on two cores
+    new_tokens: int = 64  # to generate
+    threads: int = 2
+
+
+def evaluation(options):
+    """Time the same requests with our scoring and with lm_eval's HFLM, and generation with transformers'."""
+    import tempfile
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    import scoring
+    from checkpoints import save
+    from eval import prepare
+    from tokenizer import load_tokenizer
+    torch.set_num_threads(options.threads)
+    config, training = parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf",
+                              "--out_dir=none"], ModelConfig, TrainConfig)
+    tokenizer, model = load_tokenizer("20B_tokenizer.json"), Pythia(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, 0, model, make_optimizer(model, training), {"updates": 0, "tokens": 0}, tokenizer.path)
+        theirs = HFLM(pretrained=f"{folder}/step0", dtype="float32", device="cpu", batch_size=options.batch)
+
+    def score_ours(requests):
+        scoring._encode_piece.cache_clear()
+        return scoring.loglikelihood(model, tokenizer, requests)
+
+    def score_theirs(requests):
+        return theirs.loglikelihood([Instance("loglikelihood", {}, request, 0) for request in requests],
+                                    disable_tqdm=True)
+
+    def generate_ours(prompts):
+        return model.generate(prompts, options.new_tokens, temperature=0).tolist()
+
+    def generate_theirs(prompts):
+        return theirs.model.generate(prompts, max_new_tokens=options.new_tokens, do_sample=False, use_cache=True,
+                                     eos_token_id=None, attention_mask=torch.ones_like(prompts)).tolist()
+
+    work = {f"{task}, {shots} shots": (score_ours, score_theirs, prepare(
+        task, options.docs, shots, limit=options.documents).requests) for task, shots in (
+            ("lambada_openai", 0), ("hellaswag", 0), ("piqa", 0), (f"mmlu_{options.subject}", 5))}
+    prompts = torch.randint(2, 50277, (options.batch, 64), generator=torch.Generator().manual_seed(0))
+    work[f"generate {options.batch} x {options.new_tokens}"] = generate_ours, generate_theirs, prompts
+    print(f"{options.size}, float32, {options.threads} threads, {options.documents} documents, lm_eval's batch size "
+          f"{options.batch}, {options.rounds} rounds in turn; medians")
+    print(f"{'':26} {'requests':>8} {'ours':>9} {'theirs':>9} {'ratio':>7}  largest difference")
+    for name, (ours, other, requests) in work.items():
+        taken = []
+        for _ in range(options.rounds):
+            start = time.perf_counter()
+            first = ours(requests)
+            middle = time.perf_counter()
+            second = other(requests)
+            taken.append((middle - start, time.perf_counter() - middle))
+        difference = ("same tokens" if first == second else "other tokens") if name.startswith("gen") else (
+            f"{max(abs(a - b) for (a, _), (b, _) in zip(first, second)):.1e} nats")
+        mine, other_time = (statistics.median(column) for column in zip(*taken))
+        ratio = statistics.median(b / a for a, b in taken)
+        print(f"{name:26} {len(requests):8,} {mine:7.2f} s {other_time:7.2f} s {ratio:6.2f}x  {difference}", flush=True)
+
+
+def peak_memory():
+    """Return this process's largest resident size in KiB (Linux; ru_maxrss would count the parent's)."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
@@ -275,4 +347,5 @@ def peak_memory(reset=False):
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
     command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker), "tokenize": (Tokenize, tokenize),
-                           "find": (Find, find), "checkpoints": (Checkpoints, checkpoints)})
+                           "find": (Find, find), "checkpoints": (Checkpoints, checkpoints),
+                           "eval": (Eval, evaluation)})

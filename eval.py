@@ -1,223 +1,98 @@
-"""Evaluate checkpoints exactly as EleutherAI's lm-evaluation-harness (v0.4) scores them.
+"""Evaluate checkpoints over training, with exactly lm-evaluation-harness's numbers.
 
     python eval.py --model=RUN --steps=all --tasks=lambada_openai,piqa --docs=DIR --output=results.csv
+    torchrun --standalone --nproc_per_node=8 eval.py ...     # the same numbers, shared out
+    python eval.py tasks --docs=DIR                          # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
 
 --model is a run folder of ours, one of its step folders, or any GPT-NeoX folder in Hugging Face's
 layout. --docs holds a folder for each task with its documents as distributed, for instance
 DIR/piqa/validation.jsonl. What the CSV already holds is skipped, so the same command goes on.
 
-Tasks: lambada_openai, piqa, and heldout (any {"text", "meta": {"pile_set_name"}} documents: bits per
-byte, overall and per subset).
+tasks.py has the tasks, harness.py prompts and metrics, scoring.py the model's part.
 """
 
 import csv
 import json
-import math
 import os
 import re
-import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
 from config import parse, run
 from data import read_json
-from model import head_blocks
+from harness import STYLES, digest, prompts, read_split
+from scoring import encode_pair, generate_until, plan, rolling_rows, run_plan, totals
+from tasks import GROUPS, SEVERAL, tasks_of
 from tokenizer import ENDOFTEXT, load_tokenizer
 
-# ---------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------- one task, one model
 
 
-@torch.no_grad()
-def score(model, rows, batch_tokens=4096):
-    """Return [(log-likelihood in nats, is_greedy)] of the last n tokens of each row, for rows (tokens, n).
-
-    Each row is cut on the left to the model's context. The softmax runs over all columns, padded
-    vocabulary included; is_greedy says that every one of the n tokens is the largest logit's. Rows
-    are batched by length and padded on the right, which a causal model cannot see.
-    """
-    L, device = model.config.seq_length, model.embed_in.weight.device
-    results = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -min(len(rows[i][0]), L + 1))
-    while order:
-        width = min(len(rows[order[0]][0]), L + 1) - 1
-        chosen, order = np.split(order, [max(1, batch_tokens // width)])
-        order = order.tolist()
-        tokens = torch.zeros(len(chosen), width, dtype=torch.int64)
-        positions, targets, counts = [], [], []
-        for b, i in enumerate(chosen):
-            row, n = rows[i][0][-(L + 1):], rows[i][1]
-            if not 0 < n < len(row):
-                raise ValueError(f"a continuation of {n} tokens does not fit in {L} tokens of context")
-            tokens[b, :len(row) - 1] = torch.tensor(row[:-1])
-            positions += range(b * width + len(row) - 1 - n, b * width + len(row) - 1)
-            targets += row[-n:]
-            counts.append(n)
-        hidden = model.hidden(tokens.to(device)).flatten(0, 1)[torch.tensor(positions, device=device)]
-        targets = torch.tensor(targets, device=device)[:, None]
-        logprobs, greedy = [], []
-        for block, logits in head_blocks(hidden, model.embed_out.weight):
-            target_logits = logits.gather(1, targets[block])
-            logprobs.append((target_logits - logits.logsumexp(1, keepdim=True))[:, 0])
-            # The first maximum is the greedy token, so a target that ties with an earlier one is not.
-            greedy.append(logits.argmax(1) == targets[block][:, 0])
-        logprobs = torch.cat(logprobs).double().cpu().split(counts)
-        greedy = torch.cat(greedy).cpu().split(counts)
-        for i, lp, g in zip(chosen, logprobs, greedy):
-            results[i] = (float(lp.sum()), bool(g.all()))
-    return results
+@dataclass
+class Job:
+    """A task, or all tasks of a group, with its documents made into requests; for any number of models."""
+    name: str
+    members: list  # (task's name, Task, its Questions)
+    requests: list  # of all questions, shots included: (context, continuation), prompts or whole texts
+    documents: str  # hash of the documents used
+    style: str
+    batches: tuple | None = None  # (context length, scoring.plan, number of rows, owners of rolling rows)
 
 
-def encode_pair(tokenizer, context, continuation):
-    """Return (tokens, n): context and continuation encoded together, n tokens belonging to the latter.
-
-    lm_eval/api/model.py, TemplateLM._encode_pair: white space at the context's end moves to the
-    continuation, and the context's share is the length of its own encoding. An empty context is
-    <|endoftext|>; a continuation that begins with it already is its own context.
-    """
-    if context == "":
-        tokens = tokenizer.encode(continuation)
-        return (tokens, len(tokens) - 1) if tokens[:1] == [ENDOFTEXT] else ([ENDOFTEXT] + tokens, len(tokens))
-    kept = context.rstrip()
-    continuation = context[len(kept):] + continuation
-    whole = tokenizer.encode(kept + continuation)
-    return whole, len(whole) - len(tokenizer.encode(kept))
-
-
-def loglikelihood(model, tokenizer, requests):
-    """Return [(log-likelihood, is_greedy)] of the continuation of each (context, continuation) pair of texts."""
-    return score(model, [encode_pair(tokenizer, *request) for request in requests])
+def prepare(name, docs, shots=0, style="v0.4", limit=None):
+    """Return the Job of a task or group, or raise ValueError about its documents."""
+    members, requests, hashes = [], [], []
+    for member in GROUPS[name][0] if name in GROUPS else [name]:
+        task = tasks_of(style)[member]
+        if shots and not task.pool:
+            raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples to draw")
+        prompted, documents = prompts(task, docs, shots, style, limit)
+        for prefix, question in prompted:
+            requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
+                         else prefix + request for request in question.requests]
+        members.append((member, task, [question for _, question in prompted]))
+        hashes.append(documents)
+    return Job(name, members, requests, hashes[0] if len(hashes) == 1 else digest(hashes), style)
 
 
-def loglikelihood_rolling(model, tokenizer, texts):
-    """Return the log-likelihood in nats of each whole text, every token predicted exactly once.
-
-    Windows as lm_eval/utils.py, get_rolling_token_windows with context_len 1: full windows predict all
-    their L tokens from <|endoftext|> or the token before; the last one borrows earlier text as context.
-    """
-    L, rows, owners = model.config.seq_length, [], []
-    for owner, text in enumerate(texts):
-        tokens = [ENDOFTEXT] + tokenizer.encode(text)
-        for start in range(1, len(tokens), L):
-            end = min(start + L, len(tokens))
-            rows.append((tokens[max(0, end - L - 1):end], end - start))
-            owners.append(owner)
-    totals = [0.0] * len(texts)
-    for owner, (logprob, _) in zip(owners, score(model, rows)):
-        totals[owner] += logprob
-    return totals
+def answer(model, tokenizer, job, progress=None):
+    """Return a result for each of the job's requests: (log-likelihood, is_greedy), a text, or a log-likelihood."""
+    task, L = job.members[0][1], model.config.seq_length
+    if task.kind == "generate":
+        return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens, progress=progress)
+    if job.batches is None or job.batches[0] != L:  # the same for every checkpoint of a run
+        if task.kind == "rolling":
+            rows, owners = rolling_rows(tokenizer, job.requests, L)
+        else:
+            rows, owners = [encode_pair(tokenizer, *request) for request in job.requests], None
+        job.batches = L, plan(rows, L), len(rows), owners
+    _, batches, n_rows, owners = job.batches
+    results = run_plan(model, batches, n_rows, progress)
+    return results if owners is None else totals(results, owners, len(job.requests))
 
 
-# ---------------------------------------------------------------------------- metrics
+def measure(job, results):
+    """Return [(task, metric, value, stderr, n)] from the results of a job's requests, a group's own last."""
+    rows, results = [], iter(results)
+    for name, task, questions in job.members:
+        own = [[next(results) for _ in question.requests] for question in questions]
+        rows += [(name + suffix, metric, *numbers)
+                 for suffix, metric, *numbers in task.measure(questions, own, job.style)]
+    return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
 
 
-def mean(values):
-    """Return (mean, standard error); one value has no error."""
-    return statistics.fmean(values), (statistics.stdev(values) / math.sqrt(len(values))
-                                      if len(values) > 1 else None)
-
-
-def perplexity(logprobs, iterations=100_000):
-    """Return exp(-mean) and its bootstrap standard error, with lm_eval's own draws.
-
-    lm_eval/api/metrics.py, bootstrap_stderr: 1000 resamples from each of random.Random(0), (1), ...
-    numpy's RandomState([i]) is the same generator; its numbers are drawn a block at a time.
-    """
-    values, n, draws = np.array(logprobs), len(logprobs), []
-    for seed in range(iterations // 1000 if n > 1 else 0):
-        generator = np.random.RandomState([seed])
-        for _ in range(10):
-            picked = values[(generator.random_sample((100, n)) * n).astype(np.int64)]
-            draws += np.exp(-picked.mean(axis=1)).tolist()
-    return math.exp(-statistics.fmean(logprobs)), statistics.stdev(draws) if draws else None
-
-
-# ---------------------------------------------------------------------------- tasks
-# A task is a function (model, tokenizer, documents) -> [(task, metric, value, stderr, n)].
-
-
-def lambada_openai(model, tokenizer, documents):
-    """Last word of a passage: greedy accuracy, and perplexity per word (not per token)."""
-    pairs = [field(doc, "text", str).rsplit(" ", 1) for doc in documents]
-    results = loglikelihood(model, tokenizer, [(context, " " + word) for context, word in pairs])
-    return [("lambada_openai", "acc", *mean([float(greedy) for _, greedy in results]), len(pairs)),
-            ("lambada_openai", "perplexity", *perplexity([ll for ll, _ in results]), len(pairs))]
-
-
-def piqa(model, tokenizer, documents):
-    """Which of two solutions: by log-likelihood, and by log-likelihood per character."""
-    return multiple_choice("piqa", model, tokenizer, [
-        (f"Question: {field(doc, 'goal', str)}\nAnswer:",
-         [field(doc, "sol1", str), field(doc, "sol2", str)], field(doc, "label", int)) for doc in documents])
-
-
-def multiple_choice(task, model, tokenizer, questions):
-    """Score (context, choices, index of the right one); the first of equal likelihoods wins.
-
-    acc_norm divides by the choice's length in code points, without the space before it.
-    """
-    results = iter(loglikelihood(model, tokenizer, [
-        (context, " " + choice) for context, choices, _ in questions for choice in choices]))
-    acc, acc_norm = [], []
-    for _, choices, gold in questions:
-        lls = np.array([next(results)[0] for _ in choices])
-        acc.append(float(np.argmax(lls) == gold))
-        acc_norm.append(float(np.argmax(lls / [len(choice) for choice in choices]) == gold))
-    return [(task, "acc", *mean(acc), len(questions)), (task, "acc_norm", *mean(acc_norm), len(questions))]
-
-
-def heldout(model, tokenizer, documents):
-    """Whole documents: bits per UTF-8 byte, overall and for each subset; ratios of sums."""
-    texts = [field(doc, "text", str) for doc in documents]
-    names = [(doc.get("meta") or {}).get("pile_set_name") for doc in documents]
-    lls = loglikelihood_rolling(model, tokenizer, texts)
-    rows = []
-    for subset in [None, *sorted({name for name in names if name})]:
-        members = [i for i, name in enumerate(names) if subset in (None, name)]
-        bits = -sum(lls[i] for i in members) / math.log(2)
-        size = sum(len(texts[i].encode()) for i in members)
-        rows.append((f"heldout:{subset}" if subset else "heldout", "bits_per_byte",
-                     bits / size, None, len(members)))
-    return rows
-
-
-TASKS = {"lambada_openai": (lambada_openai, "test"), "piqa": (piqa, "validation"),
-         "heldout": (heldout, "test")}  # name: the function, and the split it reads
-
-
-def field(doc, name, kind):
-    """Return doc[name], or raise ValueError saying which field is missing or of the wrong type."""
-    value = doc.get(name)
-    if type(value) is not kind:
-        raise ValueError(f"{doc['where']}: {name} is {value!r}, expected a {kind.__name__}")
-    return value
-
-
-def read_documents(docs, task, limit):
-    """Return the task's documents from DOCS/task/split.jsonl, each with where it stands in the file."""
-    path = Path(docs) / task / f"{TASKS[task][1]}.jsonl"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; --docs=DIR expects the documents of {task} there")
-    documents = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(document, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object")
-        documents.append(document | {"where": f"{path}, line {number}"})
-        if len(documents) == limit:
-            break
-    if not documents:
-        raise ValueError(f"{path}: holds no documents")
-    return documents
+def evaluate(model, tokenizer, name, docs, shots=0, style="v0.4", limit=None):
+    """Return [(task, metric, value, stderr, n)] of a model on a task or group (a name in TASKS or GROUPS)."""
+    job = prepare(name, docs, shots, style, limit)
+    return measure(job, answer(model, tokenizer, job))
 
 
 # ---------------------------------------------------------------------------- over training
@@ -226,67 +101,147 @@ def read_documents(docs, task, limit):
 @dataclass(frozen=True)
 class EvalConfig:
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
-    tasks: str  # comma-separated
+    tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
     docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
     output: str = "results.csv"  # rows are appended; what it holds is not computed again
+    samples: str | None = None  # JSON Lines file that gets every request and its result
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
-    limit: int | None = None  # only the first documents of each task
+    shots: int = 0  # solved examples before each question
+    style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
+    dtype: str = "float32"  # as the paper; float16 is what lm_eval does with the published files unasked
+    limit: int | None = None  # only so many documents of each task
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
 
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ValueError(f"style = {self.style!r}, expected {' or '.join(STYLES)}")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype = {self.dtype!r}, expected float32, float16 or bfloat16")
+        if self.shots < 0 or self.limit is not None and self.limit < 1:
+            raise ValueError("shots must be at least 0, and limit at least 1")
 
-HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n")
+
+HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n",
+          "style", "dtype", "docs")
 
 
 def main(config):
-    tasks = config.tasks.split(",")
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"no task called {task}; there are {', '.join(TASKS)}")
-    documents = {task: read_documents(config.docs, task, config.limit) for task in tasks}
+    rank = set_up_processes()
+    jobs = [prepare(name, config.docs, config.shots, config.style, config.limit)
+            for name in named_tasks(config.tasks, config.style)]
     tokenizer = load_tokenizer(config.tokenizer)
-    folders = [entry for model in config.model.split(",") for entry in find(model, config.steps)]
-    done = open_results(config.output)
-    todo = [(entry, task) for entry in folders for task in tasks if (*entry[:2], task) not in done]
+    folders = find_all(config.model, config.steps)
+    done = open_results(config.output) if rank == 0 else None
+    if dist.is_initialized():  # what rank 0 found: it may soon write more
+        done = [done]
+        dist.broadcast_object_list(done)
+        done = done[0]
+    todo = [(entry, job) for entry in folders for job in jobs if key(config, entry, job) not in done]
     device = pick_device(config.device)
-    loaded, model = None, None
-    with tqdm(total=len(todo), unit="task", disable=None) as bar:
-        for (name, step, tokens, folder), task in todo:
-            bar.set_description(f"{name} step {step} {task}")
-            if folder != loaded:
-                loaded, model = folder, checkpoints.load_model(folder, device)
-            rows = TASKS[task][0](model, tokenizer, documents[task])
-            append_results(config.output, [(name, step, tokens, t, 0, metric, value, stderr, n)
-                                           for t, metric, value, stderr, n in rows])
-            tqdm.write(f"{name} step {step:>6} | " + " | ".join(
-                f"{t} {metric} {value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "") + f" (n {n:,})"
-                for t, metric, value, stderr, n in rows))
-            bar.update()
-    print(f"{config.output}: {len(todo)} evaluations done, {len(folders) * len(tasks) - len(todo)} were there")
+    load = lambda folder: checkpoints.load_model(folder, device).to(getattr(torch, config.dtype))
+    wanted = list(dict.fromkeys(entry for entry, _ in todo))
+    with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
+          tqdm(total=sum(len(job.requests) for _, job in todo), unit="request", disable=rank or None) as bar):
+        loading = loader.submit(load, wanted[0][3]) if wanted else None
+        for i, entry in enumerate(wanted):
+            model = loading.result()
+            loading = loader.submit(load, wanted[i + 1][3]) if i + 1 < len(wanted) else None
+            for job in (job for its, job in todo if its == entry):
+                bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
+                before = bar.n
+                results = answer(model, tokenizer, job, bar.update)
+                bar.update(before + len(job.requests) - bar.n)  # the other processes' share
+                if rank == 0:
+                    record(config, entry, job, results)
+            del model  # before the one after the next is loaded
+    if rank == 0:
+        print(f"{config.output}: {len(todo)} evaluations done, "
+              f"{len(folders) * len(jobs) - len(todo)} were there")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def record(config, entry, job, results):
+    """Append a job's rows to the CSV, its requests to the samples, and print what matters."""
+    name, step, tokens, _ = entry
+    if config.samples:
+        append_samples(config.samples, name, step, job, results)
+    rows = measure(job, results)
+    append_results(config.output, [(name, step, tokens, task, config.shots, metric, value, stderr, n,
+                                    config.style, config.dtype, job.documents)
+                                   for task, metric, value, stderr, n in rows])
+    tqdm.write(f"{name} step {step:>6} | " + " | ".join(
+        f"{task} {metric} {value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "") + f" (n {n:,})"
+        for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
+
+
+def key(config, entry, job):
+    """What tells one evaluation from another, as the CSV has it."""
+    return entry[0], entry[1], job.name, str(config.shots), config.style, config.dtype, job.documents
+
+
+def named_tasks(names, style):
+    """Return the tasks and groups in a comma-separated list, each once."""
+    table, found = tasks_of(style), []
+    for name in names.split(","):
+        several = [member for member in SEVERAL.get(name, [name]) if member in table or member in GROUPS]
+        if not several or name.startswith("mmlu") and style == "v0.3":
+            raise ValueError(f"no task called {name} in style {style}; `python eval.py tasks` lists them")
+        found += several
+    return list(dict.fromkeys(found))
+
+
+def set_up_processes():
+    """Join the processes of torchrun, if it started this one; return the rank."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0
+    local = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    else:  # torchrun sets 1
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("gloo")  # only results travel
+    return dist.get_rank()
 
 
 def pick_device(device):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def find_all(models, steps):
+    """Return find's entries of a comma-separated list of models; two of the same name are an error."""
+    entries = [entry for model in models.split(",") for entry in find(model, steps)]
+    names = {}
+    for name, step, _, folder in entries:
+        if names.setdefault((name, step), folder) != folder:
+            raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step {step}; "
+                             "rename a folder")
+    return list(dict.fromkeys(entries))
 
 
 def find(model, steps):
     """Return [(name, step, tokens seen, folder)] of the checkpoints that `model` and `steps` name."""
-    path = Path(model)
-    if (path / "model.safetensors").exists():
+    path = Path(os.path.abspath(model))  # "." has a name too
+    saved = checkpoints.saved_steps(path)
+    if not saved:
+        if not (path / "config.json").exists():
+            raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a checkpoint's folder "
+                             "(config.json)")
         match = re.fullmatch(r"step(\d+)", path.name)
         name = path.parent.name if match else path.name
         return [(name, match[1] if match else "", _tokens(path), path)]
-    saved = checkpoints.saved_steps(path)
-    if not saved:
-        raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a model.safetensors in it")
     if steps == "last":
         wanted = saved[-1:]
     elif steps == "all":
         wanted = saved
     elif re.fullmatch(r"\d+(,\d+)*", steps):
-        wanted = [int(step) for step in steps.split(",")]
+        wanted = list(dict.fromkeys(int(step) for step in steps.split(",")))
     else:
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
     missing = [str(step) for step in wanted if step not in saved]
@@ -297,21 +252,25 @@ def find(model, steps):
 
 
 def _tokens(folder):
-    path = folder / "training.json"
-    return read_json(path).get("tokens", "") if path.exists() else ""
+    """The tokens a checkpoint has seen: as it says itself; 2^21 a step if its path has a published name."""
+    if (folder / "training.json").exists():
+        return read_json(folder / "training.json").get("tokens", "")
+    match = re.fullmatch(r"step(\d+)", folder.name)
+    return int(match[1]) << 21 if match and folder.parent.name.startswith("pythia-") else ""
 
 
 def open_results(path):
-    """Make the CSV if there is none, drop a torn last line, return the {(model, step, task)} it holds."""
+    """Make the CSV if there is none, drop a torn last line, return the key of every evaluation it holds."""
     if not os.path.exists(path):
         append_results(path, [HEADER])
     text = Path(path).read_text(encoding="utf8")
-    if not text.startswith(",".join(HEADER)):
+    if text.partition("\n")[0] != ",".join(HEADER):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
         os.truncate(path, len(whole.encode()))
-    return {(row["model"], row["step"], row["task"]) for row in csv.DictReader(whole.splitlines())}
+    return {tuple(row[name] for name in ("model", "step", "task", "shots", "style", "dtype", "docs"))
+            for row in csv.DictReader(whole.splitlines())}
 
 
 def append_results(path, rows):
@@ -319,6 +278,52 @@ def append_results(path, rows):
         csv.writer(file, lineterminator="\n").writerows(
             ["" if cell is None else repr(cell) if isinstance(cell, float) else cell for cell in row]
             for row in rows)
+
+
+def append_samples(path, name, step, job, results):
+    """Write one line a request: what was asked, and what came of it."""
+    results, lines = iter(zip(job.requests, results)), []
+    for task, _, questions in job.members:
+        for doc_id, question in enumerate(questions):
+            for _ in question.requests:
+                request, result = next(results)
+                context, continuation = request if isinstance(request, tuple) else (request, None)
+                line = dict(model=name, step=step, task=task, doc_id=doc_id, context=context)
+                if isinstance(result, tuple):
+                    line |= dict(continuation=continuation, loglikelihood=result[0], is_greedy=result[1])
+                else:
+                    line |= {"generated" if isinstance(result, str) else "loglikelihood": result}
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    with open(path, "a", encoding="utf8", errors="surrogatepass") as file:
+        file.writelines(lines)
+
+
+# ---------------------------------------------------------------------------- the other commands
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    docs: str | None = None  # folder of documents; without it only the names
+    style: str = "v0.4"
+
+
+def list_tasks(config):
+    """Print every task, how many of its documents are there, and which file is missing."""
+    for name, task in tasks_of(config.style).items():
+        line = f"{name:46} {task.kind:14} {task.split:11} shots from {task.pool or 'nowhere':11}"
+        if config.docs:
+            counts = []
+            for split in dict.fromkeys((task.split, *([task.pool] if task.pool else []))):
+                try:
+                    found = f"{len(read_split(config.docs, task, split)):,}"
+                except (ValueError, OSError) as error:
+                    found = "missing" if "no such file" in str(error) else str(error)
+                counts.append(f"{split} {found}" + (f" of {task.n:,}" if task.n and split == task.split else ""))
+            line += ", ".join(counts)
+        print(line.rstrip())
+    several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
+    print("all of a kind: " + ", ".join(f"{name} ({len(members)})" for name, members in several.items()
+                                        if all(member in tasks_of(config.style) for member in members)))
 
 
 @dataclass(frozen=True)
@@ -337,7 +342,7 @@ def sample(config):
     """Print a continuation of the prompt at each step."""
     tokenizer, device = load_tokenizer(config.tokenizer), pick_device(config.device)
     prompt = torch.tensor([tokenizer.encode(config.prompt) or [ENDOFTEXT]], device=device)
-    for name, step, _, folder in find(config.model, config.steps):
+    for name, step, _, folder in find_all(config.model, config.steps):
         model = checkpoints.load_model(folder, device)
         generator = torch.Generator(device).manual_seed(config.seed)
         tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
@@ -347,5 +352,7 @@ def sample(config):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["sample"]:
         run(sample, parse(sys.argv[2:], SampleConfig))
+    elif sys.argv[1:2] == ["tasks"]:
+        run(list_tasks, parse(sys.argv[2:], TasksConfig))
     else:
         run(main, parse(sys.argv[1:], EvalConfig))

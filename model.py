@@ -53,14 +53,14 @@ class ModelConfig:
         return self.d_head // 4  # rotary_pct 0.25: the other three quarters carry no position
 
 
-def rotary_tables(T, R, device):
-    """Return cos and sin of every rotary angle, (T, R/2) float32, positions from 0.
+def rotary_tables(positions, R):
+    """Return cos and sin of the rotary angles of positions (...) int64, each (..., R/2) float32.
 
     The exponent's denominator is R, not d_head. Training itself made these angles in half
     precision (up to 0.37 rad off at d_head 64); every published evaluation makes them in float32.
     """
-    frequencies = 10000.0 ** (-torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
-    angles = torch.arange(T, device=device, dtype=torch.float32)[:, None] * frequencies
+    frequencies = 10000.0 ** (-torch.arange(0, R, 2, device=positions.device, dtype=torch.float32) / R)
+    angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -71,6 +71,31 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
+class Cache:
+    """A layer's keys and values of the tokens so far, in buffers of a fixed length."""
+
+    def __init__(self, config, B, length, like):
+        self.kv = like.new_empty(2, B, config.n_heads, length, config.d_head)
+        self.used = 0
+
+    def extend(self, k, v):
+        """Append k and v (B, H, T, K); return all of both."""
+        start, self.used = self.used, self.used + k.shape[2]
+        self.kv[0, :, :, start:self.used], self.kv[1, :, :, start:self.used] = k, v
+        return self.kv[:, :, :, :self.used].unbind(0)
+
+
+class Prefix:
+    """The keys and values of one row of text with which every row of a batch begins."""
+
+    def __init__(self, cache):
+        self.kv = cache.kv
+
+    def extend(self, k, v):
+        """Return the prefix's keys and values with k and v (B, H, T, K) behind them, and forget those."""
+        return (torch.cat((known.expand(len(new), -1, -1, -1), new), 2) for known, new in zip(self.kv, (k, v)))
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -78,16 +103,18 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.d_model, 3 * config.d_model)
         self.dense = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, D = x.shape
         # The rows of query_key_value are interleaved per head: q, k, v of head 0, then of head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, -1)  # (B, T, H, 3, K)
-        cos, sin = (t.to(qkv.dtype)[:, None, None] for t in (cos, sin))  # (T, 1, 1, R/2)
+        cos, sin = (t.to(qkv.dtype)[..., None, None, :] for t in (cos, sin))  # ([B,] T, 1, 1, R/2)
         q, k = rotate(qkv[:, :, :, :2], cos, sin).unbind(3)  # (B, T, H, K)
         v = qkv[:, :, :, 2]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, K)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         # Purely causal: documents packed into one row do see each other, as in the original.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -110,9 +137,9 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         # Parallel residual: two distinct norms, both of the same input.
-        return (x + self.attention(self.input_layernorm(x), cos, sin)
+        return (x + self.attention(self.input_layernorm(x), cos, sin, mask, cache)
                 + self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -229,14 +256,21 @@ class Pythia(nn.Module):
                     0, residual_std if writes_residual else std, generator=generator)
                 fill(parameter, draw)
 
-    def hidden(self, tokens):
-        """Return the final hidden states (B, T, D) of tokens (B, T) int64."""
-        if tokens.shape[1] > self.config.seq_length:
-            raise ValueError(f"{tokens.shape[1]} tokens, but seq_length is {self.config.seq_length}")
+    def hidden(self, tokens, positions=None, mask=None, cache=None):
+        """Return the final hidden states (B, T, D) of tokens (B, T) int64.
+
+        Evaluation may say more: the positions of the tokens (B, T), which keys each one sees (mask,
+        added to the scores, broadcast to (B, H, T, keys); causal without), and a Cache or Prefix
+        for each layer, whose keys come first.
+        """
         x = self.embed_in(tokens)
-        cos, sin = rotary_tables(tokens.shape[1], self.config.rotary_dims, tokens.device)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        if positions is None:
+            if tokens.shape[1] > self.config.seq_length:
+                raise ValueError(f"{tokens.shape[1]} tokens, but seq_length is {self.config.seq_length}")
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = rotary_tables(positions, self.config.rotary_dims)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, cache[i] if cache else None)
         return self.final_layer_norm(x)
 
     def forward(self, tokens, targets=None):
@@ -251,15 +285,43 @@ class Pythia(nn.Module):
                               torch.is_grad_enabled())
 
     @torch.no_grad()
-    def generate(self, tokens, n_tokens, temperature=1.0, generator=None):
-        """Return tokens (B, T) with n_tokens sampled ones behind them; temperature 0 is greedy."""
-        for _ in range(n_tokens):
-            x = self.hidden(tokens[:, -self.config.seq_length:])[:, -1]  # (B, D)
-            logits = self.embed_out(x).float()  # (B, V)
+    def generate(self, tokens, n_tokens, temperature=1.0, generator=None, padding=None, finished=None):
+        """Return tokens (B, T) with n_tokens sampled ones behind them; temperature 0 is greedy.
+
+        padding (B,) counts the tokens on each row's left that are not there. finished, if given, is
+        asked after each token which rows may end, with the new tokens (n, t): (n,) bool; a row that
+        has ended is filled up with anything. Raises ValueError if the context is too short.
+        """
+        (B, T), device, L = tokens.shape, tokens.device, self.config.seq_length
+        if T + n_tokens > L:
+            raise ValueError(f"{T} tokens and {n_tokens} new ones, but seq_length is {L}")
+        padding = torch.zeros(B, dtype=torch.int64, device=device) if padding is None else padding
+        out = F.pad(tokens, (0, n_tokens))
+        columns = torch.arange(T + n_tokens, device=device)
+        unseen = torch.zeros(B, 1, 1, T + n_tokens, device=device, dtype=self.embed_in.weight.dtype)
+        unseen.masked_fill_((columns < padding[:, None])[:, None, None], -torch.inf)
+        # A padding token sees itself, for a softmax of nothing would be NaN.
+        ahead = unseen[..., :T].masked_fill(columns[:T] > columns[:T, None], -torch.inf)
+        ahead = ahead.masked_fill(columns[:T] == columns[:T, None], 0)
+        cache = [Cache(self.config, B, T + n_tokens, self.embed_in.weight) for _ in self.layers]
+        rows, start, mask = torch.arange(B, device=device), 0, ahead
+        for end in range(T, T + n_tokens):
+            positions = (columns[start:end] - padding[rows, None]).clamp(min=0)
+            x = self.hidden(out[rows, start:end], positions, mask, cache)[:, -1]  # (n, D)
+            logits = self.embed_out(x).float()  # (n, V)
             if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
+                out[rows, end] = logits.argmax(-1)
             else:
                 probabilities = (logits / temperature).softmax(-1)
-                chosen = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat((tokens, chosen), dim=1)
-        return tokens
+                out[rows, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            start = end
+            if finished is not None:
+                going = ~finished(out[rows, T:end + 1]).to(device)
+                if not going.any():
+                    break
+                if going.sum() <= 0.75 * len(rows):  # taking rows out costs a copy of the cache
+                    rows = rows[going]
+                    for layer in cache:
+                        layer.kv = layer.kv[:, going]
+            mask = unseen[rows, :, :, :end + 1]
+        return out

