@@ -264,13 +264,6 @@ def forked(run, prepare=None):
     return float(seconds), int(memory)
 
 
-def peak_memory(reset=False):
-    """Return this process's largest resident size in KiB, from now on if `reset` (Linux)."""
-    if reset:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-
-
 @dataclass(frozen=True)
 class Eval:
     docs: str  # folder of evaluation sets, as for eval.py
@@ -338,8 +331,11 @@ def evaluation(options):
         print(f"{name:26} {len(requests):8,} {mine:7.2f} s {other_time:7.2f} s {ratio:6.2f}x  {difference}", flush=True)
 
 
-def peak_memory():
-    """Return this process's largest resident size in KiB (Linux; ru_maxrss would count the parent's)."""
+def peak_memory(reset=False):
+    """Return this process's largest resident size in KiB, from now on if `reset` (Linux)."""
+    if reset:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 

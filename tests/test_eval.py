@@ -18,6 +18,7 @@ CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_le
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("eval")
+    (folder / "run").mkdir()
     model = Pythia(CONFIG)
     optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1.0))
     for step in (0, 2, 8):
