@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -160,3 +160,107 @@ def peak_flops(device):
         a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * len(a)**3 / best
+
+# ---------------------------------------------------------------------------- before a run is paid for
+
+
+USABLE = 0.92  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragments
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    plan: bool = False  # print what the run needs and how to launch it, and end; no data are read
+    gpus: int = 1
+    gpu: str = "A100"  # one of GPU_PEAKS
+    gpu_memory: float = 80.0  # GB (10^9 bytes) of each
+    mfu: float = 0.4  # fraction of the peak that the run will reach: measure yours on one GPU first
+
+    def __post_init__(self):
+        if self.gpu not in GPU_PEAKS:
+            raise ValueError(f"gpu = {self.gpu!r}, expected one of {', '.join(GPU_PEAKS)}")
+        if self.gpus < 1 or not self.gpu_memory > 0 or not 0 < self.mfu <= 1:
+            raise ValueError(f"gpus = {self.gpus}, gpu_memory = {self.gpu_memory}, mfu = {self.mfu}: expected at "
+                             "least 1, more than 0, and between 0 and 1")
+
+
+def memory_per_process(config, launch, processes, micro_batch_size, accumulates, itemsize=2, head_rows=2048):
+    """Return {what: bytes} of one process, and under "peak" the most of it that is there at once.
+
+    itemsize: bytes of the matmuls' dtype, 4 or 2; head_rows: rows of logits in a block of the loss.
+    Counted from the tensors that autograd keeps; held to measured peaks at 14m and 70m in float32 on a
+    CPU (tests/test_parallel.py, bench.py memory), not yet to any on a GPU.
+    """
+    D, V, L, N = config.d_model, config.vocab_size, config.n_layers, micro_batch_size * config.seq_length
+    block, embeddings = 12 * D**2 + 13 * D, 2 * V * D + 2 * D  # parameters
+    parameters, cast = L * block + embeddings, itemsize if itemsize < 4 else 0
+    if launch.sharding == "fsdp" and processes > 1:  # gathered: the root for the whole pass, blocks by twos
+        weights = 4 * parameters / processes + 4 * embeddings + 2 * itemsize * block
+        moments = 8 * parameters / processes
+        gradients = 4 * parameters / processes + 4 * embeddings + (4 + itemsize) * block
+        if accumulates:  # whole until the last micro-batch, which alone communicates
+            gradients += 4 * L * block
+    else:  # autograd keeps the cast weights for the backward pass
+        weights, moments, gradients = 4 * parameters + cast * L * block, 8 * parameters, 4 * parameters
+    # A block keeps the residual stream (float32), both norms' outputs, q k v, rotated q and k,
+    # attention's output (2 + 3 + 2 + 1), and the MLP's hidden layer before and after GELU (4 + 4).
+    kept = N * D * (4 + 16 * itemsize)
+    activations = L * 4 * N * D + kept if launch.activation_checkpointing else L * kept
+    activations += 8 * N * D  # the last norm's input and the gradient of its output
+    logits = min(head_rows, N) * V * (4 + 2 * cast)  # with, in half precision, what comes from and goes to a matmul
+    loss = 4 * V * D + max(logits + 2 * cast * V * D, 9 * itemsize * N * D)  # or one block's backward pass
+    if processes > 1 or accumulates:
+        peak = weights + moments + gradients + activations + loss
+    else:  # activations go while gradients come
+        peak = weights + moments + max(gradients, activations + loss)
+    return {"weights": weights, "gradients": gradients, "moments": moments, "activations": activations,
+            "loss blocks": loss, "peak": peak}
+
+
+def plan(config, steps, batch_size, launch, options, n_checkpoints, command):
+    """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batches."""
+    tokens = batch_size * config.seq_length
+    parameters = config.n_layers * (12 * config.d_model**2 + 13 * config.d_model) + 2 * (config.vocab_size + 1) * config.d_model
+    flops = flops_per_token(config) * tokens
+    seconds = flops / (GPU_PEAKS[options.gpu] * options.mfu * options.gpus)
+    print(f"{parameters:,} parameters, {tokens:,} tokens a step, {steps:,} steps, {tokens * steps:,} tokens")
+    print(f"{flops:.3e} FLOPs a step, {flops * steps:.3e} in all: at {options.mfu:.0%} of {options.gpus} {options.gpu}'s "
+          f"{GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s {seconds:.2f} s a step, {seconds * steps / 86400:.1f} days")
+    print(f"{n_checkpoints} checkpoints: {n_checkpoints * 4 * parameters / 1e9:,.0f} GB of weights, "
+          f"{n_checkpoints * 12 * parameters / 1e9:,.0f} GB with the optimizer's state; "
+          f"{12 * parameters / 1e9:,.1f} GB to go on from the newest")
+    if batch_size % options.gpus:
+        raise ValueError(f"gpus = {options.gpus} does not divide batch_size = {batch_size}: the batch would change")
+    share = batch_size // options.gpus
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    room = options.gpu_memory * 1e9 * USABLE
+    best = None
+    # From the fastest to the most frugal of what goes at least as far as the config does. Small
+    # micro-batches starve the GPU, and FSDP gathers all weights for each: 8 are enough to stop at.
+    for checkpointing, sharding in ((False, "ddp"), (False, "fsdp"), (True, "ddp"), (True, "fsdp")):
+        if checkpointing < launch.activation_checkpointing or (sharding, launch.sharding) == ("ddp", "fsdp"):
+            continue
+        chosen = replace(launch, activation_checkpointing=checkpointing, sharding=sharding)
+        rows = {size: memory_per_process(config, chosen, options.gpus, size, size < share) for size in sizes}
+        fits = max((size for size in sizes if rows[size]["peak"] <= room), default=0)
+        print(f"{sharding:4}{' with' if checkpointing else ', no'} activation checkpointing: "
+              + (f"micro-batches of up to {fits} fit" if fits else "does not fit"))
+        if best is None or fits > best[0]:
+            best = fits, chosen, rows
+        if fits >= min(8, share):
+            break
+    fits, chosen, rows = best
+    print(f"\nGB a GPU with sharding={chosen.sharding}, activation_checkpointing={chosen.activation_checkpointing}:")
+    print(f"{'':14} " + " ".join(f"{name:>11}" for name in rows[1]))
+    for size, row in rows.items():
+        print(f"micro-batch {size:2} " + " ".join(f"{value / 1e9:11.2f}" for value in row.values())
+              + ("" if row["peak"] <= room else f"  over {room / 1e9:.0f}"))
+    if not fits:
+        raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB on {options.gpus} GPUs: "
+                         "take more GPUs, or larger ones")
+    nodes = -(-options.gpus // 8)
+    launcher = f"--standalone --nproc_per_node={options.gpus}" if nodes == 1 else (
+        f"--nnodes={nodes} --nproc_per_node={options.gpus // nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500")
+    print(f"\ntorchrun {launcher} train.py {' '.join(command)} --sharding={chosen.sharding} "
+          f"--activation_checkpointing={chosen.activation_checkpointing} --micro_batch_size={fits} --out_dir=RUN")
+    print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "
+          f"{batch_size} sequences a step, as ever")

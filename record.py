@@ -110,14 +110,15 @@ class Log:
     them: every log_every steps and before anything is saved, so a GPU never stands still for a log.
     """
 
-    def __init__(self, out_dir, start, steps, batch_size, tokens_per_step, may_overflow, processes):
+    def __init__(self, out_dir, start, steps, batch_size, tokens_per_step, may_overflow, intervenes, processes):
         self.out_dir, self.processes, self.steps = out_dir, processes, steps
         self.batch_size, self.tokens_per_step, self.may_overflow = batch_size, tokens_per_step, may_overflow
         self.is_main = processes.rank == 0
         self.pending, self.recent = [], deque(maxlen=128)
         if self.is_main:
             self.metrics, rows = open_csv(os.path.join(out_dir, "metrics.csv"), METRICS, start)
-            self.changed, _ = open_csv(os.path.join(out_dir, "interventions.csv"), ("step", "row"), start)
+            if intervenes:
+                self.changed, _ = open_csv(os.path.join(out_dir, "interventions.csv"), ("step", "row"), start)
             self.recent.extend(float(row["loss"]) for row in rows[-128:])
             self.text = open(os.path.join(out_dir, "log.txt"), "a", buffering=1)
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.is_main else True)
@@ -159,7 +160,8 @@ class Log:
             if self.is_main:
                 self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},{norm!r},{scale:g},"
                                    f"{seconds:.4f}\n")
-                self.changed.writelines(f"{step},{row}\n" for row in rows_changed)
+                if rows_changed:
+                    self.changed.writelines(f"{step},{row}\n" for row in rows_changed)
                 self.watch(step, loss, rows)
         return steps[-1], losses[-1], rates[-1], norms[-1], seconds
 

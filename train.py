@@ -32,8 +32,8 @@ import checkpoints
 from config import fail, parse, run
 from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
-from parallel import (LaunchConfig, Processes, communicate, compute_dtype, fill, flops_per_token, is_shard,
-                      make_deterministic, parallelize, peak_flops)
+from parallel import (LaunchConfig, PlanConfig, Processes, communicate, compute_dtype, fill, flops_per_token,
+                      is_shard, make_deterministic, parallelize, peak_flops, plan)
 from record import Log, describe_launch, open_run
 from studies.interventions import IntervenedData, InterventionConfig
 from tokenizer import load_tokenizer
@@ -289,7 +289,8 @@ def train(model_config, config, intervention, launch, processes):
                              f"rebuilds Adam's moments from the K batches before it, K from 1 to {start}")
 
     schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
-    log = Log(config.out_dir, start, config.steps, config.batch_size, tokens_per_step, scaler.enabled, processes)
+    log = Log(config.out_dir, start, config.steps, config.batch_size, tokens_per_step, scaler.enabled,
+              bool(intervention.intervention), processes)
     peak = peak_flops(device) if is_main else math.nan
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, "
             f"{config.steps:,} steps, {processes.count} process(es) on {device.type}, {micro_batches} micro-batch(es) "
@@ -368,7 +369,11 @@ def train(model_config, config, intervention, launch, processes):
     log.say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
 
-def main(model_config, config, intervention, launch):
+def main(model_config, config, intervention, launch, options):
+    if options.plan:
+        schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
+        command = [word for word in sys.argv[1:] if not re.match("--(plan|gpus|gpu|gpu_memory|mfu|out_dir)=", word)]
+        return plan(model_config, config.steps, config.batch_size, launch, options, len(schedule), command)
     if config.out_dir is None:
         raise ValueError("missing: --out_dir, the run folder (--help explains every setting)")
     processes = Processes(launch.device)
@@ -382,7 +387,7 @@ def main(model_config, config, intervention, launch):
 
 if __name__ == "__main__":
     try:
-        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig, LaunchConfig))
+        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig))
     except FloatingPointError as error:
         fail(str(error))
     finally:
