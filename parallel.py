@@ -63,9 +63,10 @@ class Processes:
 
     def any(self, flag):
         """Return whether the flag is true on one process at least."""
-        flag = torch.tensor(float(flag))
-        if self.count > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if self.count == 1:
+            return bool(flag)
+        flag = torch.tensor(float(flag))  # on the host: over gloo
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     def barrier(self):

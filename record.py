@@ -158,7 +158,7 @@ class Log:
                     f"step {step} ({rows}): loss {loss}, gradient norm {norm}. Nothing was saved after it; the last "
                     f"checkpoint is step{saved_steps(self.out_dir)[-1]}, `python data.py view` shows the rows")
             if self.is_main:
-                self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},{norm!r},{scale:g},"
+                self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},{norm!r},{scale:.0f},"
                                    f"{seconds:.4f}\n")
                 if rows_changed:
                     self.changed.writelines(f"{step},{row}\n" for row in rows_changed)

@@ -320,12 +320,12 @@ def train(model_config, config, intervention, launch, processes):
     for step in range(first, end):
         # ---------------------------------------------------------------- one training step
         rate = learning_rate_at(updates, config) if step >= start else 0.0
-        batch = torch.from_numpy(data.batch(step, **share))  # (micro-batches, sequences, T + 1)
+        batch = data.batch(step, **share)  # (micro-batches, sequences, T + 1) in host memory
         if batch.max() >= model_config.vocab_size:
             raise ValueError(f"{config.data}: token {batch.max()} in step {step}, but vocab_size is "
                              f"{model_config.vocab_size}")
         loss = torch.zeros((), device=device)
-        for i, rows in enumerate(batch):
+        for i, rows in enumerate(torch.from_numpy(batch)):
             rows = to_device(rows, device)
             communicate(wrapped, last=i == micro_batches - 1)
             with autocast():  # what an intervention padded has a negative id: no input, no target

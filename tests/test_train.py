@@ -1,12 +1,15 @@
 """pytest tests/test_train.py"""
 
 import csv
+import dataclasses
+import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+import traceback
 
 import numpy as np
 import pytest
@@ -14,14 +17,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import saved_steps
+import train as train_module
+from checkpoints import load_model, saved_steps
 from conftest import ROOT
 from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
-from parallel import flops_per_token
+from parallel import LaunchConfig, Processes, flops_per_token
 from prepare import TokenWriter
+from record import Log
 from test_model import transformers_twin
 from train import LossScaler, TrainConfig, learning_rate_at, make_optimizer
 
@@ -248,3 +254,149 @@ def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, change
     done = train(data, tmp_path / "run", expect=2, **changes)
     assert words in done.stderr and done.stderr.count("\n") == 1
     assert saved_steps(tmp_path / "run") == []
+
+
+# ---------------------------------------------------------------------------- branches
+
+
+@pytest.fixture(scope="module")
+def parent(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parent") / "run"
+    train(data, folder)
+    return folder
+
+
+def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp_path, parent):
+    out = train(data, tmp_path / "child", branch_from=parent / "step6", intervention="term_drop", terms="e,t,a",
+                intervention_from=7, twin=True).stdout
+    assert out.count("going on from step 6") == 2
+    child, twin, whole = (losses(folder) for folder in (tmp_path / "child", tmp_path / "child_twin", parent))
+    assert twin == whole[6:] and saved_steps(tmp_path / "child_twin") == [8, 12]
+    for step in (8, 12):
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            bits = [(folder / f"step{step}" / file).read_bytes() for folder in (parent, tmp_path / "child_twin")]
+            assert bits[0] == bits[1]
+    with open(tmp_path / "child/interventions.csv", newline="") as file:
+        changed = min(int(row["step"]) for row in csv.DictReader(file))
+    assert 7 <= changed < 12
+    assert child[:changed - 6] == whole[6:changed] and child[changed - 6][1] != whole[changed][1]
+    settings = json.loads((tmp_path / "child/config.json").read_text())
+    assert settings["branch_from"] == str(parent / "step6")
+    assert settings["differs_from_parent"] == {"intervention": [None, "term_drop"], "terms": ["", "e,t,a"],
+                                               "intervention_from": [0, 7]}
+    assert json.loads((tmp_path / "child_twin/config.json").read_text())["differs_from_parent"] == {}
+
+
+def test_a_branch_keeps_its_parents_order_and_schedule(data, tmp_path, parent):
+    done = train(data, tmp_path, expect=2, branch_from=parent / "step6", batch_size=4, steps=13)
+    assert "steps is 13, the parent's 12; batch_size is 4, the parent's 8" in done.stderr
+
+
+# ---------------------------------------------------------------------------- one process, looked into
+
+
+def run_here(data, out_dir, **changes):
+    """Train in this process, so that a test can look into it."""
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    settings = dict(SETTINGS, data=str(data), out_dir=str(out_dir), tokenizer=str(ROOT / "20B_tokenizer.json")) | changes
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        train_module.train(ModelConfig(**SHAPE), TrainConfig(**{k: v for k, v in settings.items() if k in fields}),
+                           train_module.InterventionConfig(), LaunchConfig(micro_batch_size=4), Processes("cpu"))
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+
+
+def test_the_step_never_makes_the_host_wait(data, tmp_path):
+    """Every call that reads a tensor's value is noted with where it comes from: the log's flush, or a save."""
+    waits = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+    callers = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function.__name__ in waits:
+                callers.append({frame.name for frame in traceback.extract_stack()})
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        run_here(data, tmp_path, log_every=100)
+    assert any("flush" in names for names in callers)
+    assert [names for names in callers if not names & {"flush", "save", "init_weights", "write_file"}] == []
+
+
+def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch):
+    """float16 on a CPU, which main would not choose, from a loss scale at which gradients overflow."""
+    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
+    scaler = LossScaler(enabled=True)
+    scaler.state["scale"] = 2.0**26
+    monkeypatch.setattr(train_module, "LossScaler", lambda enabled: scaler if enabled else None)
+    run_here(data, tmp_path)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    skipped = [not math.isfinite(float(row["grad_norm"])) for row in rows]
+    assert skipped[:2] == [True, True] and not skipped[-1]
+    scales = [float(row["loss_scale"]) for row in rows]
+    assert scales[:3] == [2.0**26, 2.0**26, 2.0**25] and scales[-1] == 2.0**(27 - sum(skipped))  # one was forgiven
+    config = TrainConfig(data="", learning_rate=1e-2, steps=12, warmup=0.25)
+    assert [float(row["learning_rate"]) for row in rows] == [
+        learning_rate_at(step - sum(skipped[:step]), config) for step in range(12)]
+    weights = load_file(tmp_path / "step12/model.safetensors")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_endless_overflow_stops_with_advice(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
+    monkeypatch.setattr(train_module, "clip", lambda *arguments: torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match="at loss scale 1.*--dtype=bfloat16"):
+        run_here(data, tmp_path, steps=40)
+    assert max(saved_steps(tmp_path)) < 14  # 2^12 is halved to 1 in 13 overflows
+
+
+def test_a_spike_is_named_and_nothing_else_happens(tmp_path):
+    log = Log(tmp_path, 0, 200, 8, 256, False, False, Processes("cpu"))
+    noise = torch.randn(150, generator=torch.Generator().manual_seed(0)) / 100
+    for step, loss in enumerate(4 + noise):
+        log.note(step, loss + (step == 140), torch.tensor(1.0), 1e-3, 1.0, ())
+    log.flush()
+    [line] = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.startswith("spike at step 140 (rows 1,120 to 1,127): loss 4.9") or "loss 5.0" in line
+
+
+def test_the_folder_explains_the_run(parent):
+    [launch] = [json.loads(line) for line in (parent / "launches.jsonl").read_text().splitlines()]
+    assert launch["packages"]["torch"] == torch.__version__ and "--steps=12" in launch["command"]
+    assert launch["launch"]["micro_batch_size"] == 4 and launch["processes"] == 1 and launch["cpu"]
+    assert "step     11/12 | loss" in (parent / "log.txt").read_text()
+
+
+def test_heldout_loss_is_the_checkpoints_own(data, tmp_path):
+    train(data, tmp_path, heldout=data, heldout_every=6)
+    with open(tmp_path / "heldout.csv", newline="") as file:
+        rows = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+    assert list(rows) == [6, 12]
+    tokens = torch.from_numpy(OrderedData(data, 32, samples_needed(1, 8), 1234).batch(0, 8)[0])
+    for step, loss in rows.items():
+        with torch.no_grad():
+            assert math.isclose(loss, load_model(tmp_path / f"step{step}")(tokens[:, :-1], tokens[:, 1:]), rel_tol=1e-6)
+
+
+def test_replayed_moments_come_near_the_parents(data, tmp_path):
+    """From published weights alone: the more batches are replayed, the nearer the next steps."""
+    settings = dict(steps=40, learning_rate=1e-3, checkpoint_every=32)
+    run_here(data, tmp_path / "run", **settings)
+    published = tmp_path / "published/step32"
+    published.mkdir(parents=True)
+    for file in ("model.safetensors", "config.json"):
+        shutil.copy(tmp_path / "run/step32" / file, published)
+    with pytest.raises(ValueError, match="holds weights only.*--warm_moments=K"):
+        run_here(data, tmp_path / "none", branch_from=str(published), **settings)
+    start, whole = (load_file(tmp_path / f"run/step{step}/model.safetensors") for step in (32, 40))
+    moved, error = sum((start[name] - whole[name]).square().sum() for name in whole), {}
+    for k in (1, 4, 32):
+        run_here(data, tmp_path / f"{k}", branch_from=str(published), warm_moments=k, **settings)
+        assert losses(tmp_path / f"{k}")[0][1] == losses(tmp_path / "run")[32][1]  # the replay itself moves nothing
+        branch = load_file(tmp_path / f"{k}/step40/model.safetensors")
+        error[k] = sum((branch[name] - whole[name]).square().sum() for name in whole) / moved
+    print(error)
+    assert error[32] < error[4] < error[1] and error[32] < 0.1
