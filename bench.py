@@ -216,7 +216,6 @@ def checkpoints(options):
                 save(tensors)
                 with open(out, "rb") as file:
                     os.fsync(file.fileno())
-                out.unlink()
             return run
 
         def fill(tensors):
@@ -227,7 +226,7 @@ def checkpoints(options):
 
         forked(published)
         tasks = {
-            "save": (weights, {"ours": synced(lambda tensors: write_file(out, tensors)),
+            "save": (weights, {"ours": lambda tensors: write_file(out, tensors),
                                "safetensors.torch": synced(lambda tensors: save_file(tensors, out)),
                                "torch.save": synced(lambda tensors: torch.save(tensors, out))}),
             "load": (lambda: None, {"ours": lambda _: load_model(folder),

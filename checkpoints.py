@@ -143,7 +143,7 @@ def load_model(folder, device="cpu"):
     config, tensors = open_model(folder)
     with torch.device("meta"):
         model = Pythia(config)
-    state = {name: tensors[hf_name(name)].read().to(device, torch.float32)
+    state = {name: tensors[hf_name(name)].read(torch.float32).to(device)
              for name, _ in model.named_parameters()}
     model.load_state_dict(state, assign=True)
     return model

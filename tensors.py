@@ -10,6 +10,7 @@ file that is not whole, or lies about itself, ends in a ValueError that names it
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,10 @@ CHUNK = 8 << 20  # bytes given to the disk at once: whole tensors of 100 MB took
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is still in its file: dtype and shape are known, read() returns it."""
+    """A tensor that is still in its file: dtype and shape are known, read() returns it.
+
+    Of a safetensors file, read(dtype) converts it on the way, without a copy in the stored dtype.
+    """
     path: Path
     dtype: torch.dtype
     shape: tuple
@@ -122,12 +126,20 @@ def _entry(name, entry):
 
 
 def _reader(path, name, dtype, shape, position):
-    def read():
-        tensor = torch.empty(shape, dtype=dtype)
+    def read(wanted=dtype):
+        tensor = torch.empty(shape, dtype=wanted)
         with open(path, "rb") as file:
             file.seek(position)
-            if file.readinto(raw(tensor)) != tensor.nbytes:
-                raise ValueError(f"{path}: ends inside {name}; it was whole when it was opened")
+            if wanted == dtype:
+                whole = file.readinto(raw(tensor)) == tensor.nbytes
+            else:
+                buffer = torch.empty(min(CHUNK // dtype.itemsize, tensor.numel()), dtype=dtype)
+                whole = True
+                for part in tensor.reshape(-1).split(max(1, len(buffer))):
+                    whole = whole and file.readinto(raw(buffer[:len(part)])) == len(part) * dtype.itemsize
+                    part.copy_(buffer[:len(part)])
+        if not whole:
+            raise ValueError(f"{path}: ends inside {name}; it was whole when it was opened")
         return tensor
     return read
 
@@ -188,9 +200,9 @@ def check_tensors(where, tensors, shapes):
 
 
 def write_file(path, tensors):
-    """Write {name: tensor or Stored} as a safetensors file; return its manifest entry, bytes and sha256.
+    """Bring {name: tensor or Stored} to the disk as a safetensors file; return its bytes and sha256.
 
-    One tensor at a time is in memory, hashed by a second thread while it is written.
+    Two Stored at a time are in memory: one is written while a second thread hashes the one before.
     """
     # Wide elements first, as the safetensors package does: every tensor is aligned to its own size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -201,18 +213,22 @@ def write_file(path, tensors):
                         "data_offsets": [start, end]}
     header = json.dumps(header, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    sha256 = hashlib.sha256()
+    sha256, hashed = hashlib.sha256(), None
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
-        def write(data):
+        for data in itertools.chain([len(header).to_bytes(8, "little") + header],
+                                    map(_bytes_of, tensors.values())):
+            if hashed:
+                hashed.result()
             hashed = hasher.submit(sha256.update, data)
             for start in range(0, len(data), CHUNK):
                 file.write(data[start:start + CHUNK])
-            hashed.result()
-
-        write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            write(raw(tensor.read() if isinstance(tensor, Stored) else tensor.detach().cpu().contiguous()))
+        file.flush()
+        os.fsync(file.fileno())
     return {"bytes": 8 + len(header) + end, "sha256": sha256.hexdigest()}
+
+
+def _bytes_of(tensor):
+    return raw(tensor.read() if isinstance(tensor, Stored) else tensor.detach().cpu().contiguous())
 
 
 def size_of(tensor):

@@ -41,6 +41,14 @@ def test_reads_what_safetensors_writes(tmp_path):
     assert same(read_all(open_file(tmp_path / "x")), tensors)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (3000, 3000)])
+def test_a_tensor_is_converted_while_it_is_read(tmp_path, shape):
+    """9 million elements take more than one chunk."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    save_file({"a": tensor}, tmp_path / "x")
+    assert torch.equal(open_file(tmp_path / "x")["a"].read(torch.float32), tensor.float())
+
+
 def test_safetensors_reads_what_is_written(tmp_path):
     written = write_file(tmp_path / "x", TENSORS)
     assert same(load_file(tmp_path / "x"), TENSORS)
