@@ -1,11 +1,20 @@
 """Figures from the CSV files that training and evaluation write: the only file that needs matplotlib.
 
     python plots.py training --run=runs/mini --results=runs/mini/results.csv --output=runs/mini/curves.png
+    python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
+    python plots.py table --results=results.csv
+    python plots.py paper --reference=pythia_v1_evals.csv --output=figures
+
+The reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
+stderr), made from EleutherAI/pythia's evals/pythia-v1.
 """
 
 import csv
+import math
 import os
+import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 
 from config import command
@@ -98,5 +107,200 @@ def weights(options):
     print(options.output)
 
 
+# ---------------------------------------------------------------------------- evaluation over training
+
+# The paper's harness had other names for two metrics.
+METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
+# What a task is judged by, if nothing else is asked: the first of these that it has.
+MAIN_METRICS = ("acc", "pct_stereotype", "exact_match", "em", "bits_per_byte", "perplexity", "word_perplexity")
+AXIS_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "perplexity": "perplexity per word",
+              "pct_stereotype": "stereotype preferred", "bits_per_byte": "bits per byte", "em": "exact match"}
+PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa")
+
+
+def evaluations(paths):
+    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of results or reference CSVs.
+
+    A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a file
+    that is neither.
+    """
+    points = defaultdict(dict)
+    for path in paths.split(","):
+        for number, row in enumerate(read_csv(path), 2):
+            try:
+                metric, step = METRIC_NAMES.get(row["metric"], row["metric"]), row["step"]
+                if "deduped" in row:
+                    model = row["model"] + ("-deduped" if row["deduped"] == "1" else "")
+                    tokens = int(step) * published_batch(row["model"])
+                else:
+                    model, tokens = row["model"], int(row["tokens"] or -1)
+                point = float(row["value"]), float(row["stderr"]) if row["stderr"] else None
+                points[row["task"], int(row["shots"]), metric][model, tokens] = point
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: neither results of eval.py nor the published CSV "
+                                 f"({type(error).__name__}: {error})") from None
+    curves = {panel: defaultdict(list) for panel in points}
+    for panel, values in points.items():
+        for (model, tokens), point in sorted(values.items(), key=lambda item: (size(item[0][0]), item[0])):
+            curves[panel][model].append((tokens, *point))
+    return curves
+
+
+def published_batch(model):
+    """Return the tokens of a published model's step: 2^21, but for the batch-size ablations."""
+    return {"0.5": 1 << 19, "0.25": 1 << 18}.get(model.rpartition("-")[2].removesuffix("MtokBS"), 1 << 21)
+
+
+def size(model):
+    """Return the parameters that a model's name tells, by which curves are ordered and coloured; 0 if none."""
+    match = re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", model.lower())
+    return float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]] if match else 0
+
+
+def choose_panels(curves, tasks, metrics, shots):
+    """Return the (task, shots, metric) to draw, or raise ValueError naming what is not there."""
+    there = {panel for panel in curves if shots in (None, panel[1])}
+    names = tasks.split(",") if tasks else sorted({task for task, _, _ in there})
+    panels = []
+    for name in names:
+        own = sorted(panel for panel in there if panel[0] == name)
+        wanted = metrics.split(",") if metrics else [
+            next((metric for metric in MAIN_METRICS if any(metric == panel[2] for panel in own)), "acc")]
+        found = [panel for panel in own if panel[2] in wanted]
+        if not found and (tasks or not metrics):
+            raise ValueError(f"no {' or '.join(wanted)} of {name} in the results; there are "
+                             + (", ".join(sorted({panel[2] for panel in curves if panel[0] == name}))
+                                or "the tasks " + ", ".join(sorted({task for task, _, _ in curves}))))
+        panels += found
+    if not panels:
+        raise ValueError(f"the results have no {metrics}")
+    return panels
+
+
+def draw(curves, panels, output, reference=None, title=None):
+    """Draw one panel for each (task, shots, metric) over tokens; step 0 has no place on the log axis."""
+    plt = pyplot()
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9), squeeze=False,
+                                layout="constrained")
+    sizes = sorted({(size(model), model) for panel in panels for model in curves.get(panel, ())})
+    colour = {model: plt.cm.viridis_r(0.08 + 0.92 * i / max(1, len(sizes) - 1)) for i, (_, model) in enumerate(sizes)}
+    handles = {}
+    for axes, (task, shots, metric) in zip(grid.flat, panels):
+        for model, points in (reference or {}).get((task, shots, metric), {}).items():
+            points = [point for point in points if point[0] > 0]
+            [handles["published"]] = axes.plot([p[0] for p in points], [p[1] for p in points], color="0.75",
+                                               linewidth=1, zorder=1, label="published")
+            if points:  # which of the grey ones it is
+                axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), points[-1][:2], xytext=(2, 0),
+                              textcoords="offset points", fontsize=5, color="0.55", va="center", clip_on=True)
+        for model, points in curves.get((task, shots, metric), {}).items():
+            points = [point for point in points if point[0] > 0]
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            [handles[model]] = axes.plot(x, y, color=colour[model], linewidth=1.4, marker="o", markersize=2.2,
+                                         label=model)
+            if points and None not in (error for *_, error in points):
+                axes.fill_between(x, [v - e for _, v, e in points], [v + e for _, v, e in points],
+                                  color=colour[model], alpha=0.15, linewidth=0)
+        axes.set_xscale("log")
+        if metric.endswith(("perplexity", "_diff")):
+            axes.set_yscale("log")
+        axes.set_title(f"{task}, {shots}-shot", fontsize=9)
+        axes.set_ylabel(AXIS_NAMES.get(metric, metric), fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(panels):]:
+        axes.set_visible(False)
+    for column in range(columns):
+        below = [axes for axes in grid[:, column] if axes.get_visible()]
+        below[-1].set_xlabel("tokens seen", fontsize=8)
+    order = [*(model for _, model in sizes), "published"]
+    shown = [handles[name] for name in order if name in handles]
+    entry = 0.5 + 0.075 * max((len(line.get_label()) for line in shown), default=1)  # inches, about
+    figure.legend(shown, [line.get_label() for line in shown], loc="outside lower center", frameon=False, fontsize=8,
+                  ncols=max(1, min(len(shown), int(figure.get_figwidth() / entry))))
+    if title:
+        figure.suptitle(title, fontsize=11)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+    print(output)
+
+
+@dataclass(frozen=True)
+class Curves:
+    results: str  # CSV of eval.py; several with commas
+    tasks: str | None = None  # with commas; all without
+    metrics: str | None = None  # with commas; each task's main one without
+    shots: int | None = None  # all there are without
+    reference: str | None = None  # published results, drawn in grey
+    output: str = "curves.png"
+
+
+def curves(options):
+    """Draw evaluations over tokens: a panel a task, a colour a model, error bands."""
+    results = evaluations(options.results)
+    panels = choose_panels(results, options.tasks, options.metrics, options.shots)
+    draw(results, panels, options.output, evaluations(options.reference) if options.reference else None)
+
+
+@dataclass(frozen=True)
+class Table:
+    results: str  # CSV of eval.py or of the published results; several with commas
+    tasks: str | None = None
+    metrics: str | None = None
+    shots: int | None = None
+
+
+def table(options):
+    """Print the last checkpoint of every model: a row a model, a column a task."""
+    results = evaluations(options.results)
+    panels = choose_panels(results, options.tasks, options.metrics, options.shots)
+    models = sorted({model for panel in panels for model in results[panel]}, key=lambda model: (size(model), model))
+    heads = [(f"{task} ({shots})", metric) for task, shots, metric in panels]
+    cells = {model: [_cell(results[panel].get(model)) for panel in panels] for model in models}
+    widths = [max(len(text) for text in (*head, *(row[i] for row in cells.values()))) for i, head in enumerate(heads)]
+    first = max(map(len, models))
+    for line in (0, 1):
+        print(" " * first + "".join(f"  {head[line]:>{width}}" for head, width in zip(heads, widths)))
+    for model in models:
+        print(f"{model:{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells[model], widths)))
+
+
+def _cell(points):
+    if not points:
+        return "-"
+    _, value, error = points[-1]
+    digits = 4 if abs(value) < 10 else 2
+    return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error is not None else "")
+
+
+@dataclass(frozen=True)
+class Paper:
+    reference: str  # published results
+    output: str = "figures"  # folder
+
+
+def paper(options):
+    """Draw the paper's evaluation figures from the published results, standard and deduplicated."""
+    published = evaluations(options.reference)
+    os.makedirs(options.output, exist_ok=True)
+    for deduped, name in ((False, "standard"), (True, "deduplicated")):
+        chosen = {panel: {model: points for model, points in models.items()
+                          if model.endswith("-deduped") == deduped and "MtokBS" not in model}
+                  for panel, models in published.items()}
+        for shots in (0, 5):
+            panels = [(task, shots, "acc") for task in PAPER_TASKS if (task, shots, "acc") in chosen]
+            if panels:
+                draw(chosen, panels, os.path.join(options.output, f"{name}_{shots}_shot.png"),
+                     title=f"Pythia, {name} Pile, {shots}-shot")
+        kinds = ("", "_gender", "_race_color", "_religion", "_age", "_nationality", "_socioeconomic", "_disability")
+        panels = [panel for kind in kinds if (panel := (f"crows_pairs_english{kind}", 0, "pct_stereotype")) in chosen]
+        if panels:
+            draw(chosen, panels, os.path.join(options.output, f"{name}_bias.png"), title=f"Pythia, {name} Pile")
+
+
 if __name__ == "__main__":
-    command(sys.argv[1:], {"training": (Training, training), "weights": (Weights, weights)})
+    command(sys.argv[1:], {"training": (Training, training), "curves": (Curves, curves), "table": (Table, table),
+                           "paper": (Paper, paper)})
