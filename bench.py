@@ -285,8 +285,8 @@ def evaluation(options):
     from eval import prepare
     from tokenizer import load_tokenizer
     torch.set_num_threads(options.threads)
-    config, training = parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf",
-                              "--out_dir=none"], ModelConfig, TrainConfig)
+    config, training, _ = parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf"],
+                                ModelConfig, TrainConfig, LaunchConfig)
     tokenizer, model = load_tokenizer("20B_tokenizer.json"), Pythia(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         save(folder, 0, model, make_optimizer(model, training), {"updates": 0, "tokens": 0}, tokenizer.path)

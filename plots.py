@@ -188,13 +188,15 @@ def draw(curves, panels, output, reference=None, title=None):
     colour = {model: plt.cm.viridis_r(0.08 + 0.92 * i / max(1, len(sizes) - 1)) for i, (_, model) in enumerate(sizes)}
     handles = {}
     for axes, (task, shots, metric) in zip(grid.flat, panels):
-        for model, points in (reference or {}).get((task, shots, metric), {}).items():
-            points = [point for point in points if point[0] > 0]
-            [handles["published"]] = axes.plot([p[0] for p in points], [p[1] for p in points], color="0.75",
+        published = [(model, [point for point in points if point[0] > 0]) for model, points in
+                     (reference or {}).get((task, shots, metric), {}).items() if "MtokBS" not in model]
+        for model, points in published:
+            [handles["published"]] = axes.plot([p[0] for p in points], [p[1] for p in points], color="0.78",
                                                linewidth=1, zorder=1, label="published")
-            if points:  # which of the grey ones it is
-                axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), points[-1][:2], xytext=(2, 0),
-                              textcoords="offset points", fontsize=5, color="0.55", va="center", clip_on=True)
+        for model, points in (published[0], published[-1]) if published else ():  # which way they are ordered
+            axes.annotate(model.split("-")[1], points[-1][:2], xytext=(3, 0), textcoords="offset points",
+                          fontsize=7, color="0.5", va="center")
+            axes.margins(x=0.1)
         for model, points in curves.get((task, shots, metric), {}).items():
             points = [point for point in points if point[0] > 0]
             x, y = [p[0] for p in points], [p[1] for p in points]
