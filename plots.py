@@ -4,6 +4,7 @@
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
     python plots.py table --results=results.csv
     python plots.py paper --reference=pythia_v1_evals.csv --output=figures
+    python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
 The reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
 stderr), made from EleutherAI/pythia's evals/pythia-v1.
@@ -303,6 +304,51 @@ def paper(options):
             draw(chosen, panels, os.path.join(options.output, f"{name}_bias.png"), title=f"Pythia, {name} Pile")
 
 
+# ---------------------------------------------------------------------------- studies
+
+
+@dataclass(frozen=True)
+class TermFrequency:
+    bins: str  # OUTPUT_bins.csv of studies/term_frequency.py
+    model: str = ""  # empty: the first in the file
+    shots: str = ""  # empty: the most
+    output: str = "term_frequency.png"
+
+
+def term_frequency(options):
+    """Draw accuracy and log-probability against frequency in the data so far, a line a checkpoint."""
+    plt, rows = pyplot(), [row for row in read_csv(options.bins) if row["bins"] == "quantile"]
+    model = options.model or rows[0]["model"]
+    shots = options.shots or max((row["shots"] for row in rows), key=int)
+    rows = [row for row in rows if row["model"] == model and row["shots"] == shots]
+    if not rows:
+        raise ValueError(f"{options.bins}: holds nothing of {model} at {shots} shots")
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    steps = sorted({int(row["step"]) for row in rows})
+    labels = {"acc": "accuracy", "logprob": "log-probability of the right answer (nats)"}
+    figure, panels = plt.subplots(len(tasks), 2, figsize=(10, 4 * len(tasks)), layout="constrained",
+                                  squeeze=False)
+    for task, line in zip(tasks, panels):
+        for axes, metric in zip(line, labels):
+            for i, step in enumerate(steps):
+                curve = [row for row in rows if row["task"] == task and int(row["step"]) == step]
+                x, y, error = ([float(row[name] or "nan") for row in curve]
+                               for name in ("frequency", metric, f"{metric}_stderr"))
+                axes.errorbar(x, y, error, marker="o", markersize=4, linewidth=1, label=f"step {step:,}",
+                              color=plt.cm.viridis(i / max(len(steps) - 1, 1)))
+            axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
+            axes.set(xlabel="times seen before the checkpoint (tenths of the terms)", ylabel=labels[metric],
+                     title=f"{task}, {shots}-shot")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    figure.suptitle(model)
+    figure.savefig(options.output, dpi=150)
+    plt.close(figure)
+    print(options.output)
+
+
 if __name__ == "__main__":
-    command(sys.argv[1:], {"training": (Training, training), "curves": (Curves, curves), "table": (Table, table),
-                           "paper": (Paper, paper)})
+    command(sys.argv[1:], {"training": (Training, training), "weights": (Weights, weights), "curves": (Curves, curves),
+                           "table": (Table, table), "paper": (Paper, paper),
+                           "term_frequency": (TermFrequency, term_frequency)})

@@ -243,3 +243,24 @@ def seen(folder, kind):
         first, last = np.searchsorted(table[0], (kind * KIND, (kind + 1) * KIND)).tolist()
         total = merge([total, table[:, first:last] - [[kind * KIND], [0]]])
         yield reached, *total
+
+
+def number_frequencies(folder, kind):
+    """Return {step: {number as text: how often it was seen before}}, of kind NEAR or PLAIN."""
+    return {step: dict(zip(map(str, keys.tolist()), counts.tolist()))
+            for step, keys, counts in seen(folder, kind)}
+
+
+def question_frequencies(folder):
+    """Return {step: {question id: rows before it with the answer and the salient term}}.
+
+    Salient is the term that is most often with the answer, over all that was counted.
+    """
+    ids = read_json(os.path.join(folder, "counts.json"))["questions"]
+    if not ids:
+        raise ValueError(f"{folder}: counts no questions; `count --questions=FILE` does")
+    at = {step: dict(zip(keys.tolist(), counts.tolist())) for step, keys, counts in seen(folder, QUESTION)}
+    salient = {}
+    for key, _ in sorted(at[max(at)].items(), key=lambda pair: (-pair[1], pair[0])):
+        salient.setdefault(ids[key // NUMBERS], key)
+    return {step: {id_: found.get(key, 0) for id_, key in salient.items()} for step, found in at.items()}

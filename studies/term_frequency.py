@@ -1,12 +1,213 @@
-"""The paper's term-frequency study: so far, the counts.
+"""Does a model do better on what it saw more often, and does seeing it more often make it better?
 
-    python -m studies.term_frequency count --data=PREFIX --output=counts --questions=triviaqa.jsonl
+Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1, and on TriviaQA, against how
+often x1, or question and answer together, stood in the training data so far. They find the correlation
+from 2.8B parameters and about step 65,000 on, hardly any arithmetic up to 1B, and a gap between frequent
+and rare operands that grows with training. That is an observation; `compare` is the experiment.
+
+    python -m studies.term_frequency count --data=PREFIX --output=counts --questions=QUESTIONS
+    python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus --results=terms.csv
+    python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 --questions=QUESTIONS
+    python -m studies.term_frequency analyse --counts=counts --results=terms.csv --output=terms
+    python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
+
+The experiment: two branches of one checkpoint, of which one sees the rows with some terms more often.
+
+    python train.py configs/mini.py --branch_from=RUN/step256 --out_dir=MORE --twin=True \\
+        --intervention=term_duplicate --terms=24,37 --copies=4     # and MORE_twin without the intervention
+    python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=terms.csv
+    python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=terms.csv
+
+What is asked, and what counts as right, is in studies/term_questions.py.
 """
 
+import itertools
+import math
+import os
 import sys
+from dataclasses import dataclass
 
-from config import command
-from studies.term_counts import Count, count
+import numpy as np
+
+from config import command, replacing
+from studies.term_counts import NEAR, PLAIN, Count, count, number_frequencies, question_frequencies
+from studies.term_evaluation import Evaluate, evaluate, grouped
+from studies.term_questions import read_questions, words_of
+
+# ---------------------------------------------------------------------------- analysis
+
+
+@dataclass(frozen=True)
+class Analyse:
+    counts: str  # folder of `count`
+    results: str = "term_frequency.csv"  # of `evaluate`
+    output: str = "term_frequency"  # OUTPUT_bins.csv and OUTPUT_gaps.csv are written
+    frequency: str = "near"  # of arithmetic's x1: near another number, as the paper, or plain
+
+    def __post_init__(self):
+        if self.frequency not in ("near", "plain"):
+            raise ValueError(f"frequency = {self.frequency!r}, expected near or plain")
+
+
+def analyse(options):
+    """Compare what models do with how often they saw it: bins, and the most frequent minus the least."""
+    groups = grouped(options.results)
+    number = {"near": NEAR, "plain": PLAIN}[options.frequency]
+    frequencies = {task: question_frequencies(options.counts) if task == "triviaqa" else
+                   number_frequencies(options.counts, number) for task in {key[3] for key in groups}}
+    bins, gaps = [], []
+    for (model, step, tokens, task, shots), answers in groups.items():
+        if int(step or -1) not in frequencies[task]:
+            raise ValueError(f"{options.counts}: does not count up to step {step or '(none)'} of {model}, "
+                             f"only to {', '.join(map(str, frequencies[task]))}; see `count --at`")
+        before = frequencies[task][int(step)]
+        means = np.array([(before.get(term, 0), *np.mean(values, axis=0))  # (terms, 3)
+                          for term, values in by_term(answers).items()])
+        where = (model, step, tokens, task, shots)
+        bins += [(*where, *row) for row in binned(means, task)]
+        gaps.append((*where, *gap(means)))
+    write_csv(f"{options.output}_bins.csv", BINS, bins)
+    write_csv(f"{options.output}_gaps.csv", GAPS, gaps)
+    print("most frequent tenth minus least frequent tenth of the terms, 95 % bootstrap interval over terms")
+    for model, step, _, task, shots, n, low, high, *numbers in gaps:
+        print(f"{model} step {step:>6} | {task:8} {shots:>2}-shot | seen {high:,.0f} and {low:,.0f} times | "
+              f"acc x 100 {interval([100 * value for value in numbers[:3]])} | "
+              f"log-probability {interval(numbers[3:])} (n {n})")
+
+
+BINS = ("model", "step", "tokens", "task", "shots", "bins", "from", "to", "frequency", "n",
+        "acc", "acc_stderr", "logprob", "logprob_stderr")
+GAPS = ("model", "step", "tokens", "task", "shots", "n", "least_frequency", "most_frequency",
+        "acc_gap", "acc_low", "acc_high", "logprob_gap", "logprob_low", "logprob_high")
+
+
+def interval(numbers):
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+
+
+def by_term(answers):
+    terms = {}
+    for term, _, correct, logprob in answers:
+        terms.setdefault(term, []).append((correct, logprob))
+    return terms
+
+
+def binned(means, task, tenths=10):
+    """Yield rows of BINS behind the first five: the paper's bins, and tenths of the terms by frequency.
+
+    Equally frequent terms are in one tenth, so that there are fewer of them in a small corpus.
+    """
+    frequency = means[:, 0]
+    edges = np.geomspace(1, 1e6, 7) if task == "triviaqa" else np.geomspace(1e5, 2e8, 20)
+    members = [("paper", low, high, np.flatnonzero((low <= frequency) & (frequency < high)))
+               for low, high in itertools.pairwise(edges.tolist())]
+    tenth = np.searchsorted(np.sort(frequency), frequency) * tenths // len(means)
+    for part in (np.flatnonzero(tenth == i) for i in np.unique(tenth)):
+        members.append(("quantile", frequency[part].min(), frequency[part].max(), part))
+    for name, low, high, part in members:
+        if len(part):
+            mean = means[part].mean(axis=0)
+            error = means[part].std(axis=0, ddof=1) / math.sqrt(len(part)) if len(part) > 1 else [None] * 3
+            yield name, low, high, mean[0], len(part), mean[1], error[1], mean[2], error[2]
+
+
+def gap(means, draws=10_000):
+    """Return the row of GAPS behind the first five, from (terms, 3): frequency, accuracy, log-probability.
+
+    With 100 operands a tenth is the paper's 10. The bootstrap draws terms, with all their prompts, anew
+    within each tenth.
+    """
+    # Equally frequent terms (never seen, in a small corpus) must not stand by size, which itself matters.
+    order, tenth = np.random.RandomState(0).permutation(len(means)), max(1, len(means) // 10)
+    order = order[np.argsort(means[order, 0], kind="stable")]
+    least, most = means[order[:tenth]], means[order[-tenth:]]
+    generator = np.random.RandomState(0)
+    again = [part[generator.randint(tenth, size=(draws, tenth))].mean(axis=1) for part in (least, most)]
+    low, high = np.percentile(again[1] - again[0], (2.5, 97.5), axis=0)
+    value = most.mean(axis=0) - least.mean(axis=0)
+    rest = [number for column in (1, 2) for number in (value[column], low[column], high[column])]
+    return len(means), least[:, 0].mean(), most[:, 0].mean(), *rest
+
+
+def write_csv(path, header, rows):
+    with replacing(path) as file:
+        lines = [header, *(["" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell
+                           for cell in row] for row in rows)]
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+
+
+# ---------------------------------------------------------------------------- the experiment
+
+
+@dataclass(frozen=True)
+class Compare:
+    branch: str  # the run that saw the terms more (or less) often
+    terms: str  # as for the intervention
+    twin: str = ""  # its control; empty: BRANCH_twin
+    results: str = "term_frequency.csv"  # of `evaluate`, both models
+    questions: str = ""  # for triviaqa: its questions, to know which have a term
+    output: str = "term_compare.csv"
+
+
+def compare(options):
+    """Compare a branch with its control twin: chosen terms, other terms, and the difference of the two."""
+    groups, chosen = grouped(options.results), terms_of(options)
+    branch, twin = (os.path.basename(os.path.normpath(name))
+                    for name in (options.branch, options.twin or options.branch.rstrip("/") + "_twin"))
+    pairs = {key: matched(answers, groups[twin, *key[1:]], chosen) for key, answers in groups.items()
+             if key[0] == branch and (twin, *key[1:]) in groups}
+    pairs = {key: parts for key, parts in pairs.items() if all(map(len, parts))}
+    if not pairs:
+        raise ValueError(f"{options.results}: no checkpoint of both {branch} and {twin} has answers with and "
+                         f"without {options.terms}; it holds {', '.join(sorted({key[0] for key in groups}))}")
+    rows = []
+    print("log-probability of the right answer, branch minus twin, 95 % bootstrap interval over prompts")
+    for (_, step, tokens, task, shots), parts in pairs.items():
+        names = "chosen", "others", "chosen minus others"
+        for name, part, numbers in zip(names, (*parts, ()), paired(*parts)):
+            rows.append((branch, step, tokens, task, shots, name, len(part) or None, *numbers))
+            print(f"{branch} step {step:>6} | {task:8} {shots:>2}-shot | {name:19} {interval(numbers)}"
+                  + (f" (n {len(part):,})" if len(part) else ""))
+    write_csv(options.output, COMPARED, rows)
+
+
+COMPARED = ("model", "step", "tokens", "task", "shots", "terms", "n", "difference", "low", "high")
+
+
+def terms_of(options):
+    """Return the chosen terms, and the ids of the questions that have one in their text or answers."""
+    chosen = set(options.terms.split(","))
+    wanted = [f" {words_of(term)} " for term in chosen]
+    for question in read_questions(options.questions) if options.questions else ():
+        texts = " . ".join(map(words_of, (question.text, question.value, *question.aliases)))
+        chosen |= {question.id for term in wanted if term in f" {texts} "}
+    return chosen
+
+
+def matched(branch, twin, chosen):
+    """Return the differences in log-probability of the prompts with chosen terms, and of the others."""
+    control = {(term, item): logprob for term, item, _, logprob in twin}
+    differences = [(term in chosen, logprob - control[term, item])
+                   for term, item, _, logprob in branch if (term, item) in control]
+    return [np.array([value for is_chosen, value in differences if is_chosen == side])
+            for side in (True, False)]
+
+
+def paired(chosen, others, draws=10_000):
+    """Return (mean, low, high) of the chosen, of the others, and of the former minus the latter.
+
+    Prompts are drawn anew, chosen and others apart; both of a pair come together.
+    """
+    generator = np.random.RandomState(0)
+    again = [np.array([part[generator.randint(len(part), size=len(part))].mean() for _ in range(draws)])
+             for part in (chosen, others)]
+    values = chosen.mean(), others.mean(), chosen.mean() - others.mean()
+    samples = *again, again[0] - again[1]
+    return [(value, *np.percentile(sample, (2.5, 97.5))) for value, sample in zip(values, samples)]
+
+
+COMMANDS = {"count": (Count, count), "evaluate": (Evaluate, evaluate), "analyse": (Analyse, analyse),
+            "compare": (Compare, compare)}
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"count": (Count, count)})
+    command(sys.argv[1:], COMMANDS)

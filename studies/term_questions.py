@@ -1,18 +1,32 @@
-"""TriviaQA's questions, the terms that stand for them, and the rows of training text that hold them.
+"""What the models are asked, which terms stand for a question, and which rows of training text hold them.
 
-Kandpal et al. 2023 (arXiv 2211.08411), whom the paper follows, link entities in questions, answers and
-documents with a model and call a document relevant if the question's salient entity and the answer's are
-both in it; salient is the entity that is most often with the answer. Here a term is plain words, compared
-without case and signs, the "documents" are rows of the training order, as in the paper, and the salient
-term is chosen in the same way, after counting.
+Arithmetic: `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50, behind k shots
+`Q:What is 3 times 4? A:12` with a blank line after each. They come from the 4,950 problems with another
+x1, as lm-eval 0.3 drew them: for every x1 a random.Random(42) shuffles the 50 prompts, then draws k + 1 for
+each of them, of which the first k are taken. TriviaQA: `Q:{question} A:`, its shots `Q:... A: answer`.
+
+Right is, as in the paper's code, if the first run of one to five digits in at most 16 greedy tokens, up to
+a newline, is the answer; for TriviaQA, if at most 32 tokens without case, punctuation and articles are an
+accepted answer. That leaps from nothing to something late; the log-probability of the right answer
+(for a number of `12` and of ` 12`, added) moves long before.
+
+Salient terms: Kandpal et al. 2023 (arXiv 2211.08411), whom the paper follows, link entities in questions,
+answers and documents with a model, and call a document relevant if the question's salient entity and the
+answer's are both in it; salient is the entity that is most often with the answer. Here a term is plain
+words, compared without case and signs, the documents are rows of the training order, as in the paper,
+and the salient term is chosen in the same way, after counting.
 """
 
-import json
+import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
+from harness import bare, read_jsonl, text, texts
+
+OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
 MOST_QUESTIONS = 10**5
+
+# ---------------------------------------------------------------------------- questions
 
 
 @dataclass(frozen=True)
@@ -40,29 +54,17 @@ class Question:
         return [answer for answer in answers if len(answer) > 2]
 
 
-def words_of(text):
+def words_of(passage):
     """Return the words of a text, without case or signs, with one space between them."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(re.findall(r"\w+", passage.casefold()))
 
 
 def read_questions(path):
     """Return the questions of a TriviaQA file, or raise ValueError naming the line that is none."""
-    questions = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            answer = record["answer"]
-            question = Question(record["question_id"], record["question"], answer["value"],
-                                tuple(answer["aliases"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            question = None
-        if question is None or not all(isinstance(text, str) for text in (
-                question.id, question.text, question.value, *question.aliases)):
-            raise ValueError(f"{path}, line {number}: not a TriviaQA question (question_id, question, "
-                             "answer with value and aliases)")
-        questions.append(question)
-    if not questions or len(questions) > MOST_QUESTIONS:
-        raise ValueError(f"{path}: holds {len(questions):,} questions, expected 1 to {MOST_QUESTIONS:,}")
+    questions = [Question(text(doc, "question_id"), text(doc, "question"), text(doc, "answer.value"),
+                          tuple(texts(doc, "answer.aliases"))) for doc in read_jsonl(path)]
+    if len(questions) > MOST_QUESTIONS or len({question.id for question in questions}) < len(questions):
+        raise ValueError(f"{path}: expected at most {MOST_QUESTIONS:,} questions, all with other ids")
     return questions
 
 
@@ -76,10 +78,10 @@ class QuestionIndex:
                 under = self.filed.setdefault(" ".join(phrase.split(" ")[:2]), {})
                 under.setdefault(phrase, []).append((q, b))
 
-    def found(self, text):
-        """Return the (question, term) pairs whose term and answer are both in the text."""
-        text = words_of(text)
-        words, padded, terms, answered = text.split(" "), f" {text} ", [], set()
+    def found(self, row):
+        """Return the (question, term) pairs whose term and answer are both in the text of a row."""
+        joined = words_of(row)
+        words, padded, terms, answered = joined.split(" "), f" {joined} ", [], set()
         present = {*words, *map(" ".join, zip(words, words[1:]))}
         for start in self.filed.keys() & present:
             for phrase, places in self.filed[start].items():
@@ -88,3 +90,57 @@ class QuestionIndex:
                     terms += [place for place in places if place[1] >= 0]
                     answered.update(q for q, b in places if b < 0)
         return [place for place in terms if place[0] in answered]
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    term: str  # what is counted: x1, or the question's id
+    item: str  # x2, or nothing
+    text: str
+    answers: tuple  # all that count as right
+    continuations: tuple  # ways of saying the right answer, whose probabilities are added
+
+
+def arithmetic(operation, shots, x1):
+    """Return the 50 prompts of an x1, behind `shots` others each."""
+    answer = OPERATIONS[operation]
+    ask = lambda problem: f"Q:What is {problem[0]} {operation} {problem[1]}? A:"
+    pool = [(a, b) for a in range(100) if a != x1 for b in range(1, 51)]
+    problems, generator, prompts = [(x1, x2) for x2 in range(1, 51)], random.Random(42), []
+    generator.shuffle(problems)
+    for problem in problems:
+        examples = generator.sample(pool, shots + 1)[:shots] if shots else []
+        right = str(answer(*problem))
+        prompts.append(Prompt(str(x1), str(problem[1]), "".join(
+            f"{ask(example)}{answer(*example)}\n\n" for example in examples) + ask(problem),
+            (right,), (right, " " + right)))
+    return prompts
+
+
+def trivia(questions, shots):
+    """Return a prompt for each question, behind `shots` other questions, drawn from a random.Random(42)."""
+    generator, prompts = random.Random(42), []
+    if len(questions) <= shots:
+        raise ValueError(f"{len(questions)} questions are too few for {shots} shots")
+    for question in questions:
+        examples = [other for other in generator.sample(questions, shots + 1) if other != question][:shots]
+        prompts.append(Prompt(question.id, "", "".join(
+            f"Q:{other.text} A: {other.value}\n\n" for other in examples) + f"Q:{question.text} A:",
+            tuple(map(plain, (question.value, *question.aliases))), (" " + question.value,)))
+    return prompts
+
+
+def plain(answer):
+    """Return an answer in lower case without punctuation, articles and extra white space."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
+
+
+def given_answer(task, generated):
+    """Return what a generated text answers, in the form of Prompt.answers."""
+    if task == "triviaqa":
+        return plain(generated)
+    number = re.search(r"\d{1,5}", generated)
+    return number[0] if number else ""
