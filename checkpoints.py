@@ -34,7 +34,7 @@ import torch.distributed as dist
 from config import command, replacing
 from model import ModelConfig, Pythia
 from parallel import fill, is_shard
-from tensors import check_tensors, open_folder, read_small_json, sha256_of, write_file
+from tensors import check_tensors, open_folder, read_small_json, sha256_of, split, write_file
 
 # What files of 2023 still carry and no forward pass needs: the causal mask, its value, the frequencies.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
@@ -171,10 +171,12 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
                for kind in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
-    shards, indices = split({"model": weights, "optimizer": moments})
+    (shards, notes), (others, more) = (split(stem, contents, SHARD_BYTES) for stem, contents in
+                                       (("model", weights), ("optimizer", moments)))
+    shards |= others
     mine = own_share(shards, rank, count, asynchronous)
-    notes = indices | {"training.json": {"step": step, "scheduled": scheduled, **training},
-                       "config.json": hf_config(model.config)}
+    notes |= more | {"training.json": {"step": step, "scheduled": scheduled, **training},
+                     "config.json": hf_config(model.config)}
 
     def write(temporary):
         written = {name: write_file(temporary / name, shard) for name, shard in mine.items()}
@@ -224,31 +226,6 @@ def _meet():
         dist.barrier(_group())
 
 
-def split(stems):
-    """Return {file name: {name: tensor}} and {index name: object} of {stem: {name: tensor}}.
-
-    One file for each stem, or shards of SHARD_BYTES under Hugging Face's names with their index.
-    """
-    files, indices = {}, {}
-    for stem, contents in stems.items():
-        shards, size = [{}], 0
-        for name, tensor in contents.items():
-            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-                shards.append({})
-                size = 0
-            shards[-1][name] = tensor
-            size += tensor.nbytes
-        if len(shards) == 1:
-            files[f"{stem}.safetensors"] = contents
-            continue
-        named = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
-        files |= named
-        indices[f"{stem}.safetensors.index.json"] = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in contents.values())},
-            "weight_map": {name: file for file, shard in named.items() for name in shard}}
-    return files, indices
-
-
 def own_share(files, rank, count, copy):
     """Return the files that this process writes, {file name: {name: whole tensor}}; every process calls.
 
@@ -269,12 +246,16 @@ def own_share(files, rank, count, copy):
 def make_room(run, step, state_every):
     """Remove what no later step needs: unscheduled checkpoints before `step`, moments off the grid.
 
-    Links are left alone, they lead to another run.
+    Left alone: links, which lead to another run, and what is damaged.
     """
     for other, folder in step_folders(run):
         if other >= step or folder.is_symlink() or not (folder / "training.json").exists():
             continue
-        if not read_small_json(folder / "training.json").get("scheduled", True):
+        try:
+            scheduled = read_small_json(folder / "training.json").get("scheduled", True)
+        except ValueError:
+            continue
+        if not scheduled:
             temporary = folder.with_name(f".{folder.name}.tmp")  # no half checkpoint at any moment
             os.rename(folder, temporary)
             shutil.rmtree(temporary)

@@ -236,10 +236,12 @@ def size_of(tensor):
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def write_folder(folder, tensors, stem="model", shard_size=None):
-    """Write {name: tensor or Stored} as STEM.safetensors, or as shards of at most shard_size bytes and
-    their index; return the manifest entries of the tensor files."""
-    shards, room = [{}], shard_size or math.inf
+def split(stem, tensors, shard_size):
+    """Return {file name: {name: tensor}} and {index name: object}, as Hugging Face names them.
+
+    One file and no index, or shards of at most shard_size bytes, but for tensors larger than that.
+    """
+    shards, room = [{}], shard_size
     for name, tensor in tensors.items():
         if shards[-1] and size_of(tensor) > room:
             shards.append({})
@@ -247,13 +249,19 @@ def write_folder(folder, tensors, stem="model", shard_size=None):
         shards[-1][name] = tensor
         room -= size_of(tensor)
     if len(shards) == 1:
-        return {f"{stem}.safetensors": write_file(Path(folder) / f"{stem}.safetensors", tensors)}
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    entries = {name: write_file(Path(folder) / name, shard) for name, shard in zip(names, shards)}
-    index = {"metadata": {"total_size": sum(map(size_of, tensors.values()))},
-             "weight_map": {tensor: name for name, shard in zip(names, shards) for tensor in shard}}
-    (Path(folder) / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return entries
+        return {f"{stem}.safetensors": tensors}, {}
+    files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    return files, {f"{stem}.safetensors.index.json": {
+        "metadata": {"total_size": sum(map(size_of, tensors.values()))},
+        "weight_map": {name: file for file, shard in files.items() for name in shard}}}
+
+
+def write_folder(folder, tensors, stem="model", shard_size=math.inf):
+    """Write {name: tensor or Stored} as STEM.safetensors or its shards; return {file: bytes and sha256}."""
+    files, indices = split(stem, tensors, shard_size)
+    for name, index in indices.items():
+        (Path(folder) / name).write_text(json.dumps(index, indent=2) + "\n")
+    return {name: write_file(Path(folder) / name, shard) for name, shard in files.items()}
 
 
 def sha256_of(path):

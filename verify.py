@@ -62,9 +62,11 @@ def scan(step, folder, bar):
     """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
     found = Scan(step, folder, step)
     try:
-        if (folder / "training.json").exists():
-            found.updates = int(read_small_json(folder / "training.json").get("updates", step))
-    except (ValueError, TypeError) as error:
+        updates = read_training(folder).get("updates", step)
+        if type(updates) is not int:
+            raise ValueError(f"training.json: updates is {repr(updates)[:50]}, expected an integer")
+        found.updates = updates
+    except ValueError as error:
         found.problems.append(str(error).removeprefix(f"{folder}/"))
     with ThreadPoolExecutor(1) as hasher:  # hashes while this thread measures: the disk is read once
         hashes = hasher.submit(check_files, found)
@@ -78,6 +80,12 @@ def scan(step, folder, bar):
             found.problems.append(str(error).removeprefix(f"{folder}/"))
         hashes.result()
     return found
+
+
+def read_training(folder):
+    """Return the object in a checkpoint's training.json, an empty one for a published checkpoint."""
+    path = folder / "training.json"
+    return read_small_json(path) if path.exists() else {}
 
 
 def check_files(found):
@@ -378,21 +386,26 @@ def list_(options):
     if not Path(options.run).is_dir():
         raise ValueError(f"{options.run}: no such folder")
     folders = step_folders(options.run)
+    if not folders:
+        raise ValueError(f"{options.run}: no step0, step1, ... in it")
     losses = {}
     if (Path(options.run) / "metrics.csv").exists():
         with open(Path(options.run) / "metrics.csv", newline="") as file:
-            losses = {row.get("step"): row.get("loss") for row in csv.DictReader(file)}
+            losses = {row["step"]: float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")}
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     total = 0
     for step, folder in folders:
-        training = read_small_json(folder / "training.json") if (folder / "training.json").exists() else {}
+        try:
+            training, damage = read_training(folder), ""
+        except ValueError as error:
+            training, damage = {}, f" ({error})"
         files = [path for path in folder.iterdir() if path.is_file()]
         bytes_ = sum(path.stat().st_size for path in files)
         total += bytes_
         loss = losses.get(str(step))  # of the batch that these weights met next
         tokens = f"{training['tokens']:,}" if type(training.get("tokens")) is int else "-"
-        print(f"{step:7} {tokens:>15} {f'{float(loss):.4f}' if loss else '-':>8} {bytes_ / 1e6:8,.1f} MB  "
-              + contents(folder, files))
+        print(f"{step:7} {tokens:>15} {f'{loss:.4f}' if loss is not None else '-':>8} {bytes_ / 1e6:8,.1f} MB  "
+              + contents(folder, files) + damage)
     print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
 
 

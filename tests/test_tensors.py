@@ -1,6 +1,7 @@
 """pytest tests/test_tensors.py"""
 
 import json
+import math
 import os
 import tracemalloc
 
@@ -55,7 +56,7 @@ def test_safetensors_reads_what_is_written(tmp_path):
     assert written == {"bytes": (tmp_path / "x").stat().st_size, "sha256": sha256_of(tmp_path / "x")}
 
 
-@pytest.mark.parametrize("shard_size, shards", [(None, 1), (10**9, 1), (48, 2), (1, 5)])
+@pytest.mark.parametrize("shard_size, shards", [(math.inf, 1), (10**9, 1), (48, 2), (1, 5)])
 def test_shards_hold_the_same_bits(tmp_path, shard_size, shards):
     tensors = TENSORS | {"empty": torch.ones(1)}
     written = write_folder(tmp_path, tensors, shard_size=shard_size)

@@ -280,6 +280,17 @@ def test_list_tells_what_is_there(run, checkpoints):
     assert lines["128"].split()[2] == "-" and "NOT WHOLE" in lines["16"] and "13 checkpoints" in text
 
 
+def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints):
+    (run / "step16/training.json").write_text('{"updates": {"a": 1}}')
+    (run / "step32/training.json").write_text("[[[[")
+    (run / "step48/manifest.json").write_text('{"../../x": {"bytes": 1}, "a": 3}')
+    code, text = checkpoints("verify", run)
+    assert code == 1 and problems(text).keys() == {16, 32, 48}
+    assert "updates is {'a': 1}, expected an integer" in text and "training.json: not JSON" in text
+    code, text = checkpoints("list", run)
+    assert code == 0 and text.count("NOT WHOLE") == 3 and "training.json: not JSON" in text
+
+
 def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
     for wrong, words in ((("verify",), "missing: --folders"), (("verify", "nowhere"), "nowhere: no such folder"),
                          (("verify", tmp_path), "neither a run"), (("diff", "a"), "missing: --b"),
