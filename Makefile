@@ -1,12 +1,13 @@
 # make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw the curves
 # make test   run the test suite
 # make proofs run the long proofs and the benchmarks
+# make parity ask lm-evaluation-harness itself again (10 minutes) and compare
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test proofs tokenizer
+.PHONY: demo test proofs parity tokenizer
 
 demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
 	$(PY) data.py order --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256
@@ -28,6 +29,11 @@ proofs: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pytest -q tests -m proof
 	$(PY) bench.py train --size=14m
 	$(PY) bench.py train --size=70m
+
+parity: .venv/requirements-dev 20B_tokenizer.json
+	$(PY) -m pip install --quiet --disable-pip-version-check lm_eval==0.4.13 accelerate==1.15.0
+	$(PY) tests/lm_eval_golden.py tests/lm_eval_golden.json
+	$(PY) -m pytest -q tests/test_parity.py
 
 tokenizer: 20B_tokenizer.json
 

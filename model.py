@@ -308,7 +308,8 @@ class Pythia(nn.Module):
         for end in range(T, T + n_tokens):
             positions = (columns[start:end] - padding[rows, None]).clamp(min=0)
             x = self.hidden(out[rows, start:end], positions, mask, cache)[:, -1]  # (n, D)
-            logits = self.embed_out(x).float()  # (n, V)
+            # (V, D) @ (D, n) is twice as fast on a CPU as the head's own product for so few rows.
+            logits = (self.embed_out.weight @ x.T).T.float()  # (n, V)
             if temperature == 0:
                 out[rows, end] = logits.argmax(-1)
             else:
