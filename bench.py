@@ -1,6 +1,8 @@
 """Measure ourselves beside what one would pick instead, alternating in one run on one machine.
 
     python bench.py train --size=14m
+    python bench.py start --data=data/demo/train
+    python bench.py growth --output=growth.csv && python plots.py growth --csv=growth.csv
     python bench.py tokenize --input=data/demo/train.jsonl
     python bench.py find --data=data/demo/train
     python bench.py checkpoints --size=160m
@@ -9,14 +11,17 @@
 train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
 GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a process of its own,
 so that peak memory is its own too, and they take turns, so that a noisy machine is noisy to all.
-
+start: seconds from the command to the end of the first step, and reading a batch beside computing it.
+growth: time and memory of a step as width, depth, length and batch double, beside what is expected.
 tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the same.
 find: a text searched in a token file of --gigabytes, the given one over and over.
 checkpoints: float32 weights to the disk (ours hashes them too), and published float16 ones into a model.
 """
 
+import csv
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -27,19 +32,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import prepare
 import viewer
 from checkpoints import hf_config, load_model, parameter_shapes
 from config import command, fail, parse
-from data import TokenFile
+from data import OrderedData, TokenFile, samples_needed
 from model import ModelConfig, Pythia
+from parallel import LaunchConfig, flops_per_token, memory_per_process, peak_flops
+from plots import read_csv
 from tensors import write_file
 from tokenizer import Tokenizer
-from parallel import LaunchConfig, flops_per_token, peak_flops
 from train import TrainConfig, make_optimizer
 
-CONTENDERS = ("ours", "ours compiled", "transformers", "transformers compiled")
+CONTENDERS = ("ours", "ours compiled", "ours, plain loss", "transformers", "transformers compiled")
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ def worker(options):
             for layer in model.layers:
                 layer.compile()
         loss_of = lambda: model(inputs, targets)
+        if "plain" in options.who:  # the logits whole, as everybody writes it
+            loss_of = lambda: F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     else:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config)))
@@ -123,6 +132,94 @@ def worker(options):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         print(time.perf_counter() - start, peak_memory(), flush=True)
+
+
+@dataclass(frozen=True)
+class Start:
+    data: str = "data/demo/train"
+    size: str = "14m"
+    batch: int = 4  # sequences
+    seq_length: int = 512
+    rounds: int = 3
+
+
+def start(options):
+    """Time the launch of a run up to its first step, and a batch's reading against its computing."""
+    flags = [f"configs/pythia_{options.size}.py", f"--data={options.data}", f"--seq_length={options.seq_length}",
+             f"--batch_size={options.batch}", f"--micro_batch_size={options.batch}", "--steps=100", "--stop_at=8",
+             "--checkpoint_every=100", "--log_every=1"]
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            with subprocess.Popen([sys.executable, "train.py", *flags, f"--out_dir={folder}/run"], text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                first = next((time.perf_counter() - began for line in process.stdout if line.startswith("step")), None)
+                process.stdout.read()
+            if process.returncode:
+                raise ValueError(f"train.py {' '.join(flags)}: ended with {process.returncode}")
+            steps = [float(row["seconds"]) for row in read_csv(f"{folder}/run/metrics.csv")]
+        data = OrderedData(options.data, options.seq_length, samples_needed(100, options.batch), 1234)
+        began = time.perf_counter()
+        for step in range(100):
+            data.batch(step, options.batch)
+        batch = (time.perf_counter() - began) / 100
+        print(f"first step after {first:.1f} s (it takes {steps[0]:.2f} s of them, with the initialisation's checkpoint "
+              f"before it); a batch is read in {batch * 1e3:.2f} ms, {batch / statistics.median(steps):.2%} of a step")
+
+
+@dataclass(frozen=True)
+class Growth:
+    output: str = "growth.csv"
+    rounds: int = 3
+    threads: int = 2
+
+
+# The middle of each axis is the common point; the head's vocabulary is small so that the blocks show.
+AXES = {"d_model": (64, 128, 256, 512), "n_layers": (2, 4, 8, 16), "seq_length": (128, 256, 512, 1024),
+        "batch": (1, 2, 4, 8)}
+COMMON = {"d_model": 256, "n_layers": 4, "seq_length": 256, "batch": 4}
+
+
+def growth(options):
+    """Measure a step's time and memory per token while one axis doubles; write a CSV beside what is expected."""
+    torch.set_num_threads(1)  # a fork must not inherit OpenMP's threads
+    last, rows = multiprocessing.Value("d"), []
+
+    def steps(model, tokens, threads=options.threads):
+        torch.set_num_threads(threads)
+        optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1e-3))
+        for _ in range(3):
+            began = time.perf_counter()
+            model(tokens, tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        last.value = time.perf_counter() - began
+
+    small = ModelConfig(1, 64, 2, vocab_size=512, seq_length=64)
+    steps(Pythia(small), torch.zeros(2, 64, dtype=torch.int64), 1)  # the libraries' own memory, before any fork
+    for axis, values in AXES.items():
+        for value in values:
+            shape = COMMON | {axis: value}
+            batch = shape.pop("batch")
+            config = ModelConfig(n_heads=shape["d_model"] // 32, vocab_size=512, **shape)
+            tokens = torch.randint(512, (batch, config.seq_length))
+            runs = []
+            for _ in range(options.rounds):
+                _, memory = forked(lambda model: steps(model, tokens), lambda: Pythia(config))
+                runs.append((last.value, memory * 1024))
+            seconds, memory = (min(column) for column in zip(*runs))
+            launch = LaunchConfig(micro_batch_size=batch)
+            expected = memory_per_process(config, launch, 1, batch, False, 4, 512)["peak"]
+            rows.append((axis, value, seconds / tokens.numel(), flops_per_token(config), memory / tokens.numel(),
+                         expected / tokens.numel()))
+            print(f"{axis:10} {value:5} {rows[-1][2] * 1e6:9.2f} us a token, {rows[-1][3] / rows[-1][2] / 1e9:6.1f} "
+                  f"GFLOP/s; {rows[-1][4] / 1e3:8.1f} kB a token, {rows[-1][5] / 1e3:8.1f} expected", flush=True)
+    with open(options.output, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("axis", "value", "seconds_per_token", "flops_per_token", "bytes_per_token",
+                         "expected_bytes_per_token"))
+        writer.writerows(rows)
 
 
 @dataclass(frozen=True)
@@ -341,6 +438,7 @@ def peak_memory(reset=False):
 
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
-    command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker), "tokenize": (Tokenize, tokenize),
+    command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker), "start": (Start, start),
+                           "growth": (Growth, growth), "tokenize": (Tokenize, tokenize),
                            "find": (Find, find), "checkpoints": (Checkpoints, checkpoints),
                            "eval": (Eval, evaluation)})

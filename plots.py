@@ -108,6 +108,40 @@ def weights(options):
     print(options.output)
 
 
+@dataclass(frozen=True)
+class Growth:
+    csv: str = "growth.csv"  # of bench.py growth
+    output: str = "growth.png"
+
+
+def growth(options):
+    """Draw a step's time and memory per token against width, depth, length and batch, beside what is expected."""
+    plt = pyplot()
+    rows = read_csv(options.csv)
+    axes_names = list(dict.fromkeys(row["axis"] for row in rows))
+    figure, panels = plt.subplots(2, len(axes_names), figsize=(14, 6), layout="constrained")
+    for column, name in enumerate(axes_names):
+        mine = [{key: float(value) for key, value in row.items() if key != "axis"} for row in rows
+                if row["axis"] == name]
+        x = [row["value"] for row in mine]
+        # FLOPs have another unit: their curve is laid through the largest model's time.
+        scale = mine[-1]["seconds_per_token"] / mine[-1]["flops_per_token"]
+        for axes, measured, expected, label in (
+                (panels[0, column], [row["seconds_per_token"] * 1e6 for row in mine],
+                 [row["flops_per_token"] * scale * 1e6 for row in mine], "time (us per token)"),
+                (panels[1, column], [row["bytes_per_token"] / 1e3 for row in mine],
+                 [row["expected_bytes_per_token"] / 1e3 for row in mine], "memory (kB per token)")):
+            axes.plot(x, expected, color="grey", linestyle="--", label="expected: FLOPs, train.py --plan")
+            axes.plot(x, measured, color="tab:blue", marker="o", label="measured")
+            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label if column == 0 else "")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    figure.savefig(options.output, dpi=150)
+    plt.close(figure)
+    print(options.output)
+
+
 # ---------------------------------------------------------------------------- evaluation over training
 
 # The paper's harness had other names for two metrics.
@@ -349,6 +383,6 @@ def term_frequency(options):
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"training": (Training, training), "weights": (Weights, weights), "curves": (Curves, curves),
-                           "table": (Table, table), "paper": (Paper, paper),
+    command(sys.argv[1:], {"training": (Training, training), "weights": (Weights, weights), "growth": (Growth, growth),
+                           "curves": (Curves, curves), "table": (Table, table), "paper": (Paper, paper),
                            "term_frequency": (TermFrequency, term_frequency)})

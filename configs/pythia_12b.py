@@ -10,3 +10,4 @@ vocab_size = 50688  # padded to 128 * 4 tensor-parallel ranks
 init = "normal"  # the YAML names none: gpt-neox's default
 learning_rate = 1.2e-4
 micro_batch_size = 8
+sharding, activation_checkpointing = "fsdp", True  # where the original has tensor parallel and ZeRO 1

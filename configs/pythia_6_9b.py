@@ -8,3 +8,4 @@ vocab_size = 50432  # padded to 128 * 2 tensor-parallel ranks
 init = "normal"  # the YAML names none: gpt-neox's default
 learning_rate = 1.2e-4
 micro_batch_size = 8
+sharding, activation_checkpointing = "fsdp", True  # where the original has tensor parallel and ZeRO 1
