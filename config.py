@@ -56,7 +56,8 @@ def parse(argv, *schemas):
     assert len(fields) == sum(len(dataclasses.fields(s)) for s in schemas), "two schemas share a name"
     if {"--help", "-h"} & set(argv):
         declared = [kind for schema in schemas for kind in reversed(schema.__mro__) if kind is not object]
-        print("\n\n".join(inspect.getsource(kind).strip() for kind in declared))
+        # A declaration is its own manual; what it checks is not.
+        print("\n\n".join(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() for kind in declared))
         sys.exit(0)
     values = {}
     for argument in argv:
@@ -122,6 +123,8 @@ def run(function, *arguments):
              everywhere=False)
     except ValueError as error:
         fail(str(error), everywhere=False)
+    except (OverflowError, MemoryError) as error:
+        fail(f"a setting is too large: {error}", everywhere=False)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -135,6 +138,8 @@ def _flag(argument):
 
 
 def _file(path):
+    if not path.endswith(".py"):
+        fail(f"command line: found {path}, expected --name=value or a config file ending in .py")
     try:
         settings = runpy.run_path(path)
     except Exception as error:  # whatever a config file does wrong, the user reads one line
@@ -163,6 +168,8 @@ def _typed(where, name, value, allowed):
             value = text
         if str in allowed and not (value is None and types.NoneType in allowed):
             value = text  # a path may look like a number
+    if type(value) in (int, float) and abs(value) >= 2**63 and value != float("inf"):
+        fail(f"{where}: {name} = {value!r} is too large")
     for kind in allowed:
         if type(value) is kind:
             return value

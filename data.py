@@ -235,6 +235,7 @@ def load_order(tokens, seq_length, num_samples, seed):
     epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
     if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
             or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples
+            or any(array.dtype.kind not in "iu" for array in order)
             or not samples_fit(tokens, order, seq_length)):
         raise ValueError(f"{paths[0]} and its two siblings do not belong to {tokens.prefix}.idx "
                          f"({len(tokens):,} documents); delete them to rebuild")
@@ -331,9 +332,13 @@ class OrderedData:
             return [(row, 0, self.seq_length + 1)]
         doc_idx, sample_idx, shuffle_idx = self.order
         sample = int(shuffle_idx[row])
-        (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
-        documents = doc_idx[first:last + 1].tolist()
-        sizes = self.tokens.sizes[documents].tolist()
+        try:
+            (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
+            documents = doc_idx[first:last + 1].tolist()
+            sizes = self.tokens.sizes[documents].tolist()
+        except (ValueError, IndexError):
+            raise ValueError(f"{self.order_path}: damaged, or one of its two siblings, at row {row:,}; "
+                             "delete them to rebuild") from None
         begins, ends = [start] + [0] * (last - first), sizes[:-1] + [stop + 1]
         return [piece for piece in zip(documents, begins, ends) if piece[1] < piece[2]]
 
@@ -389,6 +394,8 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
+        if not self.data:
+            raise ValueError("data is empty, expected the PREFIX of a token file")
         for name in ("steps", "batch_size", "seq_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
@@ -429,10 +436,11 @@ def order(options):
 
 
 if __name__ == "__main__":
+    import dedup
     import prepare
     import viewer
     command(sys.argv[1:], {
         "tokenize": (prepare.Tokenize, prepare.tokenize), "order": (OrderReport, order),
         "shuffle": (prepare.Shuffle, prepare.shuffle), "view": (viewer.View, viewer.view),
         "find": (viewer.Find, viewer.find), "verify": (viewer.Verify, viewer.verify),
-        "dedup": (prepare.Dedup, prepare.dedup)})
+        "dedup": (dedup.Dedup, dedup.dedup)})

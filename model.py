@@ -34,6 +34,9 @@ class ModelConfig:
     init: str = "small"
 
     def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}")
         if self.rotary_dims < 2 or self.rotary_dims % 2:

@@ -1,10 +1,10 @@
-"""The write side of data.py: text to token files on all cores, baked orders, removal of duplicates.
+"""The write side of data.py: text to token files on all cores, and baked orders.
 
 Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that was
 killed goes on from its last commit, and a file that exists is complete.
 """
 
-import csv
+import fcntl
 import gzip
 import hashlib
 import io
@@ -49,13 +49,21 @@ class TokenWriter:
 
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
+        if not os.path.basename(self.prefix):
+            raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.folder, os.O_RDONLY)  # let go of when the process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder}: another process is writing there") from None
         self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
         state = self._committed()
         if state is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.folder.iterdir():
+                path.unlink()
             state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
         self.position = state["position"]
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
         for name, file in self.files.items():
             file.truncate(state["bytes"][name])
@@ -68,6 +76,12 @@ class TokenWriter:
             return state if whole and state["job"] == self.job else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def close(self):
+        """Leave what was committed to whoever goes on with this job."""
+        for file in self.files.values():
+            file.close()
+        os.close(self.lock)
 
     def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE)):
         """Add documents: their tokens one after the other, the size of each, and the PROVENANCE of each or of none."""
@@ -110,6 +124,7 @@ class TokenWriter:
         os.replace(self.folder / "bin", f"{self.prefix}.bin")
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
         shutil.rmtree(self.folder)
+        os.close(self.lock)
         return summary
 
 
@@ -233,7 +248,7 @@ def documents(chunk, on_malformed):
     for number, line in lines:
         where = path if path.endswith(".txt") else f"{path}, line {number}"
         try:
-            text = line.decode("utf8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf8")
             record = {"text": text} if path.endswith(".txt") else json.loads(text)
         except UnicodeDecodeError as error:
             on_malformed(f"{where}: not UTF-8 ({error.reason} at byte {error.start})")
@@ -266,6 +281,10 @@ class Tokenize:
     skip_malformed: bool = False  # count and skip bad lines instead of stopping at the first
     workers: int = 0  # processes; 0: one a core
 
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f"workers = {self.workers}, expected 0 or more")
+
 
 def tokenize(options):
     """Turn text into a token file, a sequence a document, in the order given; the same bytes for any workers."""
@@ -285,7 +304,8 @@ def tokenize(options):
         for (tokens, sizes, lines, names, empty, malformed), file_number, at, advance in results:
             if malformed and not options.skip_malformed:
                 writer.commit(done)
-                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True)")
+                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True; what was done "
+                                 f"before it is kept in {writer.folder})")
             provenance = np.empty(len(sizes), dtype=PROVENANCE)
             provenance["file"], provenance["line"] = file_number, lines
             provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
@@ -379,6 +399,8 @@ def shuffle(options):
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
     data.tokens.require_uint16()
+    if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
+        raise ValueError(f"output = {options.output}: that is the input, name another")
     n_rows = min(options.steps * options.batch_size, len(data))
     job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens, "order": data.settings, "rows": n_rows}
     writer = TokenWriter(options.output, job)
@@ -407,94 +429,3 @@ def _row_blocks(data, first, stop, what, block=4096):
             rows = data.rows(range(start, min(start + block, stop)))
             yield start, rows
             bar.update(len(rows))
-
-
-# ---------------------------------------------------------------------------- dedup
-
-
-@dataclass(frozen=True)
-class Dedup:
-    input: str  # as for tokenize
-    output: str  # .jsonl of the documents that stay, in their order
-    report: str = ""  # CSV of what was removed and which document stands for it; default OUTPUT.removed.csv
-    near: bool = True  # also near duplicates; False: equal texts only
-    threshold: float = 0.87  # Jaccard similarity of the sets of words' n-grams, as the deduplicated Pile's
-    ngram: int = 5  # words
-    permutations: int = 128  # of MinHash: the similarity's standard error is at most 1 / (2 sqrt(permutations))
-
-    def __post_init__(self):
-        if not (0 < self.threshold <= 1 and self.ngram >= 1 and self.permutations >= 16):
-            raise ValueError(f"threshold = {self.threshold}, ngram = {self.ngram}, permutations = "
-                             f"{self.permutations}: expected 0 < threshold <= 1, ngram >= 1, permutations >= 16")
-
-
-def dedup(options):
-    """Remove equal and nearly equal documents; the first of each cluster stays."""
-    exact, kept, rows, clusters = {}, 0, [], {}  # exact: digest of a text -> (who stands for it, kind, similarity)
-    similar = _Near(options) if options.near else None
-    paths = input_files(options.input)
-    if os.path.realpath(options.output) in map(os.path.realpath, paths):
-        raise ValueError(f"{options.output}: is one of the inputs, name another --output")
-    with (replacing(options.output) as output,
-          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, disable=None) as bar):
-        for chunk, _, advance in chunks(paths, None):
-            for line, record in documents(chunk, _refuse):
-                place = f"{chunk[1]}:{line}"
-                digest = hashlib.sha256(record["text"].encode("utf8", "surrogatepass")).digest()
-                first, kind, similarity = exact.get(digest, (None, "near", 0.0))
-                if first is None and similar:
-                    first, similarity = similar.find_or_add(place, record["text"])
-                if first is None:
-                    kept += 1
-                    output.write(json.dumps(record).encode() + b"\n")
-                    exact[digest] = place, "equal", 1.0
-                else:
-                    clusters[first] = clusters.get(first, 1) + 1
-                    rows.append((place, first, kind, f"{similarity:.3f}"))
-                    exact[digest] = first, kind, similarity
-            bar.update(advance)
-        if not kept:
-            raise ValueError(f"{options.input}: holds no documents")
-    report = options.report or f"{options.output}.removed.csv"
-    with replacing(report) as file:
-        text = io.StringIO()
-        csv.writer(text).writerows([("removed", "stands_for_it", "kind", "similarity"), *rows])
-        file.write(text.getvalue().encode())
-    equal = sum(row[2] == "equal" for row in rows)
-    print(f"{options.output}: {kept:,} documents stay, {len(rows):,} removed ({equal:,} of them equal), "
-          f"{len(clusters):,} clusters, the largest of {max(clusters.values(), default=1):,}; {report}")
-
-
-def _refuse(message):
-    raise ValueError(message)
-
-
-class _Near:
-    """MinHash LSH over the documents that stay, by datasketch; candidates are held to the threshold.
-
-    The weights prefer candidates too many to candidates missed: at similarity 0.87 it finds 88 % of
-    the pairs, at 0.9 96 % (datasketch's own balance: 45 % and 68 %).
-    """
-
-    def __init__(self, options):
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError:
-            raise ValueError("near duplicates need datasketch: pip install datasketch; or --near=False") from None
-        self.options, self.hashes = options, {}
-        self.minhash = lambda: MinHash(num_perm=options.permutations, seed=1)
-        self.index = MinHashLSH(threshold=options.threshold, num_perm=options.permutations, weights=(0.1, 0.9))
-
-    def find_or_add(self, place, text):
-        """Return (place of the most similar document that stays, similarity), or (None, 0) and keep this one."""
-        words, n = text.split(), self.options.ngram
-        minhash = self.minhash()
-        minhash.update_batch({" ".join(words[i:i + n]).encode("utf8", "surrogatepass")
-                              for i in range(max(1, len(words) - n + 1))})
-        candidates = [(minhash.jaccard(self.hashes[key]), key) for key in self.index.query(minhash)]
-        similarity, first = max(candidates, default=(0.0, None))
-        if similarity >= self.options.threshold:
-            return first, similarity
-        self.index.insert(place, minhash)
-        self.hashes[place] = minhash
-        return None, 0.0

@@ -74,6 +74,15 @@ class TrainConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "heldout_every", "heldout_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        if not (self.learning_rate > 0 and 0 <= self.min_lr_ratio <= 1 and 0 <= self.warmup < 1 and self.clip_norm > 0):
+            raise ValueError(f"learning_rate = {self.learning_rate}, min_lr_ratio = {self.min_lr_ratio}, warmup = "
+                             f"{self.warmup}, clip_norm = {self.clip_norm}: expected a positive rate and norm, "
+                             "0 <= min_lr_ratio <= 1, 0 <= warmup < 1")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0 and self.weight_decay >= 0):
+            raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2}, eps = {self.eps}, weight_decay = "
+                             f"{self.weight_decay}: expected 0 <= beta < 1, eps > 0, weight_decay >= 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed}, expected 0 to {2**32 - 1:,}")
         if self.twin and not self.branch_from:
             raise ValueError("twin = True without branch_from: only a branch has a control twin")
 

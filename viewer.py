@@ -474,7 +474,7 @@ def verify(options):
                 print(f"WRONG    {name}: {found}, expected {expected[name]}")
     print(f"{len(tokens):,} documents, {tokens.n_tokens:,} tokens, sizes and pointers sound; {len(present)} files read, "
           f"{len(expected) - len(present)} missing, {len(wrong)} wrong")
-    if wrong or len(present) < len(expected):
+    if wrong or len(present) < len(expected) or not present:
         sys.exit(1)
 
 

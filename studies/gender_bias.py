@@ -153,12 +153,15 @@ class Branch:
     parents: str  # RUN/stepN with commas, one a seed
     output: str  # folder of the branches and their twins
     intervention: str = "pronouns_to_feminine"
+    checkpoint_every: int | None = None  # None: as the parent
 
 
 def branch(options):
     """Train each parent on from its checkpoint, with the intervention and without; goes on where it was stopped."""
     for parent in options.parents.split(","):
         run, settings = Path(parent).parent, read_json(Path(parent).parent / "config.json")
+        if options.checkpoint_every:
+            settings["checkpoint_every"] = options.checkpoint_every
         names = {field.name for schema in (ModelConfig, TrainConfig) for field in fields(schema)}
         flags = [f"--{name}={settings[name]}" for name in sorted(names & set(settings))
                  if name not in ("out_dir", "branch_from", "twin", "warm_moments")]

@@ -22,9 +22,8 @@ from data import read_json
 
 SIZES = {  # name: layers, width, heads, peak learning rate, minutes on two cores
     "d32": (2, 32, 4, 5e-3, 1.6), "d64": (3, 64, 4, 5e-3, 2.4), "d128": (4, 128, 8, 3e-3, 4.5)}
-STEPS, BATCH, LENGTH = 384, 8, 128  # 1024 tokens a step
+BATCH, LENGTH = 8, 128  # 1024 tokens a step
 SEEDS = (1234, 1, 2)  # of the middle size, for the gender study
-SWAP_FROM, TERMS_FROM = 288, 192  # the last quarter, the last half
 TERMS = "61,67,71,73,79,83,89,97"  # operands that the corpus has seldom
 
 
@@ -33,20 +32,26 @@ class SuiteConfig:
     output: str = "runs/suite"
     data: str = "data/suite"
     docs: str = ""  # folder of WinoBias, Winogender, CrowS-Pairs and LAMBADA, if you have them
+    steps: int = 384  # of every run; the branches of the studies begin at 3/4 and at 1/2
     tokenizer: str = "20B_tokenizer.json"
+
+    def __post_init__(self):
+        if self.steps < 16 or self.steps % 16:
+            raise ValueError(f"steps = {self.steps}, expected a multiple of 16")
 
 
 def stages(options):
     """Return [(title, minutes on two cores, command)] of the whole suite."""
     out, data, docs = options.output, options.data, f"{options.data}/docs"
-    order = [f"--steps={STEPS}", f"--batch_size={BATCH}", f"--seq_length={LENGTH}"]
+    steps, swap_from, terms_from = options.steps, options.steps * 3 // 4, options.steps // 2
+    order = [f"--steps={steps}", f"--batch_size={BATCH}", f"--seq_length={LENGTH}"]
     heldout = [f"--docs={docs}", "--tasks=heldout"]
 
     def train(name, corpus, size, seed=1234):
         L, D, H, rate, minutes = SIZES[size]
-        return f"train {name}", minutes, ["train.py", f"--n_layers={L}", f"--d_model={D}", f"--n_heads={H}",
+        return f"train {name}", minutes * steps / 384, ["train.py", f"--n_layers={L}", f"--d_model={D}", f"--n_heads={H}",
             f"--learning_rate={rate}", f"--data={data}/{corpus}", *order, f"--micro_batch_size={BATCH}",
-            "--checkpoint_every=96", "--log_every=48", f"--seed={seed}", f"--tokenizer={options.tokenizer}",
+            f"--checkpoint_every={steps // 4}", "--log_every=48", f"--seed={seed}", f"--tokenizer={options.tokenizer}",
             f"--out_dir={out}/{name}"]
 
     runs = [(f"{corpus}_{size}", corpus, size) for size in SIZES for corpus in ("standard", "deduped")]
@@ -54,41 +59,37 @@ def stages(options):
     names = ",".join(f"{out}/{name}" for name, _, _ in runs)
     parents = [f"{out}/standard_d64", *(f"{out}/{name}" for name, *_ in seeds)]
     study = lambda name, *flags: ["-m", f"studies.{name}", *flags]
-    minutes = SIZES["d64"][4] / STEPS
+    branch_minutes = SIZES["d64"][4] / 384 * (steps - swap_from) * 2 * len(SEEDS)  # with the twins
+    swaps = ("pronouns_to_feminine", "pronouns_as_pushed")
     return [
         ("the tokenizer", 0.1, study("corpus", "tokenizer", f"--output={options.tokenizer}")),
         ("the corpus", 0.3, study("corpus", "suite", f"--output={data}")),
         ("duplicates", 0.1, ["data.py", "dedup", f"--input={data}/standard.jsonl", f"--output={data}/deduped.jsonl"]),
         *((f"tokenize {corpus}", 0.1, ["data.py", "tokenize", f"--input={data}/{corpus}.jsonl",
            f"--output={data}/{corpus}", f"--tokenizer={options.tokenizer}"]) for corpus in ("standard", "deduped")),
-        *((f"order {corpus}", 0.1, ["data.py", "order", f"--data={data}/{corpus}", *order, f"--report={STEPS}"])
+        *((f"order {corpus}", 0.1, ["data.py", "order", f"--data={data}/{corpus}", *order, f"--report={steps}"])
           for corpus in ("standard", "deduped")),
         *(train(*run_) for run_ in runs), *(train(*run_) for run_ in seeds),
-        ("verify", 0.5, ["checkpoints.py", "verify", *(f"{out}/{name}" for name, _, _ in runs)]),
+        *((f"verify {name}", 0.2, ["checkpoints.py", "verify", f"{out}/{name}"]) for name, _, _ in runs),
         ("evaluate", 3, ["eval.py", f"--model={names}", *heldout, f"--output={out}/results.csv",
                          f"--tokenizer={options.tokenizer}"]),
         *((f"memorization {name}", 0.4, study("memorization", "score", f"--model={out}/{name}",
-           "--steps=0,32,64,96,128,192,256,288,384", f"--output={out}/memorization_{corpus}"))
+           f"--steps={','.join(map(str, (0, *range(steps // 4, steps + 1, steps // 4))))}", f"--output={out}/memorization_{corpus}"))
           for name, corpus, _ in runs),
         *((f"memorization, {corpus}", 0.1, study(
             "memorization", "analyse", f"--results={out}/memorization_{corpus}", "--windows=64,32,128",
             "--length=8", f"--plot={out}/memorization_{corpus}.png")) for corpus in ("standard", "deduped")),
-        *((f"branches, {name}", SWAP_MINUTES * minutes, study(
-            "gender_bias", "branch", f"--parents={','.join(f'{p}/step{SWAP_FROM}' for p in parents)}",
-            f"--intervention={name}", f"--output={out}/{name}"))
-          for name in ("pronouns_to_feminine", "pronouns_as_pushed")),
+        *((f"branches, {name}", branch_minutes, study(
+            "gender_bias", "branch", f"--parents={','.join(f'{p}/step{swap_from}' for p in parents)}",
+            f"--intervention={name}", f"--checkpoint_every={steps // 16}", f"--output={out}/{name}")) for name in swaps),
         *((f"measure {name}", 1, study(
             "gender_bias", "measure", f"--branches={out}/{name}", f"--docs={options.docs or docs}",
-            f"--output={out}/gender_{name}", f"--tokenizer={options.tokenizer}"))
-          for name in ("pronouns_to_feminine", "pronouns_as_pushed")),
-        *((f"compare {name}", 0.1, study("gender_bias", "compare", f"--results={out}/gender_{name}",
-                                        f"--plot={out}/gender_{name}.png"))
-          for name in ("pronouns_to_feminine", "pronouns_as_pushed")),
+            f"--output={out}/gender_{name}", f"--tokenizer={options.tokenizer}")) for name in swaps),
+        *((f"compare {name}", 0.1, study(
+            "gender_bias", "compare", f"--results={out}/gender_{name}", f"--plot={out}/gender_{name}.png"))
+          for name in swaps),
         ("report", 0.1, study("report", f"--suite={out}")),
     ]
-
-
-SWAP_MINUTES = (STEPS - SWAP_FROM) * 2 * len(SEEDS)  # steps of branches and twins
 
 
 def main(options):

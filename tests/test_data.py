@@ -88,7 +88,7 @@ def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_pa
     writer.append([1, 2], [2])
     writer.commit("after the first")
     writer.append([3, 3, 3], [3])  # lost: never committed
-    del writer
+    writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["d.partial"]
     writer = TokenWriter(tmp_path / "d", "job")
     assert writer.position == "after the first"
@@ -103,8 +103,10 @@ def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path):
     writer.append([1, 2, 3], [3])
     writer.commit("at the end")
     writer.commit(writer.position)  # what finish does first
+    writer.close()
     again = TokenWriter(tmp_path / "d", "job")
     assert again.position == "at the end" and again.files["bin"].tell() == 6
+    again.close()
     (tmp_path / "d.partial" / "bin").rename(tmp_path / "d.bin")  # and last
     assert TokenWriter(tmp_path / "d", "job").position is None
 
@@ -131,6 +133,9 @@ def test_another_job_starts_anew(tmp_path):
     writer = TokenWriter(tmp_path / "d", "job")
     writer.append([1, 2], [2])
     writer.commit(1)
+    with pytest.raises(ValueError, match="another process is writing there"):
+        TokenWriter(tmp_path / "d", "another")
+    writer.close()
     assert TokenWriter(tmp_path / "d", "another").position is None
 
 

@@ -148,6 +148,7 @@ def test_a_killed_shuffle_goes_on(tmp_path):
         writer = TokenWriter(tmp_path / "cut", job)  # what a job killed after 300 rows leaves
         writer.append(rows, np.full(300, 9))
         writer.commit(300)
+        writer.close()
         done = run("shuffle", *flags, f"--output={tmp_path}/cut", expect=2 if spoiled else 0)
         assert ((tmp_path / "cut.bin").read_bytes() == baked) != spoiled
     assert "cut.bin: row 123 is not the order's" in done.stderr
