@@ -133,6 +133,8 @@ def main(config):
     tokenizer = load_tokenizer(config.tokenizer)
     folders = find_all(config.model, config.steps)
     done = open_results(config.output) if rank == 0 else None
+    if config.samples:
+        open(config.samples, "a").close()  # a path that cannot be written shows now, not in an hour
     if dist.is_initialized():  # what rank 0 found: it may soon write more
         done = [done]
         dist.broadcast_object_list(done)
@@ -304,7 +306,13 @@ def append_samples(path, name, step, job, results):
 @dataclass(frozen=True)
 class TasksConfig:
     docs: str | None = None  # folder of documents; without it only the names
-    style: str = "v0.4"
+    style: str = "v0.4"  # or v0.3
+
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ValueError(f"style = {self.style!r}, expected {' or '.join(STYLES)}")
+        if self.docs is not None and not os.path.isdir(self.docs):
+            raise ValueError(f"{self.docs}: no such folder")
 
 
 def list_tasks(config):
@@ -317,7 +325,7 @@ def list_tasks(config):
                 try:
                     found = f"{len(read_split(config.docs, task, split)):,}"
                 except (ValueError, OSError) as error:
-                    found = "missing" if "no such file" in str(error) else str(error)
+                    found = str(error).split(";")[0].replace(": no such file", " missing")
                 counts.append(f"{split} {found}" + (f" of {task.n:,}" if task.n and split == task.split else ""))
             line += ", ".join(counts)
         print(line.rstrip())

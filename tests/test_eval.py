@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 
@@ -55,6 +56,10 @@ def test_all_checkpoints_are_evaluated_once(workplace):
     (["--tasks=piqa"], "piqa/validation.jsonl, line 1: sol1 is 3, expected a str"),
     (["--tasks=heldout", "--steps=1,2,3"], "no checkpoint at step 1, 3; there are 0, 2, 8"),
     (["--tasks=heldout", "--steps=first"], "steps = 'first', expected all, last"),
+    (["--tasks=heldout", "--shots=1"], "heldout: shots must be 0 in style v0.4"),
+    (["--tasks=mmlu", "--style=v0.3"], "no task called mmlu in style v0.3"),
+    (["--tasks=heldout", "--style=v1"], "style = 'v1', expected v0.4 or v0.3"),
+    (["--tasks=heldout", "--samples=/nowhere/s.jsonl"], "/nowhere/s.jsonl: No such file"),
     (["--tasks=heldout", "--model=/proc"], "/proc: neither a run folder")])
 def test_a_mistake_is_one_line(workplace, flags, words):
     done = run(workplace, *flags, expect=2)
@@ -65,3 +70,19 @@ def test_samples_start_with_the_prompt(workplace):
     done = subprocess.run([sys.executable, "eval.py", "sample", f"--model={workplace}/run", "--steps=0,8",
                            "--prompt=In the beginning", "--n_tokens=5"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.count("In the beginning") == 2 and "--- run step 8" in done.stdout, done.stderr
+
+
+def test_samples_hold_every_request(workplace):
+    run(workplace, "--tasks=heldout", "--steps=8", f"--samples={workplace}/s.jsonl", f"--output={workplace}/s.csv")
+    lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["doc_id"], line["context"]) for line in lines] == [
+        ("heldout", 0, "one"), ("heldout", 1, "two two")]
+    rows = {row["metric"]: float(row["value"]) for row in csv.DictReader((workplace / "s.csv").open())}
+    assert rows["byte_perplexity"] == pytest.approx(math.exp(-sum(line["loglikelihood"] for line in lines) / 10))
+
+
+def test_the_list_of_tasks_tells_what_is_missing(workplace):
+    done = subprocess.run([sys.executable, "eval.py", "tasks", f"--docs={workplace}/docs"], cwd=ROOT,
+                          capture_output=True, text=True)
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert "test 2" in lines["heldout"] and f"{workplace}/docs/piqa/train.jsonl missing" in lines["piqa"]
