@@ -153,6 +153,9 @@ class HeadLoss(torch.autograd.Function):
     at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
     are made on the way forward (the loss is the last node, so its incoming gradient is a number).
 
+    Where its time goes at d_model 128 on two AVX-512 threads: the three matmuls 84 %, softmax 8 %, the
+    two maxima 8 %. Gradients of the weight kept transposed, (D, V), were no faster at D 512.
+
     A negative target (padding) adds nothing to the sum, but the mean is still over all N: a token
     weighs the same whatever padding shares its micro-batch, on any number of processes.
     """

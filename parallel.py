@@ -88,7 +88,7 @@ def parallelize(model, launch, dtype, processes):
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
                                               preserve_rng_state=False)
     if processes.count > 1 and launch.sharding == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh  # takes a second, which others need not wait
+        from torch.distributed.device_mesh import init_device_mesh  # takes a second
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(processes.device.type, (processes.count,))
         # Blocks travel in the dtype of their matmuls, half the bytes. The root, embeddings and last
@@ -122,7 +122,8 @@ def fill(tensor, whole):
     """Copy a whole tensor into `tensor`, which may be a process's shard of it."""
     if is_shard(tensor):  # every process has the whole, so none is sent
         from torch.distributed.tensor import distribute_tensor
-        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements,
+                                  src_data_rank=None)
     tensor.copy_(whole)
 
 
@@ -180,8 +181,8 @@ class PlanConfig:
         if self.gpu not in GPU_PEAKS:
             raise ValueError(f"gpu = {self.gpu!r}, expected one of {', '.join(GPU_PEAKS)}")
         if self.gpus < 1 or not self.gpu_memory > 0 or not 0 < self.mfu <= 1:
-            raise ValueError(f"gpus = {self.gpus}, gpu_memory = {self.gpu_memory}, mfu = {self.mfu}: expected at "
-                             "least 1, more than 0, and between 0 and 1")
+            raise ValueError(f"gpus = {self.gpus}, gpu_memory = {self.gpu_memory}, mfu = {self.mfu}: "
+                             "expected at least 1, more than 0, and between 0 and 1")
 
 
 def memory_per_process(config, launch, processes, micro_batch_size, accumulates, itemsize=2, head_rows=2048):
@@ -207,7 +208,7 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
     kept = N * D * (4 + 16 * itemsize)
     activations = L * 4 * N * D + kept if launch.activation_checkpointing else L * kept
     activations += 8 * N * D  # the last norm's input and the gradient of its output
-    logits = min(head_rows, N) * V * (4 + 2 * cast)  # with, in half precision, what comes from and goes to a matmul
+    logits = min(head_rows, N) * V * (4 + 2 * cast)  # cast: what comes from a matmul, and what goes into one
     loss = 4 * V * D + max(logits + 2 * cast * V * D, 9 * itemsize * N * D)  # or one block's backward pass
     if processes > 1 or accumulates:
         peak = weights + moments + gradients + activations + loss
@@ -220,17 +221,19 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
 def plan(config, steps, batch_size, launch, options, n_checkpoints, command):
     """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batches."""
     tokens = batch_size * config.seq_length
-    parameters = config.n_layers * (12 * config.d_model**2 + 13 * config.d_model) + 2 * (config.vocab_size + 1) * config.d_model
+    D = config.d_model
+    parameters = config.n_layers * (12 * D**2 + 13 * D) + 2 * (config.vocab_size + 1) * D
     flops = flops_per_token(config) * tokens
     seconds = flops / (GPU_PEAKS[options.gpu] * options.mfu * options.gpus)
     print(f"{parameters:,} parameters, {tokens:,} tokens a step, {steps:,} steps, {tokens * steps:,} tokens")
-    print(f"{flops:.3e} FLOPs a step, {flops * steps:.3e} in all: at {options.mfu:.0%} of {options.gpus} {options.gpu}'s "
-          f"{GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s {seconds:.2f} s a step, {seconds * steps / 86400:.1f} days")
+    print(f"{flops:.3e} FLOPs a step, {flops * steps:.3e} in all: at {options.mfu:.0%} of "
+          f"{options.gpus} {options.gpu}'s {GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s {seconds:.2f} s a step, {seconds * steps / 86400:.1f} days")
     print(f"{n_checkpoints} checkpoints: {n_checkpoints * 4 * parameters / 1e9:,.0f} GB of weights, "
           f"{n_checkpoints * 12 * parameters / 1e9:,.0f} GB with the optimizer's state; "
           f"{12 * parameters / 1e9:,.1f} GB to go on from the newest")
     if batch_size % options.gpus:
-        raise ValueError(f"gpus = {options.gpus} does not divide batch_size = {batch_size}: the batch would change")
+        raise ValueError(f"gpus = {options.gpus} does not divide batch_size = {batch_size}: "
+                         "the batch would change")
     share = batch_size // options.gpus
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     room = options.gpu_memory * 1e9 * USABLE
@@ -250,18 +253,21 @@ def plan(config, steps, batch_size, launch, options, n_checkpoints, command):
         if fits >= min(8, share):
             break
     fits, chosen, rows = best
-    print(f"\nGB a GPU with sharding={chosen.sharding}, activation_checkpointing={chosen.activation_checkpointing}:")
+    print(f"\nGB a GPU with sharding={chosen.sharding}, "
+          f"activation_checkpointing={chosen.activation_checkpointing}:")
     print(f"{'':14} " + " ".join(f"{name:>11}" for name in rows[1]))
     for size, row in rows.items():
         print(f"micro-batch {size:2} " + " ".join(f"{value / 1e9:11.2f}" for value in row.values())
               + ("" if row["peak"] <= room else f"  over {room / 1e9:.0f}"))
     if not fits:
-        raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB on {options.gpus} GPUs: "
-                         "take more GPUs, or larger ones")
+        raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB on "
+                         f"{options.gpus} GPUs: take more GPUs, or larger ones")
     nodes = -(-options.gpus // 8)
     launcher = f"--standalone --nproc_per_node={options.gpus}" if nodes == 1 else (
-        f"--nnodes={nodes} --nproc_per_node={options.gpus // nodes} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500")
+        f"--nnodes={nodes} --nproc_per_node={options.gpus // nodes} --rdzv_backend=c10d "
+        "--rdzv_endpoint=HOST:29500")
     print(f"\ntorchrun {launcher} train.py {' '.join(command)} --sharding={chosen.sharding} "
-          f"--activation_checkpointing={chosen.activation_checkpointing} --micro_batch_size={fits} --out_dir=RUN")
+          f"--activation_checkpointing={chosen.activation_checkpointing} --micro_batch_size={fits} "
+          "--out_dir=RUN")
     print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "
           f"{batch_size} sequences a step, as ever")

@@ -31,7 +31,8 @@ from data import read_json
 
 METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds")
 # A branch has the model, the order of the data and the schedule of its parent.
-SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "steps", "batch_size", "first_batch_sha256")
+SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "steps", "batch_size",
+          "first_batch_sha256")
 
 
 def open_run(out_dir, settings, may_change):
@@ -155,11 +156,11 @@ class Log:
             rows = f"rows {step * self.batch_size:,} to {(step + 1) * self.batch_size - 1:,}"
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.may_overflow):
                 raise FloatingPointError(
-                    f"step {step} ({rows}): loss {loss}, gradient norm {norm}. Nothing was saved after it; the last "
-                    f"checkpoint is step{saved_steps(self.out_dir)[-1]}, `python data.py view` shows the rows")
+                    f"step {step} ({rows}): loss {loss}, gradient norm {norm}. Nothing was saved after it; the "
+                    f"last checkpoint is step{saved_steps(self.out_dir)[-1]}, `python data.py view` shows the rows")
             if self.is_main:
-                self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},{norm!r},{scale:.0f},"
-                                   f"{seconds:.4f}\n")
+                self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},{norm!r},"
+                                   f"{scale:.0f},{seconds:.4f}\n")
                 if rows_changed:
                     self.changed.writelines(f"{step},{row}\n" for row in rows_changed)
                 self.watch(step, loss, rows)
@@ -170,8 +171,8 @@ class Log:
         if len(self.recent) == self.recent.maxlen:
             mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
             if loss > mean + 6 * deviation:
-                self.say(f"spike at step {step} ({rows}): loss {loss:.4f}, {(loss - mean) / deviation:.1f} standard "
-                         f"deviations above {mean:.4f}, the mean of the 128 steps before")
+                self.say(f"spike at step {step} ({rows}): loss {loss:.4f}, {(loss - mean) / deviation:.1f} "
+                         f"standard deviations above {mean:.4f}, the mean of the 128 steps before")
         self.recent.append(loss)
 
     def report(self, step, loss, rate, norm, seconds, flops_per_token, peak):

@@ -2,8 +2,10 @@
 
     python train.py configs/mini.py --data=data/demo/train --out_dir=runs/mini
     torchrun --standalone --nproc_per_node=8 train.py configs/pythia_160m.py --data=PREFIX --out_dir=RUN
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ... --sharding=fsdp
-    python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child --intervention=NAME --twin=True
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+    python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child --twin=True \\
+        --intervention=NAME
+    python train.py configs/pythia_12b.py --plan=True --gpus=64
 
 The same command, given again, goes on where the run stopped, to the same bits as if it had never
 stopped. Checkpoint N is the weights after N updates; step s is the update that makes checkpoint s + 1
@@ -71,7 +73,8 @@ class TrainConfig:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype = {self.dtype!r}, expected float32, bfloat16 or float16")
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "heldout_every", "heldout_batches"):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "heldout_every",
+                     "heldout_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
         if not (self.learning_rate > 0 and 0 <= self.min_lr_ratio <= 1 and 0 <= self.warmup < 1 and self.clip_norm > 0):
@@ -109,8 +112,9 @@ def learning_rate_at(k, config):
 
 def make_optimizer(model, config):
     """Return AdamW: decay on every matrix, embedding and head included, none on biases and LayerNorms."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() == 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
@@ -135,8 +139,8 @@ class LossScaler:
         if overflow:
             if state["scale"] == 1.0:
                 raise FloatingPointError(
-                    "overflow at loss scale 1, after halving it at every step: the run has diverged. Look at the loss "
-                    "in metrics.csv and go back to an earlier checkpoint with a lower rate or --dtype=bfloat16")
+                    "overflow at loss scale 1, after halving it at every step: the run has diverged. Look at the "
+                    "loss in metrics.csv; branch from an earlier checkpoint with a lower rate or --dtype=bfloat16")
             if state["hysteresis"] == 1:
                 state["scale"] = max(state["scale"] / 2, 1.0)
             else:
@@ -170,9 +174,10 @@ class Interrupt:
 
 
 def open_data(prefix, steps, model_config, config, processes):
-    """Return `steps` batches of data in order; the first process builds the order, the others find it built."""
+    """Return `steps` batches of data in order; the first process builds it, the others find it built."""
     def build():
-        return OrderedData(prefix, model_config.seq_length, samples_needed(steps, config.batch_size), config.seed)
+        num_samples = samples_needed(steps, config.batch_size)
+        return OrderedData(prefix, model_config.seq_length, num_samples, config.seed)
 
     data = build() if processes.rank == 0 else None
     processes.barrier()
@@ -223,7 +228,7 @@ def clip(model, limit, scale):
 
 
 def to_device(rows, device):
-    """Return the rows on the device, copied from pinned memory, so that the host does not wait for the copy."""
+    """Return the rows on the device, from pinned memory, so that the host does not wait for the copy."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
@@ -268,7 +273,8 @@ def train(model_config, config, intervention, launch, processes):
         load_tokenizer(config.tokenizer)
         # The rows of step 0 stand for the whole order: a moved file is welcome, another one is not.
         digest = hashlib.sha256(data.batch(0, config.batch_size).astype("<u2").tobytes()).hexdigest()
-        settings = asdict(model_config) | asdict(config) | asdict(intervention) | {"first_batch_sha256": digest}
+        settings = asdict(model_config) | asdict(config) | asdict(intervention)
+        settings["first_batch_sha256"] = digest
         open_run(config.out_dir, settings, MAY_CHANGE)
         checkpoints.lock(config.out_dir)
         with open(os.path.join(config.out_dir, "launches.jsonl"), "a") as file:
@@ -279,7 +285,7 @@ def train(model_config, config, intervention, launch, processes):
 
     # ---- model, optimizer, and where they go on
     dtype = compute_dtype(config.dtype, device)
-    autocast = functools.partial(  # every weight is cast once a pass, so keeping the casts would only cost memory
+    autocast = functools.partial(  # every weight is cast once a pass: a cache would only cost memory
         torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     with torch.device("meta"):
         model = Pythia(model_config)
@@ -294,8 +300,8 @@ def train(model_config, config, intervention, launch, processes):
     else:  # weights alone: replay the batches before them at rate 0, which moves nothing but the moments
         first, updates = start - config.warm_moments, start
         if not 0 <= first < start:
-            raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: --warm_moments=K "
-                             f"rebuilds Adam's moments from the K batches before it, K from 1 to {start}")
+            raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: "
+                             f"--warm_moments=K rebuilds Adam's moments from the K batches before it, K from 1 to {start}")
 
     schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
     log = Log(config.out_dir, start, config.steps, config.batch_size, tokens_per_step, scaler.enabled,
