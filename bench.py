@@ -367,7 +367,7 @@ class Eval:
     documents: int = 48  # of each task (of MMLU: of the subject)
     subject: str = "anatomy"  # of MMLU
     rounds: int = 3
-    batch: int = 8  # of lm_eval and transformers; the fastest of 1, 4, 8, 16 on two cores
+    batch: int = 8  # rows, of lm_eval and of both generations
     new_tokens: int = 64  # to generate
     threads: int = 2
 
