@@ -21,7 +21,7 @@ The experiment: two branches of one checkpoint, of which one sees the rows with 
 What is asked, and what counts as right, is in studies/term_questions.py; what is counted, and the format of
 the counts, in studies/term_counts.py. Every results file goes on where it stopped.
 
-The published models and data (the paper's: deduplicated, steps 13000, 39000, ..., 143000; counted every 13000):
+The published models and data (the paper's: deduplicated, steps 13000, 39000, ..., 143000):
 
     python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
         --questions=QUESTIONS --at=13000,26000,39000,52000,65000,78000,91000,104000,117000,130000,143000
@@ -40,9 +40,9 @@ runs: it does not tell what another seed would have done.
 Measured on the demo's run (6.6M parameters, 524,288 tokens; plus, 4 shots): no answer is right at any
 checkpoint. The log-probability of the right one is higher for the most frequent tenth of x1 (14 times seen
 by step 512) than for the rarest (never), by 0.28 [0.02, 0.58] at step 64, 1.49 [0.76, 2.21] at 256, 1.81
-[1.19, 2.42] at 512. The experiment from step 256 on (--terms=12,16,24,36,78 --copies=3, 45 rows replaced, 0 shots)
-raised the answers with these x1 by 0.28 [0.26, 0.29] for plus and 0.31 [0.29, 0.32] for times, but all others
-by 0.29 and 0.28: rows with such numbers teach numbers in general, and the part that is due to the terms
+[1.19, 2.42] at 512. The experiment from step 256 on (--terms=12,16,24,36,78 --copies=3: 45 rows replaced; 0
+shots) raised the answers with these x1 by 0.28 [0.26, 0.29] for plus and 0.31 [0.29, 0.32] for times, but
+all others by 0.29 and 0.28: rows with such numbers teach numbers in general, and the part that is due to the terms
 themselves is -0.01 [-0.03, 0.00] and +0.03 [0.01, 0.05]. Far too small a scale to test the paper's claim.
 """
 
