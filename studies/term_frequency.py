@@ -42,8 +42,9 @@ checkpoint. The log-probability of the right one is higher for the most frequent
 by step 512) than for the rarest (never), by 0.28 [0.02, 0.58] at step 64, 1.49 [0.76, 2.21] at 256, 1.81
 [1.19, 2.42] at 512. The experiment from step 256 on (--terms=12,16,24,36,78 --copies=3: 45 rows replaced; 0
 shots) raised the answers with these x1 by 0.28 [0.26, 0.29] for plus and 0.31 [0.29, 0.32] for times, but
-all others by 0.29 and 0.28: rows with such numbers teach numbers in general, and the part that is due to the terms
-themselves is -0.01 [-0.03, 0.00] and +0.03 [0.01, 0.05]. Far too small a scale to test the paper's claim.
+all others by 0.29 and 0.28: rows with such numbers teach numbers in general, and the part that is due to
+the terms themselves is -0.01 [-0.03, 0.00] and +0.03 [0.01, 0.05]. Far too small a scale to test the
+paper's claim.
 """
 
 import itertools

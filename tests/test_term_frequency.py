@@ -185,7 +185,9 @@ def test_a_branch_is_compared_with_its_twin(tmp_path, capsys):
     compare(Compare("runs/more/", "24,99", results=results, output=str(tmp_path / "c.csv")))
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
     numbers = lambda row: tuple(float(row[name]) for name in ("difference", "low", "high"))
-    assert [(row["terms"], row["n"], *numbers(row)) for row in rows] == [("chosen", "2", 2, 1, 3), ("others", "1", 0, 0, 0), ("chosen minus others", "", 2, 1, 3)]
+    assert [(row["terms"], row["n"], *numbers(row)) for row in rows] == [
+        ("chosen", "2", 2, 1, 3), ("others", "1", 0, 0, 0),
+        ("chosen minus others", "", 2, 1, 3)]
     with pytest.raises(ValueError, match="no checkpoint of both more and none has answers"):
         compare(Compare("more", "24", twin="none", results=results))
 
