@@ -1,4 +1,5 @@
 # make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw the curves
+# make suite  the paper in miniature: three sizes, two corpora, all studies, one report (about 40 minutes)
 # make test   run the test suite
 # make proofs run the long proofs and the benchmarks
 # make parity ask lm-evaluation-harness itself again (10 minutes) and compare
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test proofs parity tokenizer
+.PHONY: demo suite test proofs parity tokenizer
 
 demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
 	$(PY) data.py order --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256
@@ -21,6 +22,9 @@ demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
 	@echo "  $(PY) data.py view --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256 --step=100"
 	@echo "  $(PY) eval.py sample --model=runs/mini --prompt='In the beginning'"
 	@echo "  $(PY) train.py configs/mini.py --out_dir=runs/wide --d_model=128 --learning_rate=3e-3"
+
+suite: .venv/requirements-dev
+	$(PY) -m studies.suite
 
 test: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pytest -q tests

@@ -187,9 +187,11 @@ def published_batch(model):
 
 
 def size(model):
-    """Return the parameters that a model's name tells, by which curves are ordered and coloured; 0 if none."""
-    match = re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", model.lower())
-    return float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]] if match else 0
+    """Return the parameters, or the width as in _d64, that a model's name tells, to order and colour curves; 0 if none."""
+    if match := re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", model.lower()):
+        return float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]]
+    match = re.search(r"(?:^|_)d(\d+)", model)
+    return float(match[1]) if match else 0
 
 
 def choose_panels(curves, tasks, metrics, shots):
@@ -220,7 +222,10 @@ def draw(curves, panels, output, reference=None, title=None):
     figure, grid = plt.subplots(rows, columns, figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9), squeeze=False,
                                 layout="constrained")
     sizes = sorted({(size(model), model) for panel in panels for model in curves.get(panel, ())})
-    colour = {model: plt.cm.viridis_r(0.08 + 0.92 * i / max(1, len(sizes) - 1)) for i, (_, model) in enumerate(sizes)}
+    # One colour a size; models whose names tell none have one each.
+    keys = list(dict.fromkeys(number or model for number, model in sizes))
+    colour = {model: plt.cm.viridis_r(0.08 + 0.92 * keys.index(number or model) / max(1, len(keys) - 1))
+              for number, model in sizes}
     handles = {}
     for axes, (task, shots, metric) in zip(grid.flat, panels):
         published = [(model, [point for point in points if point[0] > 0]) for model, points in
@@ -236,7 +241,7 @@ def draw(curves, panels, output, reference=None, title=None):
             points = [point for point in points if point[0] > 0]
             x, y = [p[0] for p in points], [p[1] for p in points]
             [handles[model]] = axes.plot(x, y, color=colour[model], linewidth=1.4, marker="o", markersize=2.2,
-                                         label=model)
+                                         linestyle="--" if "deduped" in model else "-", label=model)
             if points and None not in (error for *_, error in points):
                 axes.fill_between(x, [v - e for _, v, e in points], [v + e for _, v, e in points],
                                   color=colour[model], alpha=0.15, linewidth=0)
@@ -380,6 +385,86 @@ def term_frequency(options):
     figure.savefig(options.output, dpi=150)
     plt.close(figure)
     print(options.output)
+
+
+def memorization(folder, output):
+    """Draw how much is remembered by subset over training, and counts per window against a Poisson's quantiles.
+
+    folder: where studies/memorization.py wrote rates.csv and windows.csv.
+    """
+    plt = pyplot()
+    rates, windows = (read_csv(os.path.join(folder, name)) for name in ("rates.csv", "windows.csv"))
+    models = sorted({row["model"] for row in rates}, key=_natural)
+    subsets = sorted({row["subset"] for row in rates} - {"all"}, key=_natural)
+    figure, panels = plt.subplots(2, len(models), figsize=(4 * len(models) + 2, 7.5), layout="constrained",
+                                  squeeze=False, sharey="row")
+    for model, (top, bottom) in zip(models, panels.T):
+        for i, subset in enumerate(["all", *subsets]):
+            curve = sorted((int(row["step"]), float(row["mean_length"]), float(row["stderr"])) for row in rates
+                           if (row["model"], row["subset"], row["rows"]) == (model, subset, "seen"))
+            if curve:
+                top.errorbar(*zip(*curve), marker="o", markersize=3, linewidth=1, label=subset,
+                             color="black" if subset == "all" else plt.cm.viridis(i / len(subsets)))
+        top.set(title=model, xlabel="step", ylabel="tokens right before the first miss" if top is panels[0, 0] else "")
+        mine = [row for row in windows if row["model"] == model]
+        last = max(int(row["step"]) for row in mine)
+        size = next(row["window"] for row in mine)
+        counts = [int(row["memorized"]) for row in mine if (int(row["step"]), row["window"]) == (last, size)
+                  for _ in range(int(row["windows"]))]
+        quantiles = _poisson_quantiles(len(counts), sum(counts) / len(counts))
+        bottom.plot(quantiles, sorted(counts), ".", color="tab:blue")
+        bottom.plot([0, max(quantiles)], [0, max(quantiles)], "--", color="grey", linewidth=1)
+        bottom.set(xlabel=f"Poisson, rate {sum(counts) / len(counts):.2f}", title=f"step {last:,}",
+                   ylabel=f"memorized rows of {size}" if bottom is panels[1, 0] else "")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+    print(output)
+
+
+def _natural(text):
+    """Sort "8 times" before "32 times"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _poisson_quantiles(n, mean):
+    """Return the n quantiles (i + 1/2) / n of a Poisson distribution."""
+    quantiles, k, p = [], 0, math.exp(-mean)
+    below = p
+    for i in range(n):
+        while below < (i + 0.5) / n and p > 0:
+            k += 1
+            p *= mean / k
+            below += p
+        quantiles.append(k)
+    return quantiles
+
+
+def differences(path, output):
+    """Draw branch minus twin with its interval over steps, a panel a measure, from gender_bias.csv."""
+    plt, rows = pyplot(), read_csv(path)
+    measures = list(dict.fromkeys(row["measure"] for row in rows))
+    columns = min(3, len(measures))
+    figure, panels = plt.subplots(-(-len(measures) // columns), columns, squeeze=False, layout="constrained",
+                                  figsize=(4.2 * columns, 3.4 * -(-len(measures) // columns)))
+    for axes in panels.flat[len(measures):]:
+        axes.set_visible(False)
+    for axes, measure in zip(panels.flat, measures):
+        mine = sorted((row for row in rows if row["measure"] == measure), key=lambda row: int(row["step"]))
+        step, value, low, high = ([float(row[name]) for row in mine] for name in ("step", "difference", "low", "high"))
+        axes.axhline(0, color="grey", linewidth=1)
+        axes.fill_between(step, low, high, color="tab:blue", alpha=0.2, linewidth=0)
+        axes.plot(step, value, color="tab:blue", marker="o", markersize=4)
+        axes.set(xlabel="step", ylabel="branch - twin (nats)" if measure != "choice" else "branch - twin",
+                 title=f"{measure}, {int(mine[0]['items']):,} items, {mine[0]['seeds']} seeds")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+    print(output)
 
 
 if __name__ == "__main__":

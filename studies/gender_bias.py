@@ -44,6 +44,7 @@ from config import command, replacing
 from data import read_json
 from eval import find, pick_device
 from model import ModelConfig
+from parallel import LaunchConfig
 from scoring import loglikelihood
 from studies.memorization import write_table
 from tokenizer import load_tokenizer
@@ -162,7 +163,8 @@ def branch(options):
         run, settings = Path(parent).parent, read_json(Path(parent).parent / "config.json")
         if options.checkpoint_every:
             settings["checkpoint_every"] = options.checkpoint_every
-        names = {field.name for schema in (ModelConfig, TrainConfig) for field in fields(schema)}
+        settings |= json.loads((run / "launches.jsonl").read_text().splitlines()[-1])["launch"]
+        names = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig) for field in fields(schema)}
         flags = [f"--{name}={settings[name]}" for name in sorted(names & set(settings))
                  if name not in ("out_dir", "branch_from", "twin", "warm_moments")]
         child = Path(options.output) / f"{run.name}_{options.intervention}"

@@ -35,6 +35,7 @@ from config import command, replacing
 from data import Order, ordered, read_json
 from eval import find, pick_device
 from model import head_blocks
+from studies.poisson import poisson_tests, window_counts
 from viewer import Provenance
 
 UNKNOWN = 255  # in a .npy that is being made
@@ -192,40 +193,9 @@ class Analyse:
     length: int | None = None  # tokens right that make a row memorized; None: all of the continuation
     plot: str = ""  # PNG
 
-
-def poisson_tests(counts):
-    """Return {test: (statistic, p-value)} of whether counts (n,) per window are Poisson with one rate.
-
-    dispersion: sum (c - mean)^2 / mean against chi-square with n - 1 degrees, two-sided; trend: the score
-    test of a rate that changes linearly with the window's number, normal, two-sided; fit: chi-square over the
-    counts' values, pooled until 5 are expected of each.
-    """
-    n, mean = len(counts), counts.mean()
-    if n < 2 or mean == 0:
-        return {}
-    dispersion = float(((counts - mean)**2).sum() / mean)
-    upper = chi2_sf(dispersion, n - 1)
-    place = np.arange(n) - (n - 1) / 2
-    z = float(place @ counts / math.sqrt(mean * (place @ place)))
-    tests = {"dispersion": (dispersion / (n - 1), min(1.0, 2 * min(upper, 1 - upper))),
-             "trend": (z, math.erfc(abs(z) / math.sqrt(2)))}
-    observed, expected, o, e, below = [], [], 0.0, 0.0, 0.0
-    for k in range(int(counts.max()) + 1):
-        p = math.exp(-mean + k * math.log(mean) - math.lgamma(k + 1))
-        o, e, below = o + (counts == k).sum(), e + n * p, below + p
-        if e >= 5 and n * (1 - below) >= 5:
-            observed.append(o), expected.append(e)
-            o, e = 0.0, 0.0
-    observed.append(n - sum(observed)), expected.append(n - sum(expected))
-    if len(observed) > 2:
-        statistic = sum((o - e)**2 / e for o, e in zip(observed, expected))
-        tests["fit"] = (float(statistic), chi2_sf(statistic, len(observed) - 2))
-    return tests
-
-
-def chi2_sf(x, degrees):
-    return float(torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64),
-                                         torch.tensor(float(x) / 2, dtype=torch.float64)))
+    def __post_init__(self):
+        if not all(window.isdigit() and int(window) for window in self.windows.split(",")):
+            raise ValueError(f"windows = {self.windows!r}, expected numbers of rows with commas")
 
 
 def analyse(options):
@@ -249,7 +219,7 @@ def analyse(options):
         raise ValueError(f"{folder}: results of {sorted(sizes)} rows, of an order of {len(data):,}")
     rows = first + np.arange(sizes.pop())
     subsets = subset_of(data, rows)
-    rates, tests, early = [], [], []
+    rates, tests, histograms, early = [], [], [], []
     for name, by_step in sorted(runs.items()):
         last = by_step[max(by_step)] >= length
         for step, lengths in sorted(by_step.items()):
@@ -262,8 +232,9 @@ def analyse(options):
                                       float(np.mean(some >= length)), float(np.mean(some)),
                                       float(np.std(some) / math.sqrt(len(some)))))
             memorized = lengths >= length
-            for window in map(int, options.windows.split(",")):
-                counts = window_counts(memorized[seen], window)
+            for window in options.windows.split(","):
+                counts = window_counts(memorized[seen], int(window))
+                histograms += [(name, step, window, count, int((counts == count).sum())) for count in np.unique(counts)]
                 tests += [(name, step, window, len(counts), float(counts.mean()), test, statistic, p)
                           for test, (statistic, p) in poisson_tests(counts).items()]
             both = int((memorized & last)[seen].sum())
@@ -274,17 +245,10 @@ def analyse(options):
     write_table(folder / "poisson.csv", ("model", "step", "window", "n", "mean", "test", "statistic", "p"), tests)
     write_table(folder / "early.csv", ("model", "step", "memorized", "memorized_last", "both", "precision",
                                        "recall"), early)
+    write_csv(folder / "windows.csv", ("model", "step", "window", "memorized", "windows"), histograms)
     if options.plot:
         import plots
-        plots.memorization(folder, {name: window_counts((by_step[max(by_step)] >= length)[
-            rows < max(by_step) * batch_size], int(options.windows.split(",")[0]))
-            for name, by_step in runs.items()}, options.plot)
-
-
-def window_counts(memorized, window):
-    """Return how many of each whole window of consecutive rows are memorized."""
-    whole = len(memorized) // window * window
-    return memorized[:whole].reshape(-1, window).sum(1) if whole else np.zeros(1)
+        plots.memorization(folder, options.plot)
 
 
 def subset_of(data, rows):
@@ -297,13 +261,17 @@ def subset_of(data, rows):
     return np.array(provenance.names["subsets"])[provenance.table["subset"][documents]]
 
 
-def write_table(path, header, rows):
-    """Write a CSV and print it, numbers short."""
+def write_csv(path, header, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     with replacing(path) as file:
         file.write(text.getvalue().encode())
-    short = [[f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell
+
+
+def write_table(path, header, rows):
+    """Write a CSV and print it, numbers short."""
+    write_csv(path, header, rows)
+    short = [[f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
               for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *short)]
     print(f"\n{path}")

@@ -45,7 +45,7 @@ def stages(options):
     out, data, docs = options.output, options.data, f"{options.data}/docs"
     steps, swap_from, terms_from = options.steps, options.steps * 3 // 4, options.steps // 2
     order = [f"--steps={steps}", f"--batch_size={BATCH}", f"--seq_length={LENGTH}"]
-    heldout = [f"--docs={docs}", "--tasks=heldout"]
+    heldout = [f"--docs={docs}", "--tasks=heldout", "--limit=16"]
 
     def train(name, corpus, size, seed=1234):
         L, D, H, rate, minutes = SIZES[size]
@@ -57,6 +57,7 @@ def stages(options):
     runs = [(f"{corpus}_{size}", corpus, size) for size in SIZES for corpus in ("standard", "deduped")]
     seeds = [(f"standard_d64_seed{seed}", "standard", "d64", seed) for seed in SEEDS[1:]]
     names = ",".join(f"{out}/{name}" for name, _, _ in runs)
+    standard = ",".join(f"{out}/{name}" for name, corpus, _ in runs if corpus == "standard")
     parents = [f"{out}/standard_d64", *(f"{out}/{name}" for name, *_ in seeds)]
     study = lambda name, *flags: ["-m", f"studies.{name}", *flags]
     branch_minutes = SIZES["d64"][4] / 384 * (steps - swap_from) * 2 * len(SEEDS)  # with the twins
@@ -80,7 +81,7 @@ def stages(options):
             "memorization", "analyse", f"--results={out}/memorization_{corpus}", "--windows=64,32,128",
             "--length=8", f"--plot={out}/memorization_{corpus}.png")) for corpus in ("standard", "deduped")),
         *((f"branches, {name}", branch_minutes, study(
-            "gender_bias", "branch", f"--parents={','.join(f'{p}/step{swap_from}' for p in parents)}",
+            "gender_bias", "branch", f"--parents={','.join(f'{p}/step{swap_from}' for p in (parents if name in swaps[:1] else parents[:1]))}",
             f"--intervention={name}", f"--checkpoint_every={steps // 16}", f"--output={out}/{name}")) for name in swaps),
         *((f"measure {name}", 1, study(
             "gender_bias", "measure", f"--branches={out}/{name}", f"--docs={options.docs or docs}",
@@ -88,6 +89,23 @@ def stages(options):
         *((f"compare {name}", 0.1, study(
             "gender_bias", "compare", f"--results={out}/gender_{name}", f"--plot={out}/gender_{name}.png"))
           for name in swaps),
+        ("count numbers", 0.3, study("term_frequency", "count", f"--data={data}/standard", *order,
+                                     f"--at={terms_from},{steps}", f"--output={out}/counts")),
+        (f"branch, {TERMS}", branch_minutes / len(SEEDS) * 2, [
+            *train("", "standard", "d64")[2][:-1], f"--branch_from={out}/standard_d64/step{terms_from}",
+            "--intervention=term_duplicate", f"--intervention_from={terms_from}", f"--terms={TERMS}", "--copies=3",
+            "--twin=True", f"--out_dir={out}/terms/more"]),
+        ("ask sums", 4, study("term_frequency", "evaluate", f"--model={standard}", f"--steps={terms_from},{steps}",
+                              "--tasks=plus", "--shots=0", f"--results={out}/terms.csv")),
+        ("ask the branches sums", 1, study("term_frequency", "evaluate", f"--model={out}/terms/more,{out}/terms/more_twin",
+                                           "--steps=last", "--tasks=plus", "--shots=0", f"--results={out}/terms.csv")),
+        ("terms, frequency", 0.1, study("term_frequency", "analyse", f"--counts={out}/counts", f"--results={out}/terms.csv",
+                                        f"--output={out}/terms", "--frequency=plain")),
+        ("terms, experiment", 0.1, study("term_frequency", "compare", f"--branch={out}/terms/more", f"--terms={TERMS}",
+                                         f"--results={out}/terms.csv", f"--output={out}/terms_compare.csv")),
+        ("terms, figure", 0.1, ["plots.py", "term_frequency", f"--bins={out}/terms_bins.csv", "--model=standard_d128",
+                                f"--output={out}/terms.png"]),
+        ("curves", 0.1, ["plots.py", "curves", f"--results={out}/results.csv", "--tasks=heldout", f"--output={out}/curves.png"]),
         ("report", 0.1, study("report", f"--suite={out}")),
     ]
 

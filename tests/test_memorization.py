@@ -12,7 +12,8 @@ from test_data import write
 from test_model import transformers_twin
 
 from model import ModelConfig, Pythia
-from studies.memorization import generated_matches, matched_lengths, poisson_tests, window_counts
+from studies.memorization import generated_matches, matched_lengths
+from studies.poisson import poisson_tests, window_counts
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=96, seq_length=40)
