@@ -168,7 +168,7 @@ def _typed(where, name, value, allowed):
             value = text
         if str in allowed and not (value is None and types.NoneType in allowed):
             value = text  # a path may look like a number
-    if type(value) in (int, float) and abs(value) >= 2**63 and value != float("inf"):
+    if int in allowed and type(value) in (int, float) and abs(value) >= 2**63:
         fail(f"{where}: {name} = {value!r} is too large")
     for kind in allowed:
         if type(value) is kind:

@@ -214,6 +214,7 @@ def test_generation_beyond_the_context_is_refused():
         randomized(SMALL).generate(torch.zeros(1, 10, dtype=torch.int64), 7)
 
 
+@pytest.mark.proof
 def test_a_14m_step_needs_at_most_half_of_transformers_memory():
     def peak(who):
         command = [sys.executable, "bench.py", "worker", f"--who={who}", "--size=14m", "--batch=8"]

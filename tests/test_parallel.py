@@ -49,7 +49,8 @@ def assert_same_steps(first, second, step=10):
 
 
 @pytest.mark.parametrize("sharding, changes", [
-    ("ddp", {}), ("fsdp", {}), ("ddp", dict(compile=True, activation_checkpointing=True)),
+    ("ddp", {}), ("fsdp", {}),
+    pytest.param("ddp", dict(compile=True, activation_checkpointing=True), marks=pytest.mark.proof),
     ("fsdp", dict(compile=True, activation_checkpointing=True))])
 def test_two_processes_take_the_steps_of_one(data, tmp_path, single, sharding, changes):
     """With accumulation: the gradients of both micro-batches travel together."""
@@ -114,7 +115,7 @@ def unbroken(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number, changes", [
-    (signal.SIGKILL, {}), (signal.SIGKILL, dict(async_save=True)),
+    pytest.param(signal.SIGKILL, {}, marks=pytest.mark.proof), (signal.SIGKILL, dict(async_save=True)),
     pytest.param(signal.SIGTERM, {}, marks=pytest.mark.proof),
     pytest.param(signal.SIGTERM, dict(async_save=True), marks=pytest.mark.proof)])
 def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken, number, changes):
@@ -199,7 +200,8 @@ print(planned / (status("VmHWM") - before))
 """
 
 
-@pytest.mark.parametrize("size, flags", [("14m", []), ("70m", ["--activation_checkpointing=True"]),
+@pytest.mark.parametrize("size, flags", [("14m", []),
+                                         pytest.param("70m", ["--activation_checkpointing=True"], marks=pytest.mark.proof),
                                          pytest.param("70m", [], marks=pytest.mark.proof)])
 def test_planned_memory_is_the_measured_peak(size, flags):
     # glibc keeps freed blocks below 32 MB in its heap, in fragments; here all are given back.
