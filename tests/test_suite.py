@@ -1,0 +1,41 @@
+"""python -m pytest tests/test_suite.py -m "proof or not proof" """
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from studies.suite import SuiteConfig, stages
+
+
+def test_no_stage_is_there_twice():
+    commands = [" ".join(command) for _, _, command in stages(SuiteConfig())]
+    assert len(commands) == len(set(commands)) and "studies.report" in commands[-1]
+
+
+def test_the_miniature_fits_into_an_hour():
+    assert sum(minutes for _, minutes, _ in stages(SuiteConfig())) < 60
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    ("suite", ["--steps=100"], "steps = 100, expected a multiple of 16"),
+    ("report", ["--suite=nowhere"], "nowhere/done.json")])
+def test_a_mistake_is_one_line(module, flags, words):
+    done = subprocess.run([sys.executable, "-m", f"studies.{module}", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.proof
+def test_sixteen_steps_of_everything_make_a_report(tmp_path, tokenizer_path):
+    flags = [f"--output={tmp_path}/suite", f"--data={tmp_path}/data", f"--tokenizer={tokenizer_path}", "--steps=16"]
+    command = [sys.executable, "-m", "studies.suite", *flags]
+    subprocess.run(command, cwd=ROOT, check=True)
+    page = (tmp_path / "suite" / "report.html").read_text()
+    assert all(f"<h2>{title}</h2>" in page for title in ("Training", "Memorization", "Gendered pronouns", "Term frequency"))
+    assert page.count("data:image/png;base64,") >= 6
+    before = json.loads((tmp_path / "suite" / "done.json").read_text())
+    subprocess.run(command, cwd=ROOT, check=True)  # nothing is done again but the report
+    after = json.loads((tmp_path / "suite" / "done.json").read_text())
+    assert {line for line in before if before[line] != after[line]} <= {line for line in before if "studies.report" in line}
