@@ -95,15 +95,19 @@ def memorization(out, steps):
                           lambda row: row["step"] == str(steps)),
                   columns(folder / "poisson.csv", ("model", "window", "n", "mean", "test", "statistic", "p"),
                           lambda row: row["step"] == str(steps))]
-    tests = {(row["model"], row["test"]): float(row["p"]) for row in read_csv(out / "memorization_standard" / "poisson.csv")
+    tests = {(row["model"], row["test"]): row for row in read_csv(out / "memorization_standard" / "poisson.csv")
              if row["step"] == str(steps) and row["window"] == "64"}
-    said = "; ".join(f"{model} {test} p = {p:.2g}" for (model, test), p in sorted(tests.items()) if test != "fit")
+    said = "; ".join(f"{model}: rate {float(row['mean']):.1f} a window, dispersion {float(row['statistic']):.2f} (p = "
+                     f"{float(row['p']):.2g}), trend p = {float(tests[model, 'trend']['p']):.2g}"
+                     for (model, test), row in sorted(tests.items()) if test == "dispersion")
     return "".join([beside(
         "Memorized rows in windows of 512 rows fit a Poisson distribution, so when a row was seen does not matter "
         "for whether it is memorized (k = l = 32).",
-        f"Eight right tokens in a row count as memorized, in windows of 64 rows. {said or 'Nothing was memorized.'} "
-        "A small p for dispersion says that memorized rows come in clusters, more often than one rate would "
-        "have it; for trend, that it matters when they came. The declared repeats are what is memorized."), *parts])
+        f"Eight right tokens in a row count as memorized, in windows of 64 rows. {said or 'Nothing was memorized'}. "
+        "Dispersion is the counts' variance over their mean, 1 for a Poisson process; a small p for trend says that it "
+        "matters when a row came. Where a third of the rows is memorized the counts cannot be Poisson: with that many "
+        "they are bounded, and dispersion falls below 1. What is memorized are the declared repeats, the more the larger "
+        "the model; their deduplicated twins are not."), *parts])
 
 
 def gender(out):
