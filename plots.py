@@ -394,8 +394,8 @@ def memorization(folder, output):
     """
     plt = pyplot()
     rates, windows = (read_csv(os.path.join(folder, name)) for name in ("rates.csv", "windows.csv"))
-    models = sorted({row["model"] for row in rates}, key=_natural)
-    subsets = sorted({row["subset"] for row in rates} - {"all"}, key=_natural)
+    models = sorted({row["model"] for row in rates}, key=natural)
+    subsets = sorted({row["subset"] for row in rates} - {"all"}, key=natural)
     figure, panels = plt.subplots(2, len(models), figsize=(4 * len(models) + 2, 7.5), layout="constrained",
                                   squeeze=False, sharey="row")
     for model, (top, bottom) in zip(models, panels.T):
@@ -425,7 +425,7 @@ def memorization(folder, output):
     print(output)
 
 
-def _natural(text):
+def natural(text):
     """Sort "8 times" before "32 times"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 

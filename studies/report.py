@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config import parse, replacing, run
 from data import read_json
+from plots import natural
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -48,12 +49,14 @@ def table(header, rows):
             return html.escape(str(value))
     lines = ["".join(f"<th>{html.escape(name)}</th>" for name in header)]
     lines += ["".join(f"<td>{cell(value)}</td>" for value in row) for row in rows]
-    return '<div class="table"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+    whole = '<div class="table"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+    return whole if len(rows) <= 8 else f"<details><summary>{len(rows)} rows of numbers</summary>{whole}</details>"
 
 
 def columns(path, names, keep=lambda row: True):
     """Return a table of some columns of a CSV's rows."""
-    return table(names, [[row[name] for name in names] for row in read_csv(path) if keep(row)])
+    rows = [[row[name] for name in names] for row in read_csv(path) if keep(row)]
+    return table(names, sorted(rows, key=lambda row: natural(row[0])))
 
 
 def image(path, alt):
@@ -75,7 +78,7 @@ def interval(row):
 
 def training(out, steps):
     rows = []
-    for folder in sorted(out.glob("*/config.json")):
+    for folder in sorted(out.glob("*/config.json"), key=lambda path: natural(path.parent.name)):
         settings, name = read_json(folder), folder.parent.name
         V, D, L = settings["vocab_size"], settings["d_model"], settings["n_layers"]
         found = {row["step"]: float(row["value"]) for row in read_csv(out / "results.csv")
@@ -99,7 +102,8 @@ def memorization(out, steps):
              if row["step"] == str(steps) and row["window"] == "64"}
     said = "; ".join(f"{model}: rate {float(row['mean']):.1f} a window, dispersion {float(row['statistic']):.2f} (p = "
                      f"{float(row['p']):.2g}), trend p = {float(tests[model, 'trend']['p']):.2g}"
-                     for (model, test), row in sorted(tests.items()) if test == "dispersion")
+                     for (model, test), row in sorted(tests.items(), key=lambda item: natural(item[0][0]))
+                     if test == "dispersion")
     return "".join([beside(
         "Memorized rows in windows of 512 rows fit a Poisson distribution, so when a row was seen does not matter "
         "for whether it is memorized (k = l = 32).",
