@@ -6,6 +6,7 @@
     python bench.py tokenize --input=data/demo/train.jsonl
     python bench.py find --data=data/demo/train
     python bench.py checkpoints --size=160m
+    python bench.py memorization --size=70m
     python bench.py eval --docs=DIR          # needs lm_eval and accelerate
 
 train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
@@ -15,6 +16,8 @@ start: seconds from the command to the end of the first step, and reading a batc
 growth: time and memory of a step as width, depth, length and batch double, beside what is expected.
 tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the same.
 find: a text searched in a token file of --gigabytes, the given one over and over.
+memorization: rows scored for (32, 32), beside transformers' generate; rows that miss at once, and rows that
+    the model continues rightly to the end, the worst case.
 checkpoints: float32 weights to the disk (ours hashes them too), and published float16 ones into a model.
 """
 
@@ -287,6 +290,47 @@ def find(options):
 
 
 @dataclass(frozen=True)
+class Memorization:
+    size: str = "70m"
+    rows: int = 64
+    rounds: int = 5
+    threads: int = 2
+
+
+def memorization(options):
+    """Time the memorization study's scoring in turn with transformers' greedy generation."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from studies.memorization import matched_lengths
+    torch.set_num_threads(options.threads)
+    config, _, _ = parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf"],
+                         ModelConfig, TrainConfig, LaunchConfig)
+    model, twin = Pythia(config), GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config)))
+    twin.load_state_dict({name if name.startswith("embed_out") else f"gpt_neox.{name}": value for name, value
+                          in model.state_dict().items()} | {"lm_head.weight": model.embed_out.weight}, strict=False)
+    prompt = torch.randint(2, 50277, (options.rows, 32))
+
+    def generated():
+        return twin.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False,
+                             eos_token_id=None, pad_token_id=0)
+
+    rows = {"missed at once": torch.cat((prompt, torch.randint(2, 50277, (options.rows, 32))), dim=1),
+            "right to the end": model.generate(prompt, 32, temperature=0)}
+    for name, some in rows.items():
+        taken = {"ours": [], "transformers": []}
+        for _ in range(options.rounds):
+            for who, work in (("ours", lambda: matched_lengths(model, some, 32)), ("transformers", generated)):
+                start = time.perf_counter()
+                work()
+                taken[who].append(time.perf_counter() - start)
+        right = float(matched_lengths(model, some, 32).float().mean())
+        ours, theirs = (options.rows / statistics.median(taken[who]) for who in taken)
+        print(f"{options.size}, rows {name:16} ({right:4.1f} of 32 right): ours {ours:7.1f} rows/s, transformers' generate "
+              f"{theirs:6.1f} rows/s, {statistics.median(b / a for a, b in zip(*taken.values())):.2f}x")
+    print("both generate the same tokens:", torch.equal(generated(), rows["right to the end"]))
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     size: str = "160m"
     rounds: int = 5
@@ -439,6 +483,7 @@ def peak_memory(reset=False):
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
     command(sys.argv[1:], {"train": (Train, train), "worker": (Worker, worker), "start": (Start, start),
+                           "memorization": (Memorization, memorization),
                            "growth": (Growth, growth), "tokenize": (Tokenize, tokenize),
                            "find": (Find, find), "checkpoints": (Checkpoints, checkpoints),
                            "eval": (Eval, evaluation)})
