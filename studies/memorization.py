@@ -34,7 +34,7 @@ import checkpoints
 from config import command, replacing
 from data import Order, ordered, read_json
 from eval import find, pick_device
-from model import head_blocks
+from model import Cache, head_blocks
 from studies.poisson import poisson_tests, window_counts
 from viewer import Provenance
 
@@ -47,20 +47,30 @@ def matched_lengths(model, rows, context, stages=(1, 4, 16)):
 
     rows (n, context + l) int64 -> (n,) int64. Nothing is generated: until its first miss, greedy decoding
     reads the row itself, so argmax on the row decides. Most rows miss at once, so the positions are
-    scored in stages, and a row is dropped at its miss. Of equal logits the first is greedy, as in
+    scored in stages, each reading on from the last one's keys and values, and a row is dropped at its
+    miss. Of equal logits the first is greedy, as in
     torch.argmax and so in transformers' generate.
     """
-    n, width = rows.shape
-    lengths = torch.zeros(n, dtype=torch.int64, device=rows.device)
-    alive, done = torch.arange(n, device=rows.device), 0
+    (n, width), device = rows.shape, rows.device
+    cache = [Cache(model.config, n, width - 1, model.embed_in.weight) for _ in model.layers]
+    columns = torch.arange(width - 1, device=device)
+    lengths = torch.zeros(n, dtype=torch.int64, device=device)
+    alive, read, done = torch.arange(n, device=device), 0, 0  # tokens in the cache, tokens decided
     for stop in sorted({stage for stage in stages if stage < width - context} | {width - context}):
-        hidden = model.hidden(rows[alive, :context + stop - 1])[:, context - 1 + done:].flatten(0, 1)
+        end = context + stop - 1  # the last token is only predicted
+        ahead = torch.zeros(end - read, end, device=device).masked_fill_(columns[:end] > columns[read:end, None], -torch.inf)
+        hidden = model.hidden(rows[alive, read:end], columns[read:end], ahead, cache)
+        hidden = hidden[:, context - 1 + done - read:].flatten(0, 1)
         predicted = torch.cat([logits.argmax(1) for _, logits in head_blocks(hidden, model.embed_out.weight)])
         right = predicted.view(len(alive), -1) == rows[alive, context + done:context + stop]
         lengths[alive] += right.cumprod(1).sum(1)
-        alive, done = alive[right.all(1)], stop
+        going, read, done = right.all(1), end, stop
+        alive = alive[going]
         if not len(alive):
             break
+        if not going.all():
+            for layer in cache:
+                layer.kv = layer.kv[:, going]
     return lengths
 
 
