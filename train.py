@@ -86,6 +86,8 @@ class TrainConfig:
                              f"{self.weight_decay}: expected 0 <= beta < 1, eps > 0, weight_decay >= 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed = {self.seed}, expected 0 to {2**32 - 1:,}")
+        if self.warm_moments < 0 or (self.stop_at is not None and self.stop_at < 1):
+            raise ValueError(f"warm_moments = {self.warm_moments}, stop_at = {self.stop_at}: expected at least 0, and 1")
         if self.twin and not self.branch_from:
             raise ValueError("twin = True without branch_from: only a branch has a control twin")
 
