@@ -31,6 +31,7 @@ from data import read_json
 from harness import STYLES, digest, prompts, read_split
 from scoring import encode_pair, generate_until, plan, rolling_rows, run_plan, totals
 from tasks import GROUPS, SEVERAL, tasks_of
+from tensors import regular_size
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 # ---------------------------------------------------------------------------- one task, one model
@@ -265,6 +266,7 @@ def open_results(path):
     """Make the CSV if there is none, drop a torn last line, return the key of every evaluation it holds."""
     if not os.path.exists(path):
         append_results(path, [HEADER])
+    regular_size(path)  # a device has no end
     text = Path(path).read_text(encoding="utf8")
     if text.partition("\n")[0] != ",".join(HEADER):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")

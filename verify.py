@@ -93,7 +93,12 @@ def check_files(found):
     manifest = found.folder / "manifest.json"
     if manifest.exists():
         found.hashed = 0
-        for name, entry in read_small_json(manifest).items():
+        try:
+            entries = read_small_json(manifest)
+        except ValueError as error:
+            found.problems.append(str(error).removeprefix(f"{found.folder}/"))
+            entries = {}
+        for name, entry in entries.items():
             path = found.folder / name
             if Path(name).name != name or type(entry) is not dict or not path.is_file():
                 found.problems.append(f"{name}: in the manifest but not there")
@@ -237,8 +242,12 @@ def missing_steps(run, there, expected):
     """Return the scheduled steps of a run that are not there."""
     if expected is None:
         settings = read_small_json(run / "config.json") if (run / "config.json").exists() else {}
-        steps = settings.get("steps", 143000)
-        wanted = checkpoint_steps(steps, settings.get("checkpoint_every", 1000))
+        steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
+        for number in (steps, every):
+            if type(number) is not int or not 1 <= number <= 1 << 30 or steps > 100_000 * every:
+                raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: expected a "
+                                 "schedule of at most 100,000 checkpoints; --steps=any checks without one")
+        wanted = checkpoint_steps(steps, every)
         if settings:  # a run may still be under way
             wanted = [step for step in wanted if step <= max(there)]
     elif expected == "any":

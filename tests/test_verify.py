@@ -284,11 +284,16 @@ def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints):
     (run / "step16/training.json").write_text('{"updates": {"a": 1}}')
     (run / "step32/training.json").write_text("[[[[")
     (run / "step48/manifest.json").write_text('{"../../x": {"bytes": 1}, "a": 3}')
+    (run / "step64/manifest.json").write_text("5 {")
     code, text = checkpoints("verify", run)
-    assert code == 1 and problems(text).keys() == {16, 32, 48}
+    assert code == 1 and problems(text).keys() == {16, 32, 48, 64} and "manifest.json: not JSON" in text
     assert "updates is {'a': 1}, expected an integer" in text and "training.json: not JSON" in text
     code, text = checkpoints("list", run)
-    assert code == 0 and text.count("NOT WHOLE") == 3 and "training.json: not JSON" in text
+    assert code == 0 and text.count("NOT WHOLE") == 4 and "training.json: not JSON" in text
+    for settings in ('{"steps": "many"}', '{"steps": 9999999, "checkpoint_every": 1}', "5"):
+        (run / "config.json").write_text(settings)
+        code, text = checkpoints("verify", run)
+        assert code == 2 and "config.json" in text and len(text.splitlines()) == 1
 
 
 def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
