@@ -171,7 +171,7 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     parameters = dict(model.named_parameters())
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
-               for kind in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
+               for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}  # which is empty before the first update
     (shards, notes), (others, more) = (split(stem, contents, SHARD_BYTES) for stem, contents in
                                        (("model", weights), ("optimizer", moments)))
     shards |= others
@@ -214,6 +214,11 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
 
 
 _WRITER = ThreadPoolExecutor(1)
+
+
+def finish_writing():
+    """Wait until the checkpoint that is being written is on the disk; its processes still need each other."""
+    _WRITER.shutdown()
 
 
 @functools.cache
@@ -276,6 +281,7 @@ def lock(run):
 
     Removes what a killed process left half-written.
     """
+    Path(run).mkdir(parents=True, exist_ok=True)
     file = open(Path(run) / ".lock", "a")
     _LOCKS.append(file)  # open for as long as the process lives, however it ends
     try:

@@ -61,7 +61,7 @@ def parse(argv, *schemas):
         sys.exit(0)
     values = {}
     for argument in argv:
-        if argument.removeprefix("--") in fields and fields[argument[2:]][0].type in (bool, "bool"):
+        if argument[:2] == "--" and argument[2:] in fields and fields[argument[2:]][0].type in (bool, "bool"):
             argument += "=True"  # --push
         where, settings = ("command line", _flag(argument)) if argument.startswith("-") else (
             argument, _file(argument))

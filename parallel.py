@@ -8,6 +8,8 @@ same batches and take the same steps to 1e-6 (tests/test_parallel.py); what is s
 import functools
 import math
 import os
+import re
+import shlex
 import time
 from dataclasses import dataclass, replace
 
@@ -143,7 +145,8 @@ def make_deterministic():
 
 # Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets.
 GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12,
-             "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "H100": 989e12, "H200": 989e12}
+             "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "H100 PCIe": 756e12, "H100": 989e12,
+             "H200": 989e12}
 
 
 def flops_per_token(config):
@@ -156,7 +159,7 @@ def peak_flops(device):
     """Return the device's peak in FLOP/s: known for a GPU (else nan), measured here for a CPU in float32."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in GPU_PEAKS.items() if key in name), math.nan)
+        return next((peak for key, peak in GPU_PEAKS.items() if re.search(rf"\b{key}\b", name)), math.nan)
     a = torch.randn(2048, 2048)
     best = math.inf
     for _ in range(5):
@@ -195,7 +198,7 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
     CPU (tests/test_parallel.py, bench.py memory), not yet to any on a GPU.
     """
     D, V, L, N = config.d_model, config.vocab_size, config.n_layers, micro_batch_size * config.seq_length
-    block, embeddings = 12 * D**2 + 13 * D, 2 * V * D + 2 * D  # parameters
+    block, embeddings = parameter_counts(config)
     parameters, cast = L * block + embeddings, itemsize if itemsize < 4 else 0
     if launch.sharding == "fsdp" and processes > 1:  # gathered: the root for the whole pass, blocks by twos
         weights = 4 * parameters / processes + 4 * embeddings + 2 * itemsize * block
@@ -220,16 +223,24 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
             "loss blocks": loss, "peak": peak}
 
 
-def plan(config, steps, batch_size, launch, options, n_checkpoints, command):
-    """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batches."""
-    tokens = batch_size * config.seq_length
+def parameter_counts(config):
+    """Return how many parameters a block has, and how many the embeddings and the last norm."""
     D = config.d_model
-    parameters = config.n_layers * (12 * D**2 + 13 * D) + 2 * (config.vocab_size + 1) * D
+    return 12 * D**2 + 13 * D, 2 * (config.vocab_size + 1) * D
+
+
+def plan(config, training, launch, options, n_checkpoints, command):
+    """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batches."""
+    steps, batch_size = training.steps, training.batch_size
+    tokens = batch_size * config.seq_length
+    block, embeddings = parameter_counts(config)
+    parameters = config.n_layers * block + embeddings
     flops = flops_per_token(config) * tokens
     seconds = flops / (GPU_PEAKS[options.gpu] * options.mfu * options.gpus)
     print(f"{parameters:,} parameters, {tokens:,} tokens a step, {steps:,} steps, {tokens * steps:,} tokens")
-    print(f"{flops:.3e} FLOPs a step, {flops * steps:.3e} in all: at {options.mfu:.0%} of "
-          f"{options.gpus} {options.gpu}'s {GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s {seconds:.2f} s a step, {seconds * steps / 86400:.1f} days")
+    print(f"{flops:.3e} FLOPs a step, {flops * steps:.3e} in all: at {options.mfu:.0%} of {options.gpus} "
+          f"{options.gpu}'s {GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s (16 bits) {seconds:.2f} s a step, "
+          f"{seconds * steps / 86400:.1f} days")
     print(f"{n_checkpoints} checkpoints: {n_checkpoints * 4 * parameters / 1e9:,.0f} GB of weights, "
           f"{n_checkpoints * 12 * parameters / 1e9:,.0f} GB with the optimizer's state; "
           f"{12 * parameters / 1e9:,.1f} GB to go on from the newest")
@@ -239,14 +250,15 @@ def plan(config, steps, batch_size, launch, options, n_checkpoints, command):
     share = batch_size // options.gpus
     sizes = [size for size in range(1, share + 1) if share % size == 0]
     room = options.gpu_memory * 1e9 * USABLE
-    best = None
+    best, itemsize = None, getattr(torch, training.dtype).itemsize
     # From the fastest to the most frugal of what goes at least as far as the config does. Small
     # micro-batches starve the GPU, and FSDP gathers all weights for each: 8 are enough to stop at.
     for checkpointing, sharding in ((False, "ddp"), (False, "fsdp"), (True, "ddp"), (True, "fsdp")):
         if checkpointing < launch.activation_checkpointing or (sharding, launch.sharding) == ("ddp", "fsdp"):
             continue
         chosen = replace(launch, activation_checkpointing=checkpointing, sharding=sharding)
-        rows = {size: memory_per_process(config, chosen, options.gpus, size, size < share) for size in sizes}
+        rows = {size: memory_per_process(config, chosen, options.gpus, size, size < share, itemsize)
+                for size in sizes}
         fits = max((size for size in sizes if rows[size]["peak"] <= room), default=0)
         print(f"{sharding:4}{' with' if checkpointing else ', no'} activation checkpointing: "
               + (f"micro-batches of up to {fits} fit" if fits else "does not fit"))
@@ -264,11 +276,11 @@ def plan(config, steps, batch_size, launch, options, n_checkpoints, command):
     if not fits:
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB on "
                          f"{options.gpus} GPUs: take more GPUs, or larger ones")
-    nodes = -(-options.gpus // 8)
+    per_node = max(n for n in range(1, 9) if options.gpus % n == 0)
+    nodes = options.gpus // per_node
     launcher = f"--standalone --nproc_per_node={options.gpus}" if nodes == 1 else (
-        f"--nnodes={nodes} --nproc_per_node={options.gpus // nodes} --rdzv_backend=c10d "
-        "--rdzv_endpoint=HOST:29500")
-    print(f"\ntorchrun {launcher} train.py {' '.join(command)} --sharding={chosen.sharding} "
+        f"--nnodes={nodes} --nproc_per_node={per_node} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500")
+    print(f"\ntorchrun {launcher} --shutdown-timeout=600 train.py {shlex.join(command)} --sharding={chosen.sharding} "
           f"--activation_checkpointing={chosen.activation_checkpointing} --micro_batch_size={fits} "
           "--out_dir=RUN")
     print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,7 +49,6 @@ def open_run(out_dir, settings, may_change):
         return
     if settings["branch_from"]:
         settings = settings | {"differs_from_parent": compare_with_parent(settings, may_change)}
-    os.makedirs(out_dir, exist_ok=True)
     with replacing(path) as file:
         file.write((json.dumps(settings, indent=2) + "\n").encode())
 
@@ -72,6 +72,8 @@ def compare_with_parent(settings, may_change):
 def describe_launch(launch, processes):
     """Return what this launch runs on and from, a JSON object."""
     def output(*command):
+        if not shutil.which(command[0]):
+            return None
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
         return done.stdout.strip() if done.returncode == 0 else None
 
@@ -97,7 +99,9 @@ def open_csv(path, columns, start):
     rows = []
     if os.path.exists(path):
         with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdigit() and int(row["step"]) < start]
+            # A line that a full disk or a power failure cut has too few cells: its step will not be told again.
+            rows = [row for row in csv.DictReader(file, columns) if None not in row.values() and None not in row
+                    and row["step"].isdigit() and int(row["step"]) < start]
     with replacing(path) as file:
         lines = [columns, *([row[name] for name in columns] for row in rows)]
         file.write("".join(",".join(line) + "\n" for line in lines).encode())
@@ -114,7 +118,7 @@ class Log:
     def __init__(self, out_dir, start, steps, batch_size, tokens_per_step, may_overflow, intervenes, processes):
         self.out_dir, self.processes, self.steps = out_dir, processes, steps
         self.batch_size, self.tokens_per_step, self.may_overflow = batch_size, tokens_per_step, may_overflow
-        self.is_main = processes.rank == 0
+        self.is_main, self.intervenes = processes.rank == 0, intervenes
         self.pending, self.recent = [], deque(maxlen=128)
         if self.is_main:
             self.metrics, rows = open_csv(os.path.join(out_dir, "metrics.csv"), METRICS, start)
@@ -154,10 +158,12 @@ class Log:
         self.restart_clock()
         for step, loss, norm, rate, scale, rows_changed in zip(steps, losses, norms, rates, scales, changed):
             rows = f"rows {step * self.batch_size:,} to {(step + 1) * self.batch_size - 1:,}"
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.may_overflow):
+            if not (self.may_overflow or math.isfinite(loss) and math.isfinite(norm)):
+                saved = saved_steps(self.out_dir)
                 raise FloatingPointError(
-                    f"step {step} ({rows}): loss {loss}, gradient norm {norm}. Nothing was saved after it; the "
-                    f"last checkpoint is step{saved_steps(self.out_dir)[-1]}, `python data.py view` shows the rows")
+                    f"step {step} ({rows}): loss {loss}, gradient norm {norm}. Nothing was saved after it; the last "
+                    + (f"checkpoint is step{saved[-1]}" if saved else "checkpoint is the one it branched from")
+                    + ", `python data.py view` shows the rows")
             if self.is_main:
                 self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},{norm!r},"
                                    f"{scale:.0f},{seconds:.4f}\n")
@@ -166,8 +172,16 @@ class Log:
                 self.watch(step, loss, rows)
         return steps[-1], losses[-1], rates[-1], norms[-1], seconds
 
+    def sync(self):
+        """Bring the lines to the disk: a checkpoint that outlived a power failure would never write its own again."""
+        if self.is_main:
+            for file in (self.metrics, *([self.changed] if self.intervenes else [])):
+                os.fsync(file.fileno())
+
     def watch(self, step, loss, rows):
         """Say when a loss lies 6 standard deviations above the mean of the last 128; it changes nothing."""
+        if not math.isfinite(loss):  # a float16 overflow, which metrics.csv has
+            return
         if len(self.recent) == self.recent.maxlen:
             mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
             if loss > mean + 6 * deviation:

@@ -2,14 +2,16 @@
 
     python train.py configs/mini.py --data=data/demo/train --out_dir=runs/mini
     torchrun --standalone --nproc_per_node=8 train.py configs/pythia_160m.py --data=PREFIX --out_dir=RUN
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        --shutdown-timeout=600 train.py ...     # RUN on a disk that all nodes share
     python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child --twin=True \\
         --intervention=NAME
     python train.py configs/pythia_12b.py --plan=True --gpus=64
 
 The same command, given again, goes on where the run stopped, to the same bits as if it had never
-stopped. Checkpoint N is the weights after N updates; step s is the update that makes checkpoint s + 1
-from the rows s * batch_size to (s + 1) * batch_size - 1.
+stopped. (torchrun kills its processes 30 s after a SIGTERM: where a step and a save take longer, give it
+--shutdown-timeout.) Checkpoint N is the weights after N updates; step s is the update that makes
+checkpoint s + 1 from the rows s * batch_size to (s + 1) * batch_size - 1.
 record.py says what else is in the run folder.
 
 Sources: gpt-neox v1.0 megatron/{training,learning_rates}.py, DeeperSpeed fp16/loss_scaler.py.
@@ -123,6 +125,7 @@ def make_optimizer(model, config):
 class LossScaler:
     """DeepSpeed's dynamic loss scale with Pythia's settings; all state is in `state`, a JSON object.
 
+    Not enabled, as for float32 and bfloat16, the scale is 1 and the state rests, for a launch in float16.
     On an overflow the update is skipped and the learning rate does not advance, but the data does. The
     first overflow of two is forgiven (hysteresis, refilled only when the scale grows), later ones
     halve the scale; 1000 iterations without one double it.
@@ -130,8 +133,11 @@ class LossScaler:
 
     def __init__(self, enabled):
         self.enabled = enabled
-        self.state = {"scale": 4096.0 if enabled else 1.0, "hysteresis": 2, "iteration": 0,
-                      "last_overflow": -1}
+        self.state = {"scale": 4096.0, "hysteresis": 2, "iteration": 0, "last_overflow": -1}
+
+    @property
+    def scale(self):
+        return self.state["scale"] if self.enabled else 1.0
 
     def update(self, overflow):
         """Note one iteration. Raises FloatingPointError on an overflow at the smallest scale, 1."""
@@ -141,8 +147,8 @@ class LossScaler:
         if overflow:
             if state["scale"] == 1.0:
                 raise FloatingPointError(
-                    "overflow at loss scale 1, after halving it at every step: the run has diverged. Look at the "
-                    "loss in metrics.csv; branch from an earlier checkpoint with a lower rate or --dtype=bfloat16")
+                    "overflow at loss scale 1, the smallest: the run has diverged. Look at the loss in metrics.csv; "
+                    "branch from an earlier checkpoint with a lower rate or --dtype=bfloat16")
             if state["hysteresis"] == 1:
                 state["scale"] = max(state["scale"] / 2, 1.0)
             else:
@@ -155,7 +161,8 @@ class LossScaler:
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM for the loop to act on between steps; a later second one ends the process.
+    """Notes SIGINT and SIGTERM, once it listens, for the loop to act on between steps; a later second one
+    ends the process.
 
     torchrun passes on the signal that a terminal or Slurm has already sent to every process of the
     group, so what comes within two seconds is still the first.
@@ -163,7 +170,7 @@ class Interrupt:
 
     signal, noted = 0, 0.0
 
-    def __init__(self):
+    def listen(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
@@ -200,6 +207,8 @@ def find_start(config):
     step = re.fullmatch(r"step(0|[1-9]\d*)", Path(config.branch_from).name)
     if not step or not os.path.isdir(config.branch_from):
         raise ValueError(f"branch_from = {config.branch_from}, expected a folder RUN/stepN")
+    if int(step[1]) >= config.steps:
+        raise ValueError(f"branch_from = {config.branch_from}, but steps = {config.steps:,}: nothing is left to train")
     return config.branch_from, int(step[1])
 
 
@@ -207,8 +216,10 @@ def rescale_moments(optimizer, updates):
     """Let moments of a few replayed batches stand for those of `updates` updates.
 
     Adam's moments are sums whose weights come to 1 - beta**steps; what the batches before the replayed
-    ones weighed goes to those replayed.
+    ones weighed goes to those replayed. Raises FloatingPointError if every one of them overflowed.
     """
+    if not optimizer.state:
+        raise FloatingPointError("the loss scale fell at every replayed batch: give more of them, --warm_moments=K")
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
@@ -257,10 +268,12 @@ def mean_loss(wrapped, batches, autocast, processes):
         rows = to_device(torch.from_numpy(rows), processes.device)
         with autocast():
             losses.append(wrapped(rows[:, :-1], rows[:, 1:]))
+    if hasattr(wrapped, "reshard"):  # FSDP leaves its root gathered when no backward pass follows, and so
+        wrapped.reshard()            # the parameters would be others than the optimizer's
     return processes.mean(torch.stack(losses).mean())
 
 
-def train(model_config, config, intervention, launch, processes):
+def train(model_config, config, intervention, launch, processes, interrupt):
     device, is_main = processes.device, processes.rank == 0
     tokens_per_step = config.batch_size * model_config.seq_length
     share = dict(batch_size=config.batch_size, rank=processes.rank, world_size=processes.count,
@@ -277,10 +290,11 @@ def train(model_config, config, intervention, launch, processes):
         digest = hashlib.sha256(data.batch(0, config.batch_size).astype("<u2").tobytes()).hexdigest()
         settings = asdict(model_config) | asdict(config) | asdict(intervention)
         settings["first_batch_sha256"] = digest
-        open_run(config.out_dir, settings, MAY_CHANGE)
         checkpoints.lock(config.out_dir)
+        open_run(config.out_dir, settings, MAY_CHANGE)
         with open(os.path.join(config.out_dir, "launches.jsonl"), "a") as file:
             file.write(json.dumps(describe_launch(asdict(launch), processes)) + "\n")
+    order = data
     if intervention.intervention:
         data = IntervenedData(data, load_tokenizer(config.tokenizer), intervention)
     processes.barrier()
@@ -299,7 +313,7 @@ def train(model_config, config, intervention, launch, processes):
         model.init_weights(config.seed, fill)
     elif training := checkpoints.load_training(Path(source).parent, start, model, optimizer):
         updates, scaler.state = training["updates"], training["scaler"]
-    else:  # weights alone: replay the batches before them at rate 0, which moves nothing but the moments
+    elif start > 0:  # weights alone: replay the batches before them at rate 0, which moves nothing but the moments
         first, updates = start - config.warm_moments, start
         if not 0 <= first < start:
             raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: "
@@ -311,33 +325,35 @@ def train(model_config, config, intervention, launch, processes):
     peak = peak_flops(device) if is_main else math.nan
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} tokens a step, "
             f"{config.steps:,} steps, {processes.count} process(es) on {device.type}, {micro_batches} micro-batch(es) "
-            f"of {launch.micro_batch_size}, peak {peak / 1e12:.2f} TFLOP/s"
+            f"of {launch.micro_batch_size}, peak {'-' if math.isnan(peak) else f'{peak / 1e12:.2f} TFLOP/s'}"
             + (f"; going on from step {start:,}" if source else ""))
     saving = None
 
     def save(step):
         nonlocal saving
         log.flush()  # raises if one of the steps before was not finite
+        log.sync()
         if saving:
             saving.result()
         saving = checkpoints.save(config.out_dir, step, model, optimizer,
-                                  {"tokens": step * tokens_per_step, "updates": updates, "scaler": scaler.state},
+                                  {"tokens": step * tokens_per_step, "updates": updates, "scaler": dict(scaler.state)},
                                   config.tokenizer, step in schedule, config.async_save,
                                   config.state_every)
         log.restart_clock()
 
     if source is None:
         save(0)
+    interrupt.listen()
     if processes.count > 1:
         rehearse(wrapped, optimizer, autocast, (launch.micro_batch_size, model_config.seq_length), device)
     end = min(config.steps, config.stop_at or config.steps)
-    interrupt, stop = Interrupt(), False
+    stop = False
     model.train()
     log.restart_clock()
     for step in range(first, end):
         # ---------------------------------------------------------------- one training step
         rate = learning_rate_at(updates, config) if step >= start else 0.0
-        batch = data.batch(step, **share)  # (micro-batches, sequences, T + 1) in host memory
+        batch = (data if step >= start else order).batch(step, **share)  # (micro-batches, sequences, T + 1) on the host
         if batch.max() >= model_config.vocab_size:
             raise ValueError(f"{config.data}: token {batch.max()} in step {step}, but vocab_size is "
                              f"{model_config.vocab_size}")
@@ -347,9 +363,9 @@ def train(model_config, config, intervention, launch, processes):
             communicate(wrapped, last=i == micro_batches - 1)
             with autocast():  # what an intervention padded has a negative id: no input, no target
                 micro_loss = wrapped(rows[:, :-1].clamp(min=0), rows[:, 1:]) / micro_batches
-            (micro_loss * scaler.state["scale"]).backward()
+            (micro_loss * scaler.scale).backward()
             loss += micro_loss.detach()
-        norm = clip(model, config.clip_norm, scaler.state["scale"])
+        norm = clip(model, config.clip_norm, scaler.scale)
         # The host runs ahead of the device, but for float16: a skipped update does not advance the
         # rate, so the host must know. It asks once a step, as DeepSpeed does.
         finite = not scaler.enabled or math.isfinite(norm)
@@ -357,20 +373,27 @@ def train(model_config, config, intervention, launch, processes):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-        scale = scaler.state["scale"]
-        scaler.update(overflow=not finite)
         optimizer.zero_grad(set_to_none=True)
         # ----------------------------------------------------------------------------------
+        if step >= start:
+            log.note(step, loss, norm, rate, scaler.scale, getattr(data, "changed", ()))
+            updates += finite
+        try:
+            scaler.update(overflow=not finite)
+        except FloatingPointError:
+            log.flush()  # the steps that tell why
+            raise
         if step < start:
             if step == start - 1:
                 rescale_moments(optimizer, updates)
             continue
-        updates += finite
-        log.note(step, loss, norm, rate, scale, getattr(data, "changed", ()))
         last, stop = step + 1 == end, processes.any(interrupt.signal)
         if step % config.log_every == 0 or last or stop:
             log.report(*log.flush(), flops_per_token(model_config), peak)
+        if saving and saving.done():
+            saving.result()  # raises what went wrong, a full disk for instance
         if heldout and ((step + 1) % config.heldout_every == 0 or last):
+            log.flush()  # whose clock must not count what follows
             batches = (rows for i in range(config.heldout_batches) for rows in heldout.batch(i, **share))
             log.heldout(step + 1, mean_loss(wrapped, batches, autocast, processes))
         if step + 1 in schedule or last or stop:
@@ -389,17 +412,20 @@ def train(model_config, config, intervention, launch, processes):
 def main(model_config, config, intervention, launch, options):
     if options.plan:
         schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
-        command = [word for word in sys.argv[1:] if not re.match("--(plan|gpus|gpu|gpu_memory|mfu|out_dir)=", word)]
-        return plan(model_config, config.steps, config.batch_size, launch, options, len(schedule), command)
+        command = [word for word in sys.argv[1:] if not re.match("--(plan|gpus|gpu|gpu_memory|mfu|out_dir)(=|$)", word)]
+        return plan(model_config, config, launch, options, len(schedule), command)
     if config.out_dir is None:
         raise ValueError("missing: --out_dir, the run folder (--help explains every setting)")
     processes = Processes(launch.device)
     if launch.deterministic:
         make_deterministic()
-    train(model_config, config, intervention, launch, processes)
+    interrupt = Interrupt()
+    train(model_config, config, intervention, launch, processes, interrupt)
     if config.twin:
+        if processes.any(interrupt.signal):  # it came during the last save
+            sys.exit(128 + (interrupt.signal or signal.SIGTERM))
         control = replace(config, out_dir=f"{config.out_dir}_twin", twin=False)
-        train(model_config, control, InterventionConfig(), launch, processes)
+        train(model_config, control, InterventionConfig(), launch, processes, interrupt)
 
 
 if __name__ == "__main__":
@@ -408,5 +434,6 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         fail(str(error))
     finally:
+        checkpoints.finish_writing()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -61,6 +61,16 @@ def test_two_processes_take_the_steps_of_one(data, tmp_path, single, sharding, c
     assert not (tmp_path / "step10/model.safetensors.index.json").exists()
 
 
+def test_accumulation_takes_the_same_steps(data, tmp_path, single):
+    train(data, tmp_path, **RUN, micro_batch_size=2)
+    assert_same_steps(single, tmp_path)
+
+
+def test_compiled_blocks_take_the_same_steps(data, tmp_path, single):
+    train(data, tmp_path, **RUN, micro_batch_size=8, compile=True)
+    assert_same_steps(single, tmp_path)  # under the same names
+
+
 def test_recomputation_changes_no_bit(data, tmp_path, single):
     train(data, tmp_path, **RUN, micro_batch_size=8, activation_checkpointing=True)
     assert_same_bits(single, tmp_path)
@@ -131,6 +141,37 @@ def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken,
     assert not list(tmp_path.glob(".step*"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_stopped_while_they_evaluate_or_save_lose_no_bit(data, tmp_path, whole_fsdp, number):
+    """SIGTERM during the held-out loss, SIGKILL of one process in the middle of a save of both."""
+    settings, whole = whole_fsdp
+    process = subprocess.Popen(command(data, tmp_path, 2, **settings), cwd=ROOT, text=True, env=ENVIRONMENT,
+                               stdout=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith("step      7/"):  # the loss of the held-out batches comes next, which takes longer
+            if number == signal.SIGTERM:
+                process.send_signal(number)
+                break
+            while not (tmp_path / ".step8.tmp").exists() and 8 not in saved_steps(tmp_path):
+                time.sleep(0.001)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(workers[0]), number)
+            break
+    process.communicate()
+    assert 12 not in saved_steps(tmp_path)
+    train(data, tmp_path, 2, **settings)
+    assert_same_bits(whole, tmp_path)
+    assert (whole / "heldout.csv").read_bytes() == (tmp_path / "heldout.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_fsdp(data, tmp_path_factory):
+    settings = dict(SLOW_SAVE, steps=12, sharding="fsdp", heldout=data, heldout_every=4, heldout_batches=20, log_every=1)
+    folder = tmp_path_factory.mktemp("whole")
+    train(data, folder, 2, **settings)
+    return settings, folder
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("sharding, number", list(itertools.product(("ddp", "fsdp"), (signal.SIGTERM, signal.SIGKILL))))
 def test_three_processes_interrupted_end_with_the_same_bits(data, tmp_path, sharding, number):
@@ -170,6 +211,23 @@ def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, capsys, monk
     printed = capsys.readouterr().out
     assert int(printed.split("--micro_batch_size=")[1].split()[0]) >= sequences
     assert f"on each of {gpus} GPUs: 1024 sequences a step" in printed
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--gpus=256", "--sharding=ddp"], "ddp  with activation checkpointing: does not fit\nfsdp with"),
+    (["--gpus=4"], "fsdp with activation checkpointing: does not fit"),
+    (["--gpus=32", "--dtype=float32", "--gpu_memory=10"], "fsdp with activation checkpointing: does not fit")])
+def test_the_plan_says_what_does_not_fit(flags, words, capsys, monkeypatch):
+    """12B parameters take 48 GB for the weights alone, 192 GB with gradients and moments."""
+    monkeypatch.chdir(ROOT)
+    arguments = parse(["configs/pythia_12b.py", "--plan", "--gpu_memory=40", "--data=nowhere",
+                       "--activation_checkpointing=True", *flags],
+                      ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig)
+    try:
+        main(*arguments)
+    except ValueError as error:
+        assert "no micro-batch fits" in str(error) and "--gpus=256" not in flags
+    assert words in capsys.readouterr().out
 
 
 MEASURE = """
