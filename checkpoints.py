@@ -33,8 +33,8 @@ import torch.distributed as dist
 
 from config import command, replacing
 from model import ModelConfig, Pythia
-from parallel import fill, is_shard
-from tensors import check_tensors, open_folder, read_small_json, sha256_of, split, write_file
+from training.parallel import fill, is_shard
+from weights.tensors import check_tensors, open_folder, read_small_json, sha256_of, split, write_file
 
 # What files of 2023 still carry and no forward pass needs: the causal mask, its value, the frequencies.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
@@ -409,11 +409,10 @@ def load_training(run, step, model, optimizer):
 
 
 if __name__ == "__main__":
-    import huggingface
-    import verify
+    from weights import compare, huggingface, verify
     command(sys.argv[1:], {
-        "verify": (verify.Verify, verify.verify, "folders..."), "diff": (verify.Diff, verify.diff, "a b"),
-        "list": (verify.List, verify.list_, "run"),
+        "verify": (verify.Verify, verify.verify, "folders..."), "diff": (compare.Diff, compare.diff, "a b"),
+        "list": (compare.List, compare.list_, "run"),
         "import": (huggingface.Import, huggingface.import_, "source output"),
         "export": (huggingface.Export, huggingface.export, "source output"),
         "fetch": (huggingface.Fetch, huggingface.fetch, "name")})

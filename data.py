@@ -25,7 +25,7 @@ PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_datas
 Beside them `tokenize` leaves PREFIX.json (names, counts) and PREFIX_documents.npy (each document's
 subset, source file and line). `shuffle` bakes the order into a token file of its own, whose every
 sequence is one row of seq_length + 1 tokens, already in training order, as the published
-"preshuffled" Pile. prepare.py writes these files, viewer.py looks into them; this file reads them.
+"preshuffled" Pile. The files of pile/ write these and look into them; this one reads them.
 """
 
 import json
@@ -436,11 +436,9 @@ def order(options):
 
 
 if __name__ == "__main__":
-    import dedup
-    import prepare
-    import viewer
+    from pile import dedup, find, prepare, verify, viewer
     command(sys.argv[1:], {
         "tokenize": (prepare.Tokenize, prepare.tokenize), "order": (OrderReport, order),
         "shuffle": (prepare.Shuffle, prepare.shuffle), "view": (viewer.View, viewer.view),
-        "find": (viewer.Find, viewer.find), "verify": (viewer.Verify, viewer.verify),
+        "find": (find.Find, find.find), "verify": (verify.Verify, verify.verify),
         "dedup": (dedup.Dedup, dedup.dedup)})

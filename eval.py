@@ -9,7 +9,7 @@
 layout. --docs holds a folder for each task with its documents as distributed, for instance
 DIR/piqa/validation.jsonl. What the CSV already holds is skipped, so the same command goes on.
 
-tasks.py has the tasks, harness.py prompts and metrics, scoring.py the model's part.
+harness/ has the rules: tasks.py the tasks, prompts.py the shots, metrics.py, scoring.py the model's part.
 """
 
 import csv
@@ -28,10 +28,10 @@ from tqdm import tqdm
 import checkpoints
 from config import parse, run
 from data import read_json
-from harness import STYLES, digest, prompts, read_split
-from scoring import encode_pair, generate_until, plan, rolling_rows, run_plan, totals
-from tasks import GROUPS, SEVERAL, tasks_of
-from tensors import regular_size
+from harness.prompts import STYLES, digest, prompts, read_split
+from harness.scoring import encode_pair, generate_until, plan, rolling_rows, run_plan, totals
+from harness.tasks import GROUPS, SEVERAL, tasks_of
+from weights.tensors import regular_size
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 # ---------------------------------------------------------------------------- one task, one model

@@ -12,7 +12,7 @@ The same command, given again, goes on where the run stopped, to the same bits a
 stopped. (torchrun kills its processes 30 s after a SIGTERM: where a step and a save take longer, give it
 --shutdown-timeout.) Checkpoint N is the weights after N updates; step s is the update that makes
 checkpoint s + 1 from the rows s * batch_size to (s + 1) * batch_size - 1.
-record.py says what else is in the run folder.
+training/record.py says what else is in the run folder.
 
 Sources: gpt-neox v1.0 megatron/{training,learning_rates}.py, DeeperSpeed fp16/loss_scaler.py.
 """
@@ -36,9 +36,10 @@ import checkpoints
 from config import fail, parse, run
 from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
-from parallel import (LaunchConfig, PlanConfig, Processes, communicate, compute_dtype, fill, flops_per_token,
-                      is_shard, make_deterministic, parallelize, peak_flops, plan)
-from record import Log, describe_launch, open_run
+from training.parallel import (LaunchConfig, Processes, communicate, compute_dtype, fill, is_shard,
+                               make_deterministic, parallelize)
+from training.plan import PlanConfig, flops_per_token, peak_flops, plan
+from training.record import Log, describe_launch, open_run
 from studies.interventions import IntervenedData, InterventionConfig
 from tokenizer import load_tokenizer
 

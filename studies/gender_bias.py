@@ -26,7 +26,6 @@ Which are measured depends on which folders DOCS has; the harness's own scores o
 by exact match, crows_pairs_english_gender, lambada_openai) come from eval.py.
 """
 
-import csv
 import json
 import os
 import re
@@ -44,8 +43,8 @@ from config import command, replacing
 from data import read_json
 from eval import find, pick_device
 from model import ModelConfig
-from parallel import LaunchConfig
-from scoring import loglikelihood
+from training.parallel import LaunchConfig
+from harness.scoring import loglikelihood
 from studies.memorization import write_table
 from tokenizer import load_tokenizer
 from train import TrainConfig

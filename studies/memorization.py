@@ -36,7 +36,7 @@ from data import Order, ordered, read_json
 from eval import find, pick_device
 from model import Cache, head_blocks
 from studies.poisson import poisson_tests, window_counts
-from viewer import Provenance
+from pile.viewer import Provenance
 
 UNKNOWN = 255  # in a .npy that is being made
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from config import replacing
 from data import Order, load_npy, ordered, read_json
-from prepare import serve_parent
+from pile.prepare import serve_parent
 from studies.term_questions import QuestionIndex, read_questions
 from tokenizer import SPECIAL, load_tokenizer
 

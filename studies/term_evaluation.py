@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import checkpoints
 from eval import find_all, pick_device
-from scoring import generate_until, loglikelihood
+from harness.scoring import generate_until, loglikelihood
 from studies.term_questions import OPERATIONS, arithmetic, given_answer, read_questions, trivia
 from tokenizer import load_tokenizer
 

@@ -21,7 +21,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from harness import bare, read_jsonl, text, texts
+from harness.metrics import bare
+from harness.prompts import read_jsonl, text, texts
 
 OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
 MOST_QUESTIONS = 10**5

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402
 from checkpoints import save  # noqa: E402
 from model import ModelConfig, Pythia  # noqa: E402
-from scoring import encode  # noqa: E402
-from tasks import TASKS  # noqa: E402
+from harness.scoring import encode  # noqa: E402
+from harness.tasks import TASKS  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import TrainConfig, make_optimizer  # noqa: E402
 

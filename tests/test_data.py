@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT
 from data import OrderedData, TokenFile, batch_rows, build_order, order_paths, samples_needed
-from prepare import TokenWriter
+from pile.writer import TokenWriter
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
 # seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx and

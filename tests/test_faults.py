@@ -16,7 +16,7 @@ import checkpoints
 from checkpoints import load_model, load_training, lock, saved_steps, step_folders
 from conftest import ROOT
 from model import ModelConfig, Pythia
-from tensors import read_small_json, sha256_of
+from weights.tensors import read_small_json, sha256_of
 from train import TrainConfig, make_optimizer
 
 SAVER = """

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 from checkpoints import checkpoint_steps, load_model, parameter_shapes, read_config, saved_steps
 from conftest import ROOT
-from huggingface import (Export, Import, export, identify, import_, known_bad, merge, open_any, open_pickle)
+from weights.huggingface import (Export, Import, export, identify, import_, known_bad, merge, open_any, open_pickle)
 from model import ModelConfig
-from tensors import sha256_of
+from weights.tensors import sha256_of
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
 
@@ -452,7 +452,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 FETCH = """
-import json, sys, huggingface, config
+import json, sys, config
+from weights import huggingface
 for arguments in json.loads(sys.argv[1]):
     try:
         config.command(["fetch", *arguments], {"fetch": (huggingface.Fetch, huggingface.fetch, "name")})

@@ -18,7 +18,7 @@ from checkpoints import hf_config, hf_name
 from config import parse
 from conftest import ROOT
 from model import HeadLoss, ModelConfig, Pythia
-from parallel import LaunchConfig
+from training.parallel import LaunchConfig
 from train import TrainConfig
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters

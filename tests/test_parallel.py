@@ -19,7 +19,8 @@ from checkpoints import load_training, saved_steps
 from config import parse
 from conftest import ROOT
 from model import ModelConfig, Pythia
-from parallel import LaunchConfig, PlanConfig
+from training.parallel import LaunchConfig
+from training.plan import PlanConfig
 from test_train import ENVIRONMENT, SHAPE, assert_same_bits, command, data, losses, train  # noqa: F401
 from train import InterventionConfig, TrainConfig, main, make_optimizer
 
@@ -231,8 +232,9 @@ def test_the_plan_says_what_does_not_fit(flags, words, capsys, monkeypatch):
 
 
 MEASURE = """
-import sys, torch, model, parallel, train
+import sys, torch, model, train
 from config import parse
+from training import parallel, plan
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 def steps(model, launch, batch, accumulation):
@@ -253,7 +255,7 @@ with torch.device("meta"):
 parallel.parallelize(big, launch, torch.float32, parallel.Processes("cpu"))
 big.init_weights(0)
 steps(big, launch, batch, accumulation)
-planned = parallel.memory_per_process(config, launch, 1, launch.micro_batch_size, accumulation > 1, 4, 512)["peak"]
+planned = plan.memory_per_process(config, launch, 1, launch.micro_batch_size, accumulation > 1, 4, 512)["peak"]
 print(planned / (status("VmHWM") - before))
 """
 

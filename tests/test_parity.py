@@ -29,7 +29,7 @@ def small(tmp_path_factory, tokenizer_path):
 def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch):
     model, tokenizer, docs = small
     task, shots = case.split()
-    monkeypatch.setattr("harness.BOOTSTRAP", 1000)  # as the golden file; more only take longer
+    monkeypatch.setattr("harness.metrics.BOOTSTRAP", 1000)  # as the golden file; more only take longer
     job = evaluation.prepare(task, docs, int(shots))
     texts = [request if isinstance(request, tuple) else (request,) for request in job.requests]
     assert requests_hash(texts) == GOLDEN[case]["requests"]

@@ -14,7 +14,7 @@ import zstandard
 
 from conftest import ROOT
 from data import TokenFile, load_npy
-from prepare import TokenWriter
+from pile.writer import TokenWriter
 
 WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 1234", " <|endoftext|>", " \x00", "'s"]
 
@@ -87,7 +87,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tokenized, tmp_path):
     content = gzip.decompress((folder / "b.jsonl.gz").read_bytes()) * 10
     big.write_bytes(gzip.compress(content, 1))
     run("tokenize", f"--input={big}", f"--output={tmp_path}/whole", "--workers=1")
-    command = [sys.executable, "-c", "import prepare, sys, time\n"  # commits after every chunk, slowly
+    command = [sys.executable, "-c", "import sys, time\nfrom pile import prepare\n"  # commits after every chunk, slowly
                "prepare.time.monotonic = lambda c=iter(range(0, 10**6, 9)): time.sleep(0.05) or next(c)\n"
                "import config; config.run(prepare.tokenize, config.parse(sys.argv[1:], prepare.Tokenize))",
                f"--input={big}", f"--output={tmp_path}/cut", "--workers=1"]

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as OriginalTokenizer
 
-import scoring
+from harness import scoring
 from conftest import ROOT
 from model import ModelConfig
 from test_model import randomized, transformers_twin
@@ -186,7 +186,8 @@ def test_two_processes_give_the_same_numbers(tmp_path):
     script.write_text(f"""
 import json, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import random, torch, torch.distributed as dist, scoring
+import random, torch, torch.distributed as dist
+from harness import scoring
 from model import ModelConfig
 from test_model import randomized
 model = randomized(ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=512, seq_length=64)).eval()

@@ -7,9 +7,9 @@ import statistics
 
 import pytest
 
-import harness
-from harness import Document, prompts
-from tasks import GROUPS, SEVERAL, TASKS, V03_TASKS, winobias, winobias_rows, wsc_documents
+from harness import metrics
+from harness.prompts import Document, prompts
+from harness.tasks import GROUPS, SEVERAL, TASKS, V03_TASKS, winobias, winobias_rows, wsc_documents
 
 
 def test_bootstrap_draws_are_the_harness_draws():
@@ -18,7 +18,7 @@ def test_bootstrap_draws_are_the_harness_draws():
     for seed in range(3):  # lm_eval/api/metrics.py, _bootstrap_internal
         rnd = random.Random(seed)
         draws += [math.exp(-statistics.fmean(rnd.choices(values, k=37))) for _ in range(1000)]
-    value, stderr = harness.perplexity(values, iterations=3000)
+    value, stderr = metrics.perplexity(values, iterations=3000)
     assert math.isclose(value, math.exp(-statistics.fmean(values)), rel_tol=1e-12)
     assert math.isclose(stderr, statistics.stdev(draws), rel_tol=1e-12)
 
@@ -116,7 +116,7 @@ def test_winobias_summary_is_the_paper_s_notebook_s():
 
 
 def test_groups_weigh_by_size():
-    value, stderr, n = harness.pooled([(0.5, 0.1, 10), (0.25, 0.05, 30)])
+    value, stderr, n = metrics.pooled([(0.5, 0.1, 10), (0.25, 0.05, 30)])
     assert (value, n) == (0.3125, 40)
     assert stderr == pytest.approx(math.sqrt((9 * 10 * 0.01 + 29 * 30 * 0.0025) / 38 / 40))
 

@@ -26,9 +26,10 @@ from checkpoints import load_model, saved_steps
 from conftest import ROOT
 from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
-from parallel import LaunchConfig, Processes, flops_per_token
-from prepare import TokenWriter
-from record import Log
+from training.parallel import LaunchConfig, Processes
+from training.plan import flops_per_token
+from pile.writer import TokenWriter
+from training.record import Log
 from test_model import transformers_twin
 from train import LossScaler, TrainConfig, learning_rate_at, make_optimizer
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import checkpoint_steps, load_model, save, saved_steps, write_manifest
 from conftest import ROOT
-from huggingface import Export, export
+from weights.huggingface import Export, export
 from model import ModelConfig, Pythia
-from tensors import write_folder
+from weights.tensors import write_folder
 from train import TrainConfig, learning_rate_at, make_optimizer
 
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=384, seq_length=32)

@@ -13,9 +13,10 @@ from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT
 from data import MASKED, OrderedData, TokenFile, samples_needed, times_seen
-from prepare import TokenWriter
+from pile.writer import TokenWriter
 from tokenizer import Tokenizer
-from viewer import Provenance, TextPattern, TokenPattern, rows_with, sample_counts, search
+from pile.find import TextPattern, TokenPattern, rows_with, sample_counts, search
+from pile.viewer import Provenance
 
 SEQ, STEPS, BATCH = 16, 40, 4
 FLAGS = [f"--seq_length={SEQ}", f"--steps={STEPS}", f"--batch_size={BATCH}"]

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from checkpoints import (checkpoint_steps, hf_config, is_whole, open_model, parameter_shapes, read_config,
                          without_legacy_buffers, write_json, write_manifest, write_tokenizer, writing)
 from model import ModelConfig
-from tensors import (CODES, JSON_LIMIT, Stored, check_tensors, listing, open_shards, regular_size, sha256_of,
-                     size_of, write_folder)
+from weights.tensors import (CODES, JSON_LIMIT, Stored, check_tensors, listing, open_shards, regular_size, sha256_of,
+                             size_of, write_folder)
 
 # What the pickle of a state dict names. Anything else would be code.
 HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")

@@ -1,147 +1,15 @@
-"""Where a run is computed, never what: processes, sharding, recomputation, and the memory they need.
+"""What a run costs before it is paid for: FLOPs, days, disk, memory, and the torchrun line.
 
-DDP keeps every weight on every process and averages gradients; FSDP2 (`fully_shard`) keeps 1/n of
-weights, gradients and moments on each of n processes and gathers one block at a time. Both see the
-same batches and take the same steps to 1e-6 (tests/test_parallel.py); what is saved has one form.
+    python train.py configs/pythia_12b.py --plan=True --gpus=64 --gpu_memory=80
 """
 
-import functools
 import math
-import os
 import re
 import shlex
 import time
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one launch computes a run: may differ each time the run goes on, rounding aside."""
-    device: str = "auto"  # cuda where there is one, else cpu
-    micro_batch_size: int = 32  # sequences per forward pass of one process
-    sharding: str = "ddp"  # or fsdp: weights, gradients and moments spread over the processes
-    activation_checkpointing: bool = False  # keep each block's input only, compute the rest again
-    compile: bool = False  # torch.compile each block
-    deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
-
-    def __post_init__(self):
-        if self.sharding not in ("ddp", "fsdp"):
-            raise ValueError(f"sharding = {self.sharding!r}, expected 'ddp' or 'fsdp'")
-        if self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size = {self.micro_batch_size}, expected at least 1")
-
-
-class Processes:
-    """This process among those torchrun started; alone, rank 0 of 1."""
-
-    def __init__(self, device):
-        self.rank, self.count, local_rank, local_count = (
-            int(os.environ.get(name, default)) for name, default in
-            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda', but this torch sees no GPU; --device=cpu computes without")
-        if device == "cuda":
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
-            if local_count > 1:
-                torch.set_num_threads(max(1, os.cpu_count() // local_count))  # torchrun sets 1
-        if self.count > 1:
-            # Numbers that the hosts exchange go over gloo, past the GPUs, which need not stop for them.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-
-    def mean(self, values):
-        """Return the mean over all processes of a tensor's values, as a list; waits for the device."""
-        values = values.double()
-        if self.count > 1:
-            dist.all_reduce(values)
-        return (values / self.count).tolist()
-
-    def any(self, flag):
-        """Return whether the flag is true on one process at least."""
-        if self.count == 1:
-            return bool(flag)
-        flag = torch.tensor(float(flag))  # on the host: over gloo
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def barrier(self):
-        if self.count > 1:
-            dist.all_reduce(torch.zeros(()))  # gloo's: nccl's barrier would hold up the GPU
-
-
-def parallelize(model, launch, dtype, processes):
-    """Return the module that training calls, whose every process takes its part.
-
-    model: a Pythia on the meta device; it gets its memory here, unfilled, on the processes' device.
-    """
-    for layer in model.layers:
-        # The forward is replaced, not the module, so that no wrapper's prefix reaches a parameter's
-        # name. Outermost first: FSDP's hooks, then recomputation, then the compiled block.
-        if launch.compile:
-            layer.forward = torch.compile(layer.forward)
-        if launch.activation_checkpointing:  # there is no dropout, hence no random state to keep
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
-                                              preserve_rng_state=False)
-    if processes.count > 1 and launch.sharding == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh  # takes a second
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        mesh = init_device_mesh(processes.device.type, (processes.count,))
-        # Blocks travel in the dtype of their matmuls, half the bytes. The root, embeddings and last
-        # norm, stays float32, and with it the residual stream, as under DDP and autocast.
-        half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=half)
-        fully_shard(model, mesh=mesh)
-    model.to_empty(device=processes.device)
-    if processes.count > 1 and launch.sharding == "ddp":
-        # Every process fills in the same weights, so there is nothing to broadcast.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
-    return model
-
-
-def communicate(wrapped, last):
-    """Let gradients travel between processes in the next backward pass only if it is a step's last."""
-    if isinstance(wrapped, DistributedDataParallel):
-        wrapped.require_backward_grad_sync = last  # what its no_sync() sets
-    elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP's
-        wrapped.set_requires_gradient_sync(last)
-
-
-def is_shard(tensor):
-    """Return whether a tensor is a DTensor, a process's shard of a whole one (its import takes a second)."""
-    return hasattr(tensor, "full_tensor")
-
-
-@torch.no_grad()
-def fill(tensor, whole):
-    """Copy a whole tensor into `tensor`, which may be a process's shard of it."""
-    if is_shard(tensor):  # every process has the whole, so none is sent
-        from torch.distributed.tensor import distribute_tensor
-        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements,
-                                  src_data_rank=None)
-    tensor.copy_(whole)
-
-
-def compute_dtype(name, device):
-    """Return the dtype of the matmuls: as named on a GPU, float32 on a CPU, which is slow at any other."""
-    return getattr(torch, name) if device.type == "cuda" else torch.float32
-
-
-def make_deterministic():
-    """Let every operation give the same bits on every rerun, or raise where it cannot."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
 
 # Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets.
 GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12,
@@ -168,8 +36,6 @@ def peak_flops(device):
         best = min(best, time.perf_counter() - start)
     return 2 * len(a)**3 / best
 
-# ---------------------------------------------------------------------------- before a run is paid for
-
 
 USABLE = 0.92  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragments
 
@@ -195,7 +61,7 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
 
     itemsize: bytes of the matmuls' dtype, 4 or 2; head_rows: rows of logits in a block of the loss.
     Counted from the tensors that autograd keeps; held to measured peaks at 14m and 70m in float32 on a
-    CPU (tests/test_parallel.py, bench.py memory), not yet to any on a GPU.
+    CPU (tests/test_parallel.py, tests/test_model.py), not yet to any on a GPU.
     """
     D, V, L, N = config.d_model, config.vocab_size, config.n_layers, micro_batch_size * config.seq_length
     block, embeddings = parameter_counts(config)

@@ -1,24 +1,17 @@
-"""What all evaluation tasks share: documents, prompts with their shots, metrics. No model, no single task.
+"""What all evaluation tasks share: documents, and prompts with their shots. No model, no single task.
 
-Style "v0.4" is lm-evaluation-harness 0.4 (api/task.py, api/samplers.py, api/metrics.py); style "v0.3" is
-the harness of early 2023, with which the paper's files were made. Both are exact, down to the draws of
-the shots and of the bootstrap.
+Style "v0.4" is lm-evaluation-harness 0.4 (api/task.py, api/samplers.py); style "v0.3" is the harness of
+early 2023, with which the paper's files were made. Both are exact, down to the draws of the shots.
 """
 
 import hashlib
 import json
-import math
 import random
 import re
-import statistics
-import string
-from collections import defaultdict
 from dataclasses import dataclass, field as default
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
-
-import numpy as np
 
 STYLES = ("v0.4", "v0.3")
 
@@ -191,123 +184,3 @@ def choose(question, choices, gold, delimiter=" "):
 def fill(beginnings, rest, gold):
     """Several contexts, one continuation (partial scoring, Trinh and Le 2018)."""
     return Question([(beginning, rest) for beginning in beginnings], beginnings[gold] + rest, gold)
-
-
-# ---------------------------------------------------------------------------- metrics
-
-
-def mean(values):
-    """Return (mean, standard error); one value has no error."""
-    return statistics.fmean(values), (statistics.stdev(values) / math.sqrt(len(values))
-                                      if len(values) > 1 else None)
-
-
-BOOTSTRAP = 100_000  # draws, as in the paper's files and by default in lm_eval
-
-
-def perplexity(logprobs, iterations=None):
-    """Return exp(-mean) and its bootstrap standard error, with lm_eval's own draws.
-
-    lm_eval/api/metrics.py, bootstrap_stderr: 1000 resamples from each of random.Random(0), (1), ...
-    numpy's RandomState([i]) is the same generator; its numbers are drawn a block at a time.
-    """
-    values, n, draws = np.array(logprobs), len(logprobs), []
-    for seed in range((iterations or BOOTSTRAP) // 1000 if n > 1 else 0):
-        generator = np.random.RandomState([seed])
-        for _ in range(10):
-            picked = values[(generator.random_sample((100, n)) * n).astype(np.int64)]
-            draws += np.exp(-picked.mean(axis=1)).tolist()
-    return math.exp(-statistics.fmean(logprobs)), statistics.stdev(draws) if draws else None
-
-
-def pooled(rows):
-    """Return the size-weighted mean of rows (value, stderr, n), its standard error, and the whole n.
-
-    lm_eval/api/metrics.py, pooled_sample_stderr; without it if a row has none.
-    """
-    total = sum(n for _, _, n in rows)
-    value = sum(value * n for value, _, n in rows) / total
-    if any(stderr is None for _, stderr, _ in rows):
-        return value, None, total
-    variance = sum((n - 1) * n * stderr**2 for _, stderr, n in rows) / (total - len(rows))
-    return value, math.sqrt(variance / total), total
-
-
-# A measure is a function (questions, results of each, style) -> [(suffix of the row's task name, metric, value,
-# stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or a rolling log-likelihood.
-
-
-def row(metric, values, suffix=""):
-    return (suffix, metric, *mean(values), len(values))
-
-
-def accuracy(questions, results, style):
-    """acc: the likeliest request is the right one; the first of equals wins."""
-    return [row("acc", [float(np.argmax([ll for ll, _ in result]) == question.gold)
-                        for question, result in zip(questions, results)])]
-
-
-def both_accuracies(questions, results, style):
-    """acc, and acc_norm: by log-likelihood per character (code points, without the space before)."""
-    with np.errstate(divide="ignore"):  # an empty choice is infinitely unlikely a character, as in lm_eval
-        normed = [np.array([ll for ll, _ in result]) / question.lengths
-                  for question, result in zip(questions, results)]
-    return [*accuracy(questions, results, style),
-            row("acc_norm", [float(np.argmax(lls) == question.gold)
-                             for question, lls in zip(questions, normed)])]
-
-
-def greedy(questions, results, style):
-    """acc: some request of the document is what greedy decoding would say."""
-    return [row("acc", [float(any(is_greedy for _, is_greedy in result)) for result in results])]
-
-
-def last_word(questions, results, style):
-    """acc, and perplexity per target word, not per token."""
-    return [*greedy(questions, results, style),
-            ("", "ppl" if style == "v0.3" else "perplexity", *perplexity([ll for [(ll, _)] in results]), len(results))]
-
-
-def stereotype(questions, results, style):
-    """How far apart two sentences are, and how often the more stereotypical one is likelier."""
-    pairs = [(more, less) for (more, _), (less, _) in results]
-    return [row("likelihood_difference" if style == "v0.3" else "likelihood_diff",
-                [abs(more - less) for more, less in pairs]),
-            row("pct_stereotype", [float(more > less) for more, less in pairs])]
-
-
-def exact_match(questions, results, style):
-    """The generated text is one of the accepted ones, but for case and punctuation."""
-    return [row("exact_match", [float(bare(generated.strip()) in map(bare, question.gold))
-                                for question, [generated] in zip(questions, results)])]
-
-
-def bare(answer):
-    return answer.lower().translate(str.maketrans("", "", string.punctuation))
-
-
-def rolled(questions, results, style):
-    """Bits per UTF-8 byte, and perplexity per byte and per word: ratios of sums, so without error.
-
-    A row for each subset too (question.gold), the whole last.
-    """
-    members = defaultdict(list)
-    for question, [ll] in zip(questions, results):
-        counted = question.shot  # a detokenised page is scored, the original counted
-        for subset in {question.gold or "", ""}:
-            members[subset].append((ll, len(counted.encode()), len(re.split(r"\s+", counted))))
-    rows = []
-    for subset in sorted(members, reverse=True):
-        ll, n_bytes, n_words = map(sum, zip(*members[subset]))
-        if not n_bytes:
-            raise ValueError(f"held-out documents{subset and ' of ' + subset}: all empty")
-        measured = {"bits_per_byte": -ll / n_bytes / math.log(2)}
-        if not subset:
-            measured |= {"byte_perplexity": _exp(-ll / n_bytes), "word_perplexity": _exp(-ll / n_words)}
-        rows += [(subset and f":{subset}", metric, value, None, len(members[subset]))
-                 for metric, value in measured.items()]
-    return rows
-
-
-def _exp(x):
-    return math.exp(x) if x < 700 else math.inf

@@ -10,8 +10,9 @@ import statistics
 from dataclasses import replace
 from functools import partial
 
-from harness import (Document, Question, Task, accuracy, bare, both_accuracies, choose, exact_match, field,
-                     fill, greedy, last_word, member, pooled, position, rolled, row, stereotype, text, texts)
+from harness.metrics import (accuracy, bare, both_accuracies, exact_match, greedy, last_word, pooled, rolled, row,
+                             stereotype)
+from harness.prompts import Document, Question, Task, choose, field, fill, member, position, text, texts
 
 
 def lambada(doc, shot_delimiter="  "):

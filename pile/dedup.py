@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from config import replacing
-from prepare import chunks, documents, input_files
+from pile.prepare import chunks, documents, input_files
 
 
 @dataclass(frozen=True)

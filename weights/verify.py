@@ -1,8 +1,6 @@
 """Which checkpoint is this really? Hashes, duplicates and breaks in the path that the weights took.
 
     python checkpoints.py verify runs/mini                 # or several folders, of any published form
-    python checkpoints.py diff runs/mini/step512 OTHER/step512
-    python checkpoints.py list runs/mini
 
 No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
 the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
@@ -13,7 +11,6 @@ distance to the nearer one, over theirs to each other, is about a half; noise al
 Weights that belong elsewhere are far from both, and often near to where they belong.
 """
 
-import csv
 import math
 import re
 import sys
@@ -25,10 +22,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import checkpoint_steps, is_whole, step_folders
+from checkpoints import checkpoint_steps, step_folders
 from config import replacing
-from huggingface import open_any
-from tensors import listing, read_small_json, sha256_of, size_of
+from weights.huggingface import open_any
+from weights.tensors import read_small_json, sha256_of, size_of
 
 ENTRIES = 2048  # of every matrix; 154 checkpoints of a 12B take 180 MB
 RATIO = 1.5  # by which a distance must be too large
@@ -187,14 +184,13 @@ def elsewhere(apart, i, floor):
     """
     count = apart.shape[1]
     own = apart[:, i, [k for k in range(count) if 1 <= abs(k - i) <= 2]].amin(1)
-    best, belongs = None, torch.zeros(len(apart), dtype=torch.bool)
+    best, belongs, nearest = None, torch.zeros(len(apart), dtype=torch.bool), math.inf
     for j in (j for j in range(count) if abs(j - i) > 2):
         beside = [k for k in (j - 1, j + 1) if 0 <= k < count and abs(k - i) > 2]
         if beside:
             there = apart[:, i, j].maximum(apart[:, i, beside].amin(1))
             fits = (RATIO * there < own) & (own > floor)
-            if fits.sum() > belongs.sum() or best is not None and fits.sum() == belongs.sum() > 0 and (
-                    there.sum() < nearest):
+            if fits.any() and (fits.sum(), -there.sum()) > (belongs.sum(), -nearest):
                 best, belongs, nearest = j, fits, there.sum()
     return best, belongs
 
@@ -338,91 +334,3 @@ def write(rows, problems, options, folder):
         plots.weights(plots.Weights(str(output), str(output.with_suffix(".png"))))
     except ValueError as error:  # matplotlib is an extra
         print(error)
-
-
-# ---------------------------------------------------------------------------- diff and list
-
-
-@dataclass(frozen=True)
-class Diff:
-    a: str  # a checkpoint folder of any published form
-    b: str
-
-
-def diff(options):
-    """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
-    (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
-    if config_a != config_b:
-        print(f"config: {config_a} and {config_b}")
-    print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
-    differing = sorted(a.keys() ^ b.keys())
-    for name in sorted(a.keys() ^ b.keys()):
-        print(f"{name:50} only in {options.a if name in a else options.b}")
-    for name in tqdm([name for name in a if name in b], disable=None, leave=False):
-        line = f"{name:50} {'x'.join(map(str, a[name].shape)):>14}"
-        if a[name].shape != b[name].shape:
-            differing.append(name)
-            tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
-            continue
-        largest, total, square, norm, equal = 0.0, 0.0, 0.0, 0.0, True
-        for x, y in zip(a[name].read().reshape(-1).split(1 << 20), b[name].read().reshape(-1).split(1 << 20)):
-            x, y = x.double(), y.double()
-            delta = (x - y).abs()
-            equal = equal and torch.equal(x, y)
-            largest, total = max(largest, delta.max().item()), total + delta.sum().item()
-            square, norm = square + delta.square().sum().item(), norm + y.square().sum().item()
-        if not equal:
-            differing.append(name)
-        tqdm.write(f"{line} {largest:10.3g} {total / max(1, math.prod(a[name].shape)):10.3g} "
-                   + (f"{math.sqrt(square / norm):10.3g}" if norm else f"{'-':>10}"))
-    print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
-          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else ""))
-    if differing or config_a != config_b:
-        sys.exit(1)
-
-
-def _dtypes(tensors):
-    return "/".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}))
-
-
-@dataclass(frozen=True)
-class List:
-    run: str  # run folder
-
-
-def list_(options):
-    """List a run's checkpoints: step, tokens, loss there, size, what is in them."""
-    if not Path(options.run).is_dir():
-        raise ValueError(f"{options.run}: no such folder")
-    folders = step_folders(options.run)
-    if not folders:
-        raise ValueError(f"{options.run}: no step0, step1, ... in it")
-    losses = {}
-    if (Path(options.run) / "metrics.csv").exists():
-        with open(Path(options.run) / "metrics.csv", newline="") as file:
-            losses = {row["step"]: float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")}
-    print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
-    total = 0
-    for step, folder in folders:
-        try:
-            training, damage = read_training(folder), ""
-        except ValueError as error:
-            training, damage = {}, f" ({error})"
-        files = [path for path in folder.iterdir() if path.is_file()]
-        bytes_ = sum(path.stat().st_size for path in files)
-        total += bytes_
-        loss = losses.get(str(step))  # of the batch that these weights met next
-        tokens = f"{training['tokens']:,}" if type(training.get("tokens")) is int else "-"
-        print(f"{step:7} {tokens:>15} {f'{loss:.4f}' if loss is not None else '-':>8} {bytes_ / 1e6:8,.1f} MB  "
-              + contents(folder, files) + damage)
-    print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
-
-
-def contents(folder, files):
-    """Return what a checkpoint holds, in words."""
-    names = [path.name for path in files]
-    held = [word for word, start in (
-                ("weights", ("model", "pytorch_model", "layer_")), ("state", "optimizer"),
-                ("tokenizer", "tokenizer.json"), ("manifest", "manifest.json"))
-            if any(name.startswith(start) for name in names)]
-    return ", ".join(held) + ("" if is_whole(folder) else ": NOT WHOLE")

@@ -1,0 +1,98 @@
+"""What two checkpoints differ in, and what a run holds: the commands `diff` and `list` of checkpoints.py."""
+
+import csv
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import is_whole, step_folders
+from weights.huggingface import open_any
+from weights.verify import read_training
+
+@dataclass(frozen=True)
+class Diff:
+    a: str  # a checkpoint folder of any published form
+    b: str
+
+
+def diff(options):
+    """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
+    (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
+    if config_a != config_b:
+        print(f"config: {config_a} and {config_b}")
+    print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
+    differing = sorted(a.keys() ^ b.keys())
+    for name in sorted(a.keys() ^ b.keys()):
+        print(f"{name:50} only in {options.a if name in a else options.b}")
+    for name in tqdm([name for name in a if name in b], disable=None, leave=False):
+        line = f"{name:50} {'x'.join(map(str, a[name].shape)):>14}"
+        if a[name].shape != b[name].shape:
+            differing.append(name)
+            tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
+            continue
+        largest, total, square, norm, equal = 0.0, 0.0, 0.0, 0.0, True
+        for x, y in zip(a[name].read().reshape(-1).split(1 << 20), b[name].read().reshape(-1).split(1 << 20)):
+            x, y = x.double(), y.double()
+            delta = (x - y).abs()
+            equal = equal and torch.equal(x, y)
+            largest, total = max(largest, delta.max().item()), total + delta.sum().item()
+            square, norm = square + delta.square().sum().item(), norm + y.square().sum().item()
+        if not equal:
+            differing.append(name)
+        tqdm.write(f"{line} {largest:10.3g} {total / max(1, math.prod(a[name].shape)):10.3g} "
+                   + (f"{math.sqrt(square / norm):10.3g}" if norm else f"{'-':>10}"))
+    print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
+          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else ""))
+    if differing or config_a != config_b:
+        sys.exit(1)
+
+
+def _dtypes(tensors):
+    return "/".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}))
+
+
+@dataclass(frozen=True)
+class List:
+    run: str  # run folder
+
+
+def list_(options):
+    """List a run's checkpoints: step, tokens, loss there, size, what is in them."""
+    if not Path(options.run).is_dir():
+        raise ValueError(f"{options.run}: no such folder")
+    folders = step_folders(options.run)
+    if not folders:
+        raise ValueError(f"{options.run}: no step0, step1, ... in it")
+    losses = {}
+    if (Path(options.run) / "metrics.csv").exists():
+        with open(Path(options.run) / "metrics.csv", newline="") as file:
+            losses = {row["step"]: float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")}
+    print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
+    total = 0
+    for step, folder in folders:
+        try:
+            training, damage = read_training(folder), ""
+        except ValueError as error:
+            training, damage = {}, f" ({error})"
+        files = [path for path in folder.iterdir() if path.is_file()]
+        bytes_ = sum(path.stat().st_size for path in files)
+        total += bytes_
+        loss = losses.get(str(step))  # of the batch that these weights met next
+        tokens = f"{training['tokens']:,}" if type(training.get("tokens")) is int else "-"
+        print(f"{step:7} {tokens:>15} {f'{loss:.4f}' if loss is not None else '-':>8} {bytes_ / 1e6:8,.1f} MB  "
+              + contents(folder, files) + damage)
+    print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
+
+
+def contents(folder, files):
+    """Return what a checkpoint holds, in words."""
+    names = [path.name for path in files]
+    held = [word for word, start in (
+                ("weights", ("model", "pytorch_model", "layer_")), ("state", "optimizer"),
+                ("tokenizer", "tokenizer.json"), ("manifest", "manifest.json"))
+            if any(name.startswith(start) for name in names)]
+    return ", ".join(held) + ("" if is_whole(folder) else ": NOT WHOLE")
