@@ -19,7 +19,7 @@ from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
 from plots import read_csv
 from train import TrainConfig, make_optimizer
-from training.parallel import LaunchConfig
+from training.parallel import LaunchConfig, keep_freed_memory
 from training.plan import flops_per_token, memory_per_process, peak_flops
 
 CONTENDERS = ("ours", "ours compiled", "ours, plain loss", "transformers", "transformers compiled")
@@ -88,6 +88,7 @@ def worker(options):
     tokens = torch.randint(50277, (options.batch, options.seq_length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if options.who.startswith("ours"):
+        keep_freed_memory()  # as train.py does
         model = Pythia(config)
         if "compiled" in options.who:
             for layer in model.layers:

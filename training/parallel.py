@@ -5,8 +5,10 @@ weights, gradients and moments on each of n processes and gathers one block at a
 same batches and take the same steps to 1e-6 (tests/test_parallel.py); what is saved has one form.
 """
 
+import ctypes
 import functools
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,7 @@ class Processes:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
+            keep_freed_memory()
             if local_count > 1:
                 torch.set_num_threads(max(1, os.cpu_count() // local_count))  # torchrun sets 1
         if self.count > 1:
@@ -72,6 +75,19 @@ class Processes:
     def barrier(self):
         if self.count > 1:
             dist.all_reduce(torch.zeros(()))  # gloo's: nccl's barrier would hold up the GPU
+
+
+def keep_freed_memory():
+    """Let glibc keep freed blocks of 32 MB and more for the next step, as CUDA's allocator does anyway.
+
+    It gives them back to the system otherwise, whose zeroing of fresh pages cost 7 % of a step at 14m and
+    at 70m; the peak grows by 2 to 4 %.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's top stays
 
 
 def parallelize(model, launch, dtype, processes):
