@@ -64,6 +64,11 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
     return Job(name, members, requests, hashes[0] if len(hashes) == 1 else digest(hashes), style)
 
 
+def token_rows(tokenizer, job):
+    """Return scoring.encode_pair's (tokens, n) of each of the job's (context, continuation) requests."""
+    return [encode_pair(tokenizer, *request, job.style) for request in job.requests]
+
+
 def answer(model, tokenizer, job, progress=None):
     """Return a result for each of the job's requests: (log-likelihood, is_greedy), a text, or a log-likelihood."""
     task, L = job.members[0][1], model.config.seq_length
@@ -73,7 +78,7 @@ def answer(model, tokenizer, job, progress=None):
         if task.kind == "rolling":
             rows, owners = rolling_rows(tokenizer, job.requests, L)
         else:
-            rows, owners = [encode_pair(tokenizer, *request) for request in job.requests], None
+            rows, owners = token_rows(tokenizer, job), None
         job.batches = L, plan(rows, L), len(rows), owners
     _, batches, n_rows, owners = job.batches
     results = run_plan(model, batches, n_rows, progress)

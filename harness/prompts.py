@@ -164,8 +164,8 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
                 if len(others) < shots:
                     raise ValueError(f"{document.where}: {shots} shots, but only {len(others)} other documents")
                 examples = rng.sample(others, shots)
-        prefixes.append(task.description + "".join(
-            task.question(example).shot + "\n\n" for example in examples))
+        shown = "\n\n".join(task.question(example).shot for example in examples)
+        prefixes.append(task.description + (shown + "\n\n" if shots else ""))  # v0.3's too if no shot is left
     return ([(prefix, task.question(document)) for prefix, document in zip(prefixes, documents)],
             digest([documents, pool]))
 

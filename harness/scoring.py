@@ -220,13 +220,17 @@ def encode(tokenizer, text):
     return [token for piece in re.split(r"(?<=\S)(?=\n)", text) for token in _encode_piece(tokenizer, piece)]
 
 
-def encode_pair(tokenizer, context, continuation):
+def encode_pair(tokenizer, context, continuation, style="v0.4"):
     """Return (tokens, n): context and continuation encoded together, n tokens belonging to the latter.
 
     lm_eval/api/model.py, TemplateLM._encode_pair: white space at the context's end moves to the
     continuation, and the context's share is the length of its own encoding. An empty context is
-    <|endoftext|>; a continuation that begins with it already is its own context.
+    <|endoftext|>; a continuation that begins with it already is its own context. v0.3
+    (lm_eval/base.py, BaseLM.loglikelihood) encodes each alone, white space where it stands.
     """
+    if style == "v0.3":
+        tokens = encode(tokenizer, continuation)
+        return (encode(tokenizer, context) or [ENDOFTEXT]) + tokens, len(tokens)
     if context == "":
         tokens = encode(tokenizer, continuation)
         return (tokens, len(tokens) - 1) if tokens[:1] == [ENDOFTEXT] else ([ENDOFTEXT] + tokens, len(tokens))

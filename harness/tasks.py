@@ -335,7 +335,7 @@ V03 = {
                 prepare_pool=partial(wsc_documents, repair=False, only=(1,))),
     "wsc273": dict(question=partial(wsc273, strip=True)),
     "sciq": dict(question=partial(sciq, strip=True)),
-    "triviaqa": dict(question=triviaqa_likelihood, measure=greedy, kind="loglikelihood"),
+    "triviaqa": dict(question=triviaqa_likelihood, measure=greedy, kind="loglikelihood", n=11313),  # unfiltered
 }
 V03_TASKS = {name: replace(task, **V03.get(name, {})) for name, task in TASKS.items()
              if not name.startswith("mmlu")}

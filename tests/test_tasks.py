@@ -56,6 +56,12 @@ def test_paper_style_keeps_a_document_out_of_shots_from_its_own_split(tmp_path):
         assert "w end\n\n" in prefix  # one space; v0.4 has two
 
 
+def test_paper_style_without_a_shot_left_still_begins_with_an_empty_line(tmp_path):
+    write(tmp_path, "lambada_openai/test.jsonl", [{"text": "one end"}] * 2)
+    prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=1, style="v0.3")
+    assert [prefix for prefix, _ in prompted] == ["\n\n"] * 2  # lm_eval/base.py, Task.fewshot_context
+
+
 def test_paper_style_shots_of_wsc_are_true_ones(tmp_path):
     base = {"text": "Ann met Sue . She left .", "span1_text": "Ann", "span1_index": 0, "span2_text": "She",
             "span2_index": 4}
