@@ -2,7 +2,7 @@
 # make suite  the paper in miniature: three sizes, two corpora, all studies, one report (about 40 minutes)
 # make test   run the test suite
 # make proofs run the long proofs and the benchmarks
-# make parity ask lm-evaluation-harness itself again (10 minutes) and compare
+# make parity ask lm-evaluation-harness itself again (10 minutes; real documents if PYTHIA_DATA is their folder) and compare
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
@@ -38,7 +38,9 @@ proofs: .venv/requirements-dev 20B_tokenizer.json
 parity: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pip install --quiet --disable-pip-version-check lm_eval==0.4.13 accelerate==1.15.0
 	$(PY) tests/lm_eval_golden.py tests/lm_eval_golden.json
-	$(PY) -m pytest -q tests/test_parity.py
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target=.venv/lm_eval_v03 lm_eval==0.3.0
+	PYTHONPATH=.venv/lm_eval_v03 $(PY) tests/lm_eval_v03_golden.py tests/lm_eval_v03_golden.json "$$PYTHIA_DATA"
+	$(PY) -m pytest -q tests/test_parity.py tests/test_parity_v03.py
 
 tokenizer: 20B_tokenizer.json
 
