@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.process import forked
 from benchmarks.training import Train, sized
-from checkpoints import hf_config, load_model, parameter_shapes
+from checkpoints import load_model
 from model import Pythia
+from weights.layout import hf_config, parameter_shapes
 from weights.tensors import write_file
 
 

@@ -18,10 +18,13 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from checkpoints import checkpoint_steps, load_model, parameter_shapes, read_config, saved_steps
+from checkpoints import checkpoint_steps, load_model, saved_steps
 from conftest import ROOT
-from weights.huggingface import (Export, Import, export, identify, import_, known_bad, merge, open_any, open_pickle)
 from model import ModelConfig
+from weights.huggingface import (Export, Import, export, identify, import_, known_bad, merge,
+                                 open_any)
+from weights.layout import parameter_shapes, read_config
+from weights.pickles import open_pickle
 from weights.tensors import sha256_of
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
