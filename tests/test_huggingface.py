@@ -5,16 +5,16 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
-import zipfile
+from collections import namedtuple
 from hashlib import sha256
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -24,7 +24,6 @@ from model import ModelConfig
 from weights.huggingface import (Export, Import, export, identify, import_, known_bad, merge,
                                  open_any)
 from weights.layout import parameter_shapes, read_config
-from weights.pickles import open_pickle
 from weights.tensors import sha256_of
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
@@ -152,6 +151,33 @@ def test_every_missing_extra_or_misshapen_tensor_is_named(tmp_path, form):
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("dtype, form", [(torch.uint8, FORMS[0]), (torch.bool, FORMS[2]),
+                                         (torch.float64, FORMS[0])])
+def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, form):
+    tensors = weights()
+    tensors["gpt_neox.embed_in.weight"] = tensors["gpt_neox.embed_in.weight"].to(dtype)
+    source = published(tmp_path / "source", tensors, form)
+    words = f"embed_in.weight is {str(dtype)[6:]}, expected float32, float16 or bfloat16"
+    with pytest.raises(ValueError, match=words):
+        import_(Import(str(source), str(tmp_path / "out"), tokenizer=None))
+    if "safetensors" in form:
+        with pytest.raises(ValueError, match="embed_in.weight is"):
+            load_model(source)
+
+
+def test_a_sharded_download_is_whole_once_every_shard_is_there(tmp_path):
+    folder = published(tmp_path / "step1", weights(), "model.safetensors shards")
+    assert saved_steps(tmp_path) == [1]
+    shard = folder / "model-00002-of-00003.safetensors"
+    os.rename(shard, tmp_path / "aside")
+    assert saved_steps(tmp_path) == []
+    os.rename(tmp_path / "aside", shard)
+    (folder / "model.safetensors.index.json").write_text("[")
+    assert saved_steps(tmp_path) == []
+    (folder / "model.safetensors.index.json").unlink()
+    assert saved_steps(tmp_path) == []
+
+
 # ---------------------------------------------------------------------------- gpt-neox
 
 
@@ -245,67 +271,10 @@ def test_neox_files_that_do_not_fit_are_named(tmp_path, edit, words):
         open_any(neox(tmp_path / "global_step8", layers))
 
 
-# ---------------------------------------------------------------------------- hostile pickles
-
-
-class Run:
-    """Unpickling this runs a command."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-@pytest.mark.parametrize("hidden", [lambda run: run, lambda run: {"a": run},
-                                    lambda run: {"a": torch.ones(2), "b": [run]}])
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, hidden):
-    torch.save(hidden(Run(tmp_path / "ran")), tmp_path / "x.bin")
-    with pytest.raises(ValueError, match="x.bin: .*wants to run (posix|os) system; refused"):
-        open_pickle(tmp_path / "x.bin")
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("value, words", [
-    ([torch.ones(2)], "holds a list"), ({"a": 3}, "a is not a plain tensor"),
-    ({3: torch.ones(2)}, "3 is no name"),
-    ({"a": torch.ones(1).expand(1 << 40)}, "a is not a plain tensor"),
-    ({"a": torch.ones(2, 3).T}, "not a plain"),
-    ({"a": torch.ones(2).to_sparse()}, "wants to run torch._utils _rebuild_sparse_tensor"),
-    ({"a": torch.ones(2, dtype=torch.complex64)}, "not a plain tensor"),
-    ({"a": torch.ones(2, device="meta")}, "wants to run")])
-def test_what_is_no_state_dict_is_named(tmp_path, value, words):
-    torch.save(value, tmp_path / "x.bin")
-    with pytest.raises(ValueError, match=words):
-        open_pickle(tmp_path / "x.bin")
-
-
-def test_a_compressed_archive_is_refused(tmp_path):
-    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "honest")
-    with (zipfile.ZipFile(tmp_path / "honest") as old,
-          zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as new):
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    with pytest.raises(ValueError, match="bomb: .*compressed records"):
-        open_pickle(tmp_path / "bomb")
-
-
-@settings(max_examples=250, deadline=None)
-@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
-       cut=st.integers(0, 10**6) | st.none())
-def test_random_corruption_of_a_pickle_is_an_error_or_other_numbers(tmp_path_factory, edits, cut):
-    path = tmp_path_factory.getbasetemp() / "corrupt.bin"
-    torch.save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4).half()}, path)
-    data = bytearray(path.read_bytes())
-    for position, value in edits:
-        data[position % len(data)] = value
-    path.write_bytes(data[:None if cut is None else cut % len(data)])
-    try:
-        for stored in open_pickle(path).values():
-            assert stored.read().shape == stored.shape
-    except ValueError as error:
-        assert str(path) in str(error) and len(str(error)) < 400
+def test_a_neox_file_of_another_name_is_named(tmp_path):
+    (tmp_path / "layer_1-model_0-model_states.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="layer_1-model_0-model_states.pt: expected a name like layer_"):
+        open_any(tmp_path)
 
 
 # ---------------------------------------------------------------------------- export
@@ -338,6 +307,36 @@ def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="layers.0.mlp.dense_h_to_4h.bias: 1e.06 overflows torch.float16"):
         export(Export(str(source), str(tmp_path / "out"), "float16", tokenizer=None))
     assert os.listdir(tmp_path) == ["step8"]
+
+
+def test_room_is_asked_for_in_the_dtype_that_is_written(tmp_path, monkeypatch):
+    source = published(tmp_path / "step8", weights(torch.float32))
+    needed = sum(2 * tensor.numel() for tensor in weights().values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(needed))
+    export(Export(str(source), str(tmp_path / "half"), "float16", tokenizer=None))
+    with pytest.raises(ValueError, match=f"{2 * needed:,} bytes to write, {needed:,} free"):
+        export(Export(str(source), str(tmp_path / "whole"), tokenizer=None))
+
+
+def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
+    """A stranger's folder may have a link to any file."""
+    source = published(tmp_path / "step8", weights())
+    (tmp_path / "secret").write_text("private key")
+    (tmp_path / "token").write_text('{"token": "secret"}')
+    for target, words in (("secret", "not JSON"), ("token", "no added_tokens"),
+                          ("/dev/zero", "not a regular file")):
+        (source / "tokenizer.json").unlink(missing_ok=True)
+        (source / "tokenizer.json").symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=f"step8/tokenizer.json: .*{words}"):
+            export(Export(str(source), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_upload_command_is_one_command(tmp_path, capsys):
+    source = published(tmp_path / "a; touch x/step8", weights())
+    export(Export(str(source), str(tmp_path / "o p"), tokenizer=None, push=True))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == [
+        "hf", "upload", "a; touch x", str(tmp_path / "o p"), ".", "--revision=step8"]
 
 
 def run_checkpoints(monkeypatch, *arguments):

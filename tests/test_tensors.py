@@ -118,6 +118,15 @@ def test_large_headers_take_no_memory(tmp_path):
     assert peak < 200e6
 
 
+def test_a_tensor_larger_than_the_memory_is_named(tmp_path):
+    """A sparse file: its 16 TB are zeros that take no room on the disk."""
+    header = json.dumps({"a": entry("F16", (1 << 42,), (0, 1 << 43))}).encode()
+    with open(a_file(tmp_path / "x", header), "r+b") as file:
+        file.truncate(8 + len(header) + (1 << 43))
+    with pytest.raises(ValueError, match="x: no memory for the 17,592,186,044,416 bytes of a"):
+        open_file(tmp_path / "x")["a"].read(torch.float32)
+
+
 def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "not a regular file"),

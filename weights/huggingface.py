@@ -12,7 +12,9 @@ are pickles: they are looked through first and then read with weights_only, so n
 Source of the NeoX layout: gpt-neox v1.0 tools/convert_to_hf.py.
 """
 
+import math
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -27,8 +29,8 @@ from model import ModelConfig
 from weights.layout import (hf_config, open_model, parameter_shapes, read_config,
                             without_legacy_buffers)
 from weights.pickles import load_pickle, open_pickle
-from weights.tensors import (Stored, check_tensors, listing, open_shards, regular_size, sha256_of,
-                             size_of, write_folder)
+from weights.tensors import (Stored, check_tensors, listing, open_shards, read_small_json,
+                             sha256_of, write_folder)
 
 
 def open_any(source, gelu=None, n_heads=None):
@@ -66,6 +68,8 @@ def open_neox(folder, paths, n_heads=None):
         match = re.fullmatch(r"layer_(\d{2,3})-model_(\d{2,3})-model_states\.pt", path.name)
         if match:
             ranks.setdefault(int(match[1]), {})[int(match[2])] = path
+        else:
+            raise ValueError(f"{path}: expected a name like layer_00-model_00-model_states.pt")
     count = max(max(files) for files in ranks.values()) + 1
     problems = [f"no layer_{layer:02}-model_{rank:02}-model_states.pt" for layer in sorted(ranks)
                 for rank in range(count) if rank not in ranks[layer]]
@@ -77,9 +81,9 @@ def open_neox(folder, paths, n_heads=None):
         files = [files[rank] for rank in range(count)]
         first = load_pickle(files[0])
         rotary = first.get("attention.rotary_emb.inv_freq", rotary)
-        for name in without_legacy_buffers({f".{name}": None for name in first}):
-            published = _published(layer, name.removeprefix("."), head)
-            tensors[published] = _merging(files, name.removeprefix("."), published)
+        for name in without_legacy_buffers(first):
+            published = _published(layer, name, head)
+            tensors[published] = _merging(files, name, published)
     ends = ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "embed_out.weight")
     if missing := [name for name in ends if name not in tensors or not tensors[name].shape]:
         raise ValueError(f"{folder}: missing {', '.join(missing)} (layers {min(ranks)} to {head} are there)")
@@ -117,10 +121,10 @@ def _merging(files, name, published):
         return [tensors[name] for tensors in loaded]
 
     try:
-        shape = merge(published, [part.to("meta") for part in parts()])
+        whole = merge(published, [part.to("meta") for part in parts()])
     except (RuntimeError, IndexError) as error:  # parts that do not fit together, dimensions missing
         raise ValueError(f"{files[0]}: {name} cannot be merged ({error})") from None
-    return Stored(files[0], shape.dtype, tuple(shape.shape), lambda: merge(published, parts()))
+    return Stored(files[0], whole.dtype, tuple(whole.shape), lambda: merge(published, parts()))
 
 
 def merge(name, parts):
@@ -164,7 +168,7 @@ def known_bad(name, step):
 
 
 def identify(source):
-    """Return the published name and step that a path speaks of: (\"\", None) if it does not.
+    """Return the published name and step that a path speaks of: ("", None) if it does not.
 
     pythia-12b/step50000, or the Hub's cache, models--EleutherAI--pythia-12b/snapshots/COMMIT.
     """
@@ -219,7 +223,8 @@ def import_(options):
         print(f"warning: {line}", file=sys.stderr)
     config, tensors = open_any(options.source, options.gelu, options.n_heads)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    output, size = Path(options.output), sum(map(size_of, tensors.values()))
+    output = Path(options.output)
+    size = sum(math.prod(stored.shape) * (dtype or stored.dtype).itemsize for stored in tensors.values())
     if output.exists():
         raise ValueError(f"{output}: is there already; nothing was written")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -227,8 +232,9 @@ def import_(options):
         raise ValueError(f"{output}: {size:,} bytes to write, {shutil.disk_usage(output.parent).free:,} free")
     tokenizer = Path(options.source) / "tokenizer.json"
     tokenizer = tokenizer if tokenizer.exists() else options.tokenizer
-    if tokenizer and regular_size(tokenizer) > 64 << 20:
-        raise ValueError(f"{tokenizer}: {regular_size(tokenizer):,} bytes are no tokenizer")
+    # A stranger's tokenizer.json may be a link to any file of ours, which would be published next.
+    if tokenizer and type(read_small_json(tokenizer, 16 << 20).get("added_tokens")) is not list:
+        raise ValueError(f"{tokenizer}: no tokenizer: it has no added_tokens")
     with writing(output) as folder, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
         tensors = {name: _cast(name, stored, dtype, bar) for name, stored in tensors.items()}
         written = write_folder(folder, tensors, shard_size=parse_size(options.shard_size))
@@ -247,7 +253,8 @@ def export(options):
     import_(options)
     if options.push:
         step = Path(options.source).resolve()
-        print(f"hf upload {step.parent.name} {options.output} . --revision={step.name}")
+        print(shlex.join(["hf", "upload", step.parent.name, options.output, ".",
+                          f"--revision={step.name}"]))
 
 
 def _cast(name, stored, dtype, bar):
@@ -257,7 +264,7 @@ def _cast(name, stored, dtype, bar):
         cast = tensor.to(dtype or tensor.dtype)
         if cast.dtype != tensor.dtype and cast.isinf().sum() > tensor.isinf().sum():
             raise ValueError(f"{name}: {tensor.abs().max():g} overflows {dtype}; choose bfloat16 or float32")
-        bar.update(size_of(stored))
+        bar.update(cast.nbytes)
         return cast
     return replace(stored, dtype=dtype or stored.dtype, read=read)
 
@@ -299,8 +306,8 @@ def fetch(options):
                              "command goes on where it stopped") from None
         if not files:
             raise ValueError(f"{repository} step{step}: no weights there")
-        entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-                   for name in files}
+        entries = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_of(folder / file)}
+                   for file in files}
         for file, entry in entries.items():
             if files[file].lfs and files[file].lfs.sha256 != entry["sha256"]:
                 raise ValueError(f"{folder / file}: its SHA-256 is not the Hub's; remove it and fetch again")

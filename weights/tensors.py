@@ -30,6 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U8": torch.uint8, "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
 # Parsed JSON takes up to 30 times its bytes; the header of a 12B model has 60 KB.
 JSON_LIMIT = 4 << 20
 CHUNK = 8 << 20  # bytes given to the disk at once: whole tensors of 100 MB took it 3 times as long
@@ -47,10 +48,10 @@ class Stored:
     read: Callable
 
 
-def read_small_json(path):
-    """Return the object in a JSON file of at most JSON_LIMIT bytes. Raises ValueError naming the file."""
-    if regular_size(path) > JSON_LIMIT:
-        raise ValueError(f"{path}: {os.path.getsize(path):,} bytes, expected at most {JSON_LIMIT:,}")
+def read_small_json(path, limit=JSON_LIMIT):
+    """Return the object in a JSON file of at most `limit` bytes. Raises ValueError naming the file."""
+    if regular_size(path) > limit:
+        raise ValueError(f"{path}: {os.path.getsize(path):,} bytes, expected at most {limit:,}")
     return read_json(path)
 
 
@@ -108,9 +109,14 @@ def _unique(pairs):
     return names
 
 
+def is_name(name):
+    """Tell whether this can stand for a tensor in a message of one line."""
+    return type(name) is str and name.isprintable() and len(name) < 200
+
+
 def _entry(name, entry):
     """Return (name, dtype, shape, start, stop) of a header's entry, or raise ValueError."""
-    expect(name.isprintable() and len(name) < 200, f"no name of a tensor: {name[:50]!r}")
+    expect(is_name(name), f"no name of a tensor: {name[:50]!r}")
     expect(type(entry) is dict and entry.keys() == {"dtype", "shape", "data_offsets"},
                 f"{name}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -126,9 +132,18 @@ def _entry(name, entry):
     return name, dtype, tuple(shape), *offsets
 
 
+def allocate(path, name, shape, dtype):
+    """Return an empty tensor, or raise ValueError saying whose bytes the memory cannot hold."""
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError:  # which is how PyTorch says it
+        raise ValueError(f"{path}: no memory for the {math.prod(shape) * dtype.itemsize:,} bytes of "
+                         f"{name}") from None
+
+
 def _reader(path, name, dtype, shape, position):
     def read(wanted=dtype):
-        tensor = torch.empty(shape, dtype=wanted)
+        tensor = allocate(path, name, shape, wanted)
         with open(path, "rb") as file:
             file.seek(position)
             if wanted == dtype:
@@ -162,15 +177,20 @@ def open_folder(folder, stem="model"):
     return open_shards(index, open_file)
 
 
-def open_shards(index, open_one):
-    """Return {name: Stored} of the shards of an index file, each opened by open_one(path)."""
+def read_index(index):
+    """Return {tensor: the name of a file beside the index}, or raise ValueError."""
     weight_map = read_small_json(index).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise ValueError(f"{index}: no weight_map")
     for file in weight_map.values():
         if type(file) is not str or not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
             raise ValueError(f"{index}: {str(file)[:100]!r} is not the name of a file beside it")
-    tensors = {}
+    return weight_map
+
+
+def open_shards(index, open_one):
+    """Return {name: Stored} of the shards of an index file, each opened by open_one(path)."""
+    weight_map, tensors = read_index(index), {}
     for file in sorted(set(weight_map.values())):
         shard = open_one(index.parent / file)
         listed = {name for name, where in weight_map.items() if where == file}
@@ -188,12 +208,14 @@ def listing(problems, most=20):
 
 
 def check_tensors(where, tensors, shapes):
-    """Raise ValueError naming every tensor that is missing, extra or of another shape than in `shapes`."""
+    """Raise ValueError naming every tensor that is missing, extra, of another shape or no float."""
     problems = [f"missing {name}" for name in shapes if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in shapes]
     problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
                  for name, shape in shapes.items()
                  if name in tensors and tuple(tensors[name].shape) != tuple(shape)]
+    problems += [f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16 or "
+                 "bfloat16" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if problems:
         raise ValueError(f"{where}: {listing(problems)}")
 
