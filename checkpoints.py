@@ -19,6 +19,7 @@ learning rate 0, so step 0 and step 1 are equal: that is how the originals are.)
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import re
@@ -35,7 +36,8 @@ from config import command, replacing
 from model import Pythia
 from training.parallel import fill, is_shard
 from weights.layout import hf_config, hf_name, open_model, without_legacy_buffers
-from weights.tensors import check_tensors, open_folder, read_small_json, sha256_of, split, write_file
+from weights.tensors import (check_tensors, open_folder, read_index, read_small_json, sha256_of,
+                             split, write_file)
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 
@@ -93,8 +95,6 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     def write(temporary):
         written = {name: write_file(temporary / name, shard) for name, shard in mine.items()}
         if rank > 0:
-            for name in written:
-                _sync(temporary / name)
             write_json(temporary / f".written{rank}", written)
         _meet()  # all files of all processes are written
         return written
@@ -166,13 +166,13 @@ def make_room(run, step, state_every):
     Left alone: links, which lead to another run, and what is damaged.
     """
     for other, folder in step_folders(run):
-        if other >= step or folder.is_symlink() or not (folder / "training.json").exists():
-            continue
         try:
-            scheduled = read_small_json(folder / "training.json").get("scheduled", True)
+            training = read_training(folder, other)
         except ValueError:
             continue
-        if not scheduled:
+        if other >= step or folder.is_symlink() or not training or not is_whole(folder):
+            continue
+        if not training.get("scheduled", True):
             temporary = folder.with_name(f".{folder.name}.tmp")  # no half checkpoint at any moment
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
@@ -183,6 +183,7 @@ def make_room(run, step, state_every):
                 write_json(folder / "manifest.json", {
                     name: entry for name, entry in read_small_json(folder / "manifest.json").items()
                     if name not in names})
+                _sync(folder)  # before the files go: what the manifest lists is there at any moment
             for path in moments:
                 path.unlink()
 
@@ -201,9 +202,25 @@ def lock(run):
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise ValueError(f"{run}: another process is writing this run; wait for it or name another "
                              "--out_dir") from None
-        return  # a file system without locks
+        # What remains is a file system without locks.
     for path in Path(run).glob(".step*.tmp"):
         _remove(path)
+    folders = [folder for _, folder in step_folders(run) if not folder.is_symlink()]
+    for path in (path for folder in (Path(run), *folders) for path in folder.iterdir()):
+        written = re.fullmatch(r".+\.(\d+)\.tmp", path.name)  # by config.replacing
+        if written and path.is_file() and not path.is_symlink() and not _runs(int(written[1])):
+            path.unlink()
+
+
+def _runs(process):
+    """Tell whether a process of this number runs here: evaluations may write into the run meanwhile."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 _LOCKS = []
@@ -225,7 +242,8 @@ def writing(folder):
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         if os.path.lexists(folder):  # not whole, or it would have been left alone
-            os.rename(folder, folder.with_name(f"{folder.name}.broken"))
+            os.rename(folder, next(path for i in itertools.count() if not os.path.lexists(
+                path := folder.with_name(f"{folder.name}.broken{i or ''}"))))
         os.rename(temporary, folder)
         _sync(folder.parent)
     finally:  # a full disk gets its room back
@@ -272,6 +290,24 @@ def saved_steps(run, state=False):
             if is_whole(folder) and (has_state(folder) or not state)]
 
 
+def read_training(folder, step):
+    """Return the object in a checkpoint's training.json, an empty one for a published checkpoint.
+
+    Raises ValueError if it is of another step: the folder was copied or renamed.
+    """
+    path = folder / "training.json"
+    if not path.exists():
+        return {}
+    training = read_small_json(path)
+    for name, kind, words in (("updates", int, "an integer"), ("scaler", dict, "an object"),
+                              ("step", int, "an integer")):
+        if type(training.get(name)) is not kind:
+            raise ValueError(f"{path}: {name} is {repr(training.get(name))[:50]}, expected {words}")
+    if training["step"] != step:
+        raise ValueError(f"{path}: is of step {training['step']}")
+    return training
+
+
 def has_state(folder):
     """Tell whether a run can go on from a checkpoint: whether its manifest has Adam's moments."""
     return (folder / "manifest.json").exists() and any(
@@ -279,13 +315,17 @@ def has_state(folder):
 
 
 def is_whole(folder):
-    """Tell whether a checkpoint's files have the bytes of its manifest, or a download has any weights."""
-    if not (folder / "manifest.json").exists():
-        return any(next(folder.glob(pattern), None)
-                   for pattern in ("model*.safetensors", "pytorch_model*.bin", "layer_*.pt"))
+    """Tell whether a checkpoint's files have the bytes of its manifest; of a download, all are there."""
     try:
-        return all((folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
-                   for name, entry in read_small_json(folder / "manifest.json").items())
+        if (folder / "manifest.json").exists():
+            entries = read_small_json(folder / "manifest.json")
+            return bool(entries) and all(
+                (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+                for name, entry in entries.items())
+        indices = list(folder.glob("*.index.json"))
+        singles = [folder / "model.safetensors", folder / "pytorch_model.bin", *folder.glob("layer_*.pt")]
+        return any(map(Path.is_file, indices + singles)) and all(
+            (folder / file).is_file() for index in indices for file in read_index(index).values())
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -294,22 +334,24 @@ def load_training(run, step, model, optimizer):
     """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
 
     Return the saved training object; None, with the weights alone filled, if no moments lie there.
-    Tensors are read one at a time. Raises ValueError naming each that is missing, extra or misshapen.
+    Tensors are read one at a time. Raises ValueError naming each that is missing, extra or misshapen,
+    and on a folder that is another step's.
     """
     folder = Path(run) / f"step{step}"
+    training = read_training(folder, step)
     parameters = dict(model.named_parameters())
     weights = without_legacy_buffers(open_folder(folder))
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
     for name, parameter in parameters.items():
         fill(parameter, weights[hf_name(name)].read())
-    if not has_state(folder):
+    if not training or not has_state(folder):
         return None
-    training = read_small_json(folder / "training.json")
     moments = open_folder(folder, "optimizer")
     if training["updates"] == 0:  # before the first one Adam has no moments
         return training
     check_tensors(folder / "optimizer.safetensors", moments,
-                  {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in ("exp_avg", "exp_avg_sq")})
+                  {f"{kind}.{name}": p.shape for name, p in parameters.items()
+                   for kind in ("exp_avg", "exp_avg_sq")})
     for name, parameter in parameters.items():
         state = {kind: torch.empty_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
         for kind in state:

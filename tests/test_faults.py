@@ -7,12 +7,12 @@ the newest whole one can be gone on from, and nothing else was touched.
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import checkpoints
+import config
 from checkpoints import load_model, load_training, lock, saved_steps, step_folders
 from conftest import ROOT
 from model import ModelConfig, Pythia
@@ -60,7 +60,8 @@ for attempt in range(int(sys.argv[2])):
     begun, saved = ([int(w[1]) for w in words if w[0] == name] for name in (b'begun', b'saved'))
     there = checkpoints.saved_steps(RUN)
     assert not saved or there[-1] >= saved[-1], (saved, there)
-    lost.append(len([s for s in begun if s not in there and s not in saved]))
+    # Scheduled ones, and the last whether it is or not: an unscheduled one gives way to the next.
+    lost.append(len([s for s in begun if s not in there and (s % 3 or s == begun[-1])]))
     print(attempt, len(begun), len(saved), lost[-1], flush=True)
     if there:
         assert checkpoints.saved_steps(RUN, state=True)[-1] == there[-1]
@@ -132,9 +133,8 @@ assert checkpoints.saved_steps(RUN)[-1] == step
 
 
 @needs_mounts
-def test_a_read_only_folder_is_an_error_and_nothing_else(tmp_path):
-    (tmp_path / "run").mkdir()
-    python(SAVER + "save(0)", tmp_path / "run")
+def test_a_read_only_folder_is_an_error_and_nothing_else(tmp_path, save):
+    save(0)
     before = hashes(tmp_path)
     done = python(SAVER + "config.run(save, 1)", tmp_path / "run", expect=2,
                   namespace=f"mount --bind {tmp_path / 'run'} {tmp_path / 'run'}\n"
@@ -143,18 +143,20 @@ def test_a_read_only_folder_is_an_error_and_nothing_else(tmp_path):
     assert hashes(tmp_path) == before
 
 
-def test_a_vanished_folder_is_not_made_again(tmp_path):
-    (tmp_path / "run").mkdir()
-    done = python(SAVER + "save(0); os.rename(RUN, RUN.with_name('gone')); config.run(save, 1)",
-                  tmp_path / "run", expect=2)
-    assert done.stderr == f"{tmp_path / 'run'}: the run folder has vanished\n"
+def test_a_vanished_folder_is_not_made_again(tmp_path, save, capsys):
+    save(0)
+    os.rename(tmp_path / "run", tmp_path / "gone")
+    with pytest.raises(SystemExit, match="2"):
+        config.run(save, 1)
+    assert capsys.readouterr().err == f"{tmp_path / 'run'}: the run folder has vanished\n"
     assert os.listdir(tmp_path) == ["gone"] and saved_steps(tmp_path / "gone") == [0]
 
 
 def test_two_processes_cannot_write_one_run(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c",
-         "import checkpoints, sys; checkpoints.lock(sys.argv[1]); print(1, flush=True); input()", tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+         "import checkpoints, sys; checkpoints.lock(sys.argv[1]); print(1, flush=True); input()",
+         tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
     with pytest.raises(ValueError, match="another process is writing this run"):
         lock(tmp_path)
@@ -179,10 +181,10 @@ def save(tmp_path):
     return save
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, save, monkeypatch):
+def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, save):
+    """The files' times are all that a clock leaves behind; saving and loading read no clock."""
     run = tmp_path / "run"
     for step, now in ((0, 2e9), (1, 1e9), (2, 0.0)):  # 2033, 2001, 1970
-        monkeypatch.setattr(time, "time", lambda: now)
         save(step, scheduled=step != 1)
         for path in (run / f"step{step}", *(run / f"step{step}").iterdir()):
             os.utime(path, (now, now))
@@ -217,6 +219,40 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, save):
     save(2)
     assert saved_steps(run) == [0, 1, 2]
     assert (run / "step2.broken/optimizer.safetensors").stat().st_size == 100
+    os.truncate(run / "step2/optimizer.safetensors", 50)
+    save(2)
+    assert saved_steps(run) == [0, 1, 2]
+    assert (run / "step2.broken/optimizer.safetensors").stat().st_size == 100
+    assert (run / "step2.broken1/optimizer.safetensors").stat().st_size == 50
+
+
+def test_a_damaged_manifest_of_an_earlier_step_is_left_alone(tmp_path, save):
+    run = tmp_path / "run"
+    save(1), save(2)
+    (run / "step1/manifest.json").write_text("5 {")
+    before = hashes(run / "step1")
+    save(3, state_every=4)
+    assert saved_steps(run, state=True) == [3] and saved_steps(run) == [2, 3]
+    assert hashes(run / "step1") == before
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path, save):
+    """Files of a process that still runs stay (an evaluation writes its CSV), and what is behind links."""
+    run, dead = tmp_path / "run", subprocess.Popen(["true"])
+    dead.wait()
+    save(1), save(2, tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    save(3, tmp_path / "other")
+    (run / "step3").symlink_to(tmp_path / "other/step3")
+    gone = [run / f"metrics.csv.{dead.pid}.tmp", run / f"step1/manifest.json.{dead.pid}.tmp"]
+    stay = [run / f"results.csv.{os.getpid()}.tmp", run / "my.tmp", run / "notes.1.txt",
+            tmp_path / f"other/step3/manifest.json.{dead.pid}.tmp"]
+    for path in gone + stay:
+        path.write_text("half")
+    (run / f"link.{dead.pid}.tmp").symlink_to(tmp_path / "other/step3/config.json")
+    lock(run)
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in (*stay, run / f"link.{dead.pid}.tmp"))
 
 
 def test_moments_stay_on_the_grid_and_in_the_newest(tmp_path, save):

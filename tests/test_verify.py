@@ -1,22 +1,29 @@
 """pytest tests/test_verify.py"""
 
+import copy
 import csv
+import json
 import os
+import resource
 import runpy
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import checkpoint_steps, load_model, save, saved_steps, write_manifest
+from checkpoints import (checkpoint_steps, is_whole, load_model, load_training, save, saved_steps,
+                         step_folders, write_manifest)
 from conftest import ROOT
-from weights.huggingface import Export, export
 from model import ModelConfig, Pythia
-from weights.tensors import write_folder
 from train import TrainConfig, learning_rate_at, make_optimizer
+from weights.huggingface import Export, export
+from weights.layout import hf_config, hf_name
+from weights.tensors import write_file, write_folder
+from weights.verify import Scan, check_files, check_path, scan
 
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=384, seq_length=32)
 TRAIN = TrainConfig(data="", out_dir="", learning_rate=1e-2, steps=128, checkpoint_every=16)
@@ -86,6 +93,12 @@ def checkpoints(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def verify(checkpoints):
+    """Verify without the CSV and the plot, which take longer than the rest."""
+    return lambda *arguments: checkpoints("verify", *arguments, "--output=None")
+
+
 def put(source, target):
     """Upload one checkpoint's weights under another's name, as it happened: the manifest fits."""
     shutil.copyfile(source / "model.safetensors", target / "model.safetensors")
@@ -120,17 +133,17 @@ def test_an_honest_run_has_no_problems(run, checkpoints):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_an_honest_run_cast_to_half_has_no_problems(honest, tmp_path, checkpoints, dtype):
+def test_an_honest_run_cast_to_half_has_no_problems(honest, tmp_path, verify, dtype):
     for step in saved_steps(honest):
         export(Export(str(honest / f"step{step}"), str(tmp_path / f"run/step{step}"), dtype, tokenizer=None))
-    code, text = checkpoints("verify", tmp_path / "run", "--steps=0,1,2,4,8,16,32,48,64,80,96,112,128")
+    code, text = verify(tmp_path / "run", "--steps=0,1,2,4,8,16,32,48,64,80,96,112,128")
     assert code == 0, text
 
 
 @pytest.mark.parametrize("step", [0, 2, 16, 48, 112])
-def test_final_weights_under_an_early_step(run, checkpoints, step):
+def test_final_weights_under_an_early_step(run, verify, step):
     put(run / "step128", run / f"step{step}")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1
     assert any(f"equal to step {step}'s" in words for words in problems(text)[128])
     if step < 112:  # the last but one does lie beside the last
@@ -139,18 +152,103 @@ def test_final_weights_under_an_early_step(run, checkpoints, step):
 
 
 @pytest.mark.parametrize("step", [2, 16, 32])
-def test_final_weights_under_an_early_step_are_found_without_the_final_step(run, checkpoints, step):
+def test_final_weights_under_an_early_step_are_found_without_the_final_step(run, verify, step):
     put(run / "step128", run / f"step{step}")
     for late in (112, 128):
         shutil.rmtree(run / f"step{late}")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() == {step}, text
 
 
-def test_two_equal_neighbours(run, checkpoints):
+def test_two_equal_neighbours(run, verify):
     put(run / "step64", run / "step80")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text) == {80: ["all 10 matrices are equal to step 64's"]}
+
+
+@pytest.fixture(scope="module")
+def scans(honest):
+    class Bar:
+        update = staticmethod(lambda count: None)
+    return [scan(step, folder, Bar) for step, folder in step_folders(honest)]
+
+
+@pytest.mark.parametrize("cast", [torch.float32, torch.float16])
+def test_neighbours_in_each_others_place(scans, cast):
+    """Every two neighbours of the run, without its files; steps 0 and 1 are equal."""
+    for i in range(1, len(scans) - 1):
+        mixed = [copy.copy(here) for here in scans]
+        for here in mixed:
+            here.problems = []
+            here.samples = {name: sample.to(cast).float() for name, sample in here.samples.items()}
+        mixed[i].samples, mixed[i + 1].samples = mixed[i + 1].samples, mixed[i].samples
+        check_path(mixed)
+        found = {here.step: here.problems for here in mixed if here.problems}
+        assert found and found.keys() <= {mixed[i].step, mixed[i + 1].step}, found
+
+
+def test_neighbours_weights_exchanged_on_disk(honest, run, verify):
+    put(honest / "step64", run / "step80")
+    put(honest / "step80", run / "step64")
+    code, text = verify(run)
+    assert code == 1 and problems(text) == {
+        64: ["all 10 matrices are in the place of step 80's: the path is shorter with both "
+             "exchanged"]}
+
+
+def test_a_copied_or_renamed_folder_is_of_another_step(run, verify):
+    shutil.rmtree(run / "step80")
+    shutil.copytree(run / "step64", run / "step80")
+    os.rename(run / "step16", run / "aside")
+    os.rename(run / "step32", run / "step16")
+    os.rename(run / "aside", run / "step32")
+    code, text = verify(run)
+    for step, of in ((80, 64), (16, 32), (32, 16)):
+        assert f"training.json: is of step {of}" in problems(text)[step]
+    model = Pythia(CONFIG)
+    with pytest.raises(ValueError, match="step80/training.json: is of step 64"):
+        load_training(run, 80, model, make_optimizer(model, TRAIN))
+    for notes, words in (({"step": 64}, "updates is None, expected an integer"),
+                         ({"step": 64, "updates": 64, "scaler": 3}, "scaler is 3, expected an")):
+        (run / "step64/training.json").write_text(json.dumps(notes))
+        with pytest.raises(ValueError, match=words):
+            load_training(run, 64, model, make_optimizer(model, TRAIN))
+
+
+@pytest.mark.parametrize("config, words", [
+    (ModelConfig(3, 32, 2, vocab_size=384, seq_length=32), "another model: n_layers is 3, the run's 2"),
+    (ModelConfig(2, 64, 2, vocab_size=384, seq_length=32), "another model: d_model is 64, the run's 32"),
+    (ModelConfig(2, 32, 2, vocab_size=384, seq_length=32, gelu="erf"),
+     "another model: gelu is erf, the run's tanh")])
+@pytest.mark.parametrize("step", [0, 64])
+def test_a_checkpoint_of_another_model(run, verify, config, words, step):
+    folder, model = run / f"step{step}", Pythia(config, seed=7)
+    if config.gelu == CONFIG.gelu:
+        write_file(folder / "model.safetensors",
+                   {hf_name(name): p.detach() for name, p in model.named_parameters()})
+    (folder / "config.json").write_text(json.dumps(hf_config(config)))
+    write_manifest(folder)
+    code, text = verify(run)
+    assert code == 1 and problems(text) == {step: [words]}
+
+
+def test_a_damaged_first_checkpoint_does_not_end_the_check(run, verify):
+    os.truncate(run / "step0/model.safetensors", 1000)
+    put(run / "step128", run / "step48")
+    shutil.rmtree(run / "step128")
+    code, text = verify(run)
+    assert code == 1 and problems(text).keys() == {0, 48}
+
+
+def test_files_that_no_manifest_lists(run, verify):
+    manifest = run / "step64/manifest.json"
+    entries = json.loads(manifest.read_text())
+    del entries["model.safetensors"]
+    manifest.write_text(json.dumps(entries))
+    code, text = verify(run)
+    assert code == 1 and problems(text) == {64: ["model.safetensors: not in the manifest"]}
+    manifest.write_text("{}")
+    assert not is_whole(run / "step64") and 64 not in saved_steps(run)
 
 
 def reshard(folder):
@@ -160,7 +258,7 @@ def reshard(folder):
     write_manifest(folder)
 
 
-def test_one_shard_of_another_step(run, checkpoints):
+def test_one_shard_of_another_step(run, verify):
     for step in saved_steps(run):
         reshard(run / f"step{step}")
     files = sorted(path.name for path in (run / "step48").glob("model-*"))
@@ -168,32 +266,32 @@ def test_one_shard_of_another_step(run, checkpoints):
     shutil.copyfile(run / "step128" / files[0], run / "step48" / files[0])
     write_manifest(run / "step48")
     load_model(run / "step48")  # nothing else would notice
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() == {48, 128}
     assert f"of {files[0]}" in problems(text)[48][0] and "nearer to step 1" in problems(text)[48][0]
     assert "equal to step 48's" in problems(text)[128][0]
 
 
-def test_a_seed_run_that_does_not_descend_from_its_step_0(run, other_seed, checkpoints):
-    assert checkpoints("verify", other_seed)[0] == 0
+def test_a_seed_run_that_does_not_descend_from_its_step_0(run, other_seed, verify):
+    assert verify(other_seed)[0] == 0
     put(other_seed / "step0", run / "step0")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and any("step 1 does not descend from it" in words for words in problems(text)[0])
     for step in (1, 2, 4, 8):
         shutil.rmtree(run / f"step{step}")
-    code, text = checkpoints("verify", run, "--steps=any")
+    code, text = verify(run, "--steps=any")
     assert code == 1 and any("step 16 does not descend from it" in words for words in problems(text)[0])
 
 
-def test_a_checkpoint_of_another_seed(run, other_seed, checkpoints):
+def test_a_checkpoint_of_another_seed(run, other_seed, verify):
     put(other_seed / "step64", run / "step64")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() == {64}
 
 
-def test_the_last_checkpoint_of_another_seed(run, other_seed, checkpoints):
+def test_the_last_checkpoint_of_another_seed(run, other_seed, verify):
     put(other_seed / "step128", run / "step128")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() == {128}
 
 
@@ -201,62 +299,96 @@ def test_the_last_checkpoint_of_another_seed(run, other_seed, checkpoints):
     (lambda path: os.truncate(path, path.stat().st_size - 1000), "bytes, the manifest says"),
     (lambda path: path.unlink(), "in the manifest but not there"),
     (lambda path: path.write_bytes(b""), "0 bytes, the manifest says")])
-def test_a_half_written_file(run, checkpoints, damage, words):
+def test_a_half_written_file(run, checkpoints, verify, damage, words):
     damage(run / "step64/model.safetensors")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() == {64} and any(words in line for line in problems(text)[64])
     assert 64 not in saved_steps(run) and "NOT WHOLE" in checkpoints("list", run)[1]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
 @pytest.mark.parametrize("bit", [0, 30])
-def test_a_flipped_bit(run, checkpoints, file, bit):
+def test_a_flipped_bit(run, verify, file, bit):
     path = run / "step64" / file
     data = bytearray(path.read_bytes())
     data[-4 + bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and any("SHA-256 is not the manifest's" in words for words in problems(text)[64]), text
 
 
-def test_nan_and_infinity(run, checkpoints):
+def test_nan_and_infinity(run, verify):
     for step, value in ((32, float("nan")), (48, float("inf"))):
         tensors = load_file(run / f"step{step}/model.safetensors")
         tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"][3, 5] = value
         save_file(tensors, run / f"step{step}/model.safetensors", metadata={"format": "pt"})
         write_manifest(run / f"step{step}")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() >= {32, 48}
     for step in (32, 48):
         assert "gpt_neox.layers.1.mlp.dense_h_to_4h.weight: 1 values are NaN or infinite" in problems(text)[step]
 
 
-def test_missing_steps_are_named(run, checkpoints):
+def test_missing_steps_are_named(run, verify):
     shutil.rmtree(run / "step4")
     shutil.rmtree(run / "step96")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text)[None][0].startswith("missing 2 scheduled checkpoints: 4, 96")
-    assert checkpoints("verify", run, "--steps=any")[0] == 0
+    assert verify(run, "--steps=any")[0] == 0
     (run / "config.json").unlink()  # a download: Pythia's 154
-    assert "missing 146 scheduled" in checkpoints("verify", run)[1]
+    assert "missing 146 scheduled" in verify(run)[1]
 
 
-def test_folders_of_a_run_by_name(run, checkpoints):
-    code, text = checkpoints("verify", *(run / f"step{step}" for step in (128, 0, 16)), "--output=None")
+def test_a_branch_and_a_run_under_way_have_what_is_due(run, verify):
+    for step in (0, 1, 2, 4, 8, 16, 32, 112, 128):
+        shutil.rmtree(run / f"step{step}")
+    settings = {"steps": 128, "checkpoint_every": 16, "branch_from": "runs/parent/step32/"}
+    (run / "config.json").write_text(json.dumps(settings))
+    code, text = verify(run)
+    assert code == 0 and "4 checkpoints up to step 96 of 128, 0 problems" in text
+    shutil.rmtree(run / "step48")
+    assert "missing 1 scheduled checkpoints: 48 (" in verify(run)[1]
+
+
+def test_folders_of_a_run_by_name(run, verify):
+    code, text = verify(*(run / f"step{step}" for step in (128, 0, 16)))
     assert code == 0 and [int(line.split()[0]) for line in text.splitlines()[1:4]] == [0, 16, 128]
 
 
-def test_a_damaged_archive_of_pytorch(run, tmp_path, checkpoints):
+def test_a_damaged_archive_of_pytorch(run, tmp_path, verify):
     folder = tmp_path / "pythia/step64"
     folder.mkdir(parents=True)
     shutil.copy(run / "step64/config.json", folder)
     torch.save(load_file(run / "step64/model.safetensors"), folder / "pytorch_model.bin")
-    assert checkpoints("verify", folder, "--output=None")[0] == 0
+    assert verify(folder)[0] == 0
     data = bytearray((folder / "pytorch_model.bin").read_bytes())
     data[len(data) // 2] ^= 1
     (folder / "pytorch_model.bin").write_bytes(data)
-    code, text = checkpoints("verify", folder, "--output=None")
+    code, text = verify(folder)
     assert code == 1 and "pytorch_model.bin: checksum of" in problems(text)[64][0]
+
+
+def test_archives_that_are_none_are_named_and_neither_wait_nor_swell(tmp_path):
+    with (zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_BZIP2) as archive,
+          archive.open("x/data.pkl", "w") as file):
+        for _ in range(30):
+            file.write(bytes(10 << 20))
+    os.mkfifo(tmp_path / "pipe.bin")
+    (tmp_path / "text.pt").write_text("no archive")
+    torch.save({"a": torch.ones(3)}, tmp_path / "flags.bin")
+    data = bytearray((tmp_path / "flags.bin").read_bytes())
+    for path, place in (("encrypted.bin", 8), ("version.bin", 6), ("method.bin", 10)):
+        changed = bytearray(data)
+        changed[data.index(b"PK\1\2") + place] ^= 129
+        (tmp_path / path).write_bytes(changed)
+    found = Scan(64, tmp_path, 64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    check_files(found)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+    assert sorted(line.split(":")[0] for line in found.problems) == [
+        "bomb.bin", "encrypted.bin", "method.bin", "pipe.bin", "text.pt", "version.bin"]
+    assert "pipe.bin: not a regular file" in found.problems
+    assert all("\n" not in line and str(tmp_path) not in line for line in found.problems)
 
 
 def test_diff_measures(run, checkpoints):
@@ -269,10 +401,16 @@ def test_diff_measures(run, checkpoints):
     assert [float(number) for number in numbers] == pytest.approx([float(x) for x in expected], rel=1e-2)
     code, text = checkpoints("diff", run / "step0", run / "step1")  # the first update has learning rate 0
     assert code == 0 and "0 of 28 tensors differ" in text
+    tensors = load_file(run / "step64/model.safetensors")
+    tensors["embed_out.weight"][0, 0] = float("nan")
+    save_file(tensors, run / "step64/model.safetensors")
+    code, text = checkpoints("diff", run / "step64", run / "step80")
+    line = next(line for line in text.splitlines() if line.startswith("embed_out"))
+    assert code == 1 and line.split()[2:] == ["nan", "nan", "nan"]
 
 
 def test_list_tells_what_is_there(run, checkpoints):
-    (run / "metrics.csv").write_text("step,tokens,loss\n0,0,5.95\n64,8192,5.1234\n")
+    (run / "metrics.csv").write_bytes(b"step,tokens,loss\n0,0,5.95\n1,8,-\n2\n\xff\n64,8192,5.1234\n")
     (run / "step16/optimizer.safetensors").unlink()
     code, text = checkpoints("list", run)
     lines = {line.split()[0]: line for line in text.splitlines()}
@@ -280,19 +418,19 @@ def test_list_tells_what_is_there(run, checkpoints):
     assert lines["128"].split()[2] == "-" and "NOT WHOLE" in lines["16"] and "13 checkpoints" in text
 
 
-def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints):
-    (run / "step16/training.json").write_text('{"updates": {"a": 1}}')
+def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints, verify):
+    (run / "step16/training.json").write_text('{"step": 16, "updates": {"a": 1}}')
     (run / "step32/training.json").write_text("[[[[")
     (run / "step48/manifest.json").write_text('{"../../x": {"bytes": 1}, "a": 3}')
     (run / "step64/manifest.json").write_text("5 {")
-    code, text = checkpoints("verify", run)
+    code, text = verify(run)
     assert code == 1 and problems(text).keys() == {16, 32, 48, 64} and "manifest.json: not JSON" in text
     assert "updates is {'a': 1}, expected an integer" in text and "training.json: not JSON" in text
     code, text = checkpoints("list", run)
     assert code == 0 and text.count("NOT WHOLE") == 4 and "training.json: not JSON" in text
     for settings in ('{"steps": "many"}', '{"steps": 9999999, "checkpoint_every": 1}', "5"):
         (run / "config.json").write_text(settings)
-        code, text = checkpoints("verify", run)
+        code, text = verify(run)
         assert code == 2 and "config.json" in text and len(text.splitlines()) == 1
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import is_whole, step_folders
+from checkpoints import is_whole, read_training, step_folders
 from weights.huggingface import open_any
-from weights.verify import read_training
+
 
 @dataclass(frozen=True)
 class Diff:
@@ -26,7 +26,7 @@ def diff(options):
         print(f"config: {config_a} and {config_b}")
     print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
     differing = sorted(a.keys() ^ b.keys())
-    for name in sorted(a.keys() ^ b.keys()):
+    for name in differing:
         print(f"{name:50} only in {options.a if name in a else options.b}")
     for name in tqdm([name for name in a if name in b], disable=None, leave=False):
         line = f"{name:50} {'x'.join(map(str, a[name].shape)):>14}"
@@ -34,12 +34,13 @@ def diff(options):
             differing.append(name)
             tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
             continue
-        largest, total, square, norm, equal = 0.0, 0.0, 0.0, 0.0, True
-        for x, y in zip(a[name].read().reshape(-1).split(1 << 20), b[name].read().reshape(-1).split(1 << 20)):
+        largest, total, square, norm, equal = torch.zeros(()).double(), 0.0, 0.0, 0.0, True
+        for x, y in zip(*(stored.read().reshape(-1).split(1 << 20) for stored in (a[name], b[name]))):
             x, y = x.double(), y.double()
             delta = (x - y).abs()
             equal = equal and torch.equal(x, y)
-            largest, total = max(largest, delta.max().item()), total + delta.sum().item()
+            largest = largest.maximum(delta.max())  # Python's max would lose a NaN
+            total += delta.sum().item()
             square, norm = square + delta.square().sum().item(), norm + y.square().sum().item()
         if not equal:
             differing.append(name)
@@ -67,15 +68,12 @@ def list_(options):
     folders = step_folders(options.run)
     if not folders:
         raise ValueError(f"{options.run}: no step0, step1, ... in it")
-    losses = {}
-    if (Path(options.run) / "metrics.csv").exists():
-        with open(Path(options.run) / "metrics.csv", newline="") as file:
-            losses = {row["step"]: float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")}
+    losses = read_losses(Path(options.run) / "metrics.csv")
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     total = 0
     for step, folder in folders:
         try:
-            training, damage = read_training(folder), ""
+            training, damage = read_training(folder, step), ""
         except ValueError as error:
             training, damage = {}, f" ({error})"
         files = [path for path in folder.iterdir() if path.is_file()]
@@ -83,9 +81,22 @@ def list_(options):
         total += bytes_
         loss = losses.get(str(step))  # of the batch that these weights met next
         tokens = f"{training['tokens']:,}" if type(training.get("tokens")) is int else "-"
-        print(f"{step:7} {tokens:>15} {f'{loss:.4f}' if loss is not None else '-':>8} {bytes_ / 1e6:8,.1f} MB  "
-              + contents(folder, files) + damage)
+        print(f"{step:7} {tokens:>15} {f'{loss:.4f}' if loss is not None else '-':>8} "
+              f"{bytes_ / 1e6:8,.1f} MB  {contents(folder, files)}{damage}")
     print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
+
+
+def read_losses(path):
+    """Return {step: loss} of a run's metrics.csv, without the lines that a crash left unreadable."""
+    losses = {}
+    if path.exists():
+        with open(path, newline="", errors="replace") as file:
+            for row in csv.DictReader(file):
+                try:
+                    losses[row["step"]] = float(row["loss"])
+                except (KeyError, TypeError, ValueError):
+                    pass
+    return losses
 
 
 def contents(folder, files):

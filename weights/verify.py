@@ -1,6 +1,6 @@
 """Which checkpoint is this really? Hashes, duplicates and breaks in the path that the weights took.
 
-    python checkpoints.py verify runs/mini                 # or several folders, of any published form
+    python checkpoints.py verify runs/mini             # or several folders, of any published form
 
 No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
 the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
@@ -8,44 +8,49 @@ matrix in every checkpoint (within about 2 %).
 
 Training moves through weight space in small steps, so a checkpoint lies between its neighbours: its
 distance to the nearer one, over theirs to each other, is about a half; noise alone would make it 1.
-Weights that belong elsewhere are far from both, and often near to where they belong.
+Weights that belong elsewhere are far from both, and often near to where they belong. Two neighbours
+in each other's place stay near: there the path gets shorter once they are exchanged (its squared
+steps to what is around them, over those after the exchange: honest up to 0.7, exchanged from 1.5).
 """
 
 import math
 import re
 import sys
-import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoints import checkpoint_steps, step_folders
+from checkpoints import checkpoint_steps, read_training, step_folders
 from config import replacing
+from model import ModelConfig
 from weights.huggingface import open_any
+from weights.pickles import open_archive
 from weights.tensors import read_small_json, sha256_of, size_of
 
 ENTRIES = 2048  # of every matrix; 154 checkpoints of a 12B take 180 MB
 RATIO = 1.5  # by which a distance must be too large
-FAR = 0.1  # relative distance that no checkpoint at either end of a run has from its neighbour by accident
+FAR = 0.1  # relative distance that no checkpoint at either end has from its neighbour by accident
 SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones have less than 0.01
 
 
 @dataclass(frozen=True)
 class Verify:
     folders: str  # a run (its step0, step1, ... are checked) or checkpoints, separated by commas
-    steps: str | None = None  # expected: 0,1,512 or any; default: the run's schedule, else Pythia's 154
-    output: str | None = ""  # CSV of every tensor, plot beside it; default: RUN/verify.csv; None: neither
+    steps: str | None = None  # expected: 0,1,512 or any; default: the run's, else Pythia's 154
+    output: str | None = ""  # CSV of every tensor, plot beside it; default: RUN/verify.csv; None: no
 
 
-@dataclass
+@dataclass(eq=False)
 class Scan:
     """What is known of a checkpoint after its bytes have been read."""
     step: int
     folder: Path
     updates: int  # successful ones; the first has learning rate 0
+    config: ModelConfig | None = None  # None: the tensors are not those of any Pythia
     bytes: int = 0
     hashed: int | None = None  # files that agree with the manifest; None: there is no manifest
     norms: dict = field(default_factory=dict)  # tensor -> L2 norm
@@ -59,16 +64,13 @@ def scan(step, folder, bar):
     """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
     found = Scan(step, folder, step)
     try:
-        updates = read_training(folder).get("updates", step)
-        if type(updates) is not int:
-            raise ValueError(f"training.json: updates is {repr(updates)[:50]}, expected an integer")
-        found.updates = updates
+        found.updates = read_training(folder, step).get("updates", step)
     except ValueError as error:
         found.problems.append(str(error).removeprefix(f"{folder}/"))
-    with ThreadPoolExecutor(1) as hasher:  # hashes while this thread measures: the disk is read once
+    with ThreadPoolExecutor(1) as hasher:  # while this thread measures: the disk is read once
         hashes = hasher.submit(check_files, found)
         try:
-            _, tensors = open_any(folder)
+            found.config, tensors = open_any(folder)
             for name, stored in tensors.items():
                 measure(found, name, stored)
                 found.bytes += size_of(stored)
@@ -79,14 +81,8 @@ def scan(step, folder, bar):
     return found
 
 
-def read_training(folder):
-    """Return the object in a checkpoint's training.json, an empty one for a published checkpoint."""
-    path = folder / "training.json"
-    return read_small_json(path) if path.exists() else {}
-
-
 def check_files(found):
-    """Compare every file with the manifest, and the archives of PyTorch with their own checksums."""
+    """Compare every file with the manifest, and PyTorch's archives with their own checksums."""
     manifest = found.folder / "manifest.json"
     if manifest.exists():
         found.hashed = 0
@@ -106,22 +102,25 @@ def check_files(found):
                 found.problems.append(f"{name}: its SHA-256 is not the manifest's")
             else:
                 found.hashed += 1
+        found.problems += [f"{path.name}: not in the manifest"
+                           for path in sorted(found.folder.iterdir())
+                           if path.name not in (*entries, "manifest.json") and path.name[0] != "."]
     elif (found.folder / "training.json").exists():
         found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
         try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, OSError) as error:
-            damaged = str(error)
-        if damaged:
-            found.problems.append(f"{path.name}: checksum of {damaged} is wrong")
+            with open_archive(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"checksum of {damaged} is wrong")
+        except Exception as error:  # a broken archive raises whatever it likes
+            words = str(error).removeprefix(f"{path}: ") or type(error).__name__
+            found.problems.append(f"{path.name}: {' '.join(words.split())[:200]}")
 
 
 def measure(found, name, stored):
     """Read a tensor; note its norm, whether it is finite and, of a matrix, some entries."""
     tensor = stored.read().reshape(-1)
-    square = 0.0  # the square of any float16 to float32 fits float64: a sum that is not finite has a culprit
+    square = 0.0  # any float32's square fits float64: a sum that is not finite has a culprit
     for chunk in tensor.split(1 << 20):
         chunk = chunk.double()
         square += chunk.dot(chunk).item()
@@ -136,43 +135,71 @@ def measure(found, name, stored):
         found.prints[name] = hash((square, (sample + 0.0).numpy().tobytes()))  # -0.0 is equal to 0.0
 
 
+def one_model(scans):
+    """Return the scans of the commonest model that were read to the end; note those of another."""
+    kinds = Counter((here.config, frozenset(here.samples)) for here in scans if here.config)
+    if not kinds:
+        return []
+    (usual, names), _ = kinds.most_common(1)[0]
+    for here in scans:
+        if here.config not in (None, usual):
+            differences = [f"{name} is {value}, the run's {getattr(usual, name)}"
+                           for name, value in asdict(here.config).items()
+                           if value != getattr(usual, name)]
+            here.problems.append(f"another model: {', '.join(differences)}")
+    return [here for here in scans if here.config == usual and here.samples.keys() == names]
+
+
 def check_path(scans):
-    """Note every checkpoint whose matrices do not belong where it stands; return {step: ratio}."""
-    scans = [here for here in scans if here.samples.keys() == scans[0].samples.keys() and here.samples]
+    """Note every checkpoint whose matrices do not belong where it stands; return {step: ratio}.
+
+    scans: of one model.
+    """
     names = list(scans[0].samples) if scans else []
-    if len(scans) < 2 or any(len({here.samples[n].shape for here in scans}) > 1 for n in names):
+    if len(scans) < 2:
         return {}
-    stacks = [torch.stack([here.samples[name] for here in scans]).double() for name in names]  # (n, ENTRIES)
+    stacks = [torch.stack([here.samples[name] for here in scans]).double()
+              for name in names]  # (n, ENTRIES)
     sizes = torch.stack([stack.norm(dim=1) for stack in stacks])  # (M, n) of M matrices
     apart = torch.stack([torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
                          for stack in stacks])  # (M, n, n)
 
-    def note(here, far, words):
+    def note(i, far, words):
         far = [name for name, is_far in zip(names, far.tolist()) if is_far]
         if far:
-            here.problems.append(f"{_matrices(here, far)} {words}")
+            noted.add(i)
+            scans[i].problems.append(f"{_matrices(scans[i], far)} {words}")
 
-    ratios = {}
+    ratios, noted = {}, set()
+    floors = 1e-3 * sizes  # float16 rounds early steps away: a smaller distance means nothing
     for i, here in enumerate(scans):
-        floor = 1e-3 * sizes[:, i]  # float16 rounds early steps away: a smaller distance means nothing
+        floor = floors[:, i]
         if 0 < i < len(scans) - 1:
             nearer = apart[:, i, [i - 1, i + 1]].amin(1)
             ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floor)
             ratios[here.step] = ratio.max().item()
-            note(here, ratio > RATIO, f"up to {ratio.max():.1f} times as far from steps {scans[i - 1].step} "
-                                      f"and {scans[i + 1].step} as these are apart")
+            note(i, ratio > RATIO, f"up to {ratio.max():.1f} times as far from steps "
+                                   f"{scans[i - 1].step} and {scans[i + 1].step} as these are apart")
         elif len(scans) > 2:
             one, two = (1, 2) if i == 0 else (i - 1, i - 2)
             gap = abs(here.step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
             far = apart[:, i, one] > (FAR * sizes[:, one]).maximum(3 * max(1, gap) * apart[:, one, two])
-            note(here, far, f"too far from step {scans[one].step} to stand beside it")
+            note(i, far, f"too far from step {scans[one].step} to stand beside it")
         other, belongs = elsewhere(apart, i, floor)
         if belongs.any():
-            note(here, belongs, f"nearer to step {scans[other].step} and its neighbour than to their own")
+            note(i, belongs, f"nearer to step {scans[other].step} and its neighbour than to "
+                             "their own")
+    for i in range(len(scans) - 1):
+        moved = apart[:, i, i + 1] > floors[:, i]
+        swapped = exchanged(apart, i) & moved
+        if not {i, i + 1} & noted and swapped.sum() >= 0.9 * moved.sum():  # noise is in single ones
+            note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter with "
+                             "both exchanged")
     first = scans[1]
     cosine = sum(torch.cosine_similarity(stack[0], stack[1], dim=0) for stack in stacks) / len(names)
     if scans[0].step == 0 and first.step <= 2000 and cosine < SAME_INIT:
-        scans[0].problems.append(f"step {first.step} does not descend from it: their cosine is {cosine:.3f}")
+        scans[0].problems.append(f"step {first.step} does not descend from it: their cosine is "
+                                 f"{cosine:.3f}")
     return ratios
 
 
@@ -195,13 +222,25 @@ def elsewhere(apart, i, floor):
     return best, belongs
 
 
+def exchanged(apart, i):
+    """Return whose path is shorter with checkpoints i and i + 1 in each other's place, (M,) bool."""
+    j, square = i + 1, apart.square()
+    keep = swap = torch.zeros(len(apart), dtype=apart.dtype)
+    if i > 0:
+        keep, swap = keep + square[:, i - 1, i], swap + square[:, i - 1, j]
+    if j + 1 < apart.shape[1]:
+        keep, swap = keep + square[:, j, j + 1], swap + square[:, i, j + 1]
+    return keep > 1.25 * swap
+
+
 def check_duplicates(here, seen):
-    """Note matrices equal to those of an earlier checkpoint; `seen` maps fingerprints to Scans, and grows."""
+    """Note matrices equal to an earlier checkpoint's; `seen` maps fingerprints to Scans, and grows."""
     twins = {}
     for name, fingerprint in here.prints.items():
         other = seen.setdefault((name, fingerprint), here)
         # Before the second update nothing has changed: the first has learning rate 0.
-        if other is not here and other.updates != here.updates and max(other.updates, here.updates) > 1:
+        updates = other.updates, here.updates
+        if other is not here and updates[0] != updates[1] and max(updates) > 1:
             twins.setdefault(other.step, []).append(name)
     for step, names in twins.items():
         here.problems.append(f"{_matrices(here, names)} equal to step {step}'s")
@@ -229,55 +268,63 @@ def find(folders):
     for path in paths:
         match = re.fullmatch(r"(?:global_)?step(\d+)", path.resolve().name)
         if not match:
-            raise ValueError(f"{path}: neither a run (step0, step1, ... in it) nor a checkpoint called stepN")
+            raise ValueError(f"{path}: neither a run (step0, step1, ... in it) nor a checkpoint "
+                             "called stepN")
         found.append((int(match[1]), path))
     return None, sorted(found)
 
 
-def missing_steps(run, there, expected):
-    """Return the scheduled steps of a run that are not there."""
+def scheduled_steps(run, expected):
+    """Return the steps of a run's checkpoints that are to be there once it has ended."""
     if expected is None:
         settings = read_small_json(run / "config.json") if (run / "config.json").exists() else {}
         steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
         for number in (steps, every):
             if type(number) is not int or not 1 <= number <= 1 << 30 or steps > 100_000 * every:
-                raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: expected a "
-                                 "schedule of at most 100,000 checkpoints; --steps=any checks without one")
-        wanted = checkpoint_steps(steps, every)
-        if settings:  # a run may still be under way
-            wanted = [step for step in wanted if step <= max(there)]
-    elif expected == "any":
-        wanted = []
-    elif re.fullmatch(r"\d+(,\d+)*", expected):
-        wanted = [int(step) for step in expected.split(",")]
-    else:
+                raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
+                                 "expected a schedule of at most 100,000 checkpoints; --steps=any "
+                                 "checks without one")
+        # A branch begins after its parent's checkpoint, which stays the parent's.
+        parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
+        return [step for step in checkpoint_steps(steps, every)
+                if not parent or step > int(parent[1])]
+    if expected == "any":
+        return []
+    if not re.fullmatch(r"\d+(,\d+)*", expected):
         raise ValueError(f"steps = {expected!r}, expected numbers with commas, or any")
-    return [step for step in wanted if step not in there]
+    return [int(step) for step in expected.split(",")]
 
 
 def verify(options):
-    """Check a run: hashes, steps, duplicates, NaN, and weights that do not belong where they stand."""
+    """Check a run: hashes, steps, duplicates, NaN, weights that do not belong where they stand."""
     run, found = find(options.folders)
-    problems = []
-    missing = missing_steps(run, [step for step, _ in found], options.steps) if run or options.steps else []
+    problems, there = [], [step for step, _ in found]
+    wanted = scheduled_steps(run, options.steps) if run or options.steps else []
+    extent = ""
+    if options.steps is None and run and (run / "config.json").exists() and wanted[-1:] > there[-1:]:
+        extent = f" up to step {there[-1]} of {wanted[-1]}"  # it may be under way
+        wanted = [step for step in wanted if step <= there[-1]]
+    missing = [step for step in wanted if step not in there]
     if missing:
-        problems.append(f"missing {len(missing)} scheduled checkpoints: {', '.join(map(str, missing[:20]))}"
-                        + (", ..." if len(missing) > 20 else "") + " (--steps=any if they are meant to be)")
+        listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
+        problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if they "
+                        "are meant to be)")
     total = sum(path.stat().st_size for _, folder in found for path in folder.iterdir()
                 if path.is_file() and not path.name.startswith("optimizer"))
-    seen, rows, scans = {}, [], []
+    seen, scans = {}, []
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         for step, folder in found:
             scans.append(scan(step, folder, bar))
             check_duplicates(scans[-1], seen)
-            rows += tensor_rows(scans[-1], scans[0], scans[-2] if len(scans) > 1 else None)
-    ratios = check_path(scans)
+    usual = one_model(scans)
+    ratios = check_path(usual)
+    rows = [row for here in scans for row in tensor_rows(here, usual)]
     print_table(scans, rows, ratios)
     problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
     for problem in problems:
         print(problem)
-    print(f"{len(scans)} checkpoints, {len(problems)} problem{'s' * (len(problems) != 1)}")
-    write(rows, problems, options, run or found[0][1].parent)
+    print(f"{len(scans)} checkpoints{extent}, {len(problems)} problem{'s' * (len(problems) != 1)}")
+    write(rows, options, run or found[0][1].parent)
     if problems:
         sys.exit(1)
 
@@ -285,23 +332,28 @@ def verify(options):
 HEADER = ("step", "tensor", "norm", "distance_from_first", "cosine_to_previous")
 
 
-def tensor_rows(here, first, previous):
-    """Return the CSV's rows of a checkpoint; distances are relative to the first checkpoint's norm."""
-    rows = []
+def tensor_rows(here, usual):
+    """Return the CSV's rows of a checkpoint.
+
+    usual: the run's checkpoints to compare with. Distances are relative to the first one's norm.
+    """
+    rows, place = [], usual.index(here) if here in usual else 0
     for name, norm in here.norms.items():
         distance = cosine = math.nan
-        if name in here.samples and name in first.samples:
-            distance = (here.samples[name] - first.samples[name]).norm() / first.samples[name].norm()
-        if previous and name in here.samples and name in previous.samples:
-            cosine = torch.nn.functional.cosine_similarity(here.samples[name], previous.samples[name], dim=0)
+        if name in here.samples and here in usual:
+            first = usual[0].samples[name]
+            distance = (here.samples[name] - first).norm() / first.norm()
+            if place:
+                before = usual[place - 1].samples[name]
+                cosine = torch.cosine_similarity(here.samples[name], before, dim=0)
         rows.append((here.step, name, norm, float(distance), float(cosine)))
     return rows
 
 
 def print_table(scans, rows, ratios):
-    """Print a line a checkpoint: of its matrices the mean distance, the mean cosine, the largest ratio."""
-    print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} {'to previous':>11} "
-          f"{'between':>7}  problems")
+    """Print a line a checkpoint: its matrices' mean distance and cosine and their largest ratio."""
+    print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
+          f"{'to previous':>11} {'between':>7}  problems")
     for here in scans:
         own = [row for row in rows if row[0] == here.step]
         norm = math.sqrt(sum(row[2]**2 for row in own)) if own else math.nan
@@ -320,7 +372,7 @@ def _number(value, width, digits):
     return f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
 
 
-def write(rows, problems, options, folder):
+def write(rows, options, folder):
     """Write the CSV and draw it, unless the user wants neither."""
     if options.output is None or not rows:
         return
