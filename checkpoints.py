@@ -1,4 +1,4 @@
-"""Checkpoints of a run, in the layout that Hugging Face reads, never half-written and never pickled.
+"""Checkpoints of a run, in Hugging Face's layout, never half-written and never pickled.
 
     RUN/config.json                 every setting of the run
     RUN/metrics.csv                 one line a step
@@ -43,7 +43,7 @@ SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is la
 
 
 def checkpoint_steps(steps, every=1000):
-    """Return the scheduled steps of a run: 0, 1, 2, 4, ..., 512, then multiples of `every`, and the last.
+    """Return a run's scheduled steps: 0, 1, 2, 4, ..., 512, the multiples of `every`, the last.
 
     checkpoint_steps(143000) is Pythia's 154.
     """
@@ -52,13 +52,14 @@ def checkpoint_steps(steps, every=1000):
 
 
 def load_model(folder, device="cpu"):
-    """Return the Pythia in a checkpoint folder (ours, or a published one in safetensors), in float32."""
+    """Return the Pythia of a folder (ours, or a published one in safetensors), in float32."""
     config, tensors = open_model(folder)
     with torch.device("meta"):
         model = Pythia(config)
     names = [name for name, _ in model.named_parameters()]
     with ThreadPoolExecutor(2) as readers:  # one converts while the other reads: 1.6 times as fast
-        state = readers.map(lambda name: tensors[hf_name(name)].read(torch.float32).to(device), names)
+        state = readers.map(lambda name: tensors[hf_name(name)].read(torch.float32).to(device),
+                            names)
         model.load_state_dict(dict(zip(names, state)), assign=True)
     return model
 
@@ -67,11 +68,11 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
          state_every=None):
     """Write RUN/step{N} whole or not at all; return a Future that is done when it is on the disk.
 
-    Every process calls. asynchronous: return once the tensors are copied to host memory; wait for the
-    Future before the next call. training: a JSON object to come back from load_training. An
-    unscheduled checkpoint (of an interrupted run) gives way to the next one. A checkpoint that is
-    already there, whole, is left alone. state_every: Adam's moments stay only in checkpoints of its
-    multiples and in the newest.
+    Every process calls. asynchronous: return once the tensors are copied to host memory; wait for
+    the Future before the next call. training: a JSON object to come back from load_training, with
+    the numbers of successful updates and the loss scaler's state. An unscheduled checkpoint (of an
+    interrupted run) gives way to the next one. A checkpoint that is already there, whole, is left
+    alone. state_every: Adam's moments stay only in checkpoints of its multiples and in the newest.
     """
     rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     folder = Path(run) / f"step{step}"
@@ -84,7 +85,7 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     parameters = dict(model.named_parameters())
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
-               for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}  # which is empty before the first update
+               for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}  # none before the first update
     (shards, notes), (others, more) = (split(stem, contents, SHARD_BYTES) for stem, contents in
                                        (("model", weights), ("optimizer", moments)))
     shards |= others
@@ -128,7 +129,7 @@ _WRITER = ThreadPoolExecutor(1)
 
 
 def finish_writing():
-    """Wait until the checkpoint that is being written is on the disk; its processes still need each other."""
+    """Wait until the checkpoint under way is on the disk; its processes still need each other."""
     _WRITER.shutdown()
 
 
@@ -144,10 +145,11 @@ def _meet():
 
 
 def own_share(files, rank, count, copy):
-    """Return the files that this process writes, {file name: {name: whole tensor}}; every process calls.
+    """Return the files that this process writes, {file name: {name: whole tensor}}.
 
-    The files go round the processes. Sharded tensors are gathered one at a time and kept, in host
-    memory, by the process that writes them, so that none of several ever holds a whole copy.
+    Every process calls. The files go round the processes. Sharded tensors are gathered one at a time
+    and kept, in host memory, by the process that writes them, so that none of several ever holds a
+    whole copy.
     """
     mine = {name: {} for i, name in enumerate(files) if i % count == rank}
     for file, contents in files.items():
@@ -189,7 +191,7 @@ def make_room(run, step, state_every):
 
 
 def lock(run):
-    """Keep every other process from writing to a run folder until this one ends, or raise ValueError.
+    """Keep other processes from writing to a run folder until this one ends, or raise ValueError.
 
     Removes what a killed process left half-written.
     """
@@ -200,8 +202,8 @@ def lock(run):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise ValueError(f"{run}: another process is writing this run; wait for it or name another "
-                             "--out_dir") from None
+            raise ValueError(f"{run}: another process is writing this run; wait for it or name "
+                             "another --out_dir") from None
         # What remains is a file system without locks.
     for path in Path(run).glob(".step*.tmp"):
         _remove(path)
@@ -213,7 +215,7 @@ def lock(run):
 
 
 def _runs(process):
-    """Tell whether a process of this number runs here: evaluations may write into the run meanwhile."""
+    """Tell whether a process of this number runs: an evaluation may write its CSV meanwhile."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -259,9 +261,10 @@ def write_tokenizer(folder, tokenizer, seq_length):
 
 
 def write_manifest(folder, known=()):
-    """Write folder/manifest.json: bytes and sha256 of every file in it; `known` has those hashed already."""
+    """Write folder/manifest.json: bytes and sha256 of every file; `known` has some already."""
     known = dict(known)
-    entries = {path.name: known.get(path.name) or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    entries = {path.name: known.get(path.name)
+               or {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
                for path in sorted(Path(folder).iterdir()) if path.name != "manifest.json"}
     write_json(Path(folder) / "manifest.json", entries)
 
@@ -278,14 +281,14 @@ def _sync(path):
 
 
 def step_folders(run):
-    """Return [(step, folder)] of everything in a run folder that is named like a checkpoint, in order."""
+    """Return [(step, folder)] of all in a run folder that is named like a checkpoint, in order."""
     names = os.listdir(run) if os.path.isdir(run) else []
     return sorted((int(name[4:]), Path(run) / name) for name in names
                   if re.fullmatch(r"step(0|[1-9]\d*)", name) and os.path.isdir(Path(run) / name))
 
 
 def saved_steps(run, state=False):
-    """Return the steps of the whole checkpoints in a run folder, in order; `state`: those to go on from."""
+    """Return a run's steps with a whole checkpoint, in order; `state`: those to go on from."""
     return [step for step, folder in step_folders(run)
             if is_whole(folder) and (has_state(folder) or not state)]
 
@@ -315,7 +318,7 @@ def has_state(folder):
 
 
 def is_whole(folder):
-    """Tell whether a checkpoint's files have the bytes of its manifest; of a download, all are there."""
+    """Tell whether all files are there: a manifest's with their bytes, or those of a download."""
     try:
         if (folder / "manifest.json").exists():
             entries = read_small_json(folder / "manifest.json")
@@ -323,7 +326,8 @@ def is_whole(folder):
                 (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
                 for name, entry in entries.items())
         indices = list(folder.glob("*.index.json"))
-        singles = [folder / "model.safetensors", folder / "pytorch_model.bin", *folder.glob("layer_*.pt")]
+        singles = [folder / "model.safetensors", folder / "pytorch_model.bin",
+                   *folder.glob("layer_*.pt")]
         return any(map(Path.is_file, indices + singles)) and all(
             (folder / file).is_file() for index in indices for file in read_index(index).values())
     except (ValueError, KeyError, TypeError):
@@ -334,8 +338,8 @@ def load_training(run, step, model, optimizer):
     """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
 
     Return the saved training object; None, with the weights alone filled, if no moments lie there.
-    Tensors are read one at a time. Raises ValueError naming each that is missing, extra or misshapen,
-    and on a folder that is another step's.
+    Tensors are read one at a time. Raises ValueError naming each that is missing, extra or
+    misshapen, and on a folder that is another step's.
     """
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
@@ -364,7 +368,8 @@ def load_training(run, step, model, optimizer):
 if __name__ == "__main__":
     from weights import compare, huggingface, verify
     command(sys.argv[1:], {
-        "verify": (verify.Verify, verify.verify, "folders..."), "diff": (compare.Diff, compare.diff, "a b"),
+        "verify": (verify.Verify, verify.verify, "folders..."),
+        "diff": (compare.Diff, compare.diff, "a b"),
         "list": (compare.List, compare.list_, "run"),
         "import": (huggingface.Import, huggingface.import_, "source output"),
         "export": (huggingface.Export, huggingface.export, "source output"),

@@ -57,7 +57,8 @@ def parse(argv, *schemas):
     if {"--help", "-h"} & set(argv):
         declared = [kind for schema in schemas for kind in reversed(schema.__mro__) if kind is not object]
         # A declaration is its own manual; what it checks is not.
-        print("\n\n".join(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() for kind in declared))
+        print("\n\n".join(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip()
+                          for kind in declared))
         sys.exit(0)
     values = {}
     for argument in argv:

@@ -26,14 +26,15 @@ class Checkpoints:
 
 
 def checkpoints(options):
-    """Time saving and loading of a checkpoint and its peak memory, beside safetensors.torch and torch.save."""
+    """Time and peak memory of saving and loading, beside safetensors.torch and torch.save."""
     from safetensors.torch import load_file, save_file
     config = sized(Train(size=options.size))[0]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         folder, out = Path(folder), Path(folder) / "out"
 
         def weights(dtype=torch.float32):
-            return {name: torch.full(shape, 0.5, dtype=dtype) for name, shape in parameter_shapes(config).items()}
+            return {name: torch.full(shape, 0.5, dtype=dtype)
+                    for name, shape in parameter_shapes(config).items()}
 
         def published():
             write_file(folder / "model.safetensors", weights(torch.float16))
@@ -69,6 +70,7 @@ def checkpoints(options):
                 for who, run in contenders.items():
                     results[who].append(forked(run, prepared))
             for who, taken in results.items():
-                ratio = statistics.median(theirs[0] / ours[0] for ours, theirs in zip(results["ours"], taken))
-                print(f"{task} {who:20} {statistics.median(t[0] for t in taken):6.2f} s   ours is {ratio:5.2f}x   "
-                      f"peak memory {max(t[1] for t in taken) * 1024 / size:.2f} of the model")
+                ratio = statistics.median(theirs[0] / ours[0]
+                                          for ours, theirs in zip(results["ours"], taken))
+                print(f"{task} {who:20} {statistics.median(t[0] for t in taken):6.2f} s   "
+                      f"ours is {ratio:5.2f}x   peak memory {max(t[1] for t in taken) * 1024 / size:.2f} of the model")

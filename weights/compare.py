@@ -1,4 +1,8 @@
-"""What two checkpoints differ in, and what a run holds: the commands `diff` and `list` of checkpoints.py."""
+"""What two checkpoints differ in, and what a run holds.
+
+    python checkpoints.py diff runs/mini/step512 OTHER
+    python checkpoints.py list runs/mini
+"""
 
 import csv
 import math
@@ -35,7 +39,8 @@ def diff(options):
             tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
             continue
         largest, total, square, norm, equal = torch.zeros(()).double(), 0.0, 0.0, 0.0, True
-        for x, y in zip(*(stored.read().reshape(-1).split(1 << 20) for stored in (a[name], b[name]))):
+        chunks = (stored.read().reshape(-1).split(1 << 20) for stored in (a[name], b[name]))
+        for x, y in zip(*chunks):
             x, y = x.double(), y.double()
             delta = (x - y).abs()
             equal = equal and torch.equal(x, y)
@@ -53,7 +58,8 @@ def diff(options):
 
 
 def _dtypes(tensors):
-    return "/".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}))
+    names = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
+    return "/".join(sorted(names))
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def list_(options):
 
 
 def read_losses(path):
-    """Return {step: loss} of a run's metrics.csv, without the lines that a crash left unreadable."""
+    """Return {step: loss} of a run's metrics.csv, but for lines that a crash left unreadable."""
     losses = {}
     if path.exists():
         with open(path, newline="", errors="replace") as file:

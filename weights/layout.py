@@ -21,7 +21,7 @@ def hf_name(name):
 
 
 def hf_config(config):
-    """Return the config.json that makes transformers' GPTNeoXForCausalLM compute what our model does."""
+    """Return the config.json that makes GPTNeoXForCausalLM compute what our model does."""
     return {
         "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox",
         "hidden_size": config.d_model, "num_hidden_layers": config.n_layers,
@@ -35,7 +35,7 @@ def hf_config(config):
 
 
 def read_config(folder):
-    """Return the ModelConfig that folder/config.json describes: ours, or one of transformers 4.24 to 5.
+    """Return the ModelConfig of folder/config.json: ours, or one of transformers 4.24 to 5.
 
     Raises ValueError naming whatever makes it another architecture than Pythia's.
     """
@@ -86,7 +86,7 @@ def parameter_shapes(config):
 
 
 def open_model(folder):
-    """Return the ModelConfig and {published name: Stored} of a folder with model.safetensors or its shards.
+    """Return the ModelConfig and {published name: Stored} of model.safetensors or its shards.
 
     Nothing of the weights is read yet. The legacy buffers are left out. Raises ValueError naming
     every tensor that is missing, extra or misshapen.

@@ -19,8 +19,8 @@ HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2
 def open_archive(path):
     """Give the ZipFile of a file of torch.save, or raise ValueError.
 
-    It is of one pickle, no bomb, and the same to every reader: PyTorch has one of its own, which finds
-    the directory by other rules and takes upper for lower case.
+    It is of one pickle, no bomb, and the same to every reader: PyTorch has one of its own, which
+    finds the directory by other rules and takes upper for lower case.
     """
     size = regular_size(path)
     with open(path, "rb") as file:
@@ -52,15 +52,16 @@ def _is_pickle(record):
 
 
 def look_through(pickle):
-    """Raise ValueError if a pickle names anything but tensors or holds tuples that torch.save never makes.
+    """Raise ValueError if a pickle names more than tensors or has tuples torch.save never makes.
 
     Hashed as a key, a tuple that holds another twice, and that one another twice, takes 2^n steps;
     a million nested ones end the process.
     """
-    stacks, memo = [[]], {}  # how deep tuples are nested in what the reader has on its stack, by mark
+    stacks, memo = [[]], {}  # how deep tuples are nested in what is on the reader's stack, by mark
     for opcode, argument, _ in pickletools.genops(pickle):
         name, taken = opcode.name, opcode.stack_before
-        if name == "STACK_GLOBAL" or name in ("GLOBAL", "INST") and not HARMLESS.fullmatch(argument):
+        if name == "STACK_GLOBAL" or (name in ("GLOBAL", "INST")
+                                      and not HARMLESS.fullmatch(argument)):
             raise ValueError(f"the pickle wants to run {argument or 'code'}; refused")
         if name == "MARK":
             stacks.append([])
@@ -94,7 +95,8 @@ def load_pickle(path):
             shown = repr(name)[:50] if type(name) in (str, int) else f"a {type(name).__name__}"
             raise ValueError(f"{path}: {shown} is no name of a tensor")
         if not (isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
-                and tensor.dtype in CODES and tensor.device.type == "cpu" and tensor.is_contiguous()):
+                and tensor.dtype in CODES and tensor.device.type == "cpu"
+                and tensor.is_contiguous()):
             raise ValueError(f"{path}: {name} is not a plain tensor")
     return tensors
 
@@ -121,5 +123,6 @@ class Mapped:
 def open_pickle(path):
     """Return {name: Stored} of a torch.save file."""
     mapped = Mapped(path)
-    return {name: Stored(path, tensor.dtype, tuple(tensor.shape), lambda name=name: mapped.read(name))
+    return {name: Stored(path, tensor.dtype, tuple(tensor.shape),
+                         lambda name=name: mapped.read(name))
             for name, tensor in mapped.tensors.items()}

@@ -179,11 +179,12 @@ def check_path(scans):
             ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floor)
             ratios[here.step] = ratio.max().item()
             note(i, ratio > RATIO, f"up to {ratio.max():.1f} times as far from steps "
-                                   f"{scans[i - 1].step} and {scans[i + 1].step} as these are apart")
+                 f"{scans[i - 1].step} and {scans[i + 1].step} as these are apart")
         elif len(scans) > 2:
             one, two = (1, 2) if i == 0 else (i - 1, i - 2)
             gap = abs(here.step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
-            far = apart[:, i, one] > (FAR * sizes[:, one]).maximum(3 * max(1, gap) * apart[:, one, two])
+            far = apart[:, i, one] > (FAR * sizes[:, one]).maximum(
+                3 * max(1, gap) * apart[:, one, two])
             note(i, far, f"too far from step {scans[one].step} to stand beside it")
         other, belongs = elsewhere(apart, i, floor)
         if belongs.any():
@@ -193,10 +194,10 @@ def check_path(scans):
         moved = apart[:, i, i + 1] > floors[:, i]
         swapped = exchanged(apart, i) & moved
         if not {i, i + 1} & noted and swapped.sum() >= 0.9 * moved.sum():  # noise is in single ones
-            note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter with "
-                             "both exchanged")
+            note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter "
+                             "with both exchanged")
     first = scans[1]
-    cosine = sum(torch.cosine_similarity(stack[0], stack[1], dim=0) for stack in stacks) / len(names)
+    cosine = _mean([torch.cosine_similarity(stack[0], stack[1], dim=0) for stack in stacks])
     if scans[0].step == 0 and first.step <= 2000 and cosine < SAME_INIT:
         scans[0].problems.append(f"step {first.step} does not descend from it: their cosine is "
                                  f"{cosine:.3f}")
@@ -223,7 +224,7 @@ def elsewhere(apart, i, floor):
 
 
 def exchanged(apart, i):
-    """Return whose path is shorter with checkpoints i and i + 1 in each other's place, (M,) bool."""
+    """Return whose path is shorter with checkpoints i and i + 1 exchanged, (M,) bool."""
     j, square = i + 1, apart.square()
     keep = swap = torch.zeros(len(apart), dtype=apart.dtype)
     if i > 0:
@@ -234,7 +235,7 @@ def exchanged(apart, i):
 
 
 def check_duplicates(here, seen):
-    """Note matrices equal to an earlier checkpoint's; `seen` maps fingerprints to Scans, and grows."""
+    """Note matrices equal to an earlier checkpoint's; `seen`, fingerprints to Scans, grows."""
     twins = {}
     for name, fingerprint in here.prints.items():
         other = seen.setdefault((name, fingerprint), here)
@@ -301,14 +302,15 @@ def verify(options):
     problems, there = [], [step for step, _ in found]
     wanted = scheduled_steps(run, options.steps) if run or options.steps else []
     extent = ""
-    if options.steps is None and run and (run / "config.json").exists() and wanted[-1:] > there[-1:]:
-        extent = f" up to step {there[-1]} of {wanted[-1]}"  # it may be under way
+    ours = options.steps is None and run and (run / "config.json").exists()
+    if ours and wanted[-1:] > there[-1:]:  # a run may be under way; a download is meant to be whole
+        extent = f" up to step {there[-1]} of {wanted[-1]}"
         wanted = [step for step in wanted if step <= there[-1]]
     missing = [step for step in wanted if step not in there]
     if missing:
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
-        problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if they "
-                        "are meant to be)")
+        problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
+                        "they are meant to be)")
     total = sum(path.stat().st_size for _, folder in found for path in folder.iterdir()
                 if path.is_file() and not path.name.startswith("optimizer"))
     seen, scans = {}, []
