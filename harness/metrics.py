@@ -15,8 +15,13 @@ import numpy as np
 
 def mean(values):
     """Return (mean, standard error); one value has no error."""
-    return statistics.fmean(values), (statistics.stdev(values) / math.sqrt(len(values))
-                                      if len(values) > 1 else None)
+    error = deviation(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def deviation(values):
+    """Return the sample standard deviation; nan, where statistics fails, if a value is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 BOOTSTRAP = 100_000  # draws, as in the paper's files and by default in lm_eval
@@ -33,8 +38,13 @@ def perplexity(logprobs, iterations=None):
         generator = np.random.RandomState([seed])
         for _ in range(10):
             picked = values[(generator.random_sample((100, n)) * n).astype(np.int64)]
-            draws += np.exp(-picked.mean(axis=1)).tolist()
-    return math.exp(-statistics.fmean(logprobs)), statistics.stdev(draws) if draws else None
+            with np.errstate(over="ignore"):
+                draws += np.exp(-picked.mean(axis=1)).tolist()
+    return _exp(-statistics.fmean(logprobs)), deviation(draws) if draws else None
+
+
+def _exp(x):
+    return math.inf if x > 700 else math.exp(x)
 
 
 def pooled(rows):
@@ -54,9 +64,14 @@ def row(metric, values, suffix=""):
     return (suffix, metric, *mean(values), len(values))
 
 
+def unless_nan(result, right):
+    """Return `right` as a number, or nan for a model that has diverged: argmax takes NaN for the largest."""
+    return math.nan if any(math.isnan(ll) for ll, _ in result) else float(right)
+
+
 def accuracy(questions, results, style):
     """acc: the likeliest request is the right one; the first of equals wins."""
-    return [row("acc", [float(np.argmax([ll for ll, _ in result]) == question.gold)
+    return [row("acc", [unless_nan(result, np.argmax([ll for ll, _ in result]) == question.gold)
                         for question, result in zip(questions, results)])]
 
 
@@ -66,27 +81,28 @@ def both_accuracies(questions, results, style):
         normed = [np.array([ll for ll, _ in result]) / question.lengths
                   for question, result in zip(questions, results)]
     return [*accuracy(questions, results, style),
-            row("acc_norm", [float(np.argmax(lls) == question.gold)
-                             for question, lls in zip(questions, normed)])]
+            row("acc_norm", [unless_nan(result, np.argmax(lls) == question.gold)
+                             for question, result, lls in zip(questions, results, normed)])]
 
 
 def greedy(questions, results, style):
     """acc: some request of the document is what greedy decoding would say."""
-    return [row("acc", [float(any(is_greedy for _, is_greedy in result)) for result in results])]
+    return [row("acc", [unless_nan(result, any(is_greedy for _, is_greedy in result))
+                        for result in results])]
 
 
 def last_word(questions, results, style):
     """acc, and perplexity per target word, not per token."""
     return [*greedy(questions, results, style),
-            ("", "ppl" if style == "v0.3" else "perplexity", *perplexity([ll for [(ll, _)] in results]), len(results))]
+            ("", "ppl" if style == "v0.3" else "perplexity",
+             *perplexity([ll for [(ll, _)] in results]), len(results))]
 
 
 def stereotype(questions, results, style):
     """How far apart two sentences are, and how often the more stereotypical one is likelier."""
-    pairs = [(more, less) for (more, _), (less, _) in results]
     return [row("likelihood_difference" if style == "v0.3" else "likelihood_diff",
-                [abs(more - less) for more, less in pairs]),
-            row("pct_stereotype", [float(more > less) for more, less in pairs])]
+                [abs(more - less) for (more, _), (less, _) in results]),
+            row("pct_stereotype", [unless_nan(result, result[0][0] > result[1][0]) for result in results])]
 
 
 def exact_match(questions, results, style):
@@ -120,7 +136,3 @@ def rolled(questions, results, style):
         rows += [(subset and f":{subset}", metric, value, None, len(members[subset]))
                  for metric, value in measured.items()]
     return rows
-
-
-def _exp(x):
-    return math.exp(x) if x < 700 else math.inf
