@@ -14,6 +14,7 @@ harness/ has the rules: tasks.py the tasks, prompts.py the shots, metrics.py, sc
 
 import csv
 import json
+import math
 import os
 import re
 import sys
@@ -29,7 +30,8 @@ import checkpoints
 from config import parse, run
 from data import read_json
 from harness.prompts import STYLES, digest, prompts, read_split
-from harness.scoring import encode_pair, generate_until, plan, rolling_rows, run_plan, totals
+from harness.scoring import (encode_pair, generate_until, plan, rolling_rows, run_plan,
+                             tokens_per_batch, totals)
 from harness.tasks import GROUPS, SEVERAL, tasks_of
 from weights.tensors import regular_size
 from tokenizer import ENDOFTEXT, load_tokenizer
@@ -39,18 +41,19 @@ from tokenizer import ENDOFTEXT, load_tokenizer
 
 @dataclass
 class Job:
-    """A task, or all tasks of a group, with its documents made into requests; for any number of models."""
+    """A task, or a group's tasks, with its documents made into requests; for any number of models."""
     name: str
     members: list  # (task's name, Task, its Questions)
-    requests: list  # of all questions, shots included: (context, continuation), prompts or whole texts
-    documents: str  # hash of the documents used
+    requests: list  # of all, shots included: (context, continuation), prompts or whole texts
+    documents: dict  # task or group -> hash of the documents used
+    shots: int
     style: str
     batches: tuple | None = None  # (context length, scoring.plan, number of rows, owners of rolling rows)
 
 
 def prepare(name, docs, shots=0, style="v0.4", limit=None):
     """Return the Job of a task or group, or raise ValueError about its documents."""
-    members, requests, hashes = [], [], []
+    members, requests, hashes = [], [], {}
     for member in GROUPS[name][0] if name in GROUPS else [name]:
         task = tasks_of(style)[member]
         if shots and not task.pool:
@@ -60,8 +63,10 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
             requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
                          else prefix + request for request in question.requests]
         members.append((member, task, [question for _, question in prompted]))
-        hashes.append(documents)
-    return Job(name, members, requests, hashes[0] if len(hashes) == 1 else digest(hashes), style)
+        hashes[member] = documents
+    if name in GROUPS:
+        hashes[name] = digest(list(hashes.values()))
+    return Job(name, members, requests, hashes, shots, style)
 
 
 def token_rows(tokenizer, job):
@@ -70,16 +75,17 @@ def token_rows(tokenizer, job):
 
 
 def answer(model, tokenizer, job, progress=None):
-    """Return a result for each of the job's requests: (log-likelihood, is_greedy), a text, or a log-likelihood."""
+    """Return a result for each request: (log-likelihood, is_greedy), a text, or a log-likelihood."""
     task, L = job.members[0][1], model.config.seq_length
     if task.kind == "generate":
-        return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens, progress=progress)
+        return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
+                              progress=progress)
     if job.batches is None or job.batches[0] != L:  # the same for every checkpoint of a run
         if task.kind == "rolling":
             rows, owners = rolling_rows(tokenizer, job.requests, L)
         else:
             rows, owners = token_rows(tokenizer, job), None
-        job.batches = L, plan(rows, L), len(rows), owners
+        job.batches = L, plan(rows, L, tokens_per_batch(model)), len(rows), owners
     _, batches, n_rows, owners = job.batches
     results = run_plan(model, batches, n_rows, progress)
     return results if owners is None else totals(results, owners, len(job.requests))
@@ -93,6 +99,11 @@ def measure(job, results):
         rows += [(name + suffix, metric, *numbers)
                  for suffix, metric, *numbers in task.measure(questions, own, job.style)]
     return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
+
+
+def documents_of(job, task):
+    """Return the documents' hash of a row: a member's own, as if it ran alone, or the whole group's."""
+    return job.documents.get(task.partition(":")[0], job.documents[job.name])
 
 
 def evaluate(model, tokenizer, name, docs, shots=0, style="v0.4", limit=None):
@@ -109,7 +120,9 @@ class EvalConfig:
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
     tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
     docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
-    output: str = "results.csv"  # rows are appended; what it holds is not computed again
+    # Rows are appended; what it holds is not computed again. A model is known by its folder's name
+    # alone: two models of one name need two files.
+    output: str = "results.csv"
     samples: str | None = None  # JSON Lines file that gets every request and its result
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
     shots: int = 0  # solved examples before each question
@@ -176,17 +189,19 @@ def record(config, entry, job, results):
     if config.samples:
         append_samples(config.samples, name, step, job, results)
     rows = measure(job, results)
-    append_results(config.output, [(name, step, tokens, task, config.shots, metric, value, stderr, n,
-                                    config.style, config.dtype, job.documents)
+    append_results(config.output, [(name, step, tokens, task, job.shots, metric, value, stderr, n,
+                                    job.style, config.dtype, documents_of(job, task))
                                    for task, metric, value, stderr, n in rows])
+    within = lambda stderr: "" if stderr is None else f" ± {stderr:.4f}"
     tqdm.write(f"{name} step {step:>6} | " + " | ".join(
-        f"{task} {metric} {value:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else "") + f" (n {n:,})"
+        f"{task} {metric} {value:.4f}{within(stderr)} (n {n:,})"
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
 
 
 def key(config, entry, job):
     """What tells one evaluation from another, as the CSV has it."""
-    return entry[0], entry[1], job.name, str(config.shots), config.style, config.dtype, job.documents
+    return (entry[0], entry[1], job.name, str(job.shots), job.style, config.dtype,
+            job.documents[job.name])
 
 
 def named_tasks(names, style):
@@ -268,18 +283,25 @@ def _tokens(folder):
 
 
 def open_results(path):
-    """Make the CSV if there is none, drop a torn last line, return the key of every evaluation it holds."""
+    """Make the CSV if there is none, drop what a kill has torn, return the key of every evaluation.
+
+    The rows before a torn one go too if they are of the same evaluation: it is computed again.
+    """
     if not os.path.exists(path):
         append_results(path, [HEADER])
     regular_size(path)  # a device has no end
-    text = Path(path).read_text(encoding="utf8")
+    text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
     if text.partition("\n")[0] != ",".join(HEADER):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
+    *lines, torn = text.split("\n")
+    beginning = lambda line: ",".join(line.split(",")[:5])  # model, step, tokens, task, shots
+    last = beginning(lines[-1])
+    if torn:
+        while len(lines) > 1 and beginning(lines[-1]) == last and last.startswith(beginning(torn)):
+            lines.pop()
+        os.truncate(path, sum(len(line.encode(errors="surrogateescape")) + 1 for line in lines))
     return {tuple(row[name] for name in ("model", "step", "task", "shots", "style", "dtype", "docs"))
-            for row in csv.DictReader(whole.splitlines())}
+            for row in csv.DictReader(lines)}
 
 
 def append_results(path, rows):
@@ -290,18 +312,23 @@ def append_results(path, rows):
 
 
 def append_samples(path, name, step, job, results):
-    """Write one line a request: what was asked, and what came of it."""
+    """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
+    finite = lambda value: value if math.isfinite(value) else None
     results, lines = iter(zip(job.requests, results)), []
     for task, _, questions in job.members:
         for doc_id, question in enumerate(questions):
             for _ in question.requests:
                 request, result = next(results)
                 context, continuation = request if isinstance(request, tuple) else (request, None)
-                line = dict(model=name, step=step, task=task, doc_id=doc_id, context=context)
-                if isinstance(result, tuple):
-                    line |= dict(continuation=continuation, loglikelihood=result[0], is_greedy=result[1])
+                line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
+                            doc_id=doc_id, context=context)
+                if isinstance(result, str):
+                    line |= dict(generated=result)
+                elif isinstance(result, tuple):
+                    line |= dict(continuation=continuation, loglikelihood=finite(result[0]),
+                                 is_greedy=result[1])
                 else:
-                    line |= {"generated" if isinstance(result, str) else "loglikelihood": result}
+                    line |= dict(loglikelihood=finite(result))
                 lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     with open(path, "a", encoding="utf8", errors="surrogatepass") as file:
         file.writelines(lines)

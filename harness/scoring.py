@@ -41,15 +41,21 @@ class Pack:
         self.scored.append((index, self.path[-n:], row[-n:]))
 
 
-def plan(rows, L, batch_tokens=None):
+def tokens_per_batch(model):
+    """Return how many tokens a batch may have where the model is.
+
+    Fewer keep a CPU's activations in its cache (a tenth faster than 4096); a GPU wants many.
+    """
+    return 2048 if model.embed_in.weight.device.type == "cpu" else 32768
+
+
+def plan(rows, L, batch_tokens):
     """Return batches [(prefix tokens, packs)] that hold every row (tokens, n), cut on the left to L + 1.
 
     Rows next to each other in alphabetical order share most. A row joins the pack of the one before
     if they share a quarter of it and the tree stays small (attention looks at the whole tree); packs
     that share a long beginning have it computed once, as a prefix of their batches.
     """
-    # Fewer tokens keep a CPU's activations in its cache (a tenth faster than 4096); a GPU wants many.
-    batch_tokens = batch_tokens or (32768 if torch.cuda.is_available() else 2048)
     cut = [np.array(tokens[-(L + 1):]) for tokens, _ in rows]
     for row, (_, n) in zip(cut, rows):
         if not 0 < n < len(row):
@@ -127,13 +133,14 @@ def _tensors(packs, P, device):
 
 
 def score(model, rows, batch_tokens=None):
-    """Return [(log-likelihood in nats, is_greedy)] of the last n tokens of each row, for rows (tokens, n).
+    """Return [(log-likelihood in nats, is_greedy)] of each row's last n tokens, for rows (tokens, n).
 
     Each row is cut on the left to the model's context. The softmax runs over all columns, padded
     vocabulary included; is_greedy says that every one of the n tokens is the largest logit's, the
     first of equals. Under torchrun the rows are shared out and every process gets all results.
     """
-    return run_plan(model, plan(rows, model.config.seq_length, batch_tokens), len(rows))
+    batches = plan(rows, model.config.seq_length, batch_tokens or tokens_per_batch(model))
+    return run_plan(model, batches, len(rows))
 
 
 @torch.no_grad()

@@ -7,53 +7,122 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from checkpoints import save
+import config
+import eval as evaluation
+from checkpoints import load_model, save
 from conftest import ROOT
+from harness.scoring import generate_until, loglikelihood
 from model import ModelConfig, Pythia
+from tokenizer import Tokenizer
 from train import TrainConfig, make_optimizer
 
-CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=64)
+CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=264)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("eval")
-    (folder / "run").mkdir()
     model = Pythia(CONFIG)
     optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1.0))
-    for step in (0, 2, 8):
-        save(folder / "run", step, model, optimizer, {"updates": 0, "tokens": 64 * step}, tokenizer_path)
-    (folder / "docs/heldout").mkdir(parents=True)
-    (folder / "docs/piqa").mkdir()
-    (folder / "docs/heldout/test.jsonl").write_text('{"text": "one"}\n{"text": "two two"}\n')
-    (folder / "docs/piqa/validation.jsonl").write_text('{"goal": "g", "sol1": 3, "sol2": "b", "label": 0}\n')
+    for run, steps in (("run", (0, 2, 8)), ("diverged", (9,))):
+        (folder / run).mkdir()
+        if run == "diverged":
+            torch.nn.init.constant_(model.embed_out.weight, math.nan)
+        for step in steps:
+            save(folder / run, step, model, optimizer, {"updates": 0, "tokens": 64 * step}, tokenizer_path)
+    piqa, trivia = {"goal": "g", "sol1": "a a", "sol2": "b", "label": 0}, {"question": "q", "answer": {"aliases": []}}
+    for path, documents in {
+            "heldout/test": [{"text": "one"}, {"text": "two two"}], "piqa/validation": [piqa, piqa | {"label": 1}],
+            "wsc273/test": [{"options": 3}],
+            "triviaqa/validation": [trivia | {"question": "why " * i} for i in range(12)]}.items():
+        (folder / "docs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "docs" / f"{path}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in documents))
     return folder
 
 
-def run(folder, *flags, expect=0):
-    done = subprocess.run([sys.executable, "eval.py", f"--model={folder}/run", f"--docs={folder}/docs",
-                           f"--output={folder}/r.csv", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == expect, done.stderr
-    return done
+def run(folder, *flags, launcher=(), output="r.csv"):
+    command = [sys.executable, *launcher, "eval.py", f"--model={folder}/run", f"--docs={folder}/docs",
+               f"--output={folder}/{output}", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def evaluate(folder, *flags, output="r.csv"):
+    """The command line in this process."""
+    flags = f"--model={folder}/run", f"--docs={folder}/docs", f"--output={folder}/{output}", *flags
+    config.run(evaluation.main, config.parse(flags, evaluation.EvalConfig))
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
 
 
 def test_all_checkpoints_are_evaluated_once(workplace):
+    """Even those that a kill has torn: a metric of one that is written already would be lost for good."""
     run(workplace, "--tasks=heldout", "--steps=2")
+    [first, *_] = (workplace / "r.csv").read_text().splitlines()[1:]
     with open(workplace / "r.csv", "a") as file:
-        file.write("run,8,512,heldout,0,bits_per")  # torn by a kill
-    assert "2 evaluations done, 1 were there" in run(workplace, "--tasks=heldout").stdout
-    assert "0 evaluations done, 3 were there" in run(workplace, "--tasks=heldout").stdout
-    rows = list(csv.DictReader((workplace / "r.csv").open()))
+        file.write(first.replace("run,2,128", "run,8,512") + "\nrun,8,512,heldout,0,byte_per")
+    assert "2 evaluations done, 1 were there" in run(workplace, "--tasks=heldout")
+    assert "0 evaluations done, 3 were there" in run(workplace, "--tasks=heldout")
+    rows = rows_of(workplace / "r.csv")
     assert [(row["model"], row["step"], row["tokens"], row["n"]) for row in rows if row["metric"] == "bits_per_byte"
             ] == [("run", "2", "128", "2"), ("run", "0", "0", "2"), ("run", "8", "512", "2")]
     assert list(rows[0]) == "model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs".split(",")
 
 
+@pytest.mark.parametrize("torn, kept", [
+    ("", 6), ("a", 4), ("a,2", 4), ("a,2,9,t,", 4), ("a,2,9,t,0,y", 4), ("a,2,9,u,0", 6), ("b", 6),
+    ("a,2,9,t,0,x,\udcc3", 4)])
+def test_a_torn_line_takes_the_rows_of_its_evaluation_along(tmp_path, torn, kept):
+    whole = [",".join(evaluation.HEADER), *(f"a,{evaluation_},x,0.5,,1,v0.4,float32,h" for evaluation_ in (
+        "1,8,t,0", "1,8,u,0", "1,8,u,0", "2,9,t,0", "2,9,t,0"))]
+    (tmp_path / "r.csv").write_text("\n".join([*whole, torn]), errors="surrogateescape")
+    evaluation.open_results(tmp_path / "r.csv")
+    assert (tmp_path / "r.csv").read_text() == "".join(f"{line}\n" for line in whole[:kept])
+
+
+def test_two_processes_write_the_same_file(workplace):
+    """Of log-likelihoods, whose batches are shared out, and of generated texts, whose prompts are."""
+    flags = "--tasks=heldout,piqa,triviaqa", "--steps=8"
+    evaluate(workplace, *flags, output="one.csv")
+    run(workplace, *flags, output="two.csv", launcher=(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    assert (workplace / "one.csv").read_text() == (workplace / "two.csv").read_text()
+    assert len(rows_of(workplace / "one.csv")) == 6
+
+
+def test_a_diverged_checkpoint_is_measured_once_as_not_a_number(workplace, capsys):
+    flags = "--tasks=heldout,piqa", f"--model={workplace}/diverged", f"--samples={workplace}/nan.jsonl"
+    evaluate(workplace, *flags, output="nan.csv")
+    assert {(row["task"], row["metric"], row["value"]) for row in rows_of(workplace / "nan.csv")} == {
+        *(("heldout", metric, "nan") for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity")),
+        ("piqa", "acc", "nan"), ("piqa", "acc_norm", "nan")}
+    lines = (workplace / "nan.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loglikelihood"] for line in lines] == [None] * 6
+    evaluate(workplace, *flags, output="nan.csv")
+    assert "0 evaluations done, 2 were there" in capsys.readouterr().out
+
+
+def test_a_member_of_a_group_is_known_by_its_own_documents(tmp_path):
+    """So that it is not computed again alone, and a plot may join both."""
+    (tmp_path / "winobias").mkdir()
+    (tmp_path / "winobias/winobias.jsonl").write_text("".join(json.dumps({
+        "file": f"{kind}_stereotyped_type{i}.txt.test", "sentence": f"[The dev] met [him] {kind} {i}"}) + "\n"
+        for kind in ("pro", "anti") for i in (1, 2)))
+    group, alone = (evaluation.prepare(name, tmp_path) for name in ("winobias", "wino_bias_type1_pro"))
+    own = evaluation.documents_of(alone, "wino_bias_type1_pro")
+    assert evaluation.documents_of(group, "wino_bias_type1_pro:refers_to") == own
+    assert own != evaluation.documents_of(group, "winobias") != evaluation.documents_of(group, "wino_bias_type1_anti")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=hellaswagg"], "no task called hellaswagg in style v0.4; `python eval.py tasks`"),
     (["--tasks=lambada_openai"], "lambada_openai/test.jsonl: no such file"),
-    (["--tasks=piqa"], "piqa/validation.jsonl, line 1: sol1 is 3, expected a str"),
+    (["--tasks=wsc273"], "wsc273/test.jsonl, line 1: text is None, expected a str"),
     (["--tasks=heldout", "--steps=1,2,3"], "no checkpoint at step 1, 3; there are 0, 2, 8"),
     (["--tasks=heldout", "--steps=first"], "steps = 'first', expected all, last"),
     (["--tasks=heldout", "--shots=1"], "heldout: shots must be 0 in style v0.4"),
@@ -61,28 +130,41 @@ def test_all_checkpoints_are_evaluated_once(workplace):
     (["--tasks=heldout", "--style=v1"], "style = 'v1', expected v0.4 or v0.3"),
     (["--tasks=heldout", "--samples=/nowhere/s.jsonl"], "/nowhere/s.jsonl: No such file"),
     (["--tasks=heldout", "--model=/proc"], "/proc: neither a run folder")])
-def test_a_mistake_is_one_line(workplace, flags, words):
-    done = run(workplace, *flags, expect=2)
-    assert words in done.stderr and done.stderr.count("\n") == 1
+def test_a_mistake_is_one_line(workplace, capsys, flags, words):
+    with pytest.raises(SystemExit) as end:
+        evaluate(workplace, *flags)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and words in said and said.count("\n") == 1
 
 
-def test_samples_start_with_the_prompt(workplace):
-    done = subprocess.run([sys.executable, "eval.py", "sample", f"--model={workplace}/run", "--steps=0,8",
-                           "--prompt=In the beginning", "--n_tokens=5"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.count("In the beginning") == 2 and "--- run step 8" in done.stdout, done.stderr
+def test_samples_start_with_the_prompt(workplace, capsys):
+    flags = f"--model={workplace}/run", "--steps=0,8", "--prompt=In the beginning", "--n_tokens=5"
+    evaluation.sample(config.parse(flags, evaluation.SampleConfig))
+    said = capsys.readouterr().out
+    assert said.count("In the beginning") == 2 and "--- run step 8" in said
 
 
 def test_samples_hold_every_request(workplace):
-    run(workplace, "--tasks=heldout", "--steps=8", f"--samples={workplace}/s.jsonl", f"--output={workplace}/s.csv")
+    evaluate(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
+             f"--samples={workplace}/s.jsonl", output="s.csv")
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
-    assert [(line["task"], line["doc_id"], line["context"]) for line in lines] == [
-        ("heldout", 0, "one"), ("heldout", 1, "two two")]
-    rows = {row["metric"]: float(row["value"]) for row in csv.DictReader((workplace / "s.csv").open())}
-    assert rows["byte_perplexity"] == pytest.approx(math.exp(-sum(line["loglikelihood"] for line in lines) / 10))
+    assert {(line["model"], line["step"], line["shots"], line["style"]) for line in lines} == {("run", "8", 0, "v0.4")}
+    assert [(line["task"], line["doc_id"], line["context"], line.get("continuation")) for line in lines] == [
+        ("heldout", 0, "one", None), ("heldout", 1, "two two", None),
+        *(("piqa", i, "Question: g\nAnswer:", choice) for i in (0, 1) for choice in (" a a", " b")),
+        ("triviaqa", 0, "Question: ?\nAnswer:", None), ("triviaqa", 1, "Question: why ?\nAnswer:", None)]
+    rows = {(row["task"], row["metric"]): float(row["value"]) for row in rows_of(workplace / "s.csv")}
+    assert rows["heldout", "byte_perplexity"] == pytest.approx(
+        math.exp(-sum(line["loglikelihood"] for line in lines[:2]) / 10))
+    model, tokenizer = load_model(workplace / "run/step8"), Tokenizer(ROOT / "20B_tokenizer.json")
+    for line in lines[2:6]:
+        [(logprob, greedy)] = loglikelihood(model, tokenizer, [(line["context"], line["continuation"])])
+        assert line["loglikelihood"] == pytest.approx(logprob, rel=1e-5) and line["is_greedy"] is greedy
+    for line in lines[6:]:
+        assert [line["generated"]] == generate_until(model, tokenizer, [line["context"]], ("\n", ".", ","))
 
 
-def test_the_list_of_tasks_tells_what_is_missing(workplace):
-    done = subprocess.run([sys.executable, "eval.py", "tasks", f"--docs={workplace}/docs"], cwd=ROOT,
-                          capture_output=True, text=True)
-    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+def test_the_list_of_tasks_tells_what_is_missing(workplace, capsys):
+    evaluation.list_tasks(evaluation.TasksConfig(f"{workplace}/docs"))
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "test 2" in lines["heldout"] and f"{workplace}/docs/piqa/train.jsonl missing" in lines["piqa"]
