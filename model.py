@@ -311,6 +311,8 @@ class Pythia(nn.Module):
         ahead = ahead.masked_fill(columns[:T] == columns[:T, None], 0)
         cache = [Cache(self.config, B, T + n_tokens, self.embed_in.weight) for _ in self.layers]
         rows, start, mask = torch.arange(B, device=device), 0, ahead
+        # Remembered, for finished may look at the last tokens only.
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
         for end in range(T, T + n_tokens):
             positions = (columns[start:end] - padding[rows, None]).clamp(min=0)
             x = self.hidden(out[rows, start:end], positions, mask, cache)[:, -1]  # (n, D)
@@ -323,7 +325,8 @@ class Pythia(nn.Module):
                 out[rows, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             start = end
             if finished is not None:
-                going = ~finished(out[rows, T:end + 1]).to(device)
+                ended[rows] |= finished(out[rows, T:end + 1]).to(device)
+                going = ~ended[rows]
                 if not going.any():
                     break
                 if going.sum() <= 0.75 * len(rows):  # taking rows out costs a copy of the cache
