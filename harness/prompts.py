@@ -72,9 +72,10 @@ text, texts = partial(field, kind=str), partial(field, kind=[str])
 def position(doc, name, options):
     """Return doc[name] as an index into `options`: a number, a digit or a truth value."""
     value = doc.get(name)
-    if not re.fullmatch("[0-9]+|True|False", str(value)) or not int(value) < len(options):
+    number = str(int(value) if isinstance(value, bool) else value)
+    if not re.fullmatch("[0-9]{1,9}", number) or not int(number) < len(options):
         raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected 0 to {len(options) - 1}")
-    return int(value)
+    return int(number)
 
 
 def member(doc, name, options):

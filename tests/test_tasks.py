@@ -8,8 +8,9 @@ import statistics
 import pytest
 
 from harness import metrics
-from harness.prompts import Document, prompts
-from harness.tasks import GROUPS, SEVERAL, TASKS, V03_TASKS, winobias, winobias_rows, wsc_documents
+from harness.prompts import Document, Question, prompts
+from harness.tasks import (GROUPS, MMLU, SEVERAL, SUBJECTS, TASKS, V03_TASKS, mmlu_rows, winobias,
+                           winobias_rows, wsc_documents)
 
 
 def test_bootstrap_draws_are_the_harness_draws():
@@ -21,6 +22,23 @@ def test_bootstrap_draws_are_the_harness_draws():
     value, stderr = metrics.perplexity(values, iterations=3000)
     assert math.isclose(value, math.exp(-statistics.fmean(values)), rel_tol=1e-12)
     assert math.isclose(stderr, statistics.stdev(draws), rel_tol=1e-12)
+
+
+def test_a_diverged_model_is_right_about_nothing():
+    """argmax takes NaN for the largest: the first choice would be the answer to everything."""
+    fine, diverged, lost = (-1.0, True), (math.nan, False), (-1e4, False)
+    questions = [Question([], gold=0, lengths=[1, 1])] * 2
+    for measure, results in (
+            (metrics.both_accuracies, [[fine, lost], [diverged, diverged]]),
+            (metrics.stereotype, [[fine, lost], [diverged, fine]]),
+            (metrics.last_word, [[fine], [diverged]]), (metrics.rolled, [-1.0, math.nan])):
+        results = [[result] for result in results] if measure is metrics.rolled else results
+        documents = questions if measure is not metrics.rolled else [Question([], "one")] * 2
+        for _, _, value, stderr, n in measure(documents, results, "v0.4"):
+            assert math.isnan(value) and (stderr is None or math.isnan(stderr)) and n == 2
+    assert [row[1:3] for row in metrics.last_word(questions, [[lost], [lost]], "v0.4")] == [
+        ("acc", 0.0), ("perplexity", math.inf)]
+
 
 def write(folder, path, documents):
     path = folder / path
@@ -87,10 +105,10 @@ def test_paper_style_prompts_differ_where_the_harness_did(tmp_path):
 
 
 def test_copies_of_a_document_are_no_shots_of_it(tmp_path):
-    write(tmp_path, "piqa/validation.jsonl", piqa_documents(2))
+    write(tmp_path, "piqa/validation.jsonl", piqa_documents(1))
     write(tmp_path, "piqa/train.jsonl", piqa_documents(1) * 5 + piqa_documents(2, 50))
-    for seed_case, (prefix, _) in enumerate(prompts(TASKS["piqa"], tmp_path, shots=2)[0][:1]):
-        assert "0" not in shots_of(prefix) and len(shots_of(prefix)) == 2
+    [(prefix, _)], _ = prompts(TASKS["piqa"], tmp_path, shots=2)
+    assert sorted(shots_of(prefix)) == ["50", "51"]
 
 
 def test_superglue_files_become_the_repaired_set():
@@ -127,6 +145,15 @@ def test_groups_weigh_by_size():
     assert stderr == pytest.approx(math.sqrt((9 * 10 * 0.01 + 29 * 30 * 0.0025) / 38 / 40))
 
 
+def test_mmlu_s_categories_hold_the_right_subjects_and_the_whole_holds_all():
+    rows = mmlu_rows([(f"mmlu_{subject}", "acc", float(i), 0.1, 10) for i, subject in enumerate(SUBJECTS)])
+    assert {name: n for name, *_, n in rows} == {"mmlu_stem": 190, "mmlu_other": 130, "mmlu_social_sciences": 120,
+                                                 "mmlu_humanities": 130, "mmlu": 570}
+    assert dict((name, value) for name, _, value, *_ in rows) == {
+        f"mmlu_{category}": statistics.fmean(map(SUBJECTS.index, subjects))
+        for category, subjects in MMLU.items()} | {"mmlu": 28.0}
+
+
 def test_every_name_of_several_tasks_exists():
     for members in [members for members, _ in GROUPS.values()] + list(SEVERAL.values()):
         assert members and all(member in TASKS or member in V03_TASKS for member in members)
@@ -156,7 +183,13 @@ def test_published_documents_become_requests(pythia_data):
     ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": [], "answer": 0}, "no documents of this task"),
     ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"}, "found the spans"),
     ("triviaqa", {"question": "q", "answer": []}, "answer.aliases is None"),
-    ("wsc273", {"text": "t", "pronoun": "x", "options": [], "label": 0}, "pronoun_loc is None, expected a int")])
+    ("wsc273", {"text": "t", "pronoun": "x", "options": [], "label": 0}, "pronoun_loc is None, expected a int"),
+    ("wsc273", {"text": "t x", "pronoun": "x", "pronoun_loc": 2, "options": ["a", ""], "label": 0}, "options is empty"),
+    ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"},
+     "answerKey is 'B', expected one of ['A']"),
+    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "True"}, "label is 'True', expected 0 to 1"),
+    ("wino_bias_type1_pro", {"tokens": ["A", "b"], "coreference_clusters": ["0", None, "1", "1"]},
+     "found the spans ['0', None, '1', '1']")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
     write(tmp_path, f"{TASKS[task].folder}/{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
     with pytest.raises(ValueError, match="line 1|holds no documents") as error:
