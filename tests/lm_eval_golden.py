@@ -85,7 +85,10 @@ def documents(task, split, n):
     for doc in made:
         if task == "arc_easy":
             doc["answerKey"] = rng.choice(doc["choices"]["label"])
-    return made + [made[0]] if split == "validation" else made  # a copy: shots must leave out both
+    # Copies of a document in the pool of its shots: they must leave out every one.
+    if TASKS[task].split == "validation" and split == TASKS[task].pool == "train":
+        return made + [documents(task, "validation", n)[0]]
+    return made + [made[0]] if split == "validation" else made
 
 
 CASES = ("lambada_openai piqa winogrande wsc wsc273 arc_easy sciq logiqa hellaswag mmlu_anatomy crows_pairs_english "
@@ -124,8 +127,8 @@ def trained_model(folder, docs, tokenizer):
         optimizer.zero_grad()
     model = model.float().eval()
     Path(folder).mkdir()
-    save(folder, 0, model, make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1e-3)), {"updates": 0, "tokens": 0},
-         tokenizer.path)
+    untouched = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1e-3))
+    save(folder, 0, model, untouched, {"updates": 0, "tokens": 0}, tokenizer.path)
     return model
 
 
@@ -147,9 +150,10 @@ def answers(lm, manager, paths, task, shots):
     samples = sorted(out["samples"][task], key=lambda sample: sample["doc_id"])
     arguments = [argument for sample in samples for argument in sample["arguments"]]
     results = [response for sample in samples for [response] in sample["resps"]]
-    texts = [argument[:2] if isinstance(argument[1:] and argument[1], str) else argument[:1] for argument in arguments]
-    return {"requests": requests_hash(texts), "results": results,
-            "metrics": {name.split(",")[0]: value for name, value in out["results"][task].items() if "," in name}}
+    texts = [argument[:2] if isinstance(argument[1:] and argument[1], str) else argument[:1]
+             for argument in arguments]
+    metrics = {name.split(",")[0]: value for name, value in out["results"][task].items() if "," in name}
+    return {"requests": requests_hash(texts), "results": results, "metrics": metrics}
 
 
 def main(output):
