@@ -78,8 +78,8 @@ def test_pairs_are_encoded_by_the_harness_rules(tokenizer, encode):
 def test_the_paper_s_harness_encodes_context_and_continuation_apart(tokenizer, encode):
     for context, continuation in PAIRS:
         expected = (encode(context) or [0]) + encode(continuation), len(encode(continuation))
-        assert scoring.encode_pair(tokenizer, context, continuation, joint=False) == expected
-    apart, joint = (scoring.encode_pair(tokenizer, "trailing  \n", "move", joint) for joint in (False, True))
+        assert scoring.encode_pair(tokenizer, context, continuation, "v0.3") == expected
+    apart, joint = (scoring.encode_pair(tokenizer, "trailing  \n", "move", style) for style in ("v0.3", "v0.4"))
     assert apart != joint  # the white space stays with the context
 
 
