@@ -3,11 +3,12 @@
     python plots.py training --run=runs/mini --results=runs/mini/results.csv --output=runs/mini/curves.png
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
     python plots.py table --results=results.csv
-    python plots.py paper --reference=pythia_v1_evals.csv --output=figures
+    python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv --output=figures
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
 The reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
-stderr), made from EleutherAI/pythia's evals/pythia-v1.
+stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study (suite,variant,
+model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals.
 """
 
 import csv
@@ -41,6 +42,17 @@ def pyplot():
     return pyplot
 
 
+def finish(figure, output):
+    """Write the figure to a file and return it."""
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=150)
+    pyplot().close(figure)
+    print(output)
+    return figure
+
+
 @dataclass(frozen=True)
 class Training:
     run: str  # run folder
@@ -56,7 +68,8 @@ def training(options):
     rows = [row for row in read_csv(options.results)
             if row["model"] == name and row["metric"] == "bits_per_byte" and int(row["tokens"]) > 0]
     if not rows:
-        raise ValueError(f"{options.results}: no bits_per_byte of {name}; run eval.py --tasks=heldout first")
+        raise ValueError(f"{options.results}: no bits_per_byte of {name}; "
+                         "run eval.py --tasks=heldout first")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     points = [(int(row["tokens"]), float(row["loss"])) for row in steps if int(row["tokens"]) > 0]
     left.plot(*zip(*points), color="tab:blue", linewidth=1)
@@ -71,13 +84,8 @@ def training(options):
                    linewidth=2 if task == "heldout" else 1)
     right.set(xlabel="tokens seen", ylabel="held-out bits per byte", xscale="log")
     right.legend(frameon=False, loc="lower left")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(name)
-    figure.savefig(options.output, dpi=150)
-    plt.close(figure)
-    print(options.output)
+    return finish(figure, options.output)
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Weights:
 
 
 def weights(options):
-    """Draw every matrix's norm, distance from the first checkpoint and cosine to the previous, over steps."""
+    """Draw each matrix's norm, distance from the first checkpoint and cosine to the previous, over steps."""
     plt = pyplot()
     rows = [row for row in read_csv(options.csv) if row["distance_from_first"] != "nan"]
     names = list(dict.fromkeys(row["tensor"] for row in rows))
@@ -95,17 +103,15 @@ def weights(options):
     for axes, column, label in zip(panels, ("norm", "distance_from_first", "cosine_to_previous"), (
             "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before")):
         for i, name in enumerate(names):
-            points = sorted((int(row["step"]), float(row[column])) for row in rows if row["tensor"] == name)
-            axes.plot(*zip(*points), color=plt.cm.viridis(i / len(names)), linewidth=1, marker=".", markersize=3)
+            points = sorted((int(row["step"]), float(row[column]))
+                            for row in rows if row["tensor"] == name)
+            axes.plot(*zip(*points), color=plt.cm.viridis(i / len(names)), linewidth=1, marker=".",
+                      markersize=3)
         axes.set(xlabel="step", ylabel=label)
         axes.set_xscale("symlog", linthresh=1)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yscale("log")
     figure.suptitle(f"{len(names)} matrices, embedding (dark) to head (light)")
-    figure.savefig(options.output, dpi=150)
-    plt.close(figure)
-    print(options.output)
+    return finish(figure, options.output)
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,12 @@ class Growth:
 
 
 def growth(options):
-    """Draw a step's time and memory per token against width, depth, length and batch, beside what is expected."""
+    """Draw a step's time and memory per token against width, depth, length, batch, and what is expected."""
     plt = pyplot()
     rows = read_csv(options.csv)
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, panels = plt.subplots(2, len(axes_names), figsize=(14, 6), layout="constrained")
+    figure, panels = plt.subplots(2, len(axes_names), figsize=(14, 6), layout="constrained",
+                                  squeeze=False)
     for column, name in enumerate(axes_names):
         mine = [{key: float(value) for key, value in row.items() if key != "axis"} for row in rows
                 if row["axis"] == name]
@@ -134,12 +141,10 @@ def growth(options):
             axes.plot(x, expected, color="grey", linestyle="--", label="expected: FLOPs, train.py --plan")
             axes.plot(x, measured, color="tab:blue", marker="o", label="measured")
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label if column == 0 else "")
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xticks(x, [f"{value:g}" for value in x])
+            axes.set_xticks([], minor=True)
     panels[0, 0].legend(frameon=False)
-    figure.savefig(options.output, dpi=150)
-    plt.close(figure)
-    print(options.output)
+    return finish(figure, options.output)
 
 
 # ---------------------------------------------------------------------------- evaluation over training
@@ -149,31 +154,40 @@ METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
 # What a task is judged by, if nothing else is asked: the first of these that it has.
 MAIN_METRICS = ("acc", "pct_stereotype", "exact_match", "em", "bits_per_byte", "perplexity", "word_perplexity")
 AXIS_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "perplexity": "perplexity per word",
-              "pct_stereotype": "stereotype preferred", "bits_per_byte": "bits per byte", "em": "exact match"}
+              "pct_stereotype": "stereotype preferred", "bits_per_byte": "bits per byte",
+              "em": "exact match", "exact_match": "exact match",
+              "likelihood_diff": "difference of log-likelihoods (nats)"}
 PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa")
+CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality", "_socioeconomic", "_disability")
 
 
 def evaluations(paths):
-    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of results or reference CSVs.
+    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of results or published CSVs.
 
     A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a file
-    that is neither.
+    that is neither, and for a curve of rows that cannot be compared.
     """
-    points = defaultdict(dict)
+    points, made = defaultdict(dict), {}
     for path in paths.split(","):
         for number, row in enumerate(read_csv(path), 2):
+            where = f"{path}, line {number}"
+            if row.get("suite") == "v0":  # models before the published ones
+                continue
             try:
-                metric, step = METRIC_NAMES.get(row["metric"], row["metric"]), row["step"]
-                if "deduped" in row:
-                    model = row["model"] + ("-deduped" if row["deduped"] == "1" else "")
-                    tokens = int(step) * published_batch(row["model"])
-                else:
-                    model, tokens = row["model"], int(row["tokens"] or -1)
-                point = float(row["value"]), float(row["stderr"]) if row["stderr"] else None
-                points[row["task"], int(row["shots"]), metric][model, tokens] = point
+                model, tokens = model_and_tokens(row)
+                task = row["task"] + (":" + row["prompt"] if row.get("prompt") else "")
+                metric = METRIC_NAMES.get(row["metric"], row["metric"])
+                panel = task, int(row["shots"] or 0), metric
+                points[panel][model, tokens] = (float(row["value"]),
+                                                float(row["stderr"]) if row["stderr"] else None)
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: neither results of eval.py nor the published CSV "
+                raise ValueError(f"{where}: neither results of eval.py nor the published CSV "
                                  f"({type(error).__name__}: {error})") from None
+            how = [row[name] for name in ("style", "dtype", "docs") if row.get(name)] or ["published"]
+            first, before = made.setdefault((panel, model), (where, how))
+            if how != before:
+                raise ValueError(f"{where}: {metric} of {task} by {model} in {' '.join(how)}, but in "
+                                 f"{' '.join(before)} at {first}; draw them from two files")
     curves = {panel: defaultdict(list) for panel in points}
     for panel, values in points.items():
         for (model, tokens), point in sorted(values.items(), key=lambda item: (size(item[0][0]), item[0])):
@@ -181,17 +195,54 @@ def evaluations(paths):
     return curves
 
 
+def model_and_tokens(row):
+    """Return the model's name and the tokens it has seen, of a row of any of the three kinds of CSV."""
+    if "variant" in row:  # the gender study's models have all seen the deduplicated Pile
+        variant = "" if row["variant"] == "baseline" else f"-{row['variant']}"
+        return f"pythia-{row['model']}-deduped{variant}", int(row["step"]) << 21
+    if "deduped" in row:
+        tokens = int(row["step"]) * published_batch(row["model"])
+        return row["model"] + ("-deduped" if row["deduped"] == "1" else ""), tokens
+    return row["model"], int(row["tokens"] or -1)
+
+
 def published_batch(model):
     """Return the tokens of a published model's step: 2^21, but for the batch-size ablations."""
     return {"0.5": 1 << 19, "0.25": 1 << 18}.get(model.rpartition("-")[2].removesuffix("MtokBS"), 1 << 21)
 
 
+def name_parts(model):
+    """Return the parameters that a name tells, or the width as in _d64, else 0; and the rest of the name."""
+    for pattern in (r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", r"(?:^|_)d(\d+)()"):
+        if match := re.search(pattern, model, re.IGNORECASE):
+            unit = {"m": 1e6, "b": 1e9, "": 1}[match[2].lower()]
+            return float(match[1]) * unit, model[:match.start()] + model[match.end():]
+    return 0, model
+
+
 def size(model):
-    """Return the parameters, or the width as in _d64, that a model's name tells, to order and colour curves; 0 if none."""
-    if match := re.search(r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", model.lower()):
-        return float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]]
-    match = re.search(r"(?:^|_)d(\d+)", model)
-    return float(match[1]) if match else 0
+    return name_parts(model)[0]
+
+
+def looks(models, colours):
+    """Return {model: (colour, line)}, in order: a colour a size, a line for the rest of the name.
+
+    Pythia's sizes have theirs in every figure; other sizes, and names that tell none, share the
+    map out among them.
+    """
+    parts = {model: name_parts(model) for model in sorted(models, key=lambda name: (size(name), name))}
+    smallest, largest = 14e6, 12e9
+    places = {number: math.log(number / smallest) / math.log(largest / smallest)
+              for number, _ in parts.values() if smallest <= number <= largest}
+    others = list(dict.fromkeys(number or model for model, (number, _) in parts.items()
+                                if number not in places))
+    places |= {name: i / max(1, len(others) - 1) for i, name in enumerate(others)}
+    rests = sorted({rest for number, rest in parts.values() if number},
+                   key=lambda rest: ("deduped" in rest, rest)) + [None]  # names without a size, alike
+    lines = dict(zip(rests, ("-", "--", ":", *(  # then a dash and ever more dots
+        (0, (6, 1.5) + (1, 1.5) * n) for n in range(1, len(rests))))))
+    return {model: (colours(0.08 + 0.92 * places[number or model]), lines[rest if number else None])
+            for model, (number, rest) in parts.items()}
 
 
 def choose_panels(curves, tasks, metrics, shots):
@@ -214,60 +265,72 @@ def choose_panels(curves, tasks, metrics, shots):
     return panels
 
 
-def draw(curves, panels, output, reference=None, title=None):
-    """Draw one panel for each (task, shots, metric) over tokens; step 0 has no place on the log axis."""
+def draw(curves, panels, output, reference=None, title=None, xscale="log"):
+    """Draw a panel for each (task, shots, metric) over tokens; step 0 has no place on the log axis."""
     plt = pyplot()
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9), squeeze=False,
-                                layout="constrained")
-    sizes = sorted({(size(model), model) for panel in panels for model in curves.get(panel, ())})
-    # One colour a size; models whose names tell none have one each.
-    keys = list(dict.fromkeys(number or model for number, model in sizes))
-    colour = {model: plt.cm.viridis_r(0.08 + 0.92 * keys.index(number or model) / max(1, len(keys) - 1))
-              for number, model in sizes}
+    figure, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9))
+    look = looks({model for panel in panels for model in curves.get(panel, ())}, plt.cm.viridis_r)
     handles = {}
-    for axes, (task, shots, metric) in zip(grid.flat, panels):
-        published = [(model, [point for point in points if point[0] > 0]) for model, points in
-                     (reference or {}).get((task, shots, metric), {}).items() if "MtokBS" not in model]
-        for model, points in published:
-            [handles["published"]] = axes.plot([p[0] for p in points], [p[1] for p in points], color="0.78",
-                                               linewidth=1, zorder=1, label="published")
-        for model, points in (published[0], published[-1]) if published else ():  # which way they are ordered
-            axes.annotate(model.split("-")[1], points[-1][:2], xytext=(3, 0), textcoords="offset points",
-                          fontsize=7, color="0.5", va="center")
-            axes.margins(x=0.1)
-        for model, points in curves.get((task, shots, metric), {}).items():
-            points = [point for point in points if point[0] > 0]
-            x, y = [p[0] for p in points], [p[1] for p in points]
-            [handles[model]] = axes.plot(x, y, color=colour[model], linewidth=1.4, marker="o", markersize=2.2,
-                                         linestyle="--" if "deduped" in model else "-", label=model)
-            if points and None not in (error for *_, error in points):
-                axes.fill_between(x, [v - e for _, v, e in points], [v + e for _, v, e in points],
-                                  color=colour[model], alpha=0.15, linewidth=0)
-        axes.set_xscale("log")
-        if metric.endswith(("perplexity", "_diff")):
-            axes.set_yscale("log")
-        axes.set_title(f"{task}, {shots}-shot", fontsize=9)
+    for axes, panel in zip(grid.flat, panels):
+        task, shots, metric = panel
+        axes.set_title(f"{task.replace(':', chr(10))}, {shots}-shot", fontsize=9)
         axes.set_ylabel(AXIS_NAMES.get(metric, metric), fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set(xscale=xscale, yscale="log" if metric.endswith("perplexity") else "linear")
+        axes.tick_params(labelsize=7, which="both")  # a short log axis labels minor ticks too
+        axes.xaxis.get_offset_text().set_fontsize(7)
+        draw_published(axes, (reference or {}).get(panel, {}), handles)
+        draw_models(axes, curves.get(panel, {}), look, handles)
+        left, right = axes.get_xlim()
+        if xscale == "log" and right < 100 * left:  # so short that the labels of all ticks overlap
+            axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(plt.matplotlib.ticker.LogFormatterSciNotation(
+                minor_thresholds=(math.inf, math.inf)))  # all of them
+            axes.xaxis.set_minor_formatter(plt.NullFormatter())
     for axes in list(grid.flat)[len(panels):]:
         axes.set_visible(False)
     for column in range(columns):
         below = [axes for axes in grid[:, column] if axes.get_visible()]
         below[-1].set_xlabel("tokens seen", fontsize=8)
-    order = [*(model for _, model in sizes), "published"]
-    shown = [handles[name] for name in order if name in handles]
+    shown = [handles[name] for name in (*look, "published") if name in handles]
     entry = 0.5 + 0.075 * max((len(line.get_label()) for line in shown), default=1)  # inches, about
-    figure.legend(shown, [line.get_label() for line in shown], loc="outside lower center", frameon=False, fontsize=8,
+    figure.legend(shown, [line.get_label() for line in shown], loc="outside lower center",
+                  frameon=False, fontsize=8, handlelength=3,
                   ncols=max(1, min(len(shown), int(figure.get_figwidth() / entry))))
     if title:
         figure.suptitle(title, fontsize=11)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
-    print(output)
+    return finish(figure, output)
+
+
+def draw_published(axes, models, handles):
+    """Draw published curves in grey; name the first and the last, which show how they are ordered."""
+    drawn = {model: [point for point in points if point[0] > 0 and math.isfinite(point[1])]
+             for model, points in models.items() if "MtokBS" not in model}
+    drawn = {model: points for model, points in drawn.items() if points}
+    for model, points in drawn.items():
+        x, y, _ = zip(*points)
+        [handles["published"]] = axes.plot(x, y, color="0.78", linewidth=1, zorder=1, label="published")
+    for model in dict.fromkeys([*list(drawn)[:1], *list(drawn)[-1:]]):
+        axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), drawn[model][-1][:2],
+                      xytext=(3, 0), textcoords="offset points", fontsize=7, color="0.5", va="center")
+        axes.margins(x=0.1)
+
+
+def draw_models(axes, models, look, handles):
+    """Draw our curves, each with a band of one standard error if it has them."""
+    logarithmic = axes.get_yscale() == "log"
+    for model, points in models.items():
+        points = [point for point in points if point[0] > 0]
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        colour, line = look[model]
+        [handles[model]] = axes.plot(x, y, color=colour, linestyle=line, linewidth=1.4, marker="o",
+                                     markersize=2.2, label=model)
+        if points and None not in (error for *_, error in points):
+            # An error as large as its value would reach down without end on a log axis.
+            low = [max(v - e, v / 10) if logarithmic else v - e for _, v, e in points]
+            axes.fill_between(x, low, [v + e for _, v, e in points], color=colour, alpha=0.15, linewidth=0)
 
 
 @dataclass(frozen=True)
@@ -284,7 +347,8 @@ def curves(options):
     """Draw evaluations over tokens: a panel a task, a colour a model, error bands."""
     results = evaluations(options.results)
     panels = choose_panels(results, options.tasks, options.metrics, options.shots)
-    draw(results, panels, options.output, evaluations(options.reference) if options.reference else None)
+    reference = evaluations(options.reference) if options.reference else None
+    return draw(results, panels, options.output, reference)
 
 
 @dataclass(frozen=True)
@@ -299,10 +363,12 @@ def table(options):
     """Print the last checkpoint of every model: a row a model, a column a task."""
     results = evaluations(options.results)
     panels = choose_panels(results, options.tasks, options.metrics, options.shots)
-    models = sorted({model for panel in panels for model in results[panel]}, key=lambda model: (size(model), model))
+    models = sorted({model for panel in panels for model in results[panel]},
+                    key=lambda model: (size(model), model))
     heads = [(f"{task} ({shots})", metric) for task, shots, metric in panels]
     cells = {model: [_cell(results[panel].get(model)) for panel in panels] for model in models}
-    widths = [max(len(text) for text in (*head, *(row[i] for row in cells.values()))) for i, head in enumerate(heads)]
+    widths = [max(len(text) for text in (*head, *(row[i] for row in cells.values())))
+              for i, head in enumerate(heads)]
     first = max(map(len, models))
     for line in (0, 1):
         print(" " * first + "".join(f"  {head[line]:>{width}}" for head, width in zip(heads, widths)))
@@ -321,26 +387,41 @@ def _cell(points):
 @dataclass(frozen=True)
 class Paper:
     reference: str  # published results
+    bias: str | None = None  # published results of the gender study
     output: str = "figures"  # folder
 
 
 def paper(options):
     """Draw the paper's evaluation figures from the published results, standard and deduplicated."""
-    published = evaluations(options.reference)
+    published, figures = evaluations(options.reference), {}
     os.makedirs(options.output, exist_ok=True)
+
+    def save(name, curves, panels, title, **how):
+        panels = [panel for panel in panels if curves.get(panel)]
+        if panels:
+            output = os.path.join(options.output, f"{name}.png")
+            figures[name] = draw(curves, panels, output, title=title, **how)
+
     for deduped, name in ((False, "standard"), (True, "deduplicated")):
         chosen = {panel: {model: points for model, points in models.items()
                           if model.endswith("-deduped") == deduped and "MtokBS" not in model}
                   for panel, models in published.items()}
         for shots in (0, 5):
-            panels = [(task, shots, "acc") for task in PAPER_TASKS if (task, shots, "acc") in chosen]
-            if panels:
-                draw(chosen, panels, os.path.join(options.output, f"{name}_{shots}_shot.png"),
-                     title=f"Pythia, {name} Pile, {shots}-shot")
-        kinds = ("", "_gender", "_race_color", "_religion", "_age", "_nationality", "_socioeconomic", "_disability")
-        panels = [panel for kind in kinds if (panel := (f"crows_pairs_english{kind}", 0, "pct_stereotype")) in chosen]
-        if panels:
-            draw(chosen, panels, os.path.join(options.output, f"{name}_bias.png"), title=f"Pythia, {name} Pile")
+            save(f"{name}_{shots}_shot", chosen, [(task, shots, "acc") for task in PAPER_TASKS],
+                 f"Pythia, {name} Pile, {shots}-shot")
+        save(f"{name}_bias", chosen, [(f"crows_pairs_english{kind}", 0, "pct_stereotype")
+                                      for kind in CROWS_TYPES], f"Pythia, {name} Pile")
+    if options.bias:
+        # From where the longest intervention begins; on a log axis nothing could be seen.
+        begin = 113000 << 21
+        study = {panel: {model: late for model, points in models.items()
+                         if (late := [point for point in points if point[0] >= begin])}
+                 for panel, models in evaluations(options.bias).items()}
+        panels = sorted(panel for panel in study if panel[0].startswith("wino_bias") and panel[2] == "em")
+        save("gender", study, [*panels, ("crows_pairs_english_gender", 0, "pct_stereotype")],
+             "Pythia, deduplicated Pile, pronouns made feminine in the last 7 or 21 % of training",
+             xscale="linear")
+    return figures
 
 
 # ---------------------------------------------------------------------------- studies

@@ -43,23 +43,140 @@ def test_a_name_tells_the_size(name, parameters):
     assert plots.size(name) == parameters
 
 
-def run(*arguments, expect=0):
-    done = subprocess.run([sys.executable, "plots.py", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == expect, done.stderr
-    return done
+def test_published_sizes_look_the_same_in_every_figure_and_no_two_models_alike():
+    few = plots.looks(["pythia-70m", "pythia-12b"], str)
+    many = plots.looks(["pythia-14m", "pythia-70m", "pythia-70m-deduped", "pythia-70m-seed1", "pythia-12b", "mini",
+                        "small_d64", "small_d64_seed2", "small_d128"], str)
+    assert few["pythia-70m"] == many["pythia-70m"] and few["pythia-12b"][0] == "1.0"
+    assert len(set(many.values())) == 9
+    seeds = plots.looks([f"run_d64_seed{i}" for i in range(9)], str)
+    assert len({colour for colour, _ in seeds.values()}) == 1 and len({line for _, line in seeds.values()}) == 9
 
 
-def test_the_table_has_the_last_checkpoint_of_each_model(files):
-    lines = run("table", f"--results={files}/r.csv").stdout.splitlines()
-    assert [line.split() for line in lines] == [
+def test_the_table_has_the_last_checkpoint_of_each_model(files, capsys):
+    plots.table(plots.Table(f"{files}/r.csv"))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["heldout", "(0)", "piqa", "(0)"], ["bits_per_byte", "acc"],
         ["mine-14m", "-", "0.5600", "±", "0.0200"], ["mine-70m", "1.5000", "0.6000", "±", "0.0200"]]
 
 
-def test_figures_are_drawn(files):
-    run("curves", f"--results={files}/r.csv", f"--reference={files}/ref.csv", f"--output={files}/c.png")
-    run("paper", f"--reference={files}/ref.csv", f"--output={files}/figures")
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in (files / "c.png", files / "figures/standard_0_shot.png"))
+def contents(axes):
+    """Return {label: (x, y)} of the lines of a panel, the published ones under one label as lists."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+
+
+def test_curves_show_our_models_before_the_published_ones(files):
+    """A reference with nothing but step 0, or called as it likes, is no obstacle."""
+    with open(files / "ref.csv", "a") as file:
+        file.write("gpt2,0,16,0,piqa,acc,0.63,\npythia-6.9b,0,0,0,piqa,acc,0.5,\n")
+    figure = plots.curves(plots.Curves(f"{files}/r.csv", reference=f"{files}/ref.csv", output=f"{files}/c.png"))
+    assert (files / "c.png").read_bytes()[:4] == b"\x89PNG"
+    heldout, piqa = [axes for axes in figure.axes if axes.get_visible()]
+    assert [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in (heldout, piqa)] == [
+        ("heldout, 0-shot", "bits per byte", "tokens seen"), ("piqa, 0-shot", "accuracy", "tokens seen")]
+    assert contents(heldout) == {"mine-70m": ([1 << 24], [1.5])}
+    assert [(line.get_label(), list(line.get_ydata())) for line in piqa.lines] == [
+        ("published", [0.63]), ("published", [0.59]), ("mine-14m", [0.56]), ("mine-70m", [0.6])]
+    assert [text.get_text() for text in piqa.texts] == ["gpt2", "70m"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mine-14m", "mine-70m", "published"]
+
+
+def test_a_band_stays_above_zero_on_a_log_axis_only(files):
+    head, row = RESULTS.splitlines()[0], "m-70m,{0},{0},{1},0,{2},4.0,5.0,9,v0.4,float32,abc"
+    (files / "r.csv").write_text("\n".join([head, *(row.format(tokens, *panel) for tokens in (1 << 23, 1 << 24) for panel in (
+        ("crows_pairs_english", "likelihood_diff"), ("lambada_openai", "perplexity")))]))
+    figure = plots.curves(plots.Curves(f"{files}/r.csv", metrics="likelihood_diff,perplexity", output=f"{files}/c.png"))
+    lowest = [(axes.get_yscale(), axes.get_ylabel(), axes.collections[0].get_paths()[0].vertices[:, 1].min())
+              for axes in figure.axes]
+    assert lowest == [("linear", "difference of log-likelihoods (nats)", -1.0), ("log", "perplexity per word", 0.4)]
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels and all(labels)  # less than a decade has some, too
+
+
+def test_what_is_not_a_number_is_a_gap(files, capsys):
+    (files / "r.csv").write_text(RESULTS + "mine-70m,16,33554432,piqa,0,acc,nan,nan,10,v0.4,float32,abc\n"
+                                 "mine-70m,16,33554432,heldout,0,bits_per_byte,inf,,10,v0.4,float32,abc\n")
+    figure = plots.curves(plots.Curves(f"{files}/r.csv", reference=f"{files}/r.csv", output=f"{files}/c.png"))
+    assert contents(figure.axes[1])["mine-70m"][0] == [1 << 24, 1 << 25]
+    plots.table(plots.Table(f"{files}/r.csv"))
+    assert "mine-70m            inf        nan ± nan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row, words", [
+    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.3,float32,abc", "v0.3 float32 abc, but in v0.4 float32 abc at"),
+    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.4,float16,abc", "v0.4 float16 abc, but in v0.4 float32 abc at"),
+    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.4,float32,abd", "v0.4 float32 abd, but in v0.4 float32 abc at")])
+def test_one_curve_is_of_one_kind(files, row, words):
+    (files / "r.csv").write_text(RESULTS + row + "\n")
+    with pytest.raises(ValueError) as error:
+        plots.evaluations(f"{files}/r.csv")
+    assert "line 7: acc of piqa by mine-70m in " + words in str(error.value) and "r.csv, line 5" in str(error.value)
+
+
+BIAS = """suite,variant,model,raw_step,step,shots,task,prompt,metric,value,stderr
+v0,baseline,1.4b,71500,143000,0,crows_pairs_english_gender,,pct_stereotype,0.9,0.02
+v1,baseline,1.4b,143000,143000,0,crows_pairs_english_gender,,pct_stereotype,0.6,0.02
+v1,intervention_7,1.4b,143000,143000,0,crows_pairs_english_gender,,pct_stereotype,0.5,0.02
+v1,baseline,1.4b,3000,3000,0,wino_bias_type1_pro,refers_to,em,0.1,0.01
+v1,baseline,1.4b,143000,143000,0,wino_bias_type1_pro,refers_to,em,0.2,0.01
+v1,intervention_7,1.4b,143000,143000,,wino_bias_type1_pro,refers_to,em,0.3,0.01
+"""
+
+
+def test_the_gender_study_is_read_without_the_models_before_the_published_ones(files):
+    (files / "bias.csv").write_text(BIAS)
+    curves, end = plots.evaluations(f"{files}/bias.csv"), 143000 << 21
+    assert curves == {
+        ("crows_pairs_english_gender", 0, "pct_stereotype"): {
+            "pythia-1.4b-deduped": [(end, 0.6, 0.02)], "pythia-1.4b-deduped-intervention_7": [(end, 0.5, 0.02)]},
+        ("wino_bias_type1_pro:refers_to", 0, "em"): {
+            "pythia-1.4b-deduped": [(3000 << 21, 0.1, 0.01), (end, 0.2, 0.01)],
+            "pythia-1.4b-deduped-intervention_7": [(end, 0.3, 0.01)]}}
+
+
+def test_the_paper_s_figures(files):
+    (files / "bias.csv").write_text(BIAS)
+    figures = plots.paper(plots.Paper(f"{files}/ref.csv", f"{files}/bias.csv", f"{files}/figures"))
+    assert {path.stem for path in (files / "figures").iterdir()} == set(figures) == {"standard_0_shot", "gender"}
+    [piqa] = figures["standard_0_shot"].axes
+    assert piqa.get_xscale() == "log" and contents(piqa) == {"pythia-70m": ([8 << 21], [0.59])}
+    wino, crows = [axes for axes in figures["gender"].axes if axes.get_visible()]
+    assert wino.get_title() == "wino_bias_type1_pro\nrefers_to, 0-shot" and wino.get_xscale() == "linear"
+    assert contents(wino) == {"pythia-1.4b-deduped": ([143000 << 21], [0.2]),
+                              "pythia-1.4b-deduped-intervention_7": ([143000 << 21], [0.3])}
+    assert crows.get_title() == "crows_pairs_english_gender, 0-shot" and len(crows.lines) == 2
+
+
+def test_training_shows_the_loss_and_each_subset(tmp_path):
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini/metrics.csv").write_text("step,tokens,loss\n0,0,9\n1,64,8\n2,128,nan\n")
+    row = "{},{},{},{},0,bits_per_byte,{},,3,v0.4,float32,abc\n".format
+    (tmp_path / "r.csv").write_text(RESULTS.splitlines(True)[0] + "".join(
+        row(model, step, 64 * step, task, 3 - step) for model in ("mini", "other") for step in (2, 1, 0)
+        for task in ("heldout:books", "heldout")))
+    left, right = plots.training(plots.Training(f"{tmp_path}/mini", f"{tmp_path}/r.csv", f"{tmp_path}/c.png")).axes
+    assert left.get_ylabel() == "training loss (nats per token)"
+    assert list(left.lines[0].get_xdata()) == [64, 128] and left.lines[0].get_ydata()[0] == 8
+    assert contents(right) == {"all (n = 3)": ([64, 128], [2, 1]), "books (n = 3)": ([64, 128], [2, 1])}
+
+
+def test_weights_have_a_line_a_matrix(tmp_path):
+    (tmp_path / "v.csv").write_text("step,tensor,norm,distance_from_first,cosine_to_previous\n" + "".join(
+        f"{step},{name},{step + 1},{step / 2},nan\n" for step in (0, 1, 2) for name in ("embed_in", "embed_out")))
+    figure = plots.weights(plots.Weights(f"{tmp_path}/v.csv", f"{tmp_path}/v.png"))
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before"]
+    assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[0, 0.5, 1]] * 2
+
+
+def test_growth_lays_the_flops_through_the_largest_model(tmp_path):
+    (tmp_path / "g.csv").write_text(
+        "axis,value,seconds_per_token,flops_per_token,bytes_per_token,expected_bytes_per_token\n"
+        "d_model,64,1e-6,50,1000,900\nd_model,128,4e-6,400,4000,3900\n")
+    time, memory = plots.growth(plots.Growth(f"{tmp_path}/g.csv", f"{tmp_path}/g.png")).axes
+    assert contents(time) == {"expected: FLOPs, train.py --plan": ([64, 128], [pytest.approx(0.5), pytest.approx(4)]),
+                              "measured": ([64, 128], [1, 4])}
+    assert contents(memory)["measured"] == ([64, 128], [1, 4]) and memory.get_xlabel() == "d_model"
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -69,5 +186,6 @@ def test_figures_are_drawn(files):
     (["--results=plots.py"], "plots.py, line 2: neither results of eval.py nor the published CSV"),
     (["--results=/nowhere.csv"], "/nowhere.csv: No such file")])
 def test_a_mistake_is_one_line(files, flags, words):
-    done = run("table", f"--results={files}/r.csv", *flags, expect=2)
-    assert words in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "plots.py", "table", f"--results={files}/r.csv", *flags], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
