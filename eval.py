@@ -41,7 +41,7 @@ from tokenizer import ENDOFTEXT, load_tokenizer
 
 @dataclass
 class Job:
-    """A task, or a group's tasks, with its documents made into requests; for any number of models."""
+    """A task or a group's tasks, their documents made into requests; for any number of models."""
     name: str
     members: list  # (task's name, Task, its Questions)
     requests: list  # of all, shots included: (context, continuation), prompts or whole texts
@@ -102,7 +102,7 @@ def measure(job, results):
 
 
 def documents_of(job, task):
-    """Return the documents' hash of a row: a member's own, as if it ran alone, or the whole group's."""
+    """Return the hash of a row's documents: a member's own, as if it ran alone, or the whole group's."""
     return job.documents.get(task.partition(":")[0], job.documents[job.name])
 
 
@@ -163,7 +163,8 @@ def main(config):
     load = lambda folder: checkpoints.load_model(folder, device).to(getattr(torch, config.dtype))
     wanted = list(dict.fromkeys(entry for entry, _ in todo))
     with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
-          tqdm(total=sum(len(job.requests) for _, job in todo), unit="request", disable=rank or None) as bar):
+          tqdm(total=sum(len(job.requests) for _, job in todo), unit="request",
+               disable=rank or None) as bar):
         loading = loader.submit(load, wanted[0][3]) if wanted else None
         for i, entry in enumerate(wanted):
             model = loading.result()
@@ -360,7 +361,8 @@ def list_tasks(config):
                     found = f"{len(read_split(config.docs, task, split)):,}"
                 except (ValueError, OSError) as error:
                     found = str(error).split(";")[0].replace(": no such file", " missing")
-                counts.append(f"{split} {found}" + (f" of {task.n:,}" if task.n and split == task.split else ""))
+                whole = f" of {task.n:,}" if task.n and split == task.split else ""
+                counts.append(f"{split} {found}{whole}")
             line += ", ".join(counts)
         print(line.rstrip())
     several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}

@@ -76,7 +76,8 @@ def training(options):
     left.set(xlabel="tokens seen", ylabel="training loss (nats per token)", xscale="log")
     tasks = sorted({row["task"] for row in rows})
     for i, task in enumerate(tasks):
-        curve = sorted((int(row["tokens"]), float(row["value"])) for row in rows if row["task"] == task)
+        curve = sorted((int(row["tokens"]), float(row["value"]))
+                       for row in rows if row["task"] == task)
         n = next(row["n"] for row in rows if row["task"] == task)
         label = "all" if task == "heldout" else task.removeprefix("heldout:")
         right.plot(*zip(*curve), marker="o", markersize=4, label=f"{label} (n = {n})",
@@ -95,7 +96,7 @@ class Weights:
 
 
 def weights(options):
-    """Draw each matrix's norm, distance from the first checkpoint and cosine to the previous, over steps."""
+    """Draw each matrix's norm, distance from the first and cosine to the previous, over steps."""
     plt = pyplot()
     rows = [row for row in read_csv(options.csv) if row["distance_from_first"] != "nan"]
     names = list(dict.fromkeys(row["tensor"] for row in rows))
@@ -121,7 +122,7 @@ class Growth:
 
 
 def growth(options):
-    """Draw a step's time and memory per token against width, depth, length, batch, and what is expected."""
+    """Draw a step's time and memory per token over width, depth, length, batch; and what is expected."""
     plt = pyplot()
     rows = read_csv(options.csv)
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
@@ -152,17 +153,21 @@ def growth(options):
 # The paper's harness had other names for two metrics.
 METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
 # What a task is judged by, if nothing else is asked: the first of these that it has.
-MAIN_METRICS = ("acc", "pct_stereotype", "exact_match", "em", "bits_per_byte", "perplexity", "word_perplexity")
-AXIS_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "perplexity": "perplexity per word",
+MAIN_METRICS = ("acc", "pct_stereotype", "exact_match", "em", "bits_per_byte", "perplexity",
+                "word_perplexity")
+AXIS_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised",
+              "perplexity": "perplexity per word",
               "pct_stereotype": "stereotype preferred", "bits_per_byte": "bits per byte",
               "em": "exact match", "exact_match": "exact match",
               "likelihood_diff": "difference of log-likelihoods (nats)"}
-PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq", "logiqa")
-CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality", "_socioeconomic", "_disability")
+PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq",
+               "logiqa")
+CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality", "_socioeconomic",
+               "_disability")
 
 
 def evaluations(paths):
-    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of results or published CSVs.
+    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of any of the CSVs.
 
     A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a file
     that is neither, and for a curve of rows that cannot be compared.
@@ -190,7 +195,8 @@ def evaluations(paths):
                                  f"{' '.join(before)} at {first}; draw them from two files")
     curves = {panel: defaultdict(list) for panel in points}
     for panel, values in points.items():
-        for (model, tokens), point in sorted(values.items(), key=lambda item: (size(item[0][0]), item[0])):
+        in_order = sorted(values.items(), key=lambda item: (size(item[0][0]), item[0]))
+        for (model, tokens), point in in_order:
             curves[panel][model].append((tokens, *point))
     return curves
 
@@ -208,11 +214,12 @@ def model_and_tokens(row):
 
 def published_batch(model):
     """Return the tokens of a published model's step: 2^21, but for the batch-size ablations."""
-    return {"0.5": 1 << 19, "0.25": 1 << 18}.get(model.rpartition("-")[2].removesuffix("MtokBS"), 1 << 21)
+    name = model.rpartition("-")[2].removesuffix("MtokBS")
+    return {"0.5": 1 << 19, "0.25": 1 << 18}.get(name, 1 << 21)
 
 
 def name_parts(model):
-    """Return the parameters that a name tells, or the width as in _d64, else 0; and the rest of the name."""
+    """Return the parameters that a name tells, or the width as in _d64, else 0; and the name's rest."""
     for pattern in (r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", r"(?:^|_)d(\d+)()"):
         if match := re.search(pattern, model, re.IGNORECASE):
             unit = {"m": 1e6, "b": 1e9, "": 1}[match[2].lower()]
@@ -330,7 +337,8 @@ def draw_models(axes, models, look, handles):
         if points and None not in (error for *_, error in points):
             # An error as large as its value would reach down without end on a log axis.
             low = [max(v - e, v / 10) if logarithmic else v - e for _, v, e in points]
-            axes.fill_between(x, low, [v + e for _, v, e in points], color=colour, alpha=0.15, linewidth=0)
+            high = [v + e for _, v, e in points]
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 @dataclass(frozen=True)
@@ -417,7 +425,8 @@ def paper(options):
         study = {panel: {model: late for model, points in models.items()
                          if (late := [point for point in points if point[0] >= begin])}
                  for panel, models in evaluations(options.bias).items()}
-        panels = sorted(panel for panel in study if panel[0].startswith("wino_bias") and panel[2] == "em")
+        panels = sorted(panel for panel in study
+                        if panel[0].startswith("wino_bias") and panel[2] == "em")
         save("gender", study, [*panels, ("crows_pairs_english_gender", 0, "pct_stereotype")],
              "Pythia, deduplicated Pile, pronouns made feminine in the last 7 or 21 % of training",
              xscale="linear")

@@ -65,7 +65,7 @@ def row(metric, values, suffix=""):
 
 
 def unless_nan(result, right):
-    """Return `right` as a number, or nan for a model that has diverged: argmax takes NaN for the largest."""
+    """Return `right` as a number; nan if a log-likelihood is, for argmax takes NaN for the largest."""
     return math.nan if any(math.isnan(ll) for ll, _ in result) else float(right)
 
 
@@ -102,7 +102,8 @@ def stereotype(questions, results, style):
     """How far apart two sentences are, and how often the more stereotypical one is likelier."""
     return [row("likelihood_difference" if style == "v0.3" else "likelihood_diff",
                 [abs(more - less) for (more, _), (less, _) in results]),
-            row("pct_stereotype", [unless_nan(result, result[0][0] > result[1][0]) for result in results])]
+            row("pct_stereotype", [unless_nan(result, result[0][0] > result[1][0])
+                                   for result in results])]
 
 
 def exact_match(questions, results, style):

@@ -163,7 +163,8 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
             if len(examples) < shots and style == "v0.4":  # the pool has copies of this document
                 others = [example for example in pool if example != document]
                 if len(others) < shots:
-                    raise ValueError(f"{document.where}: {shots} shots, but only {len(others)} other documents")
+                    raise ValueError(f"{document.where}: {shots} shots, "
+                                     f"but only {len(others)} other documents")
                 examples = rng.sample(others, shots)
         shown = "\n\n".join(task.question(example).shot for example in examples)
         prefixes.append(task.description + (shown + "\n\n" if shots else ""))  # v0.3's too if no shot is left

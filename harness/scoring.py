@@ -104,7 +104,7 @@ def _batches(packs, P, batch_tokens):
 
 
 def _tensors(packs, P, device):
-    """Return tokens and positions (B, T) of packs behind a prefix of P, and the mask (B, 1, T, P + T) or None.
+    """Return tokens and positions (B, T) of packs behind a prefix of P; the mask (B, 1, T, P + T) or None.
 
     A node's column in the mask is its number, for the prefix's P tokens are its first nodes.
     """
@@ -115,7 +115,8 @@ def _tensors(packs, P, device):
         tokens[b, :length] = torch.tensor(pack.tokens[P:])
         positions[b, :length] = torch.tensor(pack.positions[P:])
     if P == 0 and all(len(pack.branches) == 1 for pack in packs):
-        return tokens.to(device), None, None  # plain rows, padded on the right, where a causal model can't see
+        # Plain rows, padded on the right, where a causal model cannot see.
+        return tokens.to(device), None, None
     mask = torch.full((len(packs), 1, T, P + T), -torch.inf)
     mask[..., :P] = 0
     triangle = torch.full((T, T), -torch.inf).triu(1)
@@ -153,7 +154,8 @@ def run_plan(model, batches, n_rows, progress=None):
         if prefix_tokens != prefix:
             prefix, cache = prefix_tokens, _read(model, prefix_tokens) if P else None
         tokens, positions, mask = _tensors(packs, P, device)
-        hidden = model.hidden(tokens, positions, None if mask is None else mask.to(dtype), cache).flatten(0, 1)
+        mask = None if mask is None else mask.to(dtype)
+        hidden = model.hidden(tokens, positions, mask, cache).flatten(0, 1)
         scored = [(index, b * tokens.shape[1] - P + np.array(nodes), targets)
                   for b, pack in enumerate(packs) for index, nodes, targets in pack.scored]
         logprobs, greedy = _logprobs(model, hidden, np.concatenate([nodes for _, nodes, _ in scored]),
@@ -174,11 +176,11 @@ def _read(model, tokens):
 
 
 def _logprobs(model, hidden, nodes, targets):
-    """Return log p(target) and whether it is the greedy token, for targets at rows `nodes` of hidden (N, D)."""
+    """Return log p(target) and whether it is the greedy token, for targets at rows `nodes` of hidden."""
     nodes, which = np.unique(nodes, return_inverse=True)  # choices of one token share their logits
     device = hidden.device
-    hidden, which, targets = (hidden[torch.tensor(nodes, device=device)], torch.tensor(which, device=device),
-                              torch.tensor(targets, device=device))
+    hidden = hidden[torch.tensor(nodes, device=device)]
+    which, targets = (torch.tensor(values, device=device) for values in (which, targets))
     logprobs = torch.empty(len(targets), dtype=torch.float64, device=device)
     greedy = torch.empty(len(targets), dtype=torch.bool, device=device)
     for block, logits in head_blocks(hidden, model.embed_out.weight):
@@ -240,14 +242,15 @@ def encode_pair(tokenizer, context, continuation, style="v0.4"):
         return (encode(tokenizer, context) or [ENDOFTEXT]) + tokens, len(tokens)
     if context == "":
         tokens = encode(tokenizer, continuation)
-        return (tokens, len(tokens) - 1) if tokens[:1] == [ENDOFTEXT] else ([ENDOFTEXT] + tokens, len(tokens))
+        tokens = tokens if tokens[:1] == [ENDOFTEXT] else [ENDOFTEXT] + tokens
+        return tokens, len(tokens) - 1
     kept = context.rstrip()
     whole = encode(tokenizer, context + continuation)
     return whole, len(whole) - len(encode(tokenizer, kept))
 
 
 def loglikelihood(model, tokenizer, requests):
-    """Return [(log-likelihood, is_greedy)] of the continuation of each (context, continuation) pair of texts."""
+    """Return [(log-likelihood, is_greedy)] of each (context, continuation) pair of texts."""
     return score(model, [encode_pair(tokenizer, *request) for request in requests])
 
 
@@ -281,7 +284,8 @@ def totals(results, owners, n):
     return sums
 
 
-def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch_tokens=16384, progress=None):
+def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch_tokens=16384,
+                   progress=None):
     """Return what greedy decoding says after each prompt, up to the first of `stops` or n_tokens.
 
     lm_eval/models/huggingface.py, HFLM.generate_until: prompts are cut on the left to leave room for
@@ -289,7 +293,8 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
     """
     L, device = model.config.seq_length, model.embed_in.weight.device
     if n_tokens >= L:
-        raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt in {L} tokens of context")
+        raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt "
+                         f"in {L} tokens of context")
     stops = (*stops, "<|endoftext|>")
     window = max(len(stop.encode()) for stop in stops[:-1] or stops) + 3  # a stop's tokens, and broken bytes
 
@@ -299,7 +304,8 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
 
     def finished(new):
         tails = [(row, text(row[-window:])) for row in new.tolist()]
-        return torch.tensor([row[-1] == ENDOFTEXT or any(stop in tail for stop in stops) for row, tail in tails])
+        return torch.tensor([row[-1] == ENDOFTEXT or any(stop in tail for stop in stops)
+                             for row, tail in tails])
 
     encoded = [(encode(tokenizer, prompt) or [ENDOFTEXT])[-(L - n_tokens):] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -314,8 +320,8 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
         for b, i in enumerate(chosen):
             tokens[b, T - len(encoded[i]):] = torch.tensor(encoded[i])
         padding = torch.tensor([T - len(encoded[i]) for i in chosen], device=device)
-        out = model.generate(tokens.to(device), n_tokens, 0, padding=padding, finished=finished)[:, T:].tolist()
-        for i, row in zip(chosen, out):
+        out = model.generate(tokens.to(device), n_tokens, 0, padding=padding, finished=finished)
+        for i, row in zip(chosen, out[:, T:].tolist()):
             results[i] = text(row)
             for stop in stops:
                 results[i] = results[i].split(stop)[0]

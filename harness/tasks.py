@@ -10,8 +10,8 @@ import statistics
 from dataclasses import replace
 from functools import partial
 
-from harness.metrics import (accuracy, bare, both_accuracies, exact_match, greedy, last_word, pooled, rolled, row,
-                             stereotype)
+from harness.metrics import (accuracy, bare, both_accuracies, exact_match, greedy, last_word, pooled,
+                             rolled, row, stereotype)
 from harness.prompts import Document, Question, Task, choose, field, fill, member, position, text, texts
 
 
@@ -291,13 +291,14 @@ MMLU = {category: subjects.split() for category, subjects in {
         elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
         high_school_mathematics high_school_physics high_school_statistics machine_learning""",
     "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
-        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
+        marketing medical_genetics miscellaneous nutrition professional_accounting
+        professional_medicine virology""",
     "social_sciences": """econometrics high_school_geography high_school_government_and_politics
         high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
         professional_psychology public_relations security_studies sociology us_foreign_policy""",
     "humanities": """formal_logic high_school_european_history high_school_us_history
-        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory
-        professional_law world_religions"""}.items()}
+        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
+        moral_scenarios philosophy prehistory professional_law world_religions"""}.items()}
 SUBJECTS = sorted(sum(MMLU.values(), []))
 
 WINOBIAS = ("type1_pro", "type1_anti", "type2_pro", "type2_anti")
@@ -345,7 +346,8 @@ V03 = {
 }
 V03_TASKS = {name: replace(task, **V03.get(name, {})) for name, task in TASKS.items()
              if not name.startswith("mmlu")}
-V03_TASKS |= {name: replace(task, pool=None) for name, task in V03_TASKS.items() if task.folder == "crows_pairs"}
+V03_TASKS |= {name: replace(task, pool=None) for name, task in V03_TASKS.items()
+              if task.folder == "crows_pairs"}
 V03_TASKS |= {f"hendrycksTest-{subject}": Task(
     "mmlu", hendrycks_test, both_accuracies, pool="validation", prepare=where("subject", subject.__eq__))
     for subject in SUBJECTS}

@@ -13,7 +13,7 @@ import config
 import eval as evaluation
 from checkpoints import load_model, save
 from conftest import ROOT
-from harness.scoring import generate_until, loglikelihood
+from harness.scoring import encode_pair, generate_until, loglikelihood, score
 from model import ModelConfig, Pythia
 from tokenizer import Tokenizer
 from train import TrainConfig, make_optimizer
@@ -32,13 +32,15 @@ def workplace(tmp_path_factory, tokenizer_path):
             torch.nn.init.constant_(model.embed_out.weight, math.nan)
         for step in steps:
             save(folder / run, step, model, optimizer, {"updates": 0, "tokens": 64 * step}, tokenizer_path)
-    piqa, trivia = {"goal": "g", "sol1": "a a", "sol2": "b", "label": 0}, {"question": "q", "answer": {"aliases": []}}
+    piqa = {"goal": "g", "sol1": "a a", "sol2": "b", "label": 0}
+    trivia = {"question": "q", "answer": {"aliases": []}}
     for path, documents in {
-            "heldout/test": [{"text": "one"}, {"text": "two two"}], "piqa/validation": [piqa, piqa | {"label": 1}],
-            "wsc273/test": [{"options": 3}],
-            "triviaqa/validation": [trivia | {"question": "why " * i} for i in range(12)]}.items():
-        (folder / "docs" / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / "docs" / f"{path}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in documents))
+            "docs/heldout/test": [{"text": "one"}, {"text": "two two"}],
+            "docs/piqa/validation": [piqa, piqa | {"label": 1}], "docs/wsc273/test": [{"options": 3}],
+            "docs/triviaqa/validation": [trivia | {"question": "why " * i} for i in range(12)],
+            "spaces/lambada_openai/test": [{"text": "one two\n end"}]}.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{path}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in documents))
     return folder
 
 
@@ -57,28 +59,30 @@ def evaluate(folder, *flags, output="r.csv"):
 
 
 def rows_of(path):
-    return list(csv.DictReader(path.open()))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_all_checkpoints_are_evaluated_once(workplace):
-    """Even those that a kill has torn: a metric of one that is written already would be lost for good."""
+def test_all_checkpoints_are_evaluated_once(workplace, capsys):
+    """Even those that a kill has torn: the metrics not yet written would be lost for good."""
     run(workplace, "--tasks=heldout", "--steps=2")
     [first, *_] = (workplace / "r.csv").read_text().splitlines()[1:]
     with open(workplace / "r.csv", "a") as file:
         file.write(first.replace("run,2,128", "run,8,512") + "\nrun,8,512,heldout,0,byte_per")
-    assert "2 evaluations done, 1 were there" in run(workplace, "--tasks=heldout")
-    assert "0 evaluations done, 3 were there" in run(workplace, "--tasks=heldout")
+    for counts in ("2 evaluations done, 1 were there", "0 evaluations done, 3 were there"):
+        evaluate(workplace, "--tasks=heldout")
+        assert counts in capsys.readouterr().out
     rows = rows_of(workplace / "r.csv")
-    assert [(row["model"], row["step"], row["tokens"], row["n"]) for row in rows if row["metric"] == "bits_per_byte"
-            ] == [("run", "2", "128", "2"), ("run", "0", "0", "2"), ("run", "8", "512", "2")]
-    assert list(rows[0]) == "model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs".split(",")
+    assert [[row[name] for name in ("model", "step", "tokens", "n")] for row in rows
+            if row["metric"] == "bits_per_byte"] == [
+        ["run", "2", "128", "2"], ["run", "0", "0", "2"], ["run", "8", "512", "2"]]
+    assert ",".join(rows[0]) == "model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs"
 
 
 @pytest.mark.parametrize("torn, kept", [
     ("", 6), ("a", 4), ("a,2", 4), ("a,2,9,t,", 4), ("a,2,9,t,0,y", 4), ("a,2,9,u,0", 6), ("b", 6),
     ("a,2,9,t,0,x,\udcc3", 4)])
 def test_a_torn_line_takes_the_rows_of_its_evaluation_along(tmp_path, torn, kept):
-    whole = [",".join(evaluation.HEADER), *(f"a,{evaluation_},x,0.5,,1,v0.4,float32,h" for evaluation_ in (
+    whole = [",".join(evaluation.HEADER), *(f"a,{which},x,0.5,,1,v0.4,float32,h" for which in (
         "1,8,t,0", "1,8,u,0", "1,8,u,0", "2,9,t,0", "2,9,t,0"))]
     (tmp_path / "r.csv").write_text("\n".join([*whole, torn]), errors="surrogateescape")
     evaluation.open_results(tmp_path / "r.csv")
@@ -99,7 +103,8 @@ def test_a_diverged_checkpoint_is_measured_once_as_not_a_number(workplace, capsy
     flags = "--tasks=heldout,piqa", f"--model={workplace}/diverged", f"--samples={workplace}/nan.jsonl"
     evaluate(workplace, *flags, output="nan.csv")
     assert {(row["task"], row["metric"], row["value"]) for row in rows_of(workplace / "nan.csv")} == {
-        *(("heldout", metric, "nan") for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity")),
+        ("heldout", "bits_per_byte", "nan"), ("heldout", "byte_perplexity", "nan"),
+        ("heldout", "word_perplexity", "nan"),
         ("piqa", "acc", "nan"), ("piqa", "acc_norm", "nan")}
     lines = (workplace / "nan.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["loglikelihood"] for line in lines] == [None] * 6
@@ -111,12 +116,24 @@ def test_a_member_of_a_group_is_known_by_its_own_documents(tmp_path):
     """So that it is not computed again alone, and a plot may join both."""
     (tmp_path / "winobias").mkdir()
     (tmp_path / "winobias/winobias.jsonl").write_text("".join(json.dumps({
-        "file": f"{kind}_stereotyped_type{i}.txt.test", "sentence": f"[The dev] met [him] {kind} {i}"}) + "\n"
+        "file": f"{kind}_stereotyped_type{i}.txt.test",
+        "sentence": f"[The dev] met [him] {kind} {i}"}) + "\n"
         for kind in ("pro", "anti") for i in (1, 2)))
     group, alone = (evaluation.prepare(name, tmp_path) for name in ("winobias", "wino_bias_type1_pro"))
     own = evaluation.documents_of(alone, "wino_bias_type1_pro")
     assert evaluation.documents_of(group, "wino_bias_type1_pro:refers_to") == own
-    assert own != evaluation.documents_of(group, "winobias") != evaluation.documents_of(group, "wino_bias_type1_anti")
+    others = [evaluation.documents_of(group, name) for name in ("winobias", "wino_bias_type1_anti")]
+    assert len({own, *others}) == 3
+
+
+def test_the_paper_s_style_leaves_white_space_with_the_context(workplace):
+    model, tokenizer = load_model(workplace / "run/step8"), Tokenizer(ROOT / "20B_tokenizer.json")
+    scores = {}
+    for style, joint in (("v0.3", False), ("v0.4", True)):
+        job = evaluation.prepare("lambada_openai", workplace / "spaces", style=style)
+        [scores[style]] = evaluation.answer(model, tokenizer, job)
+        assert [scores[style]] == score(model, [encode_pair(tokenizer, "one two\n", " end", joint)])
+    assert scores["v0.3"] != scores["v0.4"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -148,20 +165,26 @@ def test_samples_hold_every_request(workplace):
     evaluate(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
              f"--samples={workplace}/s.jsonl", output="s.csv")
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
-    assert {(line["model"], line["step"], line["shots"], line["style"]) for line in lines} == {("run", "8", 0, "v0.4")}
-    assert [(line["task"], line["doc_id"], line["context"], line.get("continuation")) for line in lines] == [
+    assert {(line["model"], line["step"], line["shots"], line["style"]) for line in lines} == {
+        ("run", "8", 0, "v0.4")}
+    asked = [(line["task"], line["doc_id"], line["context"], line.get("continuation")) for line in lines]
+    assert asked == [
         ("heldout", 0, "one", None), ("heldout", 1, "two two", None),
         *(("piqa", i, "Question: g\nAnswer:", choice) for i in (0, 1) for choice in (" a a", " b")),
-        ("triviaqa", 0, "Question: ?\nAnswer:", None), ("triviaqa", 1, "Question: why ?\nAnswer:", None)]
+        ("triviaqa", 0, "Question: ?\nAnswer:", None),
+        ("triviaqa", 1, "Question: why ?\nAnswer:", None)]
     rows = {(row["task"], row["metric"]): float(row["value"]) for row in rows_of(workplace / "s.csv")}
     assert rows["heldout", "byte_perplexity"] == pytest.approx(
         math.exp(-sum(line["loglikelihood"] for line in lines[:2]) / 10))
     model, tokenizer = load_model(workplace / "run/step8"), Tokenizer(ROOT / "20B_tokenizer.json")
     for line in lines[2:6]:
-        [(logprob, greedy)] = loglikelihood(model, tokenizer, [(line["context"], line["continuation"])])
-        assert line["loglikelihood"] == pytest.approx(logprob, rel=1e-5) and line["is_greedy"] is greedy
+        request = line["context"], line["continuation"]
+        [(logprob, greedy)] = loglikelihood(model, tokenizer, [request])
+        assert line["loglikelihood"] == pytest.approx(logprob, rel=1e-5)
+        assert line["is_greedy"] is greedy
     for line in lines[6:]:
-        assert [line["generated"]] == generate_until(model, tokenizer, [line["context"]], ("\n", ".", ","))
+        [generated] = generate_until(model, tokenizer, [line["context"]], ("\n", ".", ","))
+        assert line["generated"] == generated
 
 
 def test_the_list_of_tasks_tells_what_is_missing(workplace, capsys):

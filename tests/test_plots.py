@@ -38,19 +38,21 @@ def test_rows_become_curves_and_the_later_row_wins(files):
 
 
 @pytest.mark.parametrize("name, parameters", [
-    ("pythia-70m", 70e6), ("pythia-1.4b-deduped", 1.4e9), ("pythia-1b-bf16", 1e9), ("Pythia-12B", 12e9), ("mini", 0)])
+    ("pythia-70m", 70e6), ("pythia-1.4b-deduped", 1.4e9), ("pythia-1b-bf16", 1e9),
+    ("Pythia-12B", 12e9), ("mini", 0), ("standard_d64_seed2", 64)])
 def test_a_name_tells_the_size(name, parameters):
     assert plots.size(name) == parameters
 
 
 def test_published_sizes_look_the_same_in_every_figure_and_no_two_models_alike():
     few = plots.looks(["pythia-70m", "pythia-12b"], str)
-    many = plots.looks(["pythia-14m", "pythia-70m", "pythia-70m-deduped", "pythia-70m-seed1", "pythia-12b", "mini",
-                        "small_d64", "small_d64_seed2", "small_d128"], str)
+    many = plots.looks(["pythia-14m", "pythia-70m", "pythia-70m-deduped", "pythia-70m-seed1",
+                        "pythia-12b", "mini", "small_d64", "small_d64_seed2", "small_d128"], str)
     assert few["pythia-70m"] == many["pythia-70m"] and few["pythia-12b"][0] == "1.0"
     assert len(set(many.values())) == 9
     seeds = plots.looks([f"run_d64_seed{i}" for i in range(9)], str)
-    assert len({colour for colour, _ in seeds.values()}) == 1 and len({line for _, line in seeds.values()}) == 9
+    colours, lines = map(set, zip(*seeds.values()))
+    assert (len(colours), len(lines)) == (1, 9)
 
 
 def test_the_table_has_the_last_checkpoint_of_each_model(files, capsys):
@@ -61,7 +63,7 @@ def test_the_table_has_the_last_checkpoint_of_each_model(files, capsys):
 
 
 def contents(axes):
-    """Return {label: (x, y)} of the lines of a panel, the published ones under one label as lists."""
+    """Return {label: (x, y)} of the lines of a panel."""
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
 
@@ -69,7 +71,8 @@ def test_curves_show_our_models_before_the_published_ones(files):
     """A reference with nothing but step 0, or called as it likes, is no obstacle."""
     with open(files / "ref.csv", "a") as file:
         file.write("gpt2,0,16,0,piqa,acc,0.63,\npythia-6.9b,0,0,0,piqa,acc,0.5,\n")
-    figure = plots.curves(plots.Curves(f"{files}/r.csv", reference=f"{files}/ref.csv", output=f"{files}/c.png"))
+    figure = plots.curves(plots.Curves(
+        f"{files}/r.csv", reference=f"{files}/ref.csv", output=f"{files}/c.png"))
     assert (files / "c.png").read_bytes()[:4] == b"\x89PNG"
     heldout, piqa = [axes for axes in figure.axes if axes.get_visible()]
     assert [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in (heldout, piqa)] == [
@@ -78,25 +81,34 @@ def test_curves_show_our_models_before_the_published_ones(files):
     assert [(line.get_label(), list(line.get_ydata())) for line in piqa.lines] == [
         ("published", [0.63]), ("published", [0.59]), ("mine-14m", [0.56]), ("mine-70m", [0.6])]
     assert [text.get_text() for text in piqa.texts] == ["gpt2", "70m"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mine-14m", "mine-70m", "published"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["mine-14m", "mine-70m", "published"]
 
 
 def test_a_band_stays_above_zero_on_a_log_axis_only(files):
-    head, row = RESULTS.splitlines()[0], "m-70m,{0},{0},{1},0,{2},4.0,5.0,9,v0.4,float32,abc"
-    (files / "r.csv").write_text("\n".join([head, *(row.format(tokens, *panel) for tokens in (1 << 23, 1 << 24) for panel in (
-        ("crows_pairs_english", "likelihood_diff"), ("lambada_openai", "perplexity")))]))
-    figure = plots.curves(plots.Curves(f"{files}/r.csv", metrics="likelihood_diff,perplexity", output=f"{files}/c.png"))
-    lowest = [(axes.get_yscale(), axes.get_ylabel(), axes.collections[0].get_paths()[0].vertices[:, 1].min())
-              for axes in figure.axes]
-    assert lowest == [("linear", "difference of log-likelihoods (nats)", -1.0), ("log", "perplexity per word", 0.4)]
+    panels = ("crows_pairs_english", "likelihood_diff"), ("lambada_openai", "perplexity")
+    (files / "r.csv").write_text(RESULTS.splitlines(True)[0] + "".join(
+        f"m-70m,{tokens},{tokens},{task},0,{metric},4.0,5.0,9,v0.4,float32,abc\n"
+        for tokens in (1 << 23, 1 << 24) for task, metric in panels))
+    figure = plots.curves(plots.Curves(
+        f"{files}/r.csv", metrics="likelihood_diff,perplexity", output=f"{files}/c.png"))
+    bottom = lambda axes: axes.collections[0].get_paths()[0].vertices[:, 1].min()
+    lowest = [(axes.get_yscale(), axes.get_ylabel(), bottom(axes)) for axes in figure.axes]
+    assert lowest == [("linear", "difference of log-likelihoods (nats)", -1.0),
+                      ("log", "perplexity per word", 0.4)]
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert labels and all(labels)  # less than a decade has some, too
+    for axes in figure.axes:
+        ticks = [*axes.xaxis.get_minor_ticks(), *axes.yaxis.get_minor_ticks(),
+                 *axes.yaxis.get_major_ticks()]
+        assert {tick.label1.get_size() for tick in ticks} == {7.0}
 
 
 def test_what_is_not_a_number_is_a_gap(files, capsys):
     (files / "r.csv").write_text(RESULTS + "mine-70m,16,33554432,piqa,0,acc,nan,nan,10,v0.4,float32,abc\n"
                                  "mine-70m,16,33554432,heldout,0,bits_per_byte,inf,,10,v0.4,float32,abc\n")
-    figure = plots.curves(plots.Curves(f"{files}/r.csv", reference=f"{files}/r.csv", output=f"{files}/c.png"))
+    figure = plots.curves(plots.Curves(
+        f"{files}/r.csv", reference=f"{files}/r.csv", output=f"{files}/c.png"))
     assert contents(figure.axes[1])["mine-70m"][0] == [1 << 24, 1 << 25]
     plots.table(plots.Table(f"{files}/r.csv"))
     assert "mine-70m            inf        nan ± nan" in capsys.readouterr().out
@@ -110,16 +122,16 @@ def test_one_curve_is_of_one_kind(files, row, words):
     (files / "r.csv").write_text(RESULTS + row + "\n")
     with pytest.raises(ValueError) as error:
         plots.evaluations(f"{files}/r.csv")
-    assert "line 7: acc of piqa by mine-70m in " + words in str(error.value) and "r.csv, line 5" in str(error.value)
+    assert f"line 7: acc of piqa by mine-70m in {words} {files}/r.csv, line 5" in str(error.value)
 
 
 BIAS = """suite,variant,model,raw_step,step,shots,task,prompt,metric,value,stderr
-v0,baseline,1.4b,71500,143000,0,crows_pairs_english_gender,,pct_stereotype,0.9,0.02
 v1,baseline,1.4b,143000,143000,0,crows_pairs_english_gender,,pct_stereotype,0.6,0.02
 v1,intervention_7,1.4b,143000,143000,0,crows_pairs_english_gender,,pct_stereotype,0.5,0.02
 v1,baseline,1.4b,3000,3000,0,wino_bias_type1_pro,refers_to,em,0.1,0.01
 v1,baseline,1.4b,143000,143000,0,wino_bias_type1_pro,refers_to,em,0.2,0.01
 v1,intervention_7,1.4b,143000,143000,,wino_bias_type1_pro,refers_to,em,0.3,0.01
+v0,baseline,1.4b,71500,143000,0,crows_pairs_english_gender,,pct_stereotype,0.9,0.02
 """
 
 
@@ -128,7 +140,8 @@ def test_the_gender_study_is_read_without_the_models_before_the_published_ones(f
     curves, end = plots.evaluations(f"{files}/bias.csv"), 143000 << 21
     assert curves == {
         ("crows_pairs_english_gender", 0, "pct_stereotype"): {
-            "pythia-1.4b-deduped": [(end, 0.6, 0.02)], "pythia-1.4b-deduped-intervention_7": [(end, 0.5, 0.02)]},
+            "pythia-1.4b-deduped": [(end, 0.6, 0.02)],
+            "pythia-1.4b-deduped-intervention_7": [(end, 0.5, 0.02)]},
         ("wino_bias_type1_pro:refers_to", 0, "em"): {
             "pythia-1.4b-deduped": [(3000 << 21, 0.1, 0.01), (end, 0.2, 0.01)],
             "pythia-1.4b-deduped-intervention_7": [(end, 0.3, 0.01)]}}
@@ -137,7 +150,8 @@ def test_the_gender_study_is_read_without_the_models_before_the_published_ones(f
 def test_the_paper_s_figures(files):
     (files / "bias.csv").write_text(BIAS)
     figures = plots.paper(plots.Paper(f"{files}/ref.csv", f"{files}/bias.csv", f"{files}/figures"))
-    assert {path.stem for path in (files / "figures").iterdir()} == set(figures) == {"standard_0_shot", "gender"}
+    written = {path.stem for path in (files / "figures").iterdir()}
+    assert written == set(figures) == {"standard_0_shot", "gender"}
     [piqa] = figures["standard_0_shot"].axes
     assert piqa.get_xscale() == "log" and contents(piqa) == {"pythia-70m": ([8 << 21], [0.59])}
     wino, crows = [axes for axes in figures["gender"].axes if axes.get_visible()]
@@ -154,7 +168,8 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
     (tmp_path / "r.csv").write_text(RESULTS.splitlines(True)[0] + "".join(
         row(model, step, 64 * step, task, 3 - step) for model in ("mini", "other") for step in (2, 1, 0)
         for task in ("heldout:books", "heldout")))
-    left, right = plots.training(plots.Training(f"{tmp_path}/mini", f"{tmp_path}/r.csv", f"{tmp_path}/c.png")).axes
+    left, right = plots.training(plots.Training(
+        f"{tmp_path}/mini", f"{tmp_path}/r.csv", f"{tmp_path}/c.png")).axes
     assert left.get_ylabel() == "training loss (nats per token)"
     assert list(left.lines[0].get_xdata()) == [64, 128] and left.lines[0].get_ydata()[0] == 8
     assert contents(right) == {"all (n = 3)": ([64, 128], [2, 1]), "books (n = 3)": ([64, 128], [2, 1])}
@@ -162,7 +177,8 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
 
 def test_weights_have_a_line_a_matrix(tmp_path):
     (tmp_path / "v.csv").write_text("step,tensor,norm,distance_from_first,cosine_to_previous\n" + "".join(
-        f"{step},{name},{step + 1},{step / 2},nan\n" for step in (0, 1, 2) for name in ("embed_in", "embed_out")))
+        f"{step},{name},{step + 1},{step / 2},nan\n"
+        for step in (0, 1, 2) for name in ("embed_in", "embed_out")))
     figure = plots.weights(plots.Weights(f"{tmp_path}/v.csv", f"{tmp_path}/v.png"))
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before"]
@@ -174,8 +190,9 @@ def test_growth_lays_the_flops_through_the_largest_model(tmp_path):
         "axis,value,seconds_per_token,flops_per_token,bytes_per_token,expected_bytes_per_token\n"
         "d_model,64,1e-6,50,1000,900\nd_model,128,4e-6,400,4000,3900\n")
     time, memory = plots.growth(plots.Growth(f"{tmp_path}/g.csv", f"{tmp_path}/g.png")).axes
-    assert contents(time) == {"expected: FLOPs, train.py --plan": ([64, 128], [pytest.approx(0.5), pytest.approx(4)]),
-                              "measured": ([64, 128], [1, 4])}
+    assert contents(time) == {
+        "expected: FLOPs, train.py --plan": ([64, 128], [pytest.approx(0.5), pytest.approx(4)]),
+        "measured": ([64, 128], [1, 4])}
     assert contents(memory)["measured"] == ([64, 128], [1, 4]) and memory.get_xlabel() == "d_model"
 
 
@@ -186,6 +203,6 @@ def test_growth_lays_the_flops_through_the_largest_model(tmp_path):
     (["--results=plots.py"], "plots.py, line 2: neither results of eval.py nor the published CSV"),
     (["--results=/nowhere.csv"], "/nowhere.csv: No such file")])
 def test_a_mistake_is_one_line(files, flags, words):
-    done = subprocess.run([sys.executable, "plots.py", "table", f"--results={files}/r.csv", *flags], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "plots.py", "table", f"--results={files}/r.csv", *flags],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
