@@ -222,7 +222,7 @@ alone = scoring.score(model, rows, 200)
 dist.init_process_group("gloo")
 together = scoring.score(model, rows, 200)
 assert all(abs(a - b) < 1e-4 and g == h for (a, g), (b, h) in zip(alone, together, strict=True))
-print("equal", len(scoring._share(scoring.plan(rows, 64, 200))), len(scoring.plan(rows, 64, 200)))
+print("equal %d %d\\n" % (len(scoring._share(scoring.plan(rows, 64, 200))), len(scoring.plan(rows, 64, 200))), end="")  # one write
 dist.destroy_process_group()
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
