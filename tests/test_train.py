@@ -34,7 +34,8 @@ from test_model import transformers_twin
 from train import LossScaler, TrainConfig, learning_rate_at, make_optimizer
 
 PYTHIA = TrainConfig(data="", out_dir="", learning_rate=1e-3)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # these models are too small for two
+# These models are too small for two threads. Empty, the other says that nobody flushes for us.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 SHAPE = dict(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=32)
 SETTINGS = dict(SHAPE, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2, checkpoint_every=6,
                 log_every=1, warmup=0.25)

@@ -132,6 +132,7 @@ class Log:
     def say(self, line):
         if self.is_main:
             tqdm.write(line)
+            sys.stdout.flush()  # tqdm does not: a pipe would get lines by 8 KB
             print(line, file=self.text)
 
     def restart_clock(self):
