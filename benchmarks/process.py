@@ -2,6 +2,7 @@
 
 import os
 import time
+import traceback
 
 
 def peak_memory(reset=False):
@@ -14,18 +15,28 @@ def peak_memory(reset=False):
 
 
 def forked(run, prepare=None):
-    """Return the seconds of run(prepare()) and the KiB that both took, in a process of their own."""
+    """Return the seconds of run(prepare()) and the KiB that both took, in a process of their own.
+
+    Raises ChildProcessError if they raise anything; its traceback is on stderr.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        before = peak_memory(reset=True)
-        argument = (prepare(),) if prepare else ()
-        start = time.perf_counter()
-        run(*argument)
-        os.write(writer, f"{time.perf_counter() - start} {peak_memory() - before}".encode())
-        os._exit(0)
+        try:
+            before = peak_memory(reset=True)
+            argument = (prepare(),) if prepare else ()
+            start = time.perf_counter()
+            run(*argument)
+            os.write(writer, f"{time.perf_counter() - start} {peak_memory() - before}".encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:  # or it would go on as a second parent, and remove the first one's temporary files
+            os._exit(0)
     os.close(writer)
     with open(reader) as pipe:
-        seconds, memory = pipe.read().split()
+        measured = pipe.read().split()
     os.waitpid(child, 0)
+    if not measured:
+        raise ChildProcessError("what was to be measured failed; see the traceback above")
+    seconds, memory = measured
     return float(seconds), int(memory)

@@ -7,6 +7,7 @@ random, biases and LayerNorms too, so that nothing hides behind a zero.
 import math
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.process import forked
 from checkpoints import hf_config, hf_name
 from config import parse
 from conftest import ROOT
@@ -212,6 +214,17 @@ def test_generation_leaves_out_padding_and_ended_rows():
 def test_generation_beyond_the_context_is_refused():
     with pytest.raises(ValueError, match="10 tokens and 7 new ones, but seq_length is 16"):
         randomized(SMALL).generate(torch.zeros(1, 10, dtype=torch.int64), 7)
+
+
+def test_a_measurement_that_fails_ends_in_its_own_process(tmp_path, capfd):
+    """A fork that unwinds would go on as a second parent, and remove what the first one needs."""
+    with tempfile.TemporaryDirectory(dir=tmp_path):
+        with pytest.raises(ChildProcessError):
+            forked(lambda: 1 / 0)
+        assert len(list(tmp_path.iterdir())) == 1
+    assert "ZeroDivisionError" in capfd.readouterr().err
+    seconds, _ = forked(lambda: None)
+    assert seconds < 1
 
 
 @pytest.mark.proof
