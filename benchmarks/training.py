@@ -19,8 +19,8 @@ from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
 from plots import read_csv
 from train import TrainConfig, make_optimizer
-from training.parallel import LaunchConfig, keep_freed_memory
-from training.plan import flops_per_token, memory_per_process, peak_flops
+from training.parallel import LaunchConfig, Processes, parallelize
+from training.plan import flops_per_token, matmul_flops, memory_per_process
 
 CONTENDERS = ("ours", "ours compiled", "ours, plain loss", "transformers", "transformers compiled")
 
@@ -57,7 +57,7 @@ def train(options):
         step(who), step(who)  # warm up, compile, let Adam allocate
     taken, memory, peaks = {who: [] for who in CONTENDERS}, {}, []
     for _ in range(options.rounds):
-        peaks.append(peak_flops(torch.device("cpu")))
+        peaks.append(matmul_flops())
         for who in CONTENDERS:
             seconds, memory[who] = step(who)
             taken[who].append(seconds)
@@ -88,11 +88,11 @@ def worker(options):
     tokens = torch.randint(50277, (options.batch, options.seq_length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if options.who.startswith("ours"):
-        keep_freed_memory()  # as train.py does
-        model = Pythia(config)
-        if "compiled" in options.who:
-            for layer in model.layers:
-                layer.compile()
+        with torch.device("meta"):
+            model = Pythia(config)
+        launch = LaunchConfig(compile="compiled" in options.who)
+        parallelize(model, launch, torch.float32, Processes("cpu"))  # all as in train.py
+        model.init_weights(0)
         loss_of = lambda: model(inputs, targets)
         if "plain" in options.who:  # the logits whole, as everybody writes it
             loss_of = lambda: F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
