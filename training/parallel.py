@@ -1,14 +1,18 @@
-"""Where a run is computed, never what: processes, sharding, recomputation.
+"""Where a run is computed, never what: processes, their signals, sharding, recomputation.
 
 DDP keeps every weight on every process and averages gradients; FSDP2 (`fully_shard`) keeps 1/n of
 weights, gradients and moments on each of n processes and gathers one block at a time. Both see the
-same batches and take the same steps to 1e-6 (tests/test_parallel.py); what is saved has one form.
+same batches and take the same steps, in float32 to 1e-6 (tests/test_parallel.py). At 16 bits they
+differ: FSDP rounds the blocks' LayerNorm weights too, as Pythia's own fp16 weights were, where
+autocast leaves them in float32. What is saved has one form.
 """
 
 import ctypes
 import functools
 import os
+import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch computes a run: may differ each time the run goes on, rounding aside."""
+    """How one launch computes a run. It may differ at every resume; only rounding changes."""
     device: str = "auto"  # cuda where there is one, else cpu
     micro_batch_size: int = 32  # sequences per forward pass of one process
     sharding: str = "ddp"  # or fsdp: weights, gradients and moments spread over the processes
@@ -28,6 +32,8 @@ class LaunchConfig:
     deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
 
     def __post_init__(self):
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device = {self.device!r}, expected 'auto', 'cpu' or 'cuda'")
         if self.sharding not in ("ddp", "fsdp"):
             raise ValueError(f"sharding = {self.sharding!r}, expected 'ddp' or 'fsdp'")
         if self.micro_batch_size < 1:
@@ -44,7 +50,8 @@ class Processes:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda', but this torch sees no GPU; --device=cpu computes without")
+            raise ValueError("device = 'cuda', but this torch sees no GPU; "
+                             "--device=cpu computes without")
         if device == "cuda":
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
@@ -54,11 +61,11 @@ class Processes:
             if local_count > 1:
                 torch.set_num_threads(max(1, os.cpu_count() // local_count))  # torchrun sets 1
         if self.count > 1:
-            # Numbers that the hosts exchange go over gloo, past the GPUs, which need not stop for them.
+            # What the hosts exchange goes over gloo, past the GPUs, which need not stop for it.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
     def mean(self, values):
-        """Return the mean over all processes of a tensor's values, as a list; waits for the device."""
+        """Return the mean over processes of a tensor's values, as a list; waits for the device."""
         values = values.double()
         if self.count > 1:
             dist.all_reduce(values)
@@ -77,11 +84,36 @@ class Processes:
             dist.all_reduce(torch.zeros(()))  # gloo's: nccl's barrier would hold up the GPU
 
 
-def keep_freed_memory():
-    """Let glibc keep freed blocks of 32 MB and more for the next step, as CUDA's allocator does anyway.
+class Interrupt:
+    """From `listen` on, notes a SIGINT or SIGTERM, on which the loop acts between steps.
 
-    It gives them back to the system otherwise, whose zeroing of fresh pages cost 7 % of a step at 14m and
-    at 70m; the peak grows by 2 to 4 %.
+    A second one, more than two seconds later, ends the process. (torchrun passes on the signal that
+    a terminal or Slurm has already sent to every process of the group.)
+    """
+
+    signal, noted = 0, 0.0
+
+    def listen(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
+        elif time.monotonic() > self.noted + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def exit(self):
+        """End as the signal would have; another process alone may have got it."""
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+
+def keep_freed_memory():
+    """Let glibc keep freed blocks of 32 MB and more for the next step, as CUDA's allocator does.
+
+    It gives them back to the system otherwise, whose zeroing of fresh pages cost 7 % of a step at
+    14m and at 70m; the peak grows by 2 to 4 %.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -109,7 +141,8 @@ def parallelize(model, launch, dtype, processes):
         mesh = init_device_mesh(processes.device.type, (processes.count,))
         # Blocks travel in the dtype of their matmuls, half the bytes. The root, embeddings and last
         # norm, stays float32, and with it the residual stream, as under DDP and autocast.
-        half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                    cast_forward_inputs=False)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=half)
         fully_shard(model, mesh=mesh)
@@ -121,16 +154,39 @@ def parallelize(model, launch, dtype, processes):
 
 
 def communicate(wrapped, last):
-    """Let gradients travel between processes in the next backward pass only if it is a step's last."""
+    """Let the next backward pass send gradients only if it is its step's last."""
     if isinstance(wrapped, DistributedDataParallel):
         wrapped.require_backward_grad_sync = last  # what its no_sync() sets
     elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP's
         wrapped.set_requires_gradient_sync(last)
 
 
+def forget_gradients(wrapped, optimizer):
+    """Give the gradients' memory back; DDP's are zeroed instead, for they lie in its messages.
+
+    Those stay in any case: set to None, the gradients of all micro-batches before the last would
+    lie beside them.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
+
+
+def rehearse(wrapped, optimizer, loss_of, micro_batch_size, seq_length):
+    """Take two passes over rows of zeros and forget their gradients.
+
+    In the first DDP learns in which order gradients come, for the second it lays out its messages in
+    that order, and the layout decides how sums round: a run that goes on must not have its first
+    pass where one that never stopped had a later one.
+    """
+    communicate(wrapped, last=True)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)  # the first layout goes before the second comes
+        loss_of(torch.zeros(micro_batch_size, seq_length + 1, dtype=torch.int64)).backward()
+    forget_gradients(wrapped, optimizer)
+
+
 def is_shard(tensor):
-    """Return whether a tensor is a DTensor, a process's shard of a whole one (its import takes a second)."""
-    return hasattr(tensor, "full_tensor")
+    """Return whether a tensor is a DTensor, a process's shard of a whole one."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor takes a second
 
 
 @torch.no_grad()
@@ -144,7 +200,7 @@ def fill(tensor, whole):
 
 
 def compute_dtype(name, device):
-    """Return the dtype of the matmuls: as named on a GPU, float32 on a CPU, which is slow at any other."""
+    """Return the dtype of the matmuls: as named on a GPU, float32 on a CPU, slow at any other."""
     return getattr(torch, name) if device.type == "cuda" else torch.float32
 
 
@@ -152,4 +208,5 @@ def make_deterministic():
     """Let every operation give the same bits on every rerun, or raise where it cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # Nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
