@@ -287,8 +287,8 @@ def main(model_config, config, intervention, launch, options):
     if config.twin:
         if processes.any(interrupt.signal):  # it came during the last save
             interrupt.exit()
-        # The first run's blocks lie in cycles of references (a wrapped forward refers to its block):
-        # their weights could stay beside the twin's.
+        # The first run's blocks lie in cycles of references (a wrapped forward refers to its
+        # block): their weights could stay beside the twin's.
         gc.collect()
         control = replace(config, out_dir=f"{config.out_dir}_twin", twin=False)
         train(model_config, control, InterventionConfig(), launch, processes, interrupt)

@@ -1,4 +1,4 @@
-"""A training step beside transformers', the launch of a run, and growth with width, depth, length and batch."""
+"""A training step beside transformers', the launch of a run, growth with each dimension."""
 
 import csv
 import multiprocessing
@@ -44,9 +44,11 @@ def train(options):
     """Time a training step of every contender in turn; print speed, ratio, peak memory."""
     config, _ = sized(options)
     torch.set_num_threads(options.threads)
-    flags = [f"--{name}={getattr(options, name)}" for name in ("size", "batch", "seq_length", "threads")]
-    workers = {who: subprocess.Popen([sys.executable, "bench.py", "worker", f"--who={who}", *flags], text=True,
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE) for who in CONTENDERS}
+    flags = [f"--{name}={getattr(options, name)}"
+             for name in ("size", "batch", "seq_length", "threads")]
+    workers = {who: subprocess.Popen(
+        [sys.executable, "bench.py", "worker", f"--who={who}", *flags], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE) for who in CONTENDERS}
 
     def step(who):
         print("step", file=workers[who].stdin, flush=True)
@@ -65,8 +67,9 @@ def train(options):
         worker.communicate()
     tokens = options.batch * options.seq_length
     peak = statistics.median(peaks)
-    print(f"{options.size}, {options.batch} x {options.seq_length} tokens, float32, {options.threads} threads, "
-          f"{options.rounds} rounds, matmul peak {peak / 1e9:.0f} GFLOP/s; medians")
+    print(f"{options.size}, {options.batch} x {options.seq_length} tokens, float32, "
+          f"{options.threads} threads, {options.rounds} rounds, "
+          f"matmul peak {peak / 1e9:.0f} GFLOP/s; medians")
     print(f"{'':22} {'tokens/s':>9} {'of peak':>8} {'ours is':>8} {'memory':>9} {'ours uses':>9}")
     for who in CONTENDERS:
         speed = tokens / statistics.median(taken[who])
@@ -81,7 +84,7 @@ class Worker(Train):
 
 
 def worker(options):
-    """Take one training step for every line of input; print its seconds and the peak memory in KiB."""
+    """Take a training step for every line of input; print its seconds and peak memory in KiB."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     config, training = sized(options)
@@ -121,27 +124,32 @@ class Start:
 
 
 def start(options):
-    """Time the launch of a run up to its first step, and a batch's reading against its computing."""
-    flags = [f"configs/pythia_{options.size}.py", f"--data={options.data}", f"--seq_length={options.seq_length}",
-             f"--batch_size={options.batch}", f"--micro_batch_size={options.batch}", "--steps=100", "--stop_at=8",
+    """Time the launch of a run up to its first step, and a batch's reading beside computing it."""
+    flags = [f"configs/pythia_{options.size}.py", f"--data={options.data}",
+             f"--seq_length={options.seq_length}", f"--batch_size={options.batch}",
+             f"--micro_batch_size={options.batch}", "--steps=100", "--stop_at=8",
              "--checkpoint_every=100", "--log_every=1"]
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            with subprocess.Popen([sys.executable, "train.py", *flags, f"--out_dir={folder}/run"], text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-                first = next((time.perf_counter() - began for line in process.stdout if line.startswith("step")), None)
+            command = [sys.executable, "train.py", *flags, f"--out_dir={folder}/run"]
+            with subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL) as process:
+                first = next((time.perf_counter() - began for line in process.stdout
+                              if line.startswith("step")), None)
                 process.stdout.read()
             if process.returncode:
                 raise ValueError(f"train.py {' '.join(flags)}: ended with {process.returncode}")
             steps = [float(row["seconds"]) for row in read_csv(f"{folder}/run/metrics.csv")]
-        data = OrderedData(options.data, options.seq_length, samples_needed(100, options.batch), 1234)
+        num_samples = samples_needed(100, options.batch)
+        data = OrderedData(options.data, options.seq_length, num_samples, 1234)
         began = time.perf_counter()
         for step in range(100):
             data.batch(step, options.batch)
         batch = (time.perf_counter() - began) / 100
-        print(f"first step after {first:.1f} s (it takes {steps[0]:.2f} s of them, with the initialisation's checkpoint "
-              f"before it); a batch is read in {batch * 1e3:.2f} ms, {batch / statistics.median(steps):.2%} of a step")
+        print(f"first step after {first:.1f} s (it takes {steps[0]:.2f} s of them, with the "
+              f"initialisation's checkpoint before it); a batch is read in {batch * 1e3:.2f} ms, "
+              f"{batch / statistics.median(steps):.2%} of a step")
 
 
 @dataclass(frozen=True)
@@ -151,14 +159,14 @@ class Growth:
     threads: int = 2
 
 
-# The middle of each axis is the common point; the head's vocabulary is small so that the blocks show.
-AXES = {"d_model": (64, 128, 256, 512), "n_layers": (2, 4, 8, 16), "seq_length": (128, 256, 512, 1024),
-        "batch": (1, 2, 4, 8)}
+# The middle of each axis is the common point; the head's vocabulary is small: the blocks show.
+AXES = {"d_model": (64, 128, 256, 512), "n_layers": (2, 4, 8, 16),
+        "seq_length": (128, 256, 512, 1024), "batch": (1, 2, 4, 8)}
 COMMON = {"d_model": 256, "n_layers": 4, "seq_length": 256, "batch": 4}
 
 
 def growth(options):
-    """Measure a step's time and memory per token while one axis doubles; write a CSV beside what is expected."""
+    """Measure a step per token while one axis doubles; write a CSV beside what is expected."""
     torch.set_num_threads(1)  # a fork must not inherit OpenMP's threads
     last, rows = multiprocessing.Value("d"), []
 
@@ -174,7 +182,8 @@ def growth(options):
         last.value = time.perf_counter() - began
 
     small = ModelConfig(1, 64, 2, vocab_size=512, seq_length=64)
-    steps(Pythia(small), torch.zeros(2, 64, dtype=torch.int64), 1)  # the libraries' own memory, before any fork
+    # The libraries take their own memory before any fork.
+    steps(Pythia(small), torch.zeros(2, 64, dtype=torch.int64), 1)
     for axis, values in AXES.items():
         for value in values:
             shape = COMMON | {axis: value}
@@ -188,10 +197,11 @@ def growth(options):
             seconds, memory = (min(column) for column in zip(*runs))
             launch = LaunchConfig(micro_batch_size=batch)
             expected = memory_per_process(config, launch, 1, batch, False, 4, 512)["peak"]
-            rows.append((axis, value, seconds / tokens.numel(), flops_per_token(config), memory / tokens.numel(),
-                         expected / tokens.numel()))
-            print(f"{axis:10} {value:5} {rows[-1][2] * 1e6:9.2f} us a token, {rows[-1][3] / rows[-1][2] / 1e9:6.1f} "
-                  f"GFLOP/s; {rows[-1][4] / 1e3:8.1f} kB a token, {rows[-1][5] / 1e3:8.1f} expected", flush=True)
+            n, flops = tokens.numel(), flops_per_token(config)
+            rows.append((axis, value, seconds / n, flops, memory / n, expected / n))
+            print(f"{axis:10} {value:5} {seconds / n * 1e6:9.2f} us a token, "
+                  f"{flops * n / seconds / 1e9:6.1f} GFLOP/s; {memory / n / 1e3:8.1f} kB a token, "
+                  f"{expected / n / 1e3:8.1f} expected", flush=True)
     with open(options.output, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("axis", "value", "seconds_per_token", "flops_per_token", "bytes_per_token",

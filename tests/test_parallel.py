@@ -218,7 +218,7 @@ def test_three_processes_interrupted_end_with_the_same_bits(data, tmp_path, shar
         text=True, env=ENVIRONMENT, stdout=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("step     27/"):
-            # torchrun passes SIGTERM on; its workers would not hear of a SIGKILL: one of them gets it.
+            # torchrun passes SIGTERM on; of a SIGKILL its workers would not hear, so one gets it.
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(process.pid if number == signal.SIGTERM else int(workers[0]), number)
             break

@@ -173,8 +173,8 @@ def forget_gradients(wrapped, optimizer):
 def rehearse(wrapped, optimizer, loss_of, micro_batch_size, seq_length):
     """Take two passes over rows of zeros and forget their gradients.
 
-    In the first DDP learns in which order gradients come, for the second it lays out its messages in
-    that order, and the layout decides how sums round: a run that goes on must not have its first
+    In the first DDP learns in which order gradients come, for the second it lays out its messages
+    in that order, and the layout decides how sums round: a run that goes on must not have its first
     pass where one that never stopped had a later one.
     """
     communicate(wrapped, last=True)

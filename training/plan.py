@@ -70,8 +70,8 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
     """Return {what: bytes} of one process, and under "peak" the most of it that is there at once.
 
     itemsize: bytes of the matmuls' dtype, 4 or 2; head_rows: rows of logits in a block of the loss.
-    Counted from the tensors that autograd keeps; held to measured peaks at 14m and 70m in float32 on
-    a CPU (tests/test_parallel.py, tests/test_model.py), not yet to any on a GPU.
+    Counted from the tensors that autograd keeps; held to measured peaks at 14m and 70m in float32
+    on a CPU (tests/test_parallel.py, tests/test_model.py), not yet to any on a GPU.
     """
     D, V, L = config.d_model, config.vocab_size, config.n_layers
     N = micro_batch_size * config.seq_length
