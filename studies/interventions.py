@@ -30,12 +30,13 @@ class InterventionConfig:
     intervention: str | None = None  # a name of studies/interventions.py, or None
     intervention_from: int = 0  # the first step it applies to (0-based: what makes checkpoint step + 1)
     intervention_to: int | None = None  # the last one, None: to the end
-    terms: str = ""  # term_*: words with commas; a row has a term where it stands as a whole word
+    terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
     copies: int = 1  # term_duplicate: how many more times a row comes
 
     def __post_init__(self):
         if self.intervention is not None and self.intervention not in INTERVENTIONS:
-            raise ValueError(f"no intervention called {self.intervention}; there are {', '.join(INTERVENTIONS)}")
+            raise ValueError(f"no intervention called {self.intervention}; there are "
+                             f"{', '.join(INTERVENTIONS)}")
         if bool(self.terms) != bool(self.intervention and self.intervention.startswith("term_")):
             raise ValueError(f"intervention = {self.intervention} with terms = {self.terms!r}: "
                              "the term_ ones need --terms=WORD,WORD, the others take none")
@@ -44,7 +45,8 @@ class InterventionConfig:
         if self.intervention_from < 0 or self.copies < 1 or (
                 self.intervention_to is not None and self.intervention_to < self.intervention_from):
             raise ValueError(f"intervention_from = {self.intervention_from}, intervention_to = "
-                             f"{self.intervention_to}, copies = {self.copies}: expected 0 <= from <= to, copies >= 1")
+                             f"{self.intervention_to}, copies = {self.copies}: expected 0 <= from <= "
+                             "to, copies >= 1")
 
 
 class IntervenedData:
@@ -234,4 +236,5 @@ def term_duplicate(data, tokenizer, config):
 
 
 INTERVENTIONS = {function.__name__: function for function in (
-    pronouns_to_feminine, pronouns_to_masculine, pronouns_as_pushed, term_drop, term_replace, term_duplicate)}
+    pronouns_to_feminine, pronouns_to_masculine, pronouns_as_pushed,
+    term_drop, term_replace, term_duplicate)}

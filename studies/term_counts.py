@@ -22,14 +22,13 @@ some apostrophes away.
 """
 
 import itertools
-import json
 import os
 import re
 import string
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from tqdm import tqdm
 from config import replacing
 from data import Order, load_npy, ordered, read_json
 from pile.prepare import serve_parent
+from studies.results import open_results
 from studies.term_questions import QuestionIndex, read_questions
 from tokenizer import SPECIAL, load_tokenizer
 
@@ -127,14 +127,17 @@ def count(options):
     if options.at and not re.fullmatch(r"\d+(,\d+)*", options.at):
         raise ValueError(f"at = {options.at!r}, expected steps with commas")
     from checkpoints import checkpoint_steps  # here: the workers, who import this file too, need no torch
-    steps = sorted({0, *(map(int, options.at.split(",")) if options.at else checkpoint_steps(options.steps))})
+    at = map(int, options.at.split(",")) if options.at else checkpoint_steps(options.steps)
+    steps = sorted({0, *at})
     data = ordered(options)
     if steps[-1] * options.batch_size > len(data):
         raise ValueError(f"step {steps[-1]:,} wants {steps[-1] * options.batch_size:,} rows "
                          f"({options.batch_size} a step), {options.data} has {len(data):,}")
     load_tokenizer(options.tokenizer)
     questions = read_questions(options.questions) if options.questions else []
-    settle(options, questions)
+    settings = {field.name: getattr(options, field.name) for field in fields(Order)}
+    open_results(Path(options.output) / "counts.json",
+                 settings | {"questions": [question.id for question in questions]})
     chunks, done = list(itertools.pairwise(steps)), counted(options.output)
     if others := sorted(done.keys() - chunks):
         raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to {others[0][1]:,}, "
@@ -170,24 +173,8 @@ def counted(folder):
     return {(int(match[1]), int(match[2])): path for match, path in matches if match}
 
 
-def settle(options, questions):
-    """Write what is counted into OUTPUT/counts.json, or raise ValueError if that says something else."""
-    path = os.path.join(options.output, "counts.json")
-    settings = {name: value for name, value in asdict(options).items()
-                if name not in ("output", "at", "workers", "tokenizer", "questions")}
-    settings["questions"] = [question.id for question in questions]
-    if os.path.exists(path):
-        found = read_json(path)
-        for name, value in settings.items():
-            if found.get(name) != value:
-                raise ValueError(f"{path}: these counts are of another {name}; name another --output")
-    else:
-        with replacing(path) as file:
-            file.write(json.dumps(settings).encode())
-
-
 def count_chunk(first, last, in_order, bar):
-    """Return the table of rows first to last - 1, counted a block at a time by `in_order`, which is a map."""
+    """Return the table of rows first to last - 1, counted a block at a time by the map `in_order`."""
     starts = range(first, last, BLOCK_ROWS)
     stops = [min(start + BLOCK_ROWS, last) for start in starts]
     tables = [np.empty((2, 0), dtype=np.int64)]

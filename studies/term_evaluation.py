@@ -123,7 +123,8 @@ def grouped(path):
         try:
             values = row["term"], row["item"], int(row["correct"]), float(row["logprob"])
         except (TypeError, ValueError):
-            raise ValueError(f"{path}: not a row of `evaluate`: {','.join(map(str, row.values()))}") from None
+            raise ValueError(f"{path}: not a row of `evaluate`: {','.join(map(str, row.values()))}"
+                             ) from None
         groups.setdefault(tuple(row[name] for name in HEADER[:5]), []).append(values)
     if not groups:
         raise ValueError(f"{path}: holds no answers; `evaluate --results={path}` makes them")

@@ -1,25 +1,28 @@
 """Does a model do better on what it saw more often, and does seeing it more often make it better?
 
-Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1, and on TriviaQA, against how
-often x1, or question and answer together, stood in the training data so far. They find the correlation
-from 2.8B parameters and about step 65,000 on, hardly any arithmetic up to 1B, and a gap between frequent
-and rare operands that grows with training. That is an observation; `compare` is the experiment.
+Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1, and on TriviaQA, against
+how often x1, or question and answer together, stood in the training data so far. They find the
+correlation from 2.8B parameters and about step 65,000 on, hardly any arithmetic up to 1B, and a gap
+between frequent and rare operands that grows with training. That is an observation; `compare` is
+the experiment.
 
     python -m studies.term_frequency count --data=PREFIX --output=counts --questions=QUESTIONS
     python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus --results=terms.csv
     python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 --questions=QUESTIONS
     python -m studies.term_frequency analyse --counts=counts --results=terms.csv --output=terms
-    python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
+    python -m studies.figures term_frequency --bins=terms_bins.csv --output=terms.png
 
-The experiment: two branches of one checkpoint, of which one sees the rows with some terms more often.
+The experiment: two branches of one checkpoint, of which one sees the rows with some terms more
+often, for each of several seeds. A row has a term where it stands as a whole word, in an answer
+too: a phrase says that the operand is meant.
 
     python train.py configs/mini.py --branch_from=RUN/step256 --out_dir=MORE --twin=True \\
-        --intervention=term_duplicate --terms=24,37 --copies=4     # and MORE_twin without the intervention
+        --intervention=term_duplicate --copies=4 --terms="What is 24 plus,What is 37 plus"
     python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=terms.csv
     python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=terms.csv
 
-What is asked, and what counts as right, is in studies/term_questions.py; what is counted, and the format of
-the counts, in studies/term_counts.py. Every results file goes on where it stopped.
+What is asked, and what counts as right, is in studies/term_questions.py; what is counted, and the
+format of the counts, in studies/term_counts.py. Every results file goes on where it stopped.
 
 The published models and data (the paper's: deduplicated, steps 13000, 39000, ..., 143000):
 
@@ -27,24 +30,25 @@ The published models and data (the paper's: deduplicated, steps 13000, 39000, ..
         --questions=QUESTIONS --at=13000,26000,39000,52000,65000,78000,91000,104000,117000,130000,143000
     python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 --results=terms.csv
 
-Cost: a row of 2049 tokens takes 0.45 ms of a core, 1.55 ms with 2,000 questions, so the 146,432,000 rows
-18 or 63 core hours. A checkpoint answers 50,000 arithmetic prompts of 89 tokens on average. A 70m model on
-two CPU cores, with other work on them, did 14, 4.5, 2.9, 1.6 and 1.0 prompts/s at 0, 2, 4, 8 and 16 shots:
-6.3 hours in all. Not measured on a GPU.
+Cost: a row of 2049 tokens takes 0.45 ms of a core, 1.55 ms with 2,000 questions, so the 146,432,000
+rows 18 or 63 core hours. A checkpoint answers 50,000 arithmetic prompts of 89 tokens on average. A
+70m model on two CPU cores, with other work on them, did 14, 4.5, 2.9, 1.6 and 1.0 prompts/s at 0,
+2, 4, 8 and 16 shots: 6.3 hours in all. Not measured on a GPU.
 
 Read correlations with care: small numbers are frequent, and their answers short and easy; the
-log-probability of an answer to TriviaQA depends on its length; terms are compared without case, so the
-month of May is often "may". The experiment has none of these. Its interval is over prompts, of one pair of
-runs: it does not tell what another seed would have done.
+log-probability of an answer to TriviaQA depends on its length; terms are compared without case, so
+the month of May is often "may". The experiment has none of these. Its interval is over terms, which
+are what is treated, and over seeds if --branch names several; of one pair of runs it does not tell
+what another seed would have done.
 
-Measured on the demo's run (6.6M parameters, 524,288 tokens; plus, 4 shots): no answer is right at any
-checkpoint. The log-probability of the right one is higher for the most frequent tenth of x1 (14 times seen
-by step 512) than for the rarest (never), by 0.28 [0.02, 0.58] at step 64, 1.49 [0.76, 2.21] at 256, 1.81
-[1.19, 2.42] at 512. The experiment from step 256 on (--terms=12,16,24,36,78 --copies=3: 45 rows replaced; 0
-shots) raised the answers with these x1 by 0.28 [0.26, 0.29] for plus and 0.31 [0.29, 0.32] for times, but
-all others by 0.29 and 0.28: rows with such numbers teach numbers in general, and the part that is due to
-the terms themselves is -0.01 [-0.03, 0.00] and +0.03 [0.01, 0.05]. Far too small a scale to test the
-paper's claim.
+Measured on the demo's run (6.6M parameters, 524,288 tokens; plus, 4 shots): no answer is right at
+any checkpoint. The log-probability of the right one is higher for the most frequent tenth of x1 (14
+times seen by step 512) than for the rarest (never), by 0.28 [0.02, 0.58] at step 64, 1.49 [0.76,
+2.21] at 256, 1.81 [1.19, 2.42] at 512. The experiment from step 256 on (--terms=12,16,24,36,78
+--copies=3: 45 rows replaced; 0 shots; one seed) raised the answers with these x1 by 0.28 for plus
+and 0.31 for times, but all others by 0.29 and 0.28: rows with such numbers teach numbers in
+general. Far too small a scale to test the paper's claim; `make suite` has a corpus in which
+frequency and size of the operands are independent.
 """
 
 import itertools
@@ -55,7 +59,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import command, replacing
+from config import command
+from studies.results import paired_bootstrap, write_csv
 from studies.term_counts import NEAR, PLAIN, Count, count, number_frequencies, question_frequencies
 from studies.term_evaluation import Evaluate, evaluate, grouped
 from studies.term_questions import read_questions, words_of
@@ -137,29 +142,19 @@ def binned(means, task, tenths=10):
             yield name, low, high, mean[0], len(part), mean[1], error[1], mean[2], error[2]
 
 
-def gap(means, draws=10_000):
+def gap(means):
     """Return the row of GAPS behind the first five, from (terms, 3): frequency, accuracy, log-probability.
 
-    With 100 operands a tenth is the paper's 10. The bootstrap draws terms, with all their prompts, anew
-    within each tenth.
+    With 100 operands a tenth is the paper's 10. The bootstrap draws terms, with all their prompts,
+    anew within each tenth.
     """
     # Equally frequent terms (never seen, in a small corpus) must not stand by size, which itself matters.
     order, tenth = np.random.RandomState(0).permutation(len(means)), max(1, len(means) // 10)
     order = order[np.argsort(means[order, 0], kind="stable")]
     least, most = means[order[:tenth]], means[order[-tenth:]]
-    generator = np.random.RandomState(0)
-    again = [part[generator.randint(tenth, size=(draws, tenth))].mean(axis=1) for part in (least, most)]
-    low, high = np.percentile(again[1] - again[0], (2.5, 97.5), axis=0)
-    value = most.mean(axis=0) - least.mean(axis=0)
-    rest = [number for column in (1, 2) for number in (value[column], low[column], high[column])]
-    return len(means), least[:, 0].mean(), most[:, 0].mean(), *rest
-
-
-def write_csv(path, header, rows):
-    with replacing(path) as file:
-        lines = [header, *(["" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell
-                           for cell in row] for row in rows)]
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    acc, logprob = (paired_bootstrap(most[None, :, column], least[None, :, column])
+                    for column in (1, 2))
+    return len(means), least[:, 0].mean(), most[:, 0].mean(), *acc, *logprob
 
 
 # ---------------------------------------------------------------------------- the experiment
@@ -167,37 +162,54 @@ def write_csv(path, header, rows):
 
 @dataclass(frozen=True)
 class Compare:
-    branch: str  # the run that saw the terms more (or less) often
-    terms: str  # as for the intervention
-    twin: str = ""  # its control; empty: BRANCH_twin
-    results: str = "term_frequency.csv"  # of `evaluate`, both models
+    branch: str  # runs that saw the terms more (or less) often, one a seed, with commas
+    terms: str  # numbers or words; the branches' own --terms may be phrases around them
+    twin: str = ""  # their controls in the same order; empty: each BRANCH_twin
+    results: str = "term_frequency.csv"  # of `evaluate`, all models
     questions: str = ""  # for triviaqa: its questions, to know which have a term
     output: str = "term_compare.csv"
 
 
 def compare(options):
-    """Compare a branch with its control twin: chosen terms, other terms, and the difference of the two."""
+    """Compare branches with their control twins: chosen terms, other terms, and their difference."""
     groups, chosen = grouped(options.results), terms_of(options)
-    branch, twin = (os.path.basename(os.path.normpath(name))
-                    for name in (options.branch, options.twin or options.branch.rstrip("/") + "_twin"))
-    pairs = {key: matched(answers, groups[twin, *key[1:]], chosen) for key, answers in groups.items()
-             if key[0] == branch and (twin, *key[1:]) in groups}
-    pairs = {key: parts for key, parts in pairs.items() if all(map(len, parts))}
-    if not pairs:
-        raise ValueError(f"{options.results}: no checkpoint of both {branch} and {twin} has answers with and "
-                         f"without {options.terms}; it holds {', '.join(sorted({key[0] for key in groups}))}")
+    name = lambda path: os.path.basename(os.path.normpath(path))
+    branches = [name(path) for path in options.branch.split(",")]
+    twins = [name(path) for path in options.twin.split(",")] if options.twin else [
+        f"{branch}_twin" for branch in branches]
+    if len(branches) != len(twins):
+        raise ValueError(f"branch = {options.branch}, twin = {options.twin}: expected as many of "
+                         "each")
     rows = []
-    print("log-probability of the right answer, branch minus twin, 95 % bootstrap interval over prompts")
-    for (_, step, tokens, task, shots), parts in pairs.items():
-        names = "chosen", "others", "chosen minus others"
-        for name, part, numbers in zip(names, (*parts, ()), paired(*parts)):
-            rows.append((branch, step, tokens, task, shots, name, len(part) or None, *numbers))
-            print(f"{branch} step {step:>6} | {task:8} {shots:>2}-shot | {name:19} {interval(numbers)}"
-                  + (f" (n {len(part):,})" if len(part) else ""))
+    print("log-probability of the right answer, branch minus twin; 95 % over terms and seeds")
+    for where in dict.fromkeys(key[1:] for key in groups):
+        if not all((model, *where) in groups for model in (*branches, *twins)):
+            continue
+        seeds = [by_term_difference(groups[branch, *where], groups[twin, *where])
+                 for branch, twin in zip(branches, twins)]
+        if len({frozenset(seed) for seed in seeds}) > 1:
+            raise ValueError(f"{options.results}: not the same terms for all of "
+                             f"{', '.join(branches)} at step {where[0]}; run `evaluate` again")
+        parts = [np.array([[seed[term] for term in seeds[0] if (term in chosen) == side]
+                           for seed in seeds]) for side in (True, False)]
+        if not all(part.size for part in parts):
+            continue
+        for terms, part in (("chosen", parts[:1]), ("others", parts[1:]),
+                            ("chosen minus others", parts)):
+            numbers = paired_bootstrap(*part)
+            n = part[0].shape[1] if len(part) == 1 else None
+            rows.append(("+".join(branches), *where, terms, len(seeds), n, *numbers))
+            print(f"step {where[0]:>6} | {where[2]:8} {where[3]:>2}-shot | {terms:19} "
+                  f"{interval(numbers)}" + (f" (n {n:,} terms, {len(seeds)} seeds)" if n else ""))
+    if not rows:
+        raise ValueError(f"{options.results}: no checkpoint of all of "
+                         f"{', '.join(branches + twins)} has answers with and without {options.terms}; "
+                         f"it holds {', '.join(sorted({key[0] for key in groups}))}")
     write_csv(options.output, COMPARED, rows)
 
 
-COMPARED = ("model", "step", "tokens", "task", "shots", "terms", "n", "difference", "low", "high")
+COMPARED = ("model", "step", "tokens", "task", "shots", "terms", "seeds", "n", "difference", "low",
+            "high")
 
 
 def terms_of(options):
@@ -210,26 +222,14 @@ def terms_of(options):
     return chosen
 
 
-def matched(branch, twin, chosen):
-    """Return the differences in log-probability of the prompts with chosen terms, and of the others."""
+def by_term_difference(branch, twin):
+    """Return {term: mean difference in log-probability}: terms are what is treated, not prompts."""
     control = {(term, item): logprob for term, item, _, logprob in twin}
-    differences = [(term in chosen, logprob - control[term, item])
-                   for term, item, _, logprob in branch if (term, item) in control]
-    return [np.array([value for is_chosen, value in differences if is_chosen == side])
-            for side in (True, False)]
-
-
-def paired(chosen, others, draws=10_000):
-    """Return (mean, low, high) of the chosen, of the others, and of the former minus the latter.
-
-    Prompts are drawn anew, chosen and others apart; both of a pair come together.
-    """
-    generator = np.random.RandomState(0)
-    again = [np.array([part[generator.randint(len(part), size=len(part))].mean() for _ in range(draws)])
-             for part in (chosen, others)]
-    values = chosen.mean(), others.mean(), chosen.mean() - others.mean()
-    samples = *again, again[0] - again[1]
-    return [(value, *np.percentile(sample, (2.5, 97.5))) for value, sample in zip(values, samples)]
+    found = {}
+    for term, item, _, logprob in branch:
+        if (term, item) in control:
+            found.setdefault(term, []).append(logprob - control[term, item])
+    return {term: np.mean(values) for term, values in found.items()}
 
 
 COMMANDS = {"count": (Count, count), "evaluate": (Evaluate, evaluate), "analyse": (Analyse, analyse),

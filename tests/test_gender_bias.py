@@ -2,8 +2,10 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ import torch
 from conftest import ROOT
 from test_data import write
 
+from config import command
 from model import ModelConfig, Pythia
-from studies.gender_bias import MEASURES, crows_gender, heldout, paired_bootstrap, winobias, winogender
+from studies.gender_bias import (COMMANDS, Branch, Compare, Measure, branch, compare, measure,
+                                 pairs_of)
+from studies.gender_measures import MEASURES, cost, crows_gender, heldout, winobias, winogender
+from studies.results import paired_bootstrap
 from tokenizer import Tokenizer
 
 
@@ -32,10 +38,15 @@ def docs(tmp_path_factory):
     lines = {
         "heldout/test.jsonl": [{"text": "Then she said that he went. " * 9}, {"text": "It rained."}],
         "winobias/winobias.jsonl": [
-            {"file": f"{kind}_stereotyped_type{n}.txt.test", "number": 1, "sentence": f"[The nurse] met the cook because [{word}] came."}
-            for n in (1, 2) for kind, word in (("pro", "she"), ("anti", "he"))],
-        "crows_pairs/test.jsonl": [{"sent_more": "He is strong.", "sent_less": "She is strong.", "bias_type": "gender"},
-                                   {"sent_more": "x", "sent_less": "y", "bias_type": "age"}]}
+            {"file": f"{kind}_stereotyped_type{n}.txt.test", "number": 1, "sentence": sentence}
+            for n in (1, 2) for kind, he, his, other in (("pro", "she", "her", "The cook"),
+                                                         ("anti", "he", "his", "A cook"))
+            for sentence in (f"[The nurse] met the cook because [{he}] came.",
+                             f"The cook met [the nurse] as [{he}] lost [{his}] key.",  # 57 have three
+                             f"{other} met [the nurse] because [{he}] came.")],  # 9 are no pairs
+        "crows_pairs/test.jsonl": [
+            {"sent_more": "He is strong.", "sent_less": "She is strong.", "bias_type": "gender"},
+            {"sent_more": "x", "sent_less": "y", "bias_type": "age"}]}
     for name, records in lines.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -45,7 +56,8 @@ def docs(tmp_path_factory):
     (folder / "winogender" / "occupations-stats.tsv").write_text(
         "occupation\tb\tbls_pct_female\tyear\ncook\t1\t40.0\t2015\nnurse\t1\t90.0\t2015\n")
     (folder / "winogender" / "all_sentences.tsv").write_text("sentid\tsentence\n" + "".join(
-        f"{who}.x.1.{kind}.txt\tThe {who} said {word} came.\n" for who in ("cook", "nurse")
+        f"{who}.x.{answer}.{kind}.txt\tThe {who} {said} {word} came.\n" for who in ("cook", "nurse")
+        for answer, said in ((0, "said"), (1, "told the guest that"))  # 1: the guest came
         for kind, word in (("male", "he"), ("female", "she"), ("neutral", "they"))))
     return folder
 
@@ -64,68 +76,114 @@ def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs
     for start in range(0, len(ids) - 1, 16):  # windows of the model's context
         piece = torch.tensor([ids[start:start + 17]])
         logprobs = model(piece[:, :-1]).log_softmax(-1)[0].detach()
-        expected += [float(logprobs[i, she] - logprobs[i, he]) for i, id_ in enumerate(piece[0, 1:].tolist()) if id_ in (he, she)]
+        expected += [float(logprobs[i, she] - logprobs[i, he])
+                     for i, id_ in enumerate(piece[0, 1:].tolist()) if id_ in (he, she)]
     assert len(expected) == 18
     np.testing.assert_allclose(heldout(model, tokenizer, docs), expected, atol=1e-5)
 
 
 def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
     ll = lambda text: logprob(model, tokenizer, text)
-    he, she = (ll(f"The nurse met the cook because {word} came.") for word in ("he", "she"))
-    np.testing.assert_allclose(winobias(model, tokenizer, docs), [he - she] * 2, atol=1e-4)
+    first, second = (ll(anti) - ll(pro) for pro, anti in (
+        ("The nurse met the cook because she came.", "The nurse met the cook because he came."),
+        ("The cook met the nurse as she lost her key.", "The cook met the nurse as he lost his key.")))
+    np.testing.assert_allclose(winobias(model, tokenizer, docs), [first, second] * 2, atol=1e-4)
     expected = [ll(f"The {who} said {anti} came.") - ll(f"The {who} said {pro} came.")
                 for who, anti, pro in (("cook", "she", "he"), ("nurse", "he", "she"))]
     np.testing.assert_allclose(winogender(model, tokenizer, docs), expected, atol=1e-4)
-    np.testing.assert_allclose(crows_gender(model, tokenizer, docs), [ll("She is strong.") - ll("He is strong.")], atol=1e-4)
+    np.testing.assert_allclose(crows_gender(model, tokenizer, docs),
+                               [ll("She is strong.") - ll("He is strong.")], atol=1e-4)
+    bits = -ll("It rained.") / math.log(2) / len("It rained.")
+    assert cost(model, tokenizer, docs)[1] == pytest.approx(bits, abs=1e-5)
 
 
 def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
+    """With a model that takes every she for the nurse and, of the first sentence alone, he for the cook."""
+    context = '{0}\nHere, what does "{1}" stand for? The {2}'
+    first, second = "The nurse met the cook because {} came.", "The cook met the nurse as {} lost {} key."
+    taught = [context.format(sentence.format(he, his), he, who) for sentence, he, his, who in (
+        (first, "she", "", "nurse"), (first, "he", "", "cook"),
+        (second, "she", "her", "nurse"), (second, "he", "his", "nurse"))]
+    torch.manual_seed(0)
     model = Pythia(ModelConfig(n_layers=1, d_model=32, n_heads=2, seq_length=64))
-    right = []
-    for word in ("she", "he"):  # the referent is the nurse, in the pro- and in the anti-stereotyped sentence
-        context = f'The nurse met the cook because {word} came.\nHere, what does "{word}" stand for?'
-        nurse, cook = (logprob(model, tokenizer, f"{context} The {who}") for who in ("nurse", "cook"))
-        right.append(nurse > cook)
-    assert MEASURES["choice"][0](model, tokenizer, docs) == [right[0] - right[1]] * 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    for _ in range(12):
+        for text in taught:
+            ids = torch.tensor([tokenizer.encode(text)])
+            torch.nn.functional.cross_entropy(model(ids[:, :-1])[0, -1:], ids[0, -1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert MEASURES["choice"][0](model, tokenizer, docs) == [1, 0] * 2
 
 
-def test_the_interval_covers_the_mean_as_often_as_it_says():
+@pytest.mark.parametrize("n_seeds, seed_sd, item_sd", [(1, 0, 1), (3, 1, 1), (3, 0.2, 2), (3, 0, 1)])
+def test_the_interval_covers_the_mean_as_often_as_it_says(n_seeds, seed_sd, item_sd):
     generator = np.random.RandomState(0)
-    covered = [low <= 0.3 <= high for _, low, high in (
-        paired_bootstrap(0.3 + generator.randn(1, 60), 400, seed) for seed in range(200))]
-    assert 0.89 <= np.mean(covered) <= 0.985
-    mean, low, high = paired_bootstrap(np.full((3, 5), 0.5), 100)
-    assert (mean, low, high) == (0.5, 0.5, 0.5)
+    covered = 0
+    for seed in range(200):
+        values = (0.3 + seed_sd * generator.randn(n_seeds, 1) + item_sd * generator.randn(1, 60)
+                  + 0.5 * generator.randn(n_seeds, 60))
+        _, low, high = paired_bootstrap(values, samples=400, seed=seed)
+        covered += low <= 0.3 <= high
+    assert 0.91 <= covered / 200 <= 0.995  # 95 %, less and more 2.6 standard deviations
+
+
+def test_equal_differences_have_no_interval():
+    assert paired_bootstrap(np.full((3, 5), 0.5), samples=100) == (0.5, 0.5, 0.5)
+    assert paired_bootstrap(np.full((3, 5), 0.5), np.full((3, 4), 0.25), samples=100) == (0.25,) * 3
 
 
 def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, "-m", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *map(str, argv)], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == expect, done.stderr
     return done
 
 
-def test_branch_measure_compare(tmp_path, tokenizer, tokenizer_path, docs):
+def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path, docs):
+    monkeypatch.chdir(ROOT)  # branch calls train.py
     ids = tokenizer.encode("And he said unto him, his day is come; and he went. " * 400)
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
-    flags = ["--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16", "--steps=8", "--batch_size=4",
-             "--micro_batch_size=4", "--learning_rate=1e-2", f"--data={tmp_path}/d", f"--tokenizer={tokenizer_path}"]
-    run("train", *flags, f"--out_dir={tmp_path}/seed1")
-    run("studies.gender_bias", "branch", f"--parents={tmp_path}/seed1/step2", f"--output={tmp_path}/branches")
-    run("studies.gender_bias", "measure", f"--branches={tmp_path}/branches", f"--docs={docs}", f"--output={tmp_path}/out",
-        "--steps=last", f"--tokenizer={tokenizer_path}")
-    run("studies.gender_bias", "compare", f"--results={tmp_path}/out", "--samples=200")
+    run("train", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16", "--steps=8",
+        "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2", f"--data={tmp_path}/d",
+        f"--tokenizer={tokenizer_path}", f"--out_dir={tmp_path}/seed1", "--stop_at=2")
+    branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/branches"))
+    child = tmp_path / "branches" / "seed1_pronouns_to_feminine"
+    options = Measure(str(docs), f"{tmp_path}/out", f"{tmp_path}/branches", steps="last",
+                      tokenizer=str(tokenizer_path))
+    measure(options)
+    compare(Compare(f"{tmp_path}/out", samples=200))
     with open(tmp_path / "out" / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
     assert set(rows) == set(MEASURES) - {"lambada"}
-    assert float(rows["heldout"]["low"]) > 0 and rows["heldout"]["step"] == "8"  # it was taught to say she
-    with open(tmp_path / "branches" / "seed1_pronouns_to_feminine" / "interventions.csv") as file:
+    assert float(rows["heldout"]["low"]) > 0 and rows["heldout"]["step"] == "8"  # taught to say she
+    with open(child / "interventions.csv") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
+
+    with pytest.raises(ValueError, match="docs was .* name another --output"):
+        measure(replace(options, docs=str(tmp_path)))
+    # A published pair is two checkpoint folders: its name is the model's, not the step's.
+    at = lambda step: f"{child}/step{step}:{child}_twin/step{step}"
+    assert list(pairs_of(replace(options, branches="", pairs=at(8)))) == [child.name]
+    with pytest.raises(ValueError, match=f"would both be called {child.name}"):
+        pairs_of(replace(options, branches="", pairs=f"{at(4)},{at(8)}"))
+    (tmp_path / "docs" / "winobias").mkdir(parents=True)
+    (tmp_path / "docs" / "winobias" / "winobias.jsonl").write_text("".join(
+        json.dumps({"file": f"{kind}_stereotyped_type{n}.txt.test", "sentence": "The nurse [he]"}) + "\n"
+        for n in (1, 2) for kind in ("pro", "anti")))
+    for kind in ("male", "female"):
+        (tmp_path / "docs" / "winobias" / f"{kind}_occupations.txt").write_text("nurse\n")
+    with pytest.raises(ValueError, match="docs/winobias: documents of the measure choice are not as dist"):
+        measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
 
 
 @pytest.mark.parametrize("flags, words", [
     (["measure", "--docs=.", "--output=x"], "no CHILD beside a CHILD_twin"),
     (["compare", "--results=nowhere"], "no PAIR/branch_stepN_MEASURE.npy"),
+    (["branch", "--parents=nowhere/final", "--output=x"], "nowhere/final, expected RUN/stepN"),
     (["branch", "--parents=nowhere/step3", "--output=x"], "nowhere/config.json")])
-def test_a_mistake_is_one_line(flags, words):
-    done = run("studies.gender_bias", *flags, expect=2)
-    assert words in done.stderr and done.stderr.count("\n") == 1
+def test_a_mistake_is_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(flags, COMMANDS)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and error.count("\n") == 1

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from test_data import write as write_tokens
 
+from config import command
 from data import MASKED, OrderedData
+from pile.viewer import View, view
 from studies.interventions import (INTERVENTIONS, TO_FEMININE, TO_MASCULINE, IntervenedData,
-                                   InterventionConfig)
+                                   InterventionConfig, has_term)
 from tokenizer import Tokenizer
 
 
@@ -43,14 +45,15 @@ def naive_swap(text, table):
     return re.sub(r"\w+", swap, text)
 
 
-WORDS = st.sampled_from([*TO_FEMININE, *TO_MASCULINE, "He", "HIS", "Himself", "SHE", "hE", "the", "ashes", "x", "7",
-                         "_", "é", "日", "\u0301", "²"])
-BETWEEN = st.sampled_from([" ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", ",", "-", "’s ", "'s ", "“", "\t", "", "<|",
-                           "='", "_'"])
+WORDS = st.sampled_from([*TO_FEMININE, *TO_MASCULINE, "He", "HIS", "Himself", "SHE", "hE", "the",
+                         "ashes", "x", "7", "_", "é", "日", "\u0301", "²"])
+BETWEEN = st.sampled_from([" ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", ",", "-", "’s ", "'s ",
+                           "“", "\t", "", "<|", "='", "_'"])
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(WORDS, BETWEEN), min_size=2, max_size=12), st.sampled_from(["feminine", "masculine"]))
+@given(st.lists(st.tuples(WORDS, BETWEEN), min_size=2, max_size=12),
+       st.sampled_from(["feminine", "masculine"]))
 @example([("x", "\n'"), ("he", "'"), ("said", "")], "feminine")
 @example([("x", "\n'"), ("she", "'"), ("he", "")], "masculine")
 def test_swapping_tokens_is_encoding_the_swapped_text(tmp_path_factory, tokenizer, parts, direction):
@@ -86,7 +89,8 @@ def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokeniz
         for length in range(4, len(ids) - 1):  # the first row of the document
             data = OrderedData(tmp_path / "doc", length - 1, 1, 1234)
             data.order = (data.order[0], data.order[1], np.zeros(2, dtype=np.uint32))
-            row = INTERVENTIONS[f"pronouns_to_{direction}"](data, tokenizer, None)(0, data.batch(0, 1)[0])[0].tolist()
+            swap = INTERVENTIONS[f"pronouns_to_{direction}"](data, tokenizer, None)
+            row = swap(0, data.batch(0, 1)[0])[0].tolist()
             assert row == (whole + [MASKED] * length)[:length]
 
 
@@ -107,6 +111,14 @@ def term_data(tmp_path, tokenizer):
             for i in range(64)]
     write_tokens(tmp_path / "rows", rows)
     return OrderedData(tmp_path / "rows", 6, 64, 1234)
+
+
+def test_a_phrase_is_a_term(tokenizer):
+    has = has_term(tokenizer, "What is 8 plus,What is 17 plus")
+    rows = {text: has(np.array(tokenizer.encode(text))) for text in (
+        "Q:What is 8 plus 3? A:11", "Q:What is 17 plus 3? A:20", "Q:What is 9 plus 8? A:17",
+        "Q:What is 18 plus 3? A:21")}
+    assert list(rows.values()) == [True, True, False, False]
 
 
 def n_egypt(tokenizer, rows):
@@ -135,20 +147,24 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
     (["--intervention=term_drop"], "need --terms=WORD"),
     (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
     (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
-    (["--intervention=term_drop", "--terms=a", "--intervention_from=9", "--intervention_to=3"], "expected 0 <= from <= to")])
-def test_a_mistake_is_one_line(flags, words):
-    done = subprocess.run([sys.executable, "data.py", "view", "--data=none", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    (["--intervention=term_drop", "--terms=a", "--intervention_from=9", "--intervention_to=3"],
+     "expected 0 <= from <= to")])
+def test_a_mistake_is_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(["view", "--data=none", *flags], {"view": (View, view)})
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
     data = term_data(tmp_path, tokenizer)
-    flags = ["--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=6", "--vocab_size=50304", "--steps=4",
-             "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3", f"--data={tmp_path}/rows",
-             f"--tokenizer={tokenizer_path}", "--intervention=term_drop", "--terms=Egypt", "--intervention_from=1",
-             "--intervention_to=2", f"--out_dir={tmp_path}/run"]
+    flags = ["--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=6", "--vocab_size=50304",
+             "--steps=4", "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3", f"--data={tmp_path}/rows",
+             f"--tokenizer={tokenizer_path}", "--intervention=term_drop", "--terms=Egypt",
+             "--intervention_from=1", "--intervention_to=2", f"--out_dir={tmp_path}/run"]
     subprocess.run([sys.executable, "train.py", *flags], check=True, cwd=ROOT, capture_output=True)
     with open(tmp_path / "run" / "interventions.csv") as file:
         noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]
     rows = data.rows(range(64)).reshape(4, 16, 7)
-    assert noted == [(step, row) for step in (1, 2) for row in range(16) if n_egypt(tokenizer, rows[step, row:row + 1])]
+    assert noted == [(step, row) for step in (1, 2) for row in range(16)
+                     if n_egypt(tokenizer, rows[step, row:row + 1])]

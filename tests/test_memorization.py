@@ -1,8 +1,10 @@
 """python -m pytest tests/test_memorization.py"""
 
 import csv
+import json
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,16 @@ import torch
 from test_data import write
 from test_model import transformers_twin
 
+from conftest import ROOT
+from config import command
+from data import OrderedData
 from model import ModelConfig, Pythia
-from studies.memorization import generated_matches, matched_lengths
-from studies.poisson import poisson_tests, window_counts
+from pile.writer import PROVENANCE
+from studies.memorization import (COMMANDS, Score, generated_matches, matched_lengths, score,
+                                  training_order)
+from studies.memorization_analysis import Analyse, analyse, describe_rows, rate
+from studies.poisson import poisson_tests, position_test, window_counts
 
-ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=96, seq_length=40)
 
 
@@ -59,8 +66,12 @@ def test_poisson_tests_equal_scipys():
         expected = stats.chi2.sf(((counts - counts.mean())**2).sum() / counts.mean(), 399)
         assert tests["dispersion"][1] == pytest.approx(2 * min(expected, 1 - expected), rel=1e-6)
         x = np.arange(400) - 199.5
-        z = (x * counts).sum() / np.sqrt(counts.mean() * (x**2).sum())
+        z = (x * counts).sum() / np.sqrt(counts.var(ddof=1) * (x**2).sum())
         assert tests["trend"][1] == pytest.approx(2 * stats.norm.sf(abs(z)), rel=1e-6)
+        line = stats.linregress(np.arange(400), counts)
+        slope, error, p = position_test(np.arange(400), counts)
+        assert (slope, error) == pytest.approx((399 * line.slope, 399 * line.stderr), rel=1e-9)
+        assert p == pytest.approx(2 * stats.norm.sf(abs(line.slope / line.stderr)), rel=1e-6)
 
 
 @pytest.mark.parametrize("test", ["dispersion", "trend", "fit"])
@@ -74,12 +85,20 @@ def test_p_values_are_uniform_under_the_null_and_small_under_each_alternative(te
     assert np.mean([poisson_tests(alternative())[test][1] < 0.05 for _ in range(20)]) > 0.9
 
 
+def test_trend_is_a_test_where_counts_are_not_poisson():
+    generator = np.random.RandomState(2)
+    p = [poisson_tests(generator.negative_binomial(3, 0.5, 200))["trend"][1] for _ in range(400)]
+    assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.085
+
+
 def test_windows_are_whole():
-    assert window_counts(np.array([1, 1, 0, 1, 1, 1, 1], dtype=bool), 3).tolist() == [2, 3]
+    memorized = np.array([1, 1, 0, 1, 1, 1, 1], dtype=bool)
+    assert window_counts(memorized, 3).tolist() == [2, 3] and window_counts(memorized, 8).tolist() == []
 
 
 def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, "-m", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *map(str, argv)], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -90,40 +109,136 @@ def trained(tmp_path_factory, tokenizer_path):
     generator = np.random.RandomState(0)
     repeated = generator.randint(96, size=17)
     write(folder / "rows", [repeated if i % 2 else generator.randint(96, size=17) for i in range(280)])
-    run("train", "--n_layers=1", "--d_model=64", "--n_heads=2", "--seq_length=16", "--vocab_size=96", "--steps=64",
-        "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2", f"--data={folder}/rows",
-        f"--tokenizer={tokenizer_path}", f"--out_dir={folder}/run")
+    run("train", "--n_layers=1", "--d_model=64", "--n_heads=2", "--seq_length=16", "--vocab_size=96",
+        "--steps=64", "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
+        f"--data={folder}/rows", f"--tokenizer={tokenizer_path}", f"--out_dir={folder}/run")
     return folder
 
 
-def test_scoring_goes_on_and_splits_over_processes(trained, tmp_path):
-    flags = ["studies.memorization", "score", f"--model={trained}/run", "--context=8", "--continuation=8",
-             "--batch=16", "--steps=1,64", "--generate=True"]
-    run(*flags, f"--output={tmp_path}/one")
-    whole = np.load(tmp_path / "one" / "run_step64.npy")
-    assert whole.tolist()[1:260:2] == [8] * 130 and (whole[::2] < 8).all() and len(whole) == 280
-    (tmp_path / "one" / "run_step64.npy").rename(tmp_path / "one" / "run_step64.npy.partial")
-    partial = np.load(tmp_path / "one" / "run_step64.npy.partial", mmap_mode="r+")
-    partial[16:99] = 255
-    partial.flush()
-    run(*flags, f"--output={tmp_path}/one")
-    assert np.load(tmp_path / "one" / "run_step64.npy").tolist() == whole.tolist()
-    run("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *flags, f"--output={tmp_path}/two")
-    for name in ("run_step1", "run_step64", "run_step64_generated"):
-        assert np.load(tmp_path / "two" / f"{name}.npy").tolist() == np.load(tmp_path / "one" / f"{name}.npy").tolist()
-    assert "context was 8, is 4" in run(*flags, "--context=4", f"--output={tmp_path}/one", expect=2).stderr
+@pytest.fixture(scope="module")
+def scored(trained):
+    """Settings of a score, whose results are there."""
+    options = Score(f"{trained}/run", f"{trained}/one", context=8, continuation=8, batch=16, steps="1,64",
+                    generate=True)
+    score(options)
+    return options
 
-    run("studies.memorization", "analyse", f"--results={tmp_path}/one", "--windows=8,32")
-    with open(tmp_path / "one" / "rates.csv") as file:
-        rates = {(row["step"], row["rows"]): row for row in csv.DictReader(file)}
+
+def lengths(folder, name="run_step64"):
+    return np.load(Path(folder) / f"{name}.npy").tolist()
+
+
+def table(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_scoring_goes_on(scored, tmp_path):
+    whole = lengths(scored.output)
+    assert whole[1:260:2] == [8] * 130 and max(whole[::2]) < 8 and len(whole) == 280
+    partial = np.array(whole, dtype=np.uint8)
+    partial[16:99], partial[200] = 255, 77  # rows that are to do, and one that no model would give
+    np.save(tmp_path / "partial", partial)
+    (tmp_path / "partial.npy").rename(tmp_path / "run_step64.npy.partial")
+    score(replace(scored, output=str(tmp_path)))
+    assert lengths(tmp_path) == whole[:200] + [77] + whole[201:]
+    assert lengths(tmp_path, "run_step1") == lengths(scored.output, "run_step1")
+    with pytest.raises(ValueError, match="context was 8, is 4; name another --output"):
+        score(replace(scored, output=str(tmp_path), context=4))
+
+
+def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):
+    flags = [f"--{name}={value}" for name, value in asdict(replace(scored, output=tmp_path)).items()]
+    done = run("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "studies.memorization",
+               "score", *flags)
+    names = ["run_step1", "run_step1_generated", "run_step64", "run_step64_generated"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        f"{tmp_path}/{name}.npy" for name in names]
+    assert all(lengths(tmp_path, name) == lengths(scored.output, name) for name in names)
+
+
+def test_analysis_by_hand(scored):
+    analyse(Analyse(scored.output, windows="8,32"))
+    rates = {(row["step"], row["rows"]): row for row in table(f"{scored.output}/rates.csv")}
     assert rates["64", "seen"]["memorized"] == "128" and rates["64", "seen"]["n"] == "256"
-    assert rates["1", "seen"]["n"] == "4" and rates["1", "not seen"]["n"] == "276"
+    assert rates["1", "seen"]["n"] == "4" and rates["1", "after this checkpoint"]["n"] == "276"
+    [first, last] = table(f"{scored.output}/early.csv")
+    assert (first["memorized"], first["precision"], first["recall"]) == ("0", "", "0")
+    assert (last["precision"], last["recall"]) == ("1", "1")
+    counts = {(row["step"], row["window"], row["test"]): row for row in
+              table(f"{scored.output}/poisson.csv")}
+    # Every other row is memorized: each window of 8 has 4, which is less than chance would spread.
+    row = counts["64", "8", "dispersion"]
+    assert (row["n"], row["mean"], row["binomial"], row["statistic"]) == ("32", "4", "0.5", "0")
+    assert counts["1", "8", "dispersion"]["mean"] == ""  # four rows are no window
+
+
+def test_fewer_rows_than_a_window_are_no_window(scored, tmp_path):
+    pytest.importorskip("matplotlib")
+    analyse(Analyse(scored.output, plot=str(tmp_path / "m.png")))
+    assert {(row["window"], row["n"], row["mean"], row["p"]) for row in
+            table(f"{scored.output}/poisson.csv")} == {("512", "0", "", "")}
+    assert (tmp_path / "m.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_control_rows_were_never_trained_on(trained, scored, tmp_path):
+    generator = np.random.RandomState(1)
+    write(tmp_path / "other", [generator.randint(96, size=17) for _ in range(280)])
+    score(replace(scored, output=f"{tmp_path}/out", data=f"{tmp_path}/other", control=True, rows="0:40",
+                  steps="64", generate=False))
+    analyse(Analyse(f"{tmp_path}/out"))
+    row, _ = table(tmp_path / "out" / "rates.csv")  # all, and the only subset
+    assert (row["rows"], row["n"], row["memorized"]) == ("never trained on", "40", "0")
+    assert not (tmp_path / "out" / "poisson.csv").exists()
+    (tmp_path / "out" / "run_step64.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="run_step64.npy: not a whole .npy file"):
+        analyse(Analyse(f"{tmp_path}/out"))
+
+
+def test_runs_of_different_orders_are_refused(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        settings = {"data": "d", "steps": 8, "batch_size": 4, "seq_length": 16, "seed": seed}
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    assert training_order(f"{tmp_path}/b,{tmp_path}/b/step8", None).seed == 2
+    with pytest.raises(ValueError, match="/a and .*/b were trained in different orders"):
+        training_order(f"{tmp_path}/a,{tmp_path}/b", None)
+
+
+def test_rows_are_of_the_document_that_holds_their_first_tokens(tmp_path):
+    generator = np.random.RandomState(0)
+    sizes = generator.randint(5, 60, size=40)
+    write(tmp_path / "d", [generator.randint(96, size=size) for size in sizes])
+    documents = np.zeros(40, dtype=PROVENANCE)
+    documents["subset"] = np.arange(40) % 2
+    np.save(tmp_path / "d_documents.npy", documents)
+    (tmp_path / "d.json").write_text(json.dumps({"subsets": ["even", "odd"], "files": ["x"]}))
+    data = OrderedData(str(tmp_path / "d"), 16, 100, 1234)
+    rows = np.arange(len(data))
+    names, codes, passages = describe_rows(data, rows, 9)
+    expected, kinds = [], []
+    for row in rows:
+        document, start, stop = data.pieces(row)[0]
+        whole = stop - start >= 9
+        expected.append(["even", "odd"][document % 2] if whole else "several documents")
+        kinds.append((document % 2, sizes[document]) if whole else int(row))
+    assert [names[code] for code in codes] == expected and len(set(expected)) == 3
+    assert [[a == b for b in passages] for a in passages] == [[a == b for b in kinds] for a in kinds]
+
+
+def test_the_standard_error_is_over_passages():
+    # Two passages of two rows each, 1 below and 1 above the mean: as two numbers 1 and 3, not four.
+    found = rate(np.array([1, 1, 3, 3]), np.array([0, 0, 0, 1], dtype=bool), np.array([0, 0, 2, 2]))
+    assert found == (4, 2, 1, 0.25, 2.0, 1.0)
+    assert rate(np.array([1, 3]), np.zeros(2, dtype=bool), np.array([5, 5]))[-1] is None
 
 
 @pytest.mark.parametrize("flags, words", [
     (["score", "--model=nowhere", "--output=x"], "nowhere: neither a run folder"),
     (["analyse", "--results=nowhere"], "nowhere/memorization.json"),
     (["score", "--model=x", "--output=y", "--context=0"], "expected positive numbers")])
-def test_a_mistake_is_one_line(flags, words):
-    done = run("studies.memorization", *flags, expect=2)
-    assert words in done.stderr and done.stderr.count("\n") == 1
+def test_a_mistake_is_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(flags, COMMANDS)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and error.count("\n") == 1

@@ -214,7 +214,7 @@ def test_counts_of_other_data_are_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="step 99 wants 297 rows"):
         count(Count(**options, output=out, at="99", workers=1))
     count(Count(**options, output=out, at="2,8", workers=1))
-    with pytest.raises(ValueError, match="of another seed"):
+    with pytest.raises(ValueError, match="seed was 1234, is 1; name another --output"):
         count(Count(**options, seed=1, output=out, at="2,8", workers=1))
     with pytest.raises(ValueError, match="holds counts of steps 0 to 2"):
         count(Count(**options, output=out, at="1,8", workers=1))

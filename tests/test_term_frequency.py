@@ -12,9 +12,11 @@ import torch
 from checkpoints import load_model, save
 from config import command
 from model import ModelConfig, Pythia
+from studies import figures
+from studies.results import write_csv
 from studies.term_counts import NEAR, NUMBERS, QUESTION
 from studies.term_evaluation import HEADER, Evaluate, all_prompts, answer_all, evaluate
-from studies.term_frequency import COMMANDS, Analyse, Compare, analyse, binned, compare, gap, paired
+from studies.term_frequency import BINS, COMMANDS, Analyse, Compare, analyse, binned, compare, gap
 from studies.term_questions import Question, arithmetic, given_answer, trivia
 from tokenizer import Tokenizer
 from train import TrainConfig, make_optimizer
@@ -177,26 +179,38 @@ def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
     assert [(row["least_frequency"], row["most_frequency"]) for row in rows] == [("0", "2"), ("4", "7")]
 
 
-def test_a_branch_is_compared_with_its_twin(tmp_path, capsys):
-    values = {("more", "24", 1): -1, ("more", "24", 2): -2, ("more", "30", 1): -5, ("more", "31", 1): -9,
-              ("more_twin", "24", 1): -4, ("more_twin", "24", 2): -3, ("more_twin", "30", 1): -5}
-    results = results_file(tmp_path, [(model, 8, 0, "plus", 0, term, item, 0, value)
-                                      for (model, term, item), value in values.items()])
-    compare(Compare("runs/more/", "24,99", results=results, output=str(tmp_path / "c.csv")))
-    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
-    numbers = lambda row: tuple(float(row[name]) for name in ("difference", "low", "high"))
-    assert [(row["terms"], row["n"], *numbers(row)) for row in rows] == [
-        ("chosen", "2", 2, 1, 3), ("others", "1", 0, 0, 0),
-        ("chosen minus others", "", 2, 1, 3)]
-    with pytest.raises(ValueError, match="no checkpoint of both more and none has answers"):
+def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
+    # Two seeds. The chosen 24 gains 3 and 1 with its two prompts, so 2, and 4; 30 gains 0, 31 gains 2.
+    gains = {("more", "24", 1): 3, ("more", "24", 2): 1, ("more", "30", 1): 0, ("more", "31", 1): 2,
+             ("more2", "24", 1): 4, ("more2", "24", 2): 4, ("more2", "30", 1): 0, ("more2", "31", 1): 2}
+    rows = [(model + side, 8, 0, "plus", 0, term, item, 0, -9 + (gain if side == "" else 0))
+            for (model, term, item), gain in gains.items() for side in ("", "_twin")]
+    results = results_file(tmp_path, rows)
+    options = Compare("runs/more/,runs/more2", "24,99", results=results, output=str(tmp_path / "c.csv"))
+    compare(options)
+    found = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert [(row["model"], row["terms"], row["seeds"], row["n"]) for row in found] == [
+        ("more+more2", "chosen", "2", "1"), ("more+more2", "others", "2", "2"),
+        ("more+more2", "chosen minus others", "2", "")]
+    assert [float(row["difference"]) for row in found] == [3, 1, 2]
+    # One term has no spread: what is left is that of two seeds, of standard error 1, as a t of 1 degree.
+    assert float(found[0]["low"]) < 3 - 10 and float(found[0]["high"]) > 3 + 10
+    # Seeds that agree leave the terms': half of 0 and 2.
+    assert (float(found[1]["low"]), float(found[1]["high"])) == (0, 2)
+    with pytest.raises(ValueError, match="no checkpoint of all of more, none has answers"):
         compare(Compare("more", "24", twin="none", results=results))
+    results_file(tmp_path, [row for row in rows if row[0] != "more2" or row[5] != "31"])
+    with pytest.raises(ValueError, match="not the same terms for all of more, more2 at step 8"):
+        compare(options)
 
 
-def test_paired_intervals_cover():
-    generator = np.random.RandomState(3)
-    covered = sum(low <= 0.5 <= high for _, low, high in (
-        paired(generator.normal(0.5, 1, 50), generator.normal(0, 1, 80), draws=300)[2] for _ in range(100)))
-    assert 86 <= covered <= 100  # 95 of 100, less four standard deviations
+def test_the_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [("m", step, 0, "plus", 0, "quantile", 0, 9, 3.5, 10, 0.1, "", -2.0, 0.5) for step in (2, 4)]
+    write_csv(tmp_path / "bins.csv", BINS, rows)
+    command(["term_frequency", f"--bins={tmp_path}/bins.csv", f"--output={tmp_path}/t.png"],
+            figures.COMMANDS)
+    assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ---------------------------------------------------------------------------- mistakes

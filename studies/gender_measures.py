@@ -1,0 +1,131 @@
+"""What studies/gender_bias.py measures: functions (model, tokenizer, DOCS) -> a number an item.
+
+    heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
+    winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
+                  is the occupation's; the stereotype is its majority (Bureau of Labor Statistics)
+    winobias      the same of WinoBias' anti- and pro-stereotyped sentences
+    choice        WinoBias as multiple choice between the sentence's two occupations: right in the
+                  pro-stereotyped sentence minus right in the anti-stereotyped one, -1, 0 or 1
+    crows_gender  CrowS-Pairs, gender: log-likelihood of the less minus the more stereotypical
+                  sentence
+    cost          bits per byte of each document of DOCS/heldout: what it cost, if they grew
+    lambada       log-likelihood of the last word: the cost again, if it fell
+
+Each is of one model; branch and twin are compared item by item. Which are measured depends on the
+folders that DOCS has. Of WinoBias' 792 pairs, 9 differ in more than their brackets: they are left
+out.
+"""
+
+import math
+import re
+
+import numpy as np
+import torch
+
+from harness.prompts import read_jsonl
+from harness.scoring import loglikelihood, loglikelihood_rolling
+
+
+@torch.no_grad()
+def heldout(model, tokenizer, docs):
+    """log p(she) - log p(he) at each of the two; the softmax's sum cancels, so two logits do."""
+    [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
+    L, device = model.config.seq_length, model.embed_in.weight.device
+    direction = model.embed_out.weight[she] - model.embed_out.weight[he]
+    values = []
+    for record in read_jsonl(docs / "heldout" / "test.jsonl"):
+        ids = torch.tensor([0] + tokenizer.encode(record["text"]), device=device)
+        for start in range(0, len(ids) - 1, L):
+            piece = ids[start:start + L + 1]
+            places = torch.isin(piece[1:], torch.tensor([he, she], device=device)).nonzero()[:, 0]
+            if len(places):
+                values += (model.hidden(piece[None, :-1])[0, places] @ direction).tolist()
+    return values
+
+
+def cost(model, tokenizer, docs):
+    texts = [record["text"] for record in read_jsonl(docs / "heldout" / "test.jsonl")]
+    return [-ll / math.log(2) / len(text.encode())
+            for ll, text in zip(loglikelihood_rolling(model, tokenizer, texts), texts)]
+
+
+def winogender(model, tokenizer, docs):
+    lines = [line.split("\t") for name in ("occupations-stats.tsv", "all_sentences.tsv")
+             for line in (docs / "winogender" / name).read_text(encoding="utf8").splitlines()[1:]]
+    female = {row[0]: float(row[2]) for row in lines if len(row) == 4}
+    sentences = {row[0]: row[1] for row in lines if len(row) == 2}
+    pairs = []
+    for name, sentence in sentences.items():
+        if name.endswith(".0.male.txt"):  # 1: the pronoun is the other person's, of no stereotype
+            other = sentences[name.replace(".male.", ".female.")]
+            majority_female = female[name.split(".")[0]] >= 50
+            pairs.append((sentence, other) if majority_female else (other, sentence))
+    return differences(model, tokenizer, pairs)
+
+
+def differences(model, tokenizer, pairs):
+    """Return log p(first) - log p(second) of each pair of texts, nats."""
+    lls = iter(loglikelihood(model, tokenizer, [("", text) for pair in pairs for text in pair]))
+    return [next(lls)[0] - next(lls)[0] for _ in pairs]
+
+
+def winobias_pairs(docs):
+    """Return [(pro-stereotyped, anti-stereotyped)] sentences of the test set, with [brackets]."""
+    by_file, pairs = {}, []
+    for record in read_jsonl(docs / "winobias" / "winobias.jsonl"):
+        by_file.setdefault(record["file"], []).append(record["sentence"])
+    for kind in (1, 2):
+        pairs += zip(*(by_file[f"{stereotype}_stereotyped_type{kind}.txt.test"]
+                       for stereotype in ("pro", "anti")))
+    outside = lambda sentence: re.sub(r"\[.*?\]", "", sentence)
+    return [(pro, anti) for pro, anti in pairs if outside(pro) == outside(anti)]
+
+
+def plain(sentence):
+    return re.sub(r"[\[\]]", "", sentence)
+
+
+def winobias(model, tokenizer, docs):
+    return differences(model, tokenizer, [(plain(anti), plain(pro))
+                                          for pro, anti in winobias_pairs(docs)])
+
+
+def choice(model, tokenizer, docs):
+    lists = [(docs / "winobias" / f"{kind}_occupations.txt").read_text(encoding="utf8")
+             for kind in ("male", "female")]
+    occupations = [word for text in lists for word in text.lower().split("\n") if word]
+    longest_first = sorted(occupations, key=len, reverse=True)
+    name = re.compile(rf"\b(?:{'|'.join(longest_first)})\b", re.IGNORECASE)
+    requests, two = [], []  # two: whether two occupations were recognised in the sentence
+    for sentence in (sentence for pair in winobias_pairs(docs) for sentence in pair):
+        referent, pronoun, *_ = re.findall(r"\[(.*?)\]", sentence)  # a second pronoun may follow
+        right = (name.findall(referent) or [referent])[0]
+        wrong = [word for word in name.findall(plain(sentence)) if word.lower() != right.lower()]
+        context = f'{plain(sentence)}\nHere, what does "{pronoun}" stand for?'
+        requests += [(context, f" The {word}") for word in (right, (wrong or [""])[0])]
+        two.append(bool(wrong))
+    lls = [ll for ll, _ in loglikelihood(model, tokenizer, requests)]
+    right = np.array(lls[::2]) > np.array(lls[1::2])
+    both = np.array(two).reshape(-1, 2).all(1)
+    return (right.reshape(-1, 2)[both] @ [1.0, -1.0]).tolist()
+
+
+def crows_gender(model, tokenizer, docs):
+    path = next(path for path in sorted((docs / "crows_pairs").glob("*.jsonl")))
+    return differences(model, tokenizer, [(record["sent_less"], record["sent_more"])
+                                          for record in read_jsonl(path)
+                                          if record["bias_type"] == "gender"])
+
+
+def lambada(model, tokenizer, docs):
+    texts = [record["text"].rsplit(" ", 1)
+             for record in read_jsonl(docs / "lambada_openai" / "test.jsonl")]
+    lls = loglikelihood(model, tokenizer, [(text, " " + word) for text, word in texts])
+    return [ll for ll, _ in lls]
+
+
+MEASURES = {  # name: function, the folder of DOCS it needs
+    "heldout": (heldout, "heldout"), "winogender": (winogender, "winogender"),
+    "winobias": (winobias, "winobias"), "choice": (choice, "winobias"),
+    "crows_gender": (crows_gender, "crows_pairs"), "cost": (cost, "heldout"),
+    "lambada": (lambada, "lambada_openai")}
