@@ -12,16 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from config import command
-from plots import pyplot, read_csv
-
-
-def finish(plt, figure, panels, output):
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
-    print(output)
+from plots import finish, pyplot, read_csv
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ def term_frequency(options):
                      ylabel=labels[metric], title=f"{task}, {shots}-shot")
     panels[0, 0].legend(frameon=False)
     figure.suptitle(model)
-    finish(plt, figure, panels, options.output)
+    finish(figure, options.output)
 
 
 def numbers(rows, name):
@@ -92,7 +83,7 @@ def memorization(folder, output):
     panels[0, 0].set(ylabel="tokens right before the first miss")
     panels[1, 0].set(ylabel="memorized rows of a window")
     panels[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    finish(plt, figure, panels, output)
+    finish(figure, output)
 
 
 def quantiles(axes, rows):
@@ -151,7 +142,7 @@ def differences(path, output):
         axes.plot(step, value, color="tab:blue", marker="o", markersize=4)
         axes.set(xlabel="step", ylabel="branch - twin" + units.get(measure, " (nats)"),
                  title=f"{measure}, {items}, {seeds}")
-    finish(plt, figure, panels, output)
+    finish(figure, output)
 
 
 def count(n, noun):
