@@ -160,6 +160,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     with open(child / "interventions.csv") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
 
+    (tmp_path / "heldout").mkdir()  # other documents
     with pytest.raises(ValueError, match="docs was .* name another --output"):
         measure(replace(options, docs=str(tmp_path)))
     # A published pair is two checkpoint folders: its name is the model's, not the step's.
