@@ -229,7 +229,9 @@ class Pythia(nn.Module):
     def __init__(self, config, seed=1234):
         super().__init__()
         self.config = config
-        self.embed_in = nn.Embedding(config.vocab_size, config.d_model)
+        # Given its weight: drawing one on the meta device would import torch._dynamo, 2 seconds.
+        self.embed_in = nn.Embedding(config.vocab_size, config.d_model,
+                                     _weight=torch.empty(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_layer_norm = nn.LayerNorm(config.d_model)
         self.embed_out = nn.Linear(config.d_model, config.vocab_size, bias=False)  # not tied
