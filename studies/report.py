@@ -37,8 +37,8 @@ class Report:
     suite: str = "runs/suite"  # folder of studies/suite.py
 
 
-def table(header, rows):
-    """Return an HTML table; numbers short."""
+def table(header, rows, fold=True):
+    """Return an HTML table, numbers short; a long one is folded."""
     def cell(value):
         try:
             number = float(value)
@@ -50,7 +50,7 @@ def table(header, rows):
     lines += ["".join(f"<td>{cell(value)}</td>" for value in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     whole = f'<div class="table"><table>{body}</table></div>'
-    return whole if len(rows) <= 8 else (
+    return whole if len(rows) <= 8 or not fold else (
         f"<details><summary>{len(rows)} rows of numbers</summary>{whole}</details>")
 
 
@@ -77,14 +77,13 @@ def interval(row):
     low, high = float(row["low"]), float(row["high"])
     verdict = ("different from zero" if low > 0 or high < 0 else
                "not to be told from zero at this scale")
-    return f"{float(row['difference']):+.3f} [{low:+.3f}, {high:+.3f}], {verdict}"
+    return f"{float(row['difference']):+.3g} [{low:+.3g}, {high:+.3g}], {verdict}"
 
 
 def with_error(row):
-    """Say a mean matched length, its standard error over passages, and what it is of."""
+    """Say a mean matched length with its standard error over passages; one passage has none."""
     error = f" ± {float(row['stderr']):.2f}" if row["stderr"] else ""
-    return (f"{float(row['mean_length']):.2f}{error} ({row['subset']}: {count(row['n'], 'row')}, "
-            f"{count(row['passages'], 'passage')})")
+    return f"{float(row['mean_length']):.2f}{error}"
 
 
 def training(out, steps):
@@ -127,105 +126,109 @@ def memorization(out, steps):
                       columns(folder / "early.csv", (
                           "model", "step", "memorized", "memorized_last", "both", "precision",
                           "recall"))]
+    lengths, repeats = what_is_memorized(out, steps)
     return beside(
-        "Memorized rows in windows of 512 rows fit a Poisson distribution, so when a row was seen does "
-        "not matter for whether it is memorized (k = l = 32).",
-        f"Eight right tokens in a row count as memorized, in windows of 64 rows. "
-        f"{what_is_memorized(out, steps)} {is_it_poisson(out, steps)}") + "".join(parts)
+        "Memorized rows in windows of 512 rows fit a Poisson distribution, so when a row was seen "
+        "does not matter for whether it is memorized (k = l = 32).",
+        "Eight right tokens in a row count as memorized, in windows of 64 rows; counts per window are "
+        f"below. {repeats} Repeats are spread over the windows by the shuffle, so such counts show the "
+        "shuffle, and not when a row was learnt: position cannot be tested on repeated passages. It "
+        "is tested on prose that comes once.") + "".join([
+            "<h3>Tokens right of 32, by text</h3><p>With the standard error over passages: the copies "
+            "of one are not independent, and one passage has none.</p>", lengths,
+            "<h3>Counts per window, and place in the order</h3><p>Dispersion is the counts' variance "
+            "over their mean, 1 for a Poisson process, 1 - mean / window if rows are memorized each by "
+            "itself. Slope is what the matched length of prose gains from the first row of training to "
+            "the last.</p>", is_it_poisson(out, steps), *parts])
 
 
 def what_is_memorized(out, steps):
-    """Say matched lengths by subset, the declared repeats' share, the deduplicated run, the control."""
-    rates = {corpus: [row for row in read_csv(out / f"memorization_{corpus}" / "rates.csv")
-                      if row["step"] == str(steps) and row["rows"] != "after this checkpoint"]
-             for corpus in ("standard", "deduped", "control")}
+    """Return a table of matched lengths by text, and how many memorized rows are declared repeats."""
+    rates = {}  # (run, text): row
+    for corpus in ("standard", "deduped", "control"):
+        for row in read_csv(out / f"memorization_{corpus}" / "rates.csv"):
+            if row["step"] == str(steps) and row["rows"] != "after this checkpoint":
+                text = row["subset"] if corpus != "control" else "never trained on"
+                rates.setdefault((row["model"], text), row)  # of the control its first, all
+    runs = sorted({name for name, _ in rates}, key=lambda name: (name[:1] == "d", natural(name)))
+    texts = sorted({text for name, text in rates if name == runs[0]}, key=natural)
+    repeated = [text for text in texts if text.startswith("repeated")]
+    others = [text for text in texts if text not in (*repeated, "all", "never trained on")]
+    lines = []
+    for text in (*reversed(repeated), *others, "never trained on"):
+        first = rates[runs[0], text]
+        lines.append((text, first["n"], first["passages"], *(
+            with_error(rates[name, text]) if (name, text) in rates else "" for name in runs)))
     said = []
-    for model in sorted({row["model"] for row in rates["standard"]}, key=natural):
-        mine = {row["subset"]: row for row in rates["standard"] if row["model"] == model}
-        repeats = [row for name, row in mine.items() if name.startswith("repeated")]
-        in_repeats, total = sum(int(row["memorized"]) for row in repeats), mine["all"]["memorized"]
-        shown = [*sorted(repeats, key=lambda row: natural(row["subset"]), reverse=True), mine[PROSE]]
-        twin = model.replace("standard", "deduped")
-        deduped = [float(row["mean_length"]) for row in rates["deduped"]
-                   if row["model"] == twin and row["subset"] != "all"]
-        control = next(row for row in rates["control"]
-                       if (row["model"], row["subset"]) == (model, "all"))
-        said.append(
-            f"{model}: {', '.join(map(with_error, shown))}; never trained on: {with_error(control)}; "
-            f"{twin}: {min(deduped):.2f} to {max(deduped):.2f} in every subset. Of its {total} "
-            f"memorized rows {in_repeats} lie within declared repeats.")
-    return ("Tokens right of 32, with the standard error over passages (the copies of one are not "
-            f"independent; one passage has none): {' '.join(said)}")
+    for name in runs:
+        within = sum(int(rates[name, text]["memorized"]) for text in repeated if (name, text) in rates)
+        said.append(f"{within} of {rates[name, 'all']['memorized']} ({name})")
+    return (table(("text", "rows", "passages", *runs), lines, fold=False),
+            f"Of the memorized rows, as many lie within declared repeats: {', '.join(said)}.")
 
 
 def is_it_poisson(out, steps):
-    """Say dispersion beside the binomial's, and what is known of position."""
-    read = lambda name: [row for row in read_csv(out / "memorization_standard" / name)
-                         if row["step"] == str(steps)]
-    counts = "; ".join(
-        f"{row['model']}: {float(row['mean']):.1f} a window, dispersion {float(row['statistic']):.2f}, "
-        f"binomial {float(row['binomial']):.2f}, Poisson 1 (p = {float(row['p']):.2g})"
-        for row in sorted(read("poisson.csv"), key=lambda row: natural(row["model"]))
-        if row["window"] == "64" and row["test"] == "dispersion" and row["p"])
-    places = "; ".join(
-        f"{row['model']}: {float(row['slope']):+.2f} ± {float(row['stderr']):.2f} tokens "
-        f"(p = {float(row['p']):.2g}, {row['n']} rows)"
-        for row in sorted(read("position.csv"), key=lambda row: natural(row["model"]))
-        if row["subset"] == PROSE and row["p"])
-    return (
-        f"Counts: {counts or 'nothing was memorized'}. Dispersion is the counts' variance over their "
-        "mean. Repeats are spread over the windows by the shuffle, so these counts show the shuffle of "
-        "the repeats, and not when a row was learnt: position cannot be tested on repeated passages. "
-        f"On prose that comes once, from the first row of training to the last: "
-        f"{places or 'no token was right'}.")
+    """Return a table of the standard runs: dispersion, what it would be, and the slope on prose."""
+    lines = {}
+    for row in read_csv(out / "memorization_standard" / "poisson.csv"):
+        if (row["step"], row["window"], row["test"]) == (str(steps), "64", "dispersion"):
+            lines[row["model"]] = [row[name] for name in ("n", "mean", "statistic", "p", "binomial")]
+    for row in read_csv(out / "memorization_standard" / "position.csv"):
+        if (row["step"], row["subset"]) == (str(steps), PROSE):
+            lines[row["model"]] += [row[name] for name in ("n", "slope", "stderr", "p")]
+    return table(("run", "windows", "memorized rows in one", "dispersion", "p of Poisson", "binomial",
+                  "rows of prose", "slope", "its stderr", "p of no slope"),
+                 [(model, *lines[model]) for model in sorted(lines, key=natural)], fold=False)
 
 
 def gender(out):
-    parts, final = [], {}
-    for folder in sorted(out.glob("gender_pronouns_*/gender_bias.csv")):
-        folder = folder.parent
+    parts, final = [], []
+    for folder in sorted(path.parent for path in out.glob("gender_pronouns_*/gender_bias.csv")):
         name, rows = folder.name.removeprefix("gender_"), read_csv(folder / "gender_bias.csv")
-        last, seeds = max(int(row["step"]) for row in rows), count(rows[0]["seeds"], "seed")
-        final[name] = f"{name}, {seeds}: " + "; ".join(
-            f"{row['measure']} {interval(row)} (n = {row['items']} items)"
-            for row in rows if int(row["step"]) == last)
-        parts += [f"<h3>{name} ({seeds})</h3>", image(out / f"{folder.name}.png", name),
+        last = max(int(row["step"]) for row in rows)
+        final += [(name, row["measure"], interval(row), row["items"], row["seeds"])
+                  for row in rows if int(row["step"]) == last]
+        parts += [f"<h3>{name} ({count(rows[0]['seeds'], 'seed')})</h3>",
+                  image(out / f"{folder.name}.png", name),
                   columns(folder / "gender_bias.csv", (
                       "measure", "step", "seeds", "items", "twin", "branch", "difference", "low",
                       "high"))]
     return beside(
         "With masculine pronouns made feminine in the last 7 % or 21 % of training, bias on WinoBias "
         "and CrowS-Pairs falls, most in the largest models, and LAMBADA hardly suffers.",
-        "In the last quarter, against twins of the same checkpoints; intervals over items and seeds, "
-        "of one seed over items only. heldout is log p(she) - log p(he), cost the held-out text's bits "
-        f"per byte, which grow if the intervention cost something. {'. '.join(final.values())}. "
-        "pronouns_as_pushed is the code as it was pushed to gpt-neox.") + "".join(parts)
+        "In the last quarter, against twins of the same checkpoints. Intervals are over items and "
+        "seeds; those of one seed over items only, so they do not tell what another seed would do. "
+        "pronouns_as_pushed is the code as it was pushed to gpt-neox.") + "".join([
+            "<h3>Branch minus twin at the end</h3><p>heldout is log p(she) - log p(he), cost the "
+            "held-out text's bits per byte, which grow if the intervention cost something.</p>",
+            table(("intervention", "measure", "difference", "items", "seeds"), final, fold=False),
+            *parts])
 
 
 def terms(out):
     gaps, bins = read_csv(out / "terms_gaps.csv"), read_csv(out / "terms_bins.csv")
     experiment = {row["terms"]: row for row in read_csv(out / "terms_compare.csv")}
-    last, said = max(int(row["step"]) for row in gaps), []
+    last, lines = max(int(row["step"]) for row in gaps), []
     for gap in (row for row in gaps if int(row["step"]) == last):
         mine = [row for row in bins if row["bins"] == "quantile"
                 and (row["model"], row["step"]) == (gap["model"], gap["step"])]
         right = sum(int(row["n"]) * float(row["acc"]) for row in mine) / int(gap["n"])
-        said.append(f"{gap['model']}: {right:.1%} of the sums right; log-probability of the right "
-                    "answer, most minus least frequent tenth of the operands: " + interval({
-                        "difference": gap["logprob_gap"], "low": gap["logprob_low"],
-                        "high": gap["logprob_high"]}))
+        lines.append((gap["model"], f"{right:.1%}", interval({
+            "difference": gap["logprob_gap"], "low": gap["logprob_low"], "high": gap["logprob_high"]})))
     difference = experiment["chosen minus others"]
     return beside(
-        "The correlation of arithmetic with operands' frequency shows from 2.8B parameters on, and the "
-        "gap between frequent and rare operands grows with training.",
-        "Sums whose first operands have frequencies that do not depend on their size. "
-        f"{'. '.join(said)}. The experiment: rows with the sums of {experiment['chosen']['n']} rare "
-        "operands come three more times in the second half; what that changed for their sums, less "
-        f"what it changed for others: {interval(difference)} "
-        f"({count(difference['seeds'], 'seed')}).") + "".join([
+        "The correlation of arithmetic with operands' frequency shows from 2.8B parameters on, and "
+        "the gap between frequent and rare operands grows with training.",
+        "Sums whose operands have frequencies that do not depend on their size. The experiment: rows "
+        f"with the sums of {experiment['chosen']['n']} rare operands come three more times in the "
+        "second half. What that changed for their sums, less what it changed for others: "
+        f"{interval(difference)} ({count(difference['seeds'], 'seed')}).") + "".join([
+            "<h3>Most minus least frequent tenth of the operands, at the end</h3>",
+            table(("run", "sums right", "log-probability of the right answer, difference"), lines,
+                  fold=False),
             image(out / "terms.png", "term frequency"),
             table(gaps[0], [list(row.values()) for row in gaps]),
-            "<h3>branch against twin, log-probability of the right answer</h3>",
+            "<h3>Branch minus twin, log-probability of the right answer</h3>",
             columns(out / "terms_compare.csv", (
                 "terms", "step", "seeds", "n", "difference", "low", "high"))])
 

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from studies.corpus import operand_weights
+from studies.corpus import operand_weights, sums
 from studies.suite import TERMS, SuiteConfig, stages
 
 
@@ -30,6 +31,9 @@ def test_how_often_an_operand_comes_does_not_tell_its_size():
     rank = weights.argsort().argsort()
     assert abs(np.corrcoef(rank, np.arange(100))[0, 1]) < 0.2
     assert all(rank[term] < 30 for term in TERMS) and np.ptp(TERMS) > 80 and 40 < np.mean(TERMS) < 60
+    seen = Counter(number for x1, x2 in sums() for number in (x1, x2, x1 + x2))  # as counted, plain
+    rank = np.array([seen[x1] for x1 in range(100)]).argsort().argsort()
+    assert abs(np.corrcoef(rank, np.arange(100))[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize("module, flags, words", [
