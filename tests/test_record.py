@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 
 from checkpoints import load_model, saved_steps
