@@ -9,16 +9,20 @@
     python bench.py memorization --size=70m
     python bench.py eval --docs=DIR          # needs lm_eval and accelerate
 
-train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of transformers'
-GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a process of its own,
-so that peak memory is its own too, and they take turns, so that a noisy machine is noisy to all.
-start: seconds from the command to the end of the first step, and reading a batch beside computing it.
+train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of
+    transformers' GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a
+    process of its own, so that peak memory is its own too, and they take turns, so that a noisy
+    machine is noisy to all.
+start: seconds from the command to the end of the first step, and reading a batch beside computing
+    it.
 growth: time and memory of a step as width, depth, length and batch double, beside what is expected.
-tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the same.
+tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the
+    same.
 find: a text searched in a token file of --gigabytes, the given one over and over.
-memorization: rows scored for (32, 32), beside transformers' generate; rows that miss at once, and rows that
-    the model continues rightly to the end, the worst case.
-checkpoints: float32 weights to the disk (ours hashes them too), and published float16 ones into a model.
+memorization: rows scored for (32, 32), beside transformers' generate; rows that miss at once, and
+    rows that the model continues rightly to the end, the worst case.
+checkpoints: float32 weights to the disk (ours hashes them too), and published float16 ones into a
+    model.
 """
 
 import os

@@ -84,8 +84,9 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
         return _WRITER.submit(lambda: None)
     parameters = dict(model.named_parameters())
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
+    # There are none before the first update.
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
-               for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}  # none before the first update
+               for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}
     (shards, notes), (others, more) = (split(stem, contents, SHARD_BYTES) for stem, contents in
                                        (("model", weights), ("optimizer", moments)))
     shards |= others
@@ -147,9 +148,9 @@ def _meet():
 def own_share(files, rank, count, copy):
     """Return the files that this process writes, {file name: {name: whole tensor}}.
 
-    Every process calls. The files go round the processes. Sharded tensors are gathered one at a time
-    and kept, in host memory, by the process that writes them, so that none of several ever holds a
-    whole copy.
+    Every process calls. The files go round the processes. Sharded tensors are gathered one at a
+    time and kept, in host memory, by the process that writes them, so that none of several ever
+    holds a whole copy.
     """
     mine = {name: {} for i, name in enumerate(files) if i % count == rank}
     for file, contents in files.items():

@@ -52,17 +52,21 @@ def parse(argv, *schemas):
     Raises SystemExit(2), after one line that says what was found and expected, on an unknown name,
     a value of the wrong type, an unreadable file or a missing setting without a default.
     """
-    fields = {field.name: (field, schema) for schema in schemas for field in dataclasses.fields(schema)}
-    assert len(fields) == sum(len(dataclasses.fields(s)) for s in schemas), "two schemas share a name"
+    fields = {field.name: (field, schema)
+              for schema in schemas for field in dataclasses.fields(schema)}
+    assert len(fields) == sum(len(dataclasses.fields(s)) for s in schemas), (
+        "two schemas share a name")
     if {"--help", "-h"} & set(argv):
-        declared = [kind for schema in schemas for kind in reversed(schema.__mro__) if kind is not object]
+        declared = [kind for schema in schemas for kind in reversed(schema.__mro__)
+                    if kind is not object]
         # A declaration is its own manual; what it checks is not.
         print("\n\n".join(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip()
                           for kind in declared))
         sys.exit(0)
     values = {}
     for argument in argv:
-        if argument[:2] == "--" and argument[2:] in fields and fields[argument[2:]][0].type in (bool, "bool"):
+        if (argument[:2] == "--" and argument[2:] in fields
+                and fields[argument[2:]][0].type in (bool, "bool")):
             argument += "=True"  # --push
         where, settings = ("command line", _flag(argument)) if argument.startswith("-") else (
             argument, _file(argument))
@@ -87,8 +91,8 @@ def parse(argv, *schemas):
 def command(argv, commands):
     """Run `commands[argv[0]] = (schema, function)` on the rest of `argv`: `data.py view --step=3`.
 
-    A third entry names the settings that may come without a flag: "source output" makes `import A B`
-    mean `import --source=A --output=B`, and "folders..." joins all with commas.
+    A third entry names the settings that may come without a flag: "source output" makes
+    `import A B` mean `import --source=A --output=B`, and "folders..." joins all with commas.
     """
     if not argv or argv[0] not in commands:
         listing = "\n".join(f"  {name:10} {function.__doc__.strip().splitlines()[0]}"
@@ -120,8 +124,8 @@ def run(function, *arguments):
     try:
         return function(*arguments)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error),
-             everywhere=False)
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror
+             else str(error), everywhere=False)
     except ValueError as error:
         fail(str(error), everywhere=False)
     except (OverflowError, MemoryError) as error:
@@ -160,7 +164,7 @@ def _types(entry):
 
 
 def _typed(where, name, value, allowed):
-    """Return `value` as one of the `allowed` types. 3e11 fills an int, 1 a float, None a `str | None`."""
+    """Return `value` as an `allowed` type. 3e11 fills an int, 1 a float, None a `str | None`."""
     if isinstance(value, _Text):
         text = str(value)
         try:

@@ -1,4 +1,4 @@
-"""The Pile's order: Megatron token files, gpt-neox's shuffle, and batches that are functions of the step.
+"""The Pile's order: Megatron token files, gpt-neox's shuffle, batches as functions of the step.
 
     python data.py tokenize --input=a.jsonl,b.txt --output=data/train
     python data.py order    --data=data/train --steps=143000 --batch_size=1024 [--report=71500]
@@ -8,8 +8,8 @@
     python data.py verify   --data=data/pile/document --hashes=shard_hashes.txt
     python data.py dedup    --input=a.jsonl --output=b.jsonl
 
-PREFIX.bin holds the tokens of all documents, little-endian, one after the other, with no header; or,
-as published, in pieces PREFIX-00000-of-000NN.bin, of which there are NN + 1.
+PREFIX.bin holds the tokens of all documents, little-endian, one after the other, with no header;
+or, as published, in pieces PREFIX-00000-of-000NN.bin, of which there are NN + 1.
 PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_dataset.py):
 
     offset   bytes  content
@@ -45,7 +45,7 @@ from config import command, replacing
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER_BYTES = 34
-MASKED = -100  # the id of padding in a row that an intervention made: no input, and nothing to learn
+MASKED = -100  # the id of padding in a row that an intervention made: no input, nothing to learn
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 
 
@@ -64,7 +64,7 @@ def read_json(path):
 
 
 class TokenFile:
-    """Memory-mapped reader of PREFIX.idx and its .bin: len() documents, read(document, start, stop).
+    """Memory-mapped reader of PREFIX.idx and .bin: len() documents, read(document, start, stop).
 
     Raises ValueError, naming the file and what is wrong with it, OSError if it cannot be opened.
     """
@@ -88,20 +88,22 @@ class TokenFile:
         expected = HEADER_BYTES + 12 * count + 8 * doc_count
         if idx_bytes != expected:
             raise ValueError(f"{idx}: {idx_bytes:,} bytes, but its header ({count:,} sequences, "
-                             f"{doc_count:,} doc_idx entries) wants {expected:,}: truncated or damaged")
+                             f"{doc_count:,} doc_idx entries) wants {expected:,}: truncated or "
+                             "damaged")
         if count == 0:
             raise ValueError(f"{idx}: holds no documents")
         self.dtype = np.dtype(DTYPES[header[17]]).newbyteorder("<")
         self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
         # Python ints and int64 throughout: 600 GB of tokens are beyond 2^31 and 2^32.
-        self.n_tokens = (int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize) // self.dtype.itemsize
+        self.n_tokens = ((int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize)
+                         // self.dtype.itemsize)
         if self.n_tokens <= 0:
             raise ValueError(f"{idx}: describes no tokens")
         self.shards, self.shard_paths = self._open_shards()
 
     def _open_shards(self):
-        """Return the first token of each shard (and the end), and {shard number: path} of those present."""
+        """Return each shard's first token (and the end); {shard number: path} of those present."""
         expected = self.n_tokens * self.dtype.itemsize
         single = f"{self.prefix}.bin"
         pieces = {}
@@ -114,8 +116,8 @@ class TokenFile:
         lasts = {last for _, last in pieces.values()}
         if len(lasts) > 1 or max(pieces) > max(lasts):
             raise ValueError(f"{self.prefix}-*-of-*.bin: pieces of {len(lasts)} different sets")
-        # "of" is the number of the last piece. All are equally long but the last, so that a piece that
-        # is not there need not be: its tokens alone are out of reach.
+        # "of" is the number of the last piece. All are equally long but the last, so that a piece
+        # that is not there need not be: its tokens alone are out of reach.
         [last] = lasts
         some = min(pieces)
         length = os.path.getsize(pieces[some][0])
@@ -126,12 +128,14 @@ class TokenFile:
             self._check_size(path, bounds[number + 1] - bounds[number])
         if length % self.dtype.itemsize:
             raise ValueError(f"{pieces[some][0]}: {length:,} bytes do not hold whole tokens")
-        return [bound // self.dtype.itemsize for bound in bounds], {n: path for n, (path, _) in pieces.items()}
+        return ([bound // self.dtype.itemsize for bound in bounds],
+                {n: path for n, (path, _) in pieces.items()})
 
     def _check_size(self, path, expected):
         found = os.path.getsize(path)
         if found != expected:
-            raise ValueError(f"{path}: {found:,} bytes, but {self.prefix}.idx describes {expected:,}: "
+            raise ValueError(f"{path}: {found:,} bytes, but {self.prefix}.idx describes "
+                             f"{expected:,}: "
                              + ("truncated" if found < expected else "not the file of this index"))
 
     def __len__(self):
@@ -139,16 +143,18 @@ class TokenFile:
 
     def require_uint16(self):
         if self.dtype != np.dtype("<u2"):
-            raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16 as Pythia's")
+            raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16 as "
+                             "Pythia's")
 
     def read(self, document, start=0, stop=None):
-        """Return tokens start..stop (to the end if None) of a document, without copying where it can."""
+        """Return tokens start..stop (None: the end) of a document, without copying where it can."""
         size, pointer = int(self.sizes[document]), int(self.pointers[document])
         stop = size if stop is None else stop
         first, rest = divmod(pointer, self.dtype.itemsize)
-        if rest or not (0 <= start <= stop <= size and 0 <= first and first + size <= self.n_tokens):
-            raise ValueError(f"{self.prefix}.idx: document {document} (pointer {pointer}, size {size}) "
-                             f"cannot give tokens {start}..{stop}: damaged index")
+        if rest or not (0 <= start <= stop <= size
+                        and 0 <= first and first + size <= self.n_tokens):
+            raise ValueError(f"{self.prefix}.idx: document {document} (pointer {pointer}, size "
+                             f"{size}) cannot give tokens {start}..{stop}: damaged index")
         return self.slice(first + start, first + stop)
 
     def slice(self, first, stop):
@@ -163,13 +169,13 @@ class TokenFile:
         maps = self.__dict__.setdefault("_maps", {})
         if shard not in maps:
             if shard not in self.shard_paths:
-                raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.shards) - 2:05}.bin: not there, "
-                                 "and what was asked for lies in it")
+                raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.shards) - 2:05}.bin: not "
+                                 "there, and what was asked for lies in it")
             with open(self.shard_paths[shard], "rb") as file:
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if self.scattered and hasattr(memory, "madvise"):
-                # Otherwise every row makes the system read 128 KB around it: with a file larger than
-                # memory a step of 1024 rows took 14 s instead of 0.04.
+                # Otherwise every row makes the system read 128 KB around it: with a file larger
+                # than memory a step of 1024 rows took 14 s instead of 0.04.
                 memory.madvise(mmap.MADV_RANDOM)
             maps[shard] = np.frombuffer(memory, self.dtype)
         return maps[shard]
@@ -181,9 +187,10 @@ class TokenFile:
 def build_order(sizes, seq_length, num_samples, seed, block=1 << 24):
     """Return gpt-neox's (doc_idx, sample_idx, shuffle_idx) over documents of `sizes` tokens.
 
-    doc_idx (epochs * documents,) int32: all epochs' copies of every document in ONE shuffle. gpt-neox
-        v1.0 has no separate last epoch, so a run of 1.5 epochs is not "one pass, then half of
-        another": some documents come twice before others come once (`order --report` counts them).
+    doc_idx (epochs * documents,) int32: all epochs' copies of every document in ONE shuffle.
+        gpt-neox v1.0 has no separate last epoch, so a run of 1.5 epochs is not "one pass, then half
+        of another": some documents come twice before others come once (`order --report` counts
+        them).
     sample_idx (samples + 1, 2) int32: where in doc_idx, and at which token of that document, each
         sample begins. A sample is seq_length + 1 tokens and the next one begins on its last.
     shuffle_idx (samples,) uint32: the order in which the samples are served.
@@ -203,7 +210,8 @@ def build_order(sizes, seq_length, num_samples, seed, block=1 << 24):
     sample, tokens_before = 1, 0  # sample 0 begins at (0, 0), even if that document is empty
     for start in range(0, len(doc_idx), block):
         ends = tokens_before + np.cumsum(sizes[doc_idx[start:start + block]], dtype=np.int64)
-        until = min(n_samples, (int(ends[-1]) - 1) // seq_length) + 1  # samples that begin in this block
+        # The samples that begin in this block.
+        until = min(n_samples, (int(ends[-1]) - 1) // seq_length) + 1
         first_tokens = np.arange(sample, until, dtype=np.int64) * seq_length
         position = np.searchsorted(ends, first_tokens, side="right")
         sample_idx[sample:until, 0] = start + position
@@ -221,7 +229,7 @@ def order_paths(prefix, seq_length, num_samples, seed):
 
 
 def load_order(tokens, seq_length, num_samples, seed):
-    """Return the memory-mapped order of a TokenFile, building its three .npy files if one is missing."""
+    """Return the memory-mapped order of a TokenFile, building its three .npy files if need be."""
     paths = order_paths(tokens.prefix, seq_length, num_samples, seed)
     if not all(map(os.path.exists, paths)):
         check_index(tokens)
@@ -243,7 +251,9 @@ def load_order(tokens, seq_length, num_samples, seed):
 
 
 def samples_fit(tokens, order, seq_length, some=300):
-    """Return whether, of the samples spread over an order, each is seq_length tokens from the next, none served twice."""
+    """Return whether samples spread over an order are seq_length tokens from the next each, and no
+    sample is served twice.
+    """
     doc_idx, sample_idx, shuffle_idx = order
     served = shuffle_idx[np.linspace(0, len(shuffle_idx) - 1, some, dtype=np.int64)]
     for sample in {int(sample) for sample in served}:
@@ -251,7 +261,8 @@ def samples_fit(tokens, order, seq_length, some=300):
             return False
         (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
         documents = doc_idx[first:last + 1]
-        if not 0 <= first <= last < len(doc_idx) or documents.min() < 0 or documents.max() >= len(tokens):
+        if (not 0 <= first <= last < len(doc_idx)
+                or documents.min() < 0 or documents.max() >= len(tokens)):
             return False
         if int(tokens.sizes[documents[:-1]].sum(dtype=np.int64)) + stop - start != seq_length:
             return False
@@ -259,16 +270,18 @@ def samples_fit(tokens, order, seq_length, some=300):
 
 
 def check_index(tokens, block=1 << 24):
-    """Raise ValueError unless every document of a TokenFile follows the one before it, to the end of the file."""
+    """Raise ValueError unless each document of a TokenFile follows the one before, to the end."""
     end = 0
     for start in range(0, len(tokens), block):
         sizes = tokens.sizes[start:start + block].astype(np.int64)
         ends = end + np.cumsum(sizes) * tokens.dtype.itemsize
-        bad = np.flatnonzero((sizes < 0) | (tokens.pointers[start:start + block] != ends - sizes * tokens.dtype.itemsize))
+        bad = np.flatnonzero((sizes < 0) | (
+            tokens.pointers[start:start + block] != ends - sizes * tokens.dtype.itemsize))
         if len(bad):
             document = start + int(bad[0])
-            raise ValueError(f"{tokens.prefix}.idx: document {document:,} has size {tokens.sizes[document]} and "
-                             f"pointer {tokens.pointers[document]}, which do not follow the one before")
+            raise ValueError(f"{tokens.prefix}.idx: document {document:,} has size "
+                             f"{tokens.sizes[document]} and pointer {tokens.pointers[document]}, "
+                             "which do not follow the one before")
         end = int(ends[-1])
 
 
@@ -281,12 +294,12 @@ def load_npy(path):
 
 
 def samples_needed(steps, batch_size):
-    """Return gpt-neox's num_samples: half a percent more than the run consumes (147,164,160 for Pythia)."""
+    """Return gpt-neox's num_samples: 0.5 % more than the run consumes (147,164,160 for Pythia)."""
     return math.ceil(steps * batch_size * 1.005)
 
 
 class OrderedData:
-    """Rows of seq_length + 1 tokens in training order. Holds no state: the same call, the same rows.
+    """Rows of seq_length + 1 tokens in training order. No state: the same call, the same rows.
 
     Row i of step s is row s * batch_size + i of the order; the update of step s makes checkpoint
     s + 1. A token file whose every sequence is one row long is served as it lies ("preshuffled",
@@ -299,8 +312,9 @@ class OrderedData:
         rows_of = self._tokens_a_row()
         self.preshuffled = rows_of == seq_length + 1
         if rows_of and not self.preshuffled:
-            raise ValueError(f"{self.tokens.prefix}: in training order already, in rows of {rows_of} tokens; "
-                             f"found seq_length = {seq_length}, expected {rows_of - 1}")
+            raise ValueError(f"{self.tokens.prefix}: in training order already, in rows of "
+                             f"{rows_of} tokens; found seq_length = {seq_length}, expected "
+                             f"{rows_of - 1}")
         if not self.preshuffled:
             self.tokens.scattered = True
             self.order = load_order(self.tokens, seq_length, num_samples, seed)
@@ -310,8 +324,9 @@ class OrderedData:
     def _tokens_a_row(self):
         """Return how long the rows of a file in training order are, or 0: documents differ in size.
 
-        By the sum and 1000 of the sizes, since 147 million would take a second. A handful of documents
-        may well be equally long: those are rows only if they are as long as rows are asked to be.
+        By the sum and 1000 of the sizes, since 147 million would take a second. A handful of
+        documents may well be equally long: those are rows only if they are as long as rows are
+        asked to be.
         """
         sizes = self.tokens.sizes
         length = int(sizes[0])
@@ -337,8 +352,8 @@ class OrderedData:
             documents = doc_idx[first:last + 1].tolist()
             sizes = self.tokens.sizes[documents].tolist()
         except (ValueError, IndexError):
-            raise ValueError(f"{self.order_path}: damaged, or one of its two siblings, at row {row:,}; "
-                             "delete them to rebuild") from None
+            raise ValueError(f"{self.order_path}: damaged, or one of its two siblings, at row "
+                             f"{row:,}; delete them to rebuild") from None
         begins, ends = [start] + [0] * (last - first), sizes[:-1] + [stop + 1]
         return [piece for piece in zip(documents, begins, ends) if piece[1] < piece[2]]
 
@@ -346,11 +361,12 @@ class OrderedData:
         """Return the rows (n, seq_length + 1) of these numbers, in the file's dtype."""
         out = np.empty((len(numbers), self.seq_length + 1), dtype=self.tokens.dtype)
         for row, number in zip(out, numbers):
-            np.concatenate([self.tokens.read(*piece) for piece in self.pieces(int(number))], out=row)
+            np.concatenate([self.tokens.read(*piece) for piece in self.pieces(int(number))],
+                           out=row)
         return out
 
     def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
-        """Return this rank's rows of a step as micro-batches, (A, micro_batch_size, seq_length + 1) int64."""
+        """This rank's micro-batches of a step, (A, micro_batch_size, seq_length + 1) int64."""
         numbers = batch_rows(step, batch_size, rank, world_size, micro_batch_size)
         return self.rows(numbers.ravel()).astype(np.int64).reshape(*numbers.shape, -1)
 
@@ -363,16 +379,17 @@ def batch_rows(step, batch_size, rank=0, world_size=1, micro_batch_size=None):
     """
     micro = micro_batch_size or batch_size // world_size
     if micro < 1 or batch_size % (micro * world_size):
-        raise ValueError(f"batch_size = {batch_size} is not a multiple of micro_batch_size * processes "
-                         f"= {micro} * {world_size}")
+        raise ValueError(f"batch_size = {batch_size} is not a multiple of micro_batch_size * "
+                         f"processes = {micro} * {world_size}")
     numbers = np.arange(step * batch_size, (step + 1) * batch_size)
     return numbers.reshape(-1, world_size, micro)[:, rank]
 
 
 def times_seen(data, n_rows):
-    """Return how many documents had a token in 0, 1, 2, ... of their copies among the first n_rows rows."""
+    """Return how many documents had a token in 0, 1, 2, ... copies among the first n_rows rows."""
     doc_idx, sample_idx, shuffle_idx = data.order
-    edges = np.zeros(len(doc_idx) + 1, dtype=np.int32)  # +1 where a served sample begins, -1 after its end
+    # +1 where a served sample begins, -1 after its end.
+    edges = np.zeros(len(doc_idx) + 1, dtype=np.int32)
     for start in range(0, n_rows, 1 << 22):
         samples = shuffle_idx[start:min(start + (1 << 22), n_rows)].astype(np.int64)
         np.add.at(edges, sample_idx[samples, 0], 1)
@@ -432,7 +449,8 @@ def order(options):
                              f"{len(data) // options.batch_size}")
         print(f"before step {options.report:,} ({options.report * options.batch_size:,} rows):")
         for times, documents in enumerate(times_seen(data, options.report * options.batch_size)):
-            print(f"{documents:12,} documents seen {times} times ({documents / len(data.tokens):.1%})")
+            print(f"{documents:12,} documents seen {times} times "
+                  f"({documents / len(data.tokens):.1%})")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Evaluate checkpoints over training, with exactly lm-evaluation-harness's numbers.
 
-    python eval.py --model=RUN --steps=all --tasks=lambada_openai,piqa --docs=DIR --output=results.csv
-    torchrun --standalone --nproc_per_node=8 eval.py ...     # the same numbers, shared out
-    python eval.py tasks --docs=DIR                          # the tasks, and which documents are there
+    python eval.py --model=RUN --steps=all --tasks=lambada_openai,piqa --docs=DIR \\
+        --output=results.csv
+    torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
+    python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
 
 --model is a run folder of ours, one of its step folders, or any GPT-NeoX folder in Hugging Face's
 layout. --docs holds a folder for each task with its documents as distributed, for instance
 DIR/piqa/validation.jsonl. What the CSV already holds is skipped, so the same command goes on.
 
-harness/ has the rules: tasks.py the tasks, prompts.py the shots, metrics.py, scoring.py the model's part.
+harness/ has the rules: tasks.py the tasks, prompts.py the shots, metrics.py, scoring.py the model's
+part.
 """
 
 import csv
@@ -48,7 +50,8 @@ class Job:
     documents: dict  # task or group -> hash of the documents used
     shots: int
     style: str
-    batches: tuple | None = None  # (context length, scoring.plan, number of rows, owners of rolling rows)
+    # (context length, scoring.plan, number of rows, owners of rolling rows)
+    batches: tuple | None = None
 
 
 def prepare(name, docs, shots=0, style="v0.4", limit=None):
@@ -57,7 +60,8 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
     for member in GROUPS[name][0] if name in GROUPS else [name]:
         task = tasks_of(style)[member]
         if shots and not task.pool:
-            raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples to draw")
+            raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
+                             "to draw")
         prompted, documents = prompts(task, docs, shots, style, limit)
         for prefix, question in prompted:
             requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
@@ -70,12 +74,12 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
 
 
 def token_rows(tokenizer, job):
-    """Return scoring.encode_pair's (tokens, n) of each of the job's (context, continuation) requests."""
+    """Return scoring.encode_pair's (tokens, n) of the job's (context, continuation) requests."""
     return [encode_pair(tokenizer, *request, job.style) for request in job.requests]
 
 
 def answer(model, tokenizer, job, progress=None):
-    """Return a result for each request: (log-likelihood, is_greedy), a text, or a log-likelihood."""
+    """Return a result for each request: (log-likelihood, is_greedy), text, or log-likelihood."""
     task, L = job.members[0][1], model.config.seq_length
     if task.kind == "generate":
         return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
@@ -92,7 +96,7 @@ def answer(model, tokenizer, job, progress=None):
 
 
 def measure(job, results):
-    """Return [(task, metric, value, stderr, n)] from the results of a job's requests, a group's own last."""
+    """Return [(task, metric, value, stderr, n)] from the results of a job, a group's own last."""
     rows, results = [], iter(results)
     for name, task, questions in job.members:
         own = [[next(results) for _ in question.requests] for question in questions]
@@ -102,12 +106,12 @@ def measure(job, results):
 
 
 def documents_of(job, task):
-    """Return the hash of a row's documents: a member's own, as if it ran alone, or the whole group's."""
+    """Return the hash of a row's documents: a member's own, as if alone, or the whole group's."""
     return job.documents.get(task.partition(":")[0], job.documents[job.name])
 
 
 def evaluate(model, tokenizer, name, docs, shots=0, style="v0.4", limit=None):
-    """Return [(task, metric, value, stderr, n)] of a model on a task or group (a name in TASKS or GROUPS)."""
+    """Return [(task, metric, value, stderr, n)] of a model on a name of TASKS or GROUPS."""
     job = prepare(name, docs, shots, style, limit)
     return measure(job, answer(model, tokenizer, job))
 
@@ -127,7 +131,7 @@ class EvalConfig:
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
     shots: int = 0  # solved examples before each question
     style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
-    dtype: str = "float32"  # as the paper; float16 is what lm_eval does with the published files unasked
+    dtype: str = "float32"  # as the paper; lm_eval, unasked, takes float16 for the published files
     limit: int | None = None  # only so many documents of each task
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
@@ -158,7 +162,8 @@ def main(config):
         done = [done]
         dist.broadcast_object_list(done)
         done = done[0]
-    todo = [(entry, job) for entry in folders for job in jobs if key(config, entry, job) not in done]
+    todo = [(entry, job) for entry in folders for job in jobs
+            if key(config, entry, job) not in done]
     device = pick_device(config.device)
     load = lambda folder: checkpoints.load_model(folder, device).to(getattr(torch, config.dtype))
     wanted = list(dict.fromkeys(entry for entry, _ in todo))
@@ -209,9 +214,11 @@ def named_tasks(names, style):
     """Return the tasks and groups in a comma-separated list, each once."""
     table, found = tasks_of(style), []
     for name in names.split(","):
-        several = [member for member in SEVERAL.get(name, [name]) if member in table or member in GROUPS]
+        several = [member for member in SEVERAL.get(name, [name])
+                   if member in table or member in GROUPS]
         if not several or name.startswith("mmlu") and style == "v0.3":
-            raise ValueError(f"no task called {name} in style {style}; `python eval.py tasks` lists them")
+            raise ValueError(f"no task called {name} in style {style}; `python eval.py tasks` "
+                             "lists them")
         found += several
     return list(dict.fromkeys(found))
 
@@ -235,28 +242,29 @@ def pick_device(device):
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device = {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def find_all(models, steps):
-    """Return find's entries of a comma-separated list of models; two of the same name are an error."""
+    """Return find's entries of comma-separated models; two of the same name are an error."""
     entries = [entry for model in models.split(",") for entry in find(model, steps)]
     names = {}
     for name, step, _, folder in entries:
         if names.setdefault((name, step), folder) != folder:
-            raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step {step}; "
-                             "rename a folder")
+            raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step "
+                             f"{step}; rename a folder")
     return list(dict.fromkeys(entries))
 
 
 def find(model, steps):
-    """Return [(name, step, tokens seen, folder)] of the checkpoints that `model` and `steps` name."""
+    """Return [(name, step, tokens seen, folder)] of the checkpoints `model` and `steps` name."""
     path = Path(os.path.abspath(model))  # "." has a name too
     saved = checkpoints.saved_steps(path)
     if not saved:
         if not (path / "config.json").exists():
-            raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a checkpoint's folder "
-                             "(config.json)")
+            raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
+                             "checkpoint's folder (config.json)")
         match = re.fullmatch(r"step(\d+)", path.name)
         name = path.parent.name if match else path.name
         return [(name, match[1] if match else "", _tokens(path), path)]
@@ -272,11 +280,12 @@ def find(model, steps):
     if missing:
         raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
                          f"there are {', '.join(map(str, saved))}")
-    return [(path.name, str(step), _tokens(path / f"step{step}"), path / f"step{step}") for step in wanted]
+    return [(path.name, str(step), _tokens(path / f"step{step}"), path / f"step{step}")
+            for step in wanted]
 
 
 def _tokens(folder):
-    """The tokens a checkpoint has seen: as it says itself; 2^21 a step if its path has a published name."""
+    """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
     if (folder / "training.json").exists():
         return read_json(folder / "training.json").get("tokens", "")
     match = re.fullmatch(r"step(\d+)", folder.name)
@@ -301,14 +310,16 @@ def open_results(path):
         while len(lines) > 1 and beginning(lines[-1]) == last and last.startswith(beginning(torn)):
             lines.pop()
         os.truncate(path, sum(len(line.encode(errors="surrogateescape")) + 1 for line in lines))
-    return {tuple(row[name] for name in ("model", "step", "task", "shots", "style", "dtype", "docs"))
+    return {tuple(row[name] for name in (
+                "model", "step", "task", "shots", "style", "dtype", "docs"))
             for row in csv.DictReader(lines)}
 
 
 def append_results(path, rows):
     with open(path, "a", newline="", encoding="utf8") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            ["" if cell is None else repr(cell) if isinstance(cell, float) else cell for cell in row]
+            ["" if cell is None else repr(cell) if isinstance(cell, float) else cell
+             for cell in row]
             for row in rows)
 
 
@@ -366,8 +377,9 @@ def list_tasks(config):
             line += ", ".join(counts)
         print(line.rstrip())
     several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
-    print("all of a kind: " + ", ".join(f"{name} ({len(members)})" for name, members in several.items()
-                                        if all(member in tasks_of(config.style) for member in members)))
+    print("all of a kind: " + ", ".join(
+        f"{name} ({len(members)})" for name, members in several.items()
+        if all(member in tasks_of(config.style) for member in members)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Sources: Pythia (Biderman et al. 2023, arXiv 2304.01373); gpt-neox v1.0, megatro
 which tests/test_model.py holds this file equal to. Parameter names are those of the published
 checkpoints without their `gpt_neox.` prefix.
 
-Dimension key: B batch, T sequence, N = B*T, D d_model, H heads, K d_head, R rotary dims, V vocabulary.
+Dimension key: B batch, T sequence, N = B*T, D d_model, H heads, K d_head, R rotary dims,
+V vocabulary.
 """
 
 import hashlib
@@ -30,7 +31,8 @@ class ModelConfig:
     # with hidden_act "gelu", the exact "erf" form, which is what everybody evaluates.
     gelu: str = "tanh"
     # "small" is gpt-neox's small_init and wang_init; 6.9B and 12B lack those keys in their YAML and
-    # so got "normal": 0.02, and 0.02 / sqrt(2 * n_layers) for the layers that write to the residual.
+    # so got "normal": 0.02, and 0.02 / sqrt(2 * n_layers) for the layers that write to
+    # the residual.
     init: str = "small"
 
     def __post_init__(self):
@@ -38,12 +40,14 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
         if self.d_model % self.n_heads:
-            raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = {self.n_heads}")
+            raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = "
+                             f"{self.n_heads}")
         if self.rotary_dims < 2 or self.rotary_dims % 2:
             raise ValueError(f"d_head = {self.d_head} leaves {self.rotary_dims} rotary dimensions, "
                              "expected an even number: make d_model / n_heads a multiple of 8")
         if self.gelu not in ("tanh", "erf"):
-            raise ValueError(f"gelu = {self.gelu!r}, expected 'tanh' (as trained) or 'erf' (as published)")
+            raise ValueError(f"gelu = {self.gelu!r}, expected 'tanh' (as trained) or 'erf' "
+                             "(as published)")
         if self.init not in ("small", "normal"):
             raise ValueError(f"init = {self.init!r}, expected 'small' or 'normal'")
 
@@ -62,7 +66,8 @@ def rotary_tables(positions, R):
     The exponent's denominator is R, not d_head. Training itself made these angles in half
     precision (up to 0.37 rad off at d_head 64); every published evaluation makes them in float32.
     """
-    frequencies = 10000.0 ** (-torch.arange(0, R, 2, device=positions.device, dtype=torch.float32) / R)
+    frequencies = 10000.0 ** (
+        -torch.arange(0, R, 2, device=positions.device, dtype=torch.float32) / R)
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -95,8 +100,9 @@ class Prefix:
         self.kv = cache.kv
 
     def extend(self, k, v):
-        """Return the prefix's keys and values with k and v (B, H, T, K) behind them, and forget those."""
-        return (torch.cat((known.expand(len(new), -1, -1, -1), new), 2) for known, new in zip(self.kv, (k, v)))
+        """Return the prefix's keys and values with k, v (B, H, T, K) behind, and forget those."""
+        return (torch.cat((known.expand(len(new), -1, -1, -1), new), 2)
+                for known, new in zip(self.kv, (k, v)))
 
 
 class Attention(nn.Module):
@@ -108,7 +114,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, D = x.shape
-        # The rows of query_key_value are interleaved per head: q, k, v of head 0, then of head 1, ...
+        # The rows of query_key_value are interleaved per head: q, k, v of head 0, then of
+        # head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, -1)  # (B, T, H, 3, K)
         cos, sin = (t.to(qkv.dtype)[..., None, None, :] for t in (cos, sin))  # ([B,] T, 1, 1, R/2)
         q, k = rotate(qkv[:, :, :, :2], cos, sin).unbind(3)  # (B, T, H, K)
@@ -153,8 +160,8 @@ class HeadLoss(torch.autograd.Function):
     at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
     are made on the way forward (the loss is the last node, so its incoming gradient is a number).
 
-    Where its time goes at d_model 128 on two AVX-512 threads: the three matmuls 84 %, softmax 8 %, the
-    two maxima 8 %. Gradients of the weight kept transposed, (D, V), were no faster at D 512.
+    Where its time goes at d_model 128 on two AVX-512 threads: the three matmuls 84 %, softmax 8 %,
+    the two maxima 8 %. Gradients of the weight kept transposed, (D, V), were no faster at D 512.
 
     A negative target (padding) adds nothing to the sum, but the mean is still over all N: a token
     weighs the same whatever padding shares its micro-batch, on any number of processes.
@@ -164,7 +171,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, needs_grad):
         # Under autocast the matmuls run in its dtype, the softmax and all sums in float32.
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
+                 else hidden.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         hidden_dtype, weight_dtype = hidden.dtype, weight.dtype
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -209,8 +217,8 @@ class HeadLoss(torch.autograd.Function):
 def head_blocks(hidden, weight):
     """Yield (rows, logits) over hidden (N, D): a slice and its float32-or-wider (n, V) logits.
 
-    Every block reuses one buffer, so take what you need before asking for the next. 512 rows were the
-    fastest of 128 to 1024 on a CPU (by 11 % at d_model 128); a GPU wants larger matmuls.
+    Every block reuses one buffer, so take what you need before asking for the next. 512 rows were
+    the fastest of 128 to 1024 on a CPU (by 11 % at d_model 128); a GPU wants larger matmuls.
     """
     n = 512 if hidden.device.type == "cpu" else 2048
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -259,7 +267,8 @@ class Pythia(nn.Module):
             else:
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                writes_residual = name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
+                writes_residual = name.endswith(
+                    ("attention.dense.weight", "mlp.dense_4h_to_h.weight"))
                 draw = torch.empty(parameter.shape).normal_(
                     0, residual_std if writes_residual else std, generator=generator)
                 fill(parameter, draw)
@@ -274,7 +283,8 @@ class Pythia(nn.Module):
         x = self.embed_in(tokens)
         if positions is None:
             if tokens.shape[1] > self.config.seq_length:
-                raise ValueError(f"{tokens.shape[1]} tokens, but seq_length is {self.config.seq_length}")
+                raise ValueError(f"{tokens.shape[1]} tokens, but seq_length is "
+                                 f"{self.config.seq_length}")
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         cos, sin = rotary_tables(positions, self.config.rotary_dims)
         for i, layer in enumerate(self.layers):
@@ -282,7 +292,7 @@ class Pythia(nn.Module):
         return self.final_layer_norm(x)
 
     def forward(self, tokens, targets=None):
-        """Return logits (B, T, V) of tokens (B, T) int64, or with targets (B, T) the mean loss in nats.
+        """Return logits (B, T, V) of tokens (B, T) int64; with targets (B, T) mean loss in nats.
 
         Negative targets add nothing to the loss.
         """
@@ -293,7 +303,8 @@ class Pythia(nn.Module):
                               torch.is_grad_enabled())
 
     @torch.no_grad()
-    def generate(self, tokens, n_tokens, temperature=1.0, generator=None, padding=None, finished=None):
+    def generate(self, tokens, n_tokens, temperature=1.0, generator=None, padding=None,
+                 finished=None):
         """Return tokens (B, T) with n_tokens sampled ones behind them; temperature 0 is greedy.
 
         padding (B,) counts the tokens on each row's left that are not there. finished, if given, is

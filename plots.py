@@ -1,13 +1,15 @@
-"""Figures from the CSV files that training and evaluation write: the only file that needs matplotlib.
+"""Figures from the CSV files that training and evaluation write; only this file needs matplotlib.
 
-    python plots.py training --run=runs/mini --results=runs/mini/results.csv --output=runs/mini/curves.png
+    python plots.py training --run=runs/mini --results=runs/mini/results.csv \\
+        --output=runs/mini/curves.png
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
     python plots.py table --results=results.csv
-    python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv --output=figures
+    python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv \\
+        --output=figures
 
-The reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
-stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study (suite,variant,
-model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals.
+The reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,
+value,stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study
+(suite,variant,model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals.
 """
 
 import csv
@@ -121,7 +123,7 @@ class Growth:
 
 
 def growth(options):
-    """Draw a step's time and memory per token over width, depth, length, batch; and what is expected."""
+    """Draw a step's time and memory a token, and the expected, over width, depth, length, batch."""
     plt = pyplot()
     rows = read_csv(options.csv)
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
@@ -138,7 +140,8 @@ def growth(options):
                  [row["flops_per_token"] * scale * 1e6 for row in mine], "time (us per token)"),
                 (panels[1, column], [row["bytes_per_token"] / 1e3 for row in mine],
                  [row["expected_bytes_per_token"] / 1e3 for row in mine], "memory (kB per token)")):
-            axes.plot(x, expected, color="grey", linestyle="--", label="expected: FLOPs, train.py --plan")
+            axes.plot(x, expected, color="grey", linestyle="--",
+                      label="expected: FLOPs, train.py --plan")
             axes.plot(x, measured, color="tab:blue", marker="o", label="measured")
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label if column == 0 else "")
             axes.set_xticks(x, [f"{value:g}" for value in x])
@@ -147,7 +150,7 @@ def growth(options):
     return finish(figure, options.output)
 
 
-# ---------------------------------------------------------------------------- evaluation over training
+# ------------------------------------------------------------------------- evaluation over training
 
 # The paper's harness had other names for two metrics.
 METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
@@ -166,10 +169,10 @@ CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality"
 
 
 def evaluations(paths):
-    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of any of the CSVs.
+    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of any CSVs.
 
-    A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a file
-    that is neither, and for a curve of rows that cannot be compared.
+    A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a
+    file that is neither, and for a curve of rows that cannot be compared.
     """
     points, made = defaultdict(dict), {}
     for path in paths.split(","):
@@ -187,11 +190,12 @@ def evaluations(paths):
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{where}: neither results of eval.py nor the published CSV "
                                  f"({type(error).__name__}: {error})") from None
-            how = [row[name] for name in ("style", "dtype", "docs") if row.get(name)] or ["published"]
+            how = [row[name] for name in ("style", "dtype", "docs") if row.get(name)] or [
+                "published"]
             first, before = made.setdefault((panel, model), (where, how))
             if how != before:
-                raise ValueError(f"{where}: {metric} of {task} by {model} in {' '.join(how)}, but in "
-                                 f"{' '.join(before)} at {first}; draw them from two files")
+                raise ValueError(f"{where}: {metric} of {task} by {model} in {' '.join(how)}, but "
+                                 f"in {' '.join(before)} at {first}; draw them from two files")
     curves = {panel: defaultdict(list) for panel in points}
     for panel, values in points.items():
         in_order = sorted(values.items(), key=lambda item: (size(item[0][0]), item[0]))
@@ -201,7 +205,7 @@ def evaluations(paths):
 
 
 def model_and_tokens(row):
-    """Return the model's name and the tokens it has seen, of a row of any of the three kinds of CSV."""
+    """Return the model's name and the tokens it has seen, of a row of any of the three CSVs."""
     if "variant" in row:  # the gender study's models have all seen the deduplicated Pile
         variant = "" if row["variant"] == "baseline" else f"-{row['variant']}"
         return f"pythia-{row['model']}-deduped{variant}", int(row["step"]) << 21
@@ -218,7 +222,7 @@ def published_batch(model):
 
 
 def name_parts(model):
-    """Return the parameters that a name tells, or the width as in _d64, else 0; and the name's rest."""
+    """Return the parameters a name tells, or the width as in _d64, else 0; and the name's rest."""
     for pattern in (r"(?<![a-z\d.])(\d+(?:\.\d+)?)([mb])(?![a-z\d])", r"(?:^|_)d(\d+)()"):
         if match := re.search(pattern, model, re.IGNORECASE):
             unit = {"m": 1e6, "b": 1e9, "": 1}[match[2].lower()]
@@ -236,15 +240,17 @@ def looks(models, colours):
     Pythia's sizes have theirs in every figure; other sizes, and names that tell none, share the
     map out among them.
     """
-    parts = {model: name_parts(model) for model in sorted(models, key=lambda name: (size(name), name))}
+    parts = {model: name_parts(model)
+             for model in sorted(models, key=lambda name: (size(name), name))}
     smallest, largest = 14e6, 12e9
     places = {number: math.log(number / smallest) / math.log(largest / smallest)
               for number, _ in parts.values() if smallest <= number <= largest}
     others = list(dict.fromkeys(number or model for model, (number, _) in parts.items()
                                 if number not in places))
     places |= {name: i / max(1, len(others) - 1) for i, name in enumerate(others)}
+    # None: names without a size, alike.
     rests = sorted({rest for number, rest in parts.values() if number},
-                   key=lambda rest: ("deduped" in rest, rest)) + [None]  # names without a size, alike
+                   key=lambda rest: ("deduped" in rest, rest)) + [None]
     lines = dict(zip(rests, ("-", "--", ":", *(  # then a dash and ever more dots
         (0, (6, 1.5) + (1, 1.5) * n) for n in range(1, len(rests))))))
     return {model: (colours(0.08 + 0.92 * places[number or model]), lines[rest if number else None])
@@ -259,12 +265,15 @@ def choose_panels(curves, tasks, metrics, shots):
     for name in names:
         own = sorted(panel for panel in there if panel[0] == name)
         wanted = metrics.split(",") if metrics else [
-            next((metric for metric in MAIN_METRICS if any(metric == panel[2] for panel in own)), "acc")]
+            next((metric for metric in MAIN_METRICS
+                  if any(metric == panel[2] for panel in own)), "acc")]
         found = [panel for panel in own if panel[2] in wanted]
         if not found and (tasks or not metrics):
             raise ValueError(f"no {' or '.join(wanted)} of {name} in the results; there are "
-                             + (", ".join(sorted({panel[2] for panel in curves if panel[0] == name}))
-                                or "the tasks " + ", ".join(sorted({task for task, _, _ in curves}))))
+                             + (", ".join(sorted({
+                                 panel[2] for panel in curves if panel[0] == name}))
+                                or "the tasks " + ", ".join(sorted({
+                                    task for task, _, _ in curves}))))
         panels += found
     if not panels:
         raise ValueError(f"the results have no {metrics}")
@@ -272,7 +281,7 @@ def choose_panels(curves, tasks, metrics, shots):
 
 
 def draw(curves, panels, output, reference=None, title=None, xscale="log"):
-    """Draw a panel for each (task, shots, metric) over tokens; step 0 has no place on the log axis."""
+    """Draw a panel for each (task, shots, metric) over tokens; the log axis has no step 0."""
     plt = pyplot()
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -311,16 +320,18 @@ def draw(curves, panels, output, reference=None, title=None, xscale="log"):
 
 
 def draw_published(axes, models, handles):
-    """Draw published curves in grey; name the first and the last, which show how they are ordered."""
+    """Draw published curves in grey; name the first and the last, which show their order."""
     drawn = {model: [point for point in points if point[0] > 0 and math.isfinite(point[1])]
              for model, points in models.items() if "MtokBS" not in model}
     drawn = {model: points for model, points in drawn.items() if points}
     for model, points in drawn.items():
         x, y, _ = zip(*points)
-        [handles["published"]] = axes.plot(x, y, color="0.78", linewidth=1, zorder=1, label="published")
+        [handles["published"]] = axes.plot(x, y, color="0.78", linewidth=1, zorder=1,
+                                           label="published")
     for model in dict.fromkeys([*list(drawn)[:1], *list(drawn)[-1:]]):
         axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), drawn[model][-1][:2],
-                      xytext=(3, 0), textcoords="offset points", fontsize=7, color="0.5", va="center")
+                      xytext=(3, 0), textcoords="offset points", fontsize=7,
+                      color="0.5", va="center")
         axes.margins(x=0.1)
 
 
@@ -378,9 +389,11 @@ def table(options):
               for i, head in enumerate(heads)]
     first = max(map(len, models))
     for line in (0, 1):
-        print(" " * first + "".join(f"  {head[line]:>{width}}" for head, width in zip(heads, widths)))
+        print(" " * first + "".join(f"  {head[line]:>{width}}"
+                                    for head, width in zip(heads, widths)))
     for model in models:
-        print(f"{model:{first}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells[model], widths)))
+        print(f"{model:{first}}" + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(cells[model], widths)))
 
 
 def _cell(points):
@@ -433,5 +446,6 @@ def paper(options):
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"training": (Training, training), "weights": (Weights, weights), "growth": (Growth, growth),
-                           "curves": (Curves, curves), "table": (Table, table), "paper": (Paper, paper)})
+    command(sys.argv[1:], {
+        "training": (Training, training), "weights": (Weights, weights), "growth": (Growth, growth),
+        "curves": (Curves, curves), "table": (Table, table), "paper": (Paper, paper)})

@@ -51,7 +51,8 @@ def checkpoints(options):
         def fill(tensors):
             with torch.device("meta"):
                 model = Pythia(config)
-            state = {name.removeprefix("gpt_neox."): tensor.float() for name, tensor in tensors.items()}
+            state = {name.removeprefix("gpt_neox."): tensor.float()
+                     for name, tensor in tensors.items()}
             model.load_state_dict(state, assign=True)
 
         forked(published)
@@ -59,9 +60,10 @@ def checkpoints(options):
             "save": (weights, {"ours": lambda tensors: write_file(out, tensors),
                                "safetensors.torch": synced(lambda tensors: save_file(tensors, out)),
                                "torch.save": synced(lambda tensors: torch.save(tensors, out))}),
-            "load": (lambda: None, {"ours": lambda _: load_model(folder),
-                                    "safetensors.torch": lambda _: fill(load_file(folder / "model.safetensors")),
-                                    "torch.load": lambda _: fill(torch.load(folder / "pytorch_model.bin"))})}
+            "load": (lambda: None, {
+                "ours": lambda _: load_model(folder),
+                "safetensors.torch": lambda _: fill(load_file(folder / "model.safetensors")),
+                "torch.load": lambda _: fill(torch.load(folder / "pytorch_model.bin"))})}
         size = 4 * sum(math.prod(shape) for shape in parameter_shapes(config).values())
         print(f"{options.size}, {size / 1e6:,.0f} MB in float32, {options.rounds} rounds; medians")
         for task, (prepared, contenders) in tasks.items():
@@ -73,4 +75,5 @@ def checkpoints(options):
                 ratio = statistics.median(theirs[0] / ours[0]
                                           for ours, theirs in zip(results["ours"], taken))
                 print(f"{task} {who:20} {statistics.median(t[0] for t in taken):6.2f} s   "
-                      f"ours is {ratio:5.2f}x   peak memory {max(t[1] for t in taken) * 1024 / size:.2f} of the model")
+                      f"ours is {ratio:5.2f}x   peak memory "
+                      f"{max(t[1] for t in taken) * 1024 / size:.2f} of the model")

@@ -26,11 +26,13 @@ def tokenize(options):
     from tokenizers import Tokenizer as Original
     ours, theirs = Tokenizer(options.tokenizer), Original.from_file(options.tokenizer)
     chunks = prepare.chunks(prepare.input_files(options.input), None)
-    texts = [record["text"] for chunk, _, _ in chunks for _, record in prepare.documents(chunk, fail)]
+    texts = [record["text"] for chunk, _, _ in chunks
+             for _, record in prepare.documents(chunk, fail)]
     contenders = {
         "ours": lambda: [ours.encode_array(text) for text in texts],
         "tokenizers encode": lambda: [theirs.encode(text).ids for text in texts],
-        "tokenizers encode_batch_fast": lambda: [one.ids for one in theirs.encode_batch_fast(texts)]}
+        "tokenizers encode_batch_fast": lambda: [
+            one.ids for one in theirs.encode_batch_fast(texts)]}
     taken, ids = {who: [] for who in contenders}, {}
     for _ in range(options.rounds):
         for who, encode in contenders.items():
@@ -42,8 +44,8 @@ def tokenize(options):
     for who in contenders:
         same = all(list(a) == list(b) for a, b in zip(ids["ours"], ids[who]))
         ratio = statistics.median(b / a for a, b in zip(taken["ours"], taken[who]))
-        print(f"{who:30} {size / statistics.median(taken[who]):6.2f} MB/s   ours is {ratio:5.2f}x   "
-              f"{'same ids' if same else 'OTHER IDS'}")
+        print(f"{who:30} {size / statistics.median(taken[who]):6.2f} MB/s   "
+              f"ours is {ratio:5.2f}x   {'same ids' if same else 'OTHER IDS'}")
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ def find(options):
         writer.finish({})
         counts = search.sample_counts(TokenFile(f"{folder}/long"))
         n_tokens, patterns = times * token_file.n_tokens, {
-            f"text {options.text!r}": search.TextPattern(options.text.encode(), tokenizer.token_bytes(), counts),
-            f"tokens {options.tokens}": search.TokenPattern([int(i) for i in options.tokens.split(",")], counts)}
+            f"text {options.text!r}": search.TextPattern(
+                options.text.encode(), tokenizer.token_bytes(), counts),
+            f"tokens {options.tokens}": search.TokenPattern(
+                [int(i) for i in options.tokens.split(",")], counts)}
         for name, pattern in patterns.items():
             for workers in (1, os.cpu_count()):
                 start = time.perf_counter()
                 found = search.search(f"{folder}/long", n_tokens, pattern, workers)
                 seconds = time.perf_counter() - start
-                print(f"{name}: {len(found):,} places in {2 * n_tokens / 1e9:.2f} GB, {workers} process(es), "
-                      f"{seconds:.2f} s, {2 * n_tokens / 1e9 / seconds:.2f} GB/s")
+                print(f"{name}: {len(found):,} places in {2 * n_tokens / 1e9:.2f} GB, {workers} "
+                      f"process(es), {seconds:.2f} s, {2 * n_tokens / 1e9 / seconds:.2f} GB/s")

@@ -1,7 +1,8 @@
-"""What a task's results come to: metrics and their standard errors, as lm-evaluation-harness computes them.
+"""What a task's results come to: metrics and standard errors as lm-evaluation-harness has them.
 
-A measure is a function (questions, results of each, style) -> [(suffix of the row's task name, metric, value,
-stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or a rolling log-likelihood.
+A measure is a function (questions, results of each, style) -> [(suffix of the row's task name,
+metric, value, stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or a rolling
+log-likelihood.
 """
 
 import math
@@ -20,7 +21,7 @@ def mean(values):
 
 
 def deviation(values):
-    """Return the sample standard deviation; nan, where statistics fails, if a value is not finite."""
+    """Return the sample standard deviation; nan, where statistics fails, if one is not finite."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
@@ -48,7 +49,7 @@ def _exp(x):
 
 
 def pooled(rows):
-    """Return the size-weighted mean of rows (value, stderr, n), its standard error, and the whole n.
+    """Return the size-weighted mean of rows (value, stderr, n), its stderr, and the whole n.
 
     lm_eval/api/metrics.py, pooled_sample_stderr; without it if a row has none.
     """
@@ -65,7 +66,7 @@ def row(metric, values, suffix=""):
 
 
 def unless_nan(result, right):
-    """Return `right` as a number; nan if a log-likelihood is, for argmax takes NaN for the largest."""
+    """Return `right` as a number; nan if a log-likelihood is: argmax takes NaN for the largest."""
     return math.nan if any(math.isnan(ll) for ll, _ in result) else float(right)
 
 
@@ -76,8 +77,9 @@ def accuracy(questions, results, style):
 
 
 def both_accuracies(questions, results, style):
-    """acc, and acc_norm: by log-likelihood per character (code points, without the space before)."""
-    with np.errstate(divide="ignore"):  # an empty choice is infinitely unlikely a character, as in lm_eval
+    """acc, and acc_norm: by log-likelihood per character (code point, without the space before)."""
+    # An empty choice is infinitely unlikely a character, as in lm_eval.
+    with np.errstate(divide="ignore"):
         normed = [np.array([ll for ll, _ in result]) / question.lengths
                   for question, result in zip(questions, results)]
     return [*accuracy(questions, results, style),
@@ -133,7 +135,8 @@ def rolled(questions, results, style):
             raise ValueError(f"held-out documents{subset and ' of ' + subset}: all empty")
         measured = {"bits_per_byte": -ll / n_bytes / math.log(2)}
         if not subset:
-            measured |= {"byte_perplexity": _exp(-ll / n_bytes), "word_perplexity": _exp(-ll / n_words)}
+            measured |= {"byte_perplexity": _exp(-ll / n_bytes),
+                         "word_perplexity": _exp(-ll / n_words)}
         rows += [(subset and f":{subset}", metric, value, None, len(members[subset]))
                  for metric, value in measured.items()]
     return rows

@@ -1,7 +1,8 @@
-"""What all evaluation tasks share: documents, and prompts with their shots. No model, no single task.
+"""What all evaluation tasks share: documents, prompts with their shots. No model, no single task.
 
-Style "v0.4" is lm-evaluation-harness 0.4 (api/task.py, api/samplers.py); style "v0.3" is the harness of
-early 2023, with which the paper's files were made. Both are exact, down to the draws of the shots.
+Style "v0.4" is lm-evaluation-harness 0.4 (api/task.py, api/samplers.py); style "v0.3" is the
+harness of early 2023, with which the paper's files were made. Both are exact, down to the draws of
+the shots.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ STYLES = ("v0.4", "v0.3")
 @dataclass
 class Question:
     """What one document asks of a model, before any shots."""
-    requests: list  # (context, continuation) texts; contexts if the task generates, texts if it rolls
+    # (context, continuation) texts; contexts if the task generates, texts if it rolls
+    requests: list
     shot: str = ""  # the document with its answer, as an example for another
     gold: object = None  # position of the right choice, accepted answers, or a subset's name
     lengths: list = default(default_factory=list)  # of the choices, in code points
@@ -31,7 +33,8 @@ class Task:
     question: Callable  # document -> Question
     measure: Callable  # (questions, results of each, style) -> rows
     split: str = "test"  # what is scored
-    pool: str | None = "train"  # split of the shots: train if the set has one, else validation, else test
+    # split of the shots: train if the set has one, else validation, else test
+    pool: str | None = "train"
     n: int = 0  # documents in the whole split
     prepare: Callable = list  # documents of a split -> those of the task
     prepare_pool: Callable | None = None  # if not the same
@@ -51,7 +54,7 @@ class Document(dict):
 
 
 def field(doc, name, kind):
-    """Return doc[name] ("a.b" for doc["a"]["b"]), or raise ValueError if it is missing or no `kind`.
+    """Return doc[name] ("a.b" for doc["a"]["b"]); raise ValueError if it is missing or no `kind`.
 
     kind: a type, or [a type] for a list of it.
     """
@@ -60,7 +63,8 @@ def field(doc, name, kind):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(kind, list):
         if type(value) is not list or not all(type(item) is kind[0] for item in value):
-            raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected a list of {kind[0].__name__}")
+            raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected a list of "
+                             f"{kind[0].__name__}")
     elif type(value) is not kind:
         raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected a {kind.__name__}")
     return value
@@ -74,14 +78,16 @@ def position(doc, name, options):
     value = doc.get(name)
     number = str(int(value) if isinstance(value, bool) else value)
     if not re.fullmatch("[0-9]{1,9}", number) or not int(number) < len(options):
-        raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected 0 to {len(options) - 1}")
+        raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected 0 to "
+                         f"{len(options) - 1}")
     return int(number)
 
 
 def member(doc, name, options):
     """Return the index of doc[name] in the list `options`."""
     if doc.get(name) not in options:
-        raise ValueError(f"{doc.where}: {name} is {_short(doc.get(name))}, expected one of {options}")
+        raise ValueError(f"{doc.where}: {name} is {_short(doc.get(name))}, expected one of "
+                         f"{options}")
     return options.index(doc[name])
 
 
@@ -119,8 +125,10 @@ def find_file(docs, task, split):
     near = [] if task.files else sorted(folder.glob(f"*{short}*.jsonl"))
     if not there and len(near) != 1:
         raise ValueError(f"{folder / names[0]}: " + (
-            f"no such file, and {len(near)} others could be it: {', '.join(p.name for p in near)}" if near
-            else "no such file; --docs=DIR expects the task's documents there (`eval.py tasks` lists them)"))
+            f"no such file, and {len(near)} others could be it: "
+            f"{', '.join(p.name for p in near)}" if near
+            else "no such file; --docs=DIR expects the task's documents there (`eval.py tasks` "
+            "lists them)"))
     return (there or near)[0]
 
 
@@ -140,8 +148,8 @@ def read_split(docs, task, split):
 def prompts(task, docs, shots=0, style="v0.4", limit=None):
     """Return ([(prompt before the question, Question)], hash of the documents used).
 
-    v0.4 draws with one Random(1234) a task, in the file's order; v0.3 with one Random(42), which has
-    shuffled the documents first (so its `limit` is a sample). A document is kept out of its own
+    v0.4 draws with one Random(1234) a task, in the file's order; v0.3 with one Random(42), which
+    has shuffled the documents first (so its `limit` is a sample). A document is kept out of its own
     shots where each harness keeps it out. Raises ValueError if the pool is too small.
     """
     documents = list(read_split(docs, task, task.split))
@@ -167,7 +175,8 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
                                      f"but only {len(others)} other documents")
                 examples = rng.sample(others, shots)
         shown = "\n\n".join(task.question(example).shot for example in examples)
-        prefixes.append(task.description + (shown + "\n\n" if shots else ""))  # v0.3's too if no shot is left
+        # v0.3 has the blank line too if no shot is left.
+        prefixes.append(task.description + (shown + "\n\n" if shots else ""))
     return ([(prefix, task.question(document)) for prefix, document in zip(prefixes, documents)],
             digest([documents, pool]))
 

@@ -1,8 +1,9 @@
 """Log-likelihoods and greedy texts by lm-evaluation-harness's rules, several times faster.
 
-Rows that begin alike (the choices of a question, all questions behind the same shots) share the work on
-what they share, logits are computed only where a token is scored, and rows of like length are batched
-by tokens. None of it changes a number by more than rounding (tests/test_scoring.py: 1e-4).
+Rows that begin alike (the choices of a question, all questions behind the same shots) share the
+work on what they share, logits are computed only where a token is scored, and rows of like length
+are batched by tokens. None of it changes a number by more than rounding (tests/test_scoring.py:
+1e-4).
 """
 
 import itertools
@@ -50,11 +51,11 @@ def tokens_per_batch(model):
 
 
 def plan(rows, L, batch_tokens):
-    """Return batches [(prefix tokens, packs)] that hold every row (tokens, n), cut on the left to L + 1.
+    """Return batches [(prefix tokens, packs)] of all rows (tokens, n), cut on the left to L + 1.
 
     Rows next to each other in alphabetical order share most. A row joins the pack of the one before
-    if they share a quarter of it and the tree stays small (attention looks at the whole tree); packs
-    that share a long beginning have it computed once, as a prefix of their batches.
+    if they share a quarter of it and the tree stays small (attention looks at the whole tree);
+    packs that share a long beginning have it computed once, as a prefix of their batches.
     """
     cut = [np.array(tokens[-(L + 1):]) for tokens, _ in rows]
     for row, (_, n) in zip(cut, rows):
@@ -94,7 +95,7 @@ def _common(a, b):
 
 
 def _batches(packs, P, batch_tokens):
-    """Cut packs into batches of like lengths, the longest first, each with its prefix of P tokens."""
+    """Cut packs into batches of like lengths, longest first, each with its prefix of P tokens."""
     packs, batches = sorted(packs, key=lambda pack: -len(pack.tokens)), []
     while packs:
         n = max(1, batch_tokens // (len(packs[0].tokens) - P))
@@ -104,7 +105,7 @@ def _batches(packs, P, batch_tokens):
 
 
 def _tensors(packs, P, device):
-    """Return tokens and positions (B, T) of packs behind a prefix of P; the mask (B, 1, T, P + T) or None.
+    """Return tokens, positions (B, T) of packs behind a prefix of P; mask (B, 1, T, P + T) or None.
 
     A node's column in the mask is its number, for the prefix's P tokens are its first nodes.
     """
@@ -126,7 +127,8 @@ def _tensors(packs, P, device):
             inside = mask[b, 0, start - P:end - P]
             inside[:, ancestors] = 0
             inside[:, start:end] = triangle[:end - start, :end - start]
-        mask[b, 0, len(pack.tokens) - P:] = 0  # padding sees anything: a softmax of nothing would be NaN
+        # Padding sees anything: a softmax of nothing would be NaN.
+        mask[b, 0, len(pack.tokens) - P:] = 0
     return tokens.to(device), positions.to(device), mask.to(device)
 
 
@@ -134,7 +136,7 @@ def _tensors(packs, P, device):
 
 
 def score(model, rows, batch_tokens=None):
-    """Return [(log-likelihood in nats, is_greedy)] of each row's last n tokens, for rows (tokens, n).
+    """Return [(log-likelihood in nats, is_greedy)] of the last n tokens of rows (tokens, n).
 
     Each row is cut on the left to the model's context. The softmax runs over all columns, padded
     vocabulary included; is_greedy says that every one of the n tokens is the largest logit's, the
@@ -158,8 +160,9 @@ def run_plan(model, batches, n_rows, progress=None):
         hidden = model.hidden(tokens, positions, mask, cache).flatten(0, 1)
         scored = [(index, b * tokens.shape[1] - P + np.array(nodes), targets)
                   for b, pack in enumerate(packs) for index, nodes, targets in pack.scored]
-        logprobs, greedy = _logprobs(model, hidden, np.concatenate([nodes for _, nodes, _ in scored]),
-                                     [target for *_, targets in scored for target in targets])
+        logprobs, greedy = _logprobs(
+            model, hidden, np.concatenate([nodes for _, nodes, _ in scored]),
+            [target for *_, targets in scored for target in targets])
         ends = np.cumsum([len(targets) for *_, targets in scored])[:-1]
         for (index, *_), lp, g in zip(scored, np.split(logprobs, ends), np.split(greedy, ends)):
             results[index] = (float(lp.sum()), bool(g.all()))
@@ -176,7 +179,7 @@ def _read(model, tokens):
 
 
 def _logprobs(model, hidden, nodes, targets):
-    """Return log p(target) and whether it is the greedy token, for targets at rows `nodes` of hidden."""
+    """Return log p(target), and is it the greedy token, for targets at rows `nodes` of hidden."""
     nodes, which = np.unique(nodes, return_inverse=True)  # choices of one token share their logits
     device = hidden.device
     hidden = hidden[torch.tensor(nodes, device=device)]
@@ -199,7 +202,8 @@ def _share(batches):
     """Return this process's part of the batches: neighbours, which have a prefix in common."""
     if not dist.is_initialized():
         return batches
-    cost = np.cumsum([sum(len(pack.tokens) - len(prefix) for pack in packs) for prefix, packs in batches])
+    cost = np.cumsum([sum(len(pack.tokens) - len(prefix) for pack in packs)
+                      for prefix, packs in batches])
     owner = (cost - 1) * dist.get_world_size() // cost[-1] if batches else []
     return [batch for batch, rank in zip(batches, owner) if rank == dist.get_rank()]
 
@@ -210,7 +214,8 @@ def _gather(results):
         return results
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, results)
-    return [next((part[i] for part in parts if part[i] is not None), None) for i in range(len(results))]
+    return [next((part[i] for part in parts if part[i] is not None), None)
+            for i in range(len(results))]
 
 
 # ---------------------------------------------------------------------------- texts
@@ -226,11 +231,12 @@ def encode(tokenizer, text):
 
     No token reaches over the start of a newline that follows anything but white space.
     """
-    return [token for piece in re.split(r"(?<=\S)(?=\n)", text) for token in _encode_piece(tokenizer, piece)]
+    return [token for piece in re.split(r"(?<=\S)(?=\n)", text)
+            for token in _encode_piece(tokenizer, piece)]
 
 
 def encode_pair(tokenizer, context, continuation, style="v0.4"):
-    """Return (tokens, n): context and continuation encoded together, n tokens belonging to the latter.
+    """Return (tokens, n): context and continuation encoded together, n tokens of them the latter's.
 
     lm_eval/api/model.py, TemplateLM._encode_pair: white space at the context's end moves to the
     continuation, and the context's share is the length of its own encoding. An empty context is
@@ -255,10 +261,11 @@ def loglikelihood(model, tokenizer, requests):
 
 
 def rolling_rows(tokenizer, texts, L):
-    """Return (rows for score, the index of the text of each) that predict every token of each text once.
+    """Return (rows for score, each one's text by index) that predict every token of a text once.
 
-    Windows as lm_eval/utils.py, get_rolling_token_windows with context_len 1: full windows predict all
-    their L tokens from <|endoftext|> or the token before; the last one borrows earlier text as context.
+    Windows as lm_eval/utils.py, get_rolling_token_windows with context_len 1: full windows predict
+    all their L tokens from <|endoftext|> or the token before; the last one borrows earlier text as
+    context.
     """
     rows, owners = [], []
     for owner, text in enumerate(texts):
@@ -288,15 +295,16 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
                    progress=None):
     """Return what greedy decoding says after each prompt, up to the first of `stops` or n_tokens.
 
-    lm_eval/models/huggingface.py, HFLM.generate_until: prompts are cut on the left to leave room for
-    n_tokens, the text at each stop in turn; <|endoftext|> always ends it.
+    lm_eval/models/huggingface.py, HFLM.generate_until: prompts are cut on the left to leave room
+    for n_tokens, the text at each stop in turn; <|endoftext|> always ends it.
     """
     L, device = model.config.seq_length, model.embed_in.weight.device
     if n_tokens >= L:
         raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt "
                          f"in {L} tokens of context")
     stops = (*stops, "<|endoftext|>")
-    window = max(len(stop.encode()) for stop in stops[:-1] or stops) + 3  # a stop's tokens, and broken bytes
+    # A stop's tokens, and broken bytes.
+    window = max(len(stop.encode()) for stop in stops[:-1] or stops) + 3
 
     def text(tokens):
         tokens = list(itertools.takewhile(lambda token: token != ENDOFTEXT, tokens))

@@ -1,4 +1,4 @@
-"""The tasks of the Pythia paper, rule by rule: how a document becomes requests and which metric they get.
+"""The Pythia paper's tasks, rule by rule: how a document becomes requests and what metric they get.
 
 Prompts are those of lm-evaluation-harness 0.4 (lm_eval/tasks/*); what the paper's harness (0.3) did
 otherwise stands in V03. Documents are the data sets' own JSON lines; `eval.py tasks` lists them.
@@ -10,9 +10,10 @@ import statistics
 from dataclasses import replace
 from functools import partial
 
-from harness.metrics import (accuracy, bare, both_accuracies, exact_match, greedy, last_word, pooled,
-                             rolled, row, stereotype)
-from harness.prompts import Document, Question, Task, choose, field, fill, member, position, text, texts
+from harness.metrics import (accuracy, bare, both_accuracies, exact_match, greedy, last_word,
+                             pooled, rolled, row, stereotype)
+from harness.prompts import (Document, Question, Task, choose, field, fill, member, position, text,
+                             texts)
 
 
 def lambada(doc, shot_delimiter="  "):
@@ -23,7 +24,8 @@ def lambada(doc, shot_delimiter="  "):
 
 def piqa(doc):
     choices = [text(doc, "sol1"), text(doc, "sol2")]
-    return choose(f"Question: {text(doc, 'goal')}\nAnswer:", choices, position(doc, "label", choices))
+    return choose(f"Question: {text(doc, 'goal')}\nAnswer:", choices,
+                  position(doc, "label", choices))
 
 
 def winogrande(doc):
@@ -35,15 +37,16 @@ def winogrande(doc):
 
 
 def wsc273(doc, strip=False):
-    """The pronoun replaced by either candidate; v0.3 strips the rest, v0.4 leaves its space a second one."""
+    """The pronoun replaced by either candidate; v0.3 strips the rest, v0.4 doubles its space."""
     start = field(doc, "pronoun_loc", int)
     rest = text(doc, "text")[start + len(text(doc, "pronoun")):]
     beginnings = [text(doc, "text")[:start] + option for option in texts(doc, "options")]
-    return fill(beginnings, " " + (rest.strip() if strip else rest), position(doc, "label", beginnings))
+    return fill(beginnings, " " + (rest.strip() if strip else rest),
+                position(doc, "label", beginnings))
 
 
 def wsc273_documents(documents):
-    """Single spaces; candidates with the pronoun's 's and, within a sentence, without their capital."""
+    """Single spaces; candidates with the pronoun's 's and, within a sentence, no capital."""
     capitals = "A An The She He It They My His Her Their".split()
     prepared = []
     for doc in documents:
@@ -65,19 +68,21 @@ def wsc273_documents(documents):
 
 def wsc(doc):
     """SuperGLUE's: does this pronoun refer to that noun?"""
-    noun, pronoun, place = text(doc, "span1_text"), text(doc, "span2_text"), field(doc, "span2_index", int)
+    noun, pronoun, place = (
+        text(doc, "span1_text"), text(doc, "span2_text"), field(doc, "span2_index", int))
     before = " ".join(text(doc, "text").split()[:place])
     after = doc["text"][len(before) + len(pronoun) + 1:]
     passage = f"{before} *{pronoun}*{after}"
     for spaced, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
         passage = passage.replace(spaced, joined)
     passage = re.sub(r" (['.,])", r"\1", passage)
-    return choose(f'Passage: {passage}\nQuestion: In the passage above, does the pronoun "*{pronoun}*" '
-                  f'refer to "*{noun}*"?\nAnswer:', ["no", "yes"], position(doc, "label", "no yes".split()))
+    return choose(f'Passage: {passage}\nQuestion: In the passage above, does the pronoun '
+                  f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:',
+                  ["no", "yes"], position(doc, "label", "no yes".split()))
 
 
 def wsc_documents(documents, repair=True, only=(0, 1)):
-    """Flatten SuperGLUE's own files; repair the spans that are not in the text (data set wsc.fixed)."""
+    """Flatten SuperGLUE's own files; repair spans that are not in the text (data set wsc.fixed)."""
     prepared = []
     for doc in documents:
         flat = Document({**doc, **(doc["target"] if isinstance(doc.get("target"), dict) else {})})
@@ -91,7 +96,7 @@ def wsc_documents(documents, repair=True, only=(0, 1)):
 
 
 def _repaired(doc, span, index):
-    """The span with the case of the word at its index, on one line and without a final full stop."""
+    """The span with the case of the word at its index, on one line and with no final full stop."""
     words = text(doc, "text").split()
     if span in doc["text"] or not 0 <= index < len(words):
         return span
@@ -112,7 +117,8 @@ def arc(doc):
 def sciq(doc, strip=False):
     """v0.3 strips the whole prompt: without a support it does not begin with a newline."""
     prompt = f"{text(doc, 'support').lstrip()}\nQuestion: {text(doc, 'question')}\nAnswer:"
-    choices = [text(doc, name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
+    choices = [text(doc, name)
+               for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
     return choose(prompt.strip() if strip else prompt, choices, 3)
 
 
@@ -125,13 +131,15 @@ def logiqa(doc):
 
 
 def logiqa_documents(documents):
-    """As the data set's loading script: options without their "A.", a space after each full stop."""
+    """As the data set's loading script: options without "A.", a space after each full stop."""
     documents, prepared = list(documents), []
-    if sum(option[1:2] == "." for doc in documents for option in texts(doc, "options")) < 2 * len(documents):
+    if (sum(option[1:2] == "." for doc in documents for option in texts(doc, "options"))
+            < 2 * len(documents)):
         return documents  # prepared before
     spaced = lambda passage: passage.replace(".", ". ").strip()
     for doc in documents:
-        changed = Document(doc, context=spaced(text(doc, "context")), question=spaced(text(doc, "question")),
+        changed = Document(doc, context=spaced(text(doc, "context")),
+                           question=spaced(text(doc, "question")),
                            options=[spaced(option[2:]) for option in texts(doc, "options")])
         changed.where = doc.where
         prepared.append(changed)
@@ -142,7 +150,8 @@ def hellaswag(doc):
     def tidy(passage):  # WikiHow's brackets
         return re.sub(r"\[.*?\]", "", passage.strip().replace(" [title]", ". ")).replace("  ", " ")
     endings = [tidy(ending) for ending in texts(doc, "endings")]
-    context = f"{text(doc, 'activity_label')}: {text(doc, 'ctx_a')} {text(doc, 'ctx_b').capitalize()}"
+    context = (f"{text(doc, 'activity_label')}: {text(doc, 'ctx_a')} "
+               f"{text(doc, 'ctx_b').capitalize()}")
     return choose(tidy(context), endings, position(doc, "label", endings))
 
 
@@ -184,11 +193,12 @@ def triviaqa_likelihood(doc):
     for alias in sorted(texts(doc, "answer.aliases")):
         if not kept or not alias.startswith(kept[-1]):
             kept.append(alias)
-    return Question([(question, " " + alias) for alias in kept], f"{question} {text(doc, 'answer.value')}")
+    return Question([(question, " " + alias) for alias in kept],
+                    f"{question} {text(doc, 'answer.value')}")
 
 
 def arithmetic(doc):
-    """GPT-3's; the completion brings its own space. An answer with more digits after it still counts."""
+    """GPT-3's; the completion brings its space. An answer with more digits behind still counts."""
     context = text(doc, "context").strip().replace("\n\n", "\n")
     context = context.replace("Q:", "Question:").replace("A:", "Answer:")
     return Question([(context, text(doc, "completion"))], context + text(doc, "completion"))
@@ -202,7 +212,7 @@ def heldout(doc):
 
 
 def wikitext(doc):
-    """A page, detokenised for the model (lm_eval/tasks/wikitext/preprocess_wikitext.py, slips included)."""
+    """A page, detokenised (lm_eval/tasks/wikitext/preprocess_wikitext.py, slips included)."""
     page = re.sub("/' [0-9]/", "/'[0-9]/", text(doc, "page").replace("s '", "s'"))
     for spaced in (" @-@ ", " @,@ ", " @.@ "):
         page = page.replace(spaced, spaced[2])
@@ -210,20 +220,22 @@ def wikitext(doc):
         page = page.replace(f" {mark} ", f"{mark} ")
     for left, right in ("()", "[]", "{}", '""', "''"):
         page = re.sub(rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}", page)
-    for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"), (" \n", "\n"),
-                     ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+    for old, new in (("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°"),
+                     (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
         page = page.replace(old, new)
     return Question([page], text(doc, "page"))
 
 
 WINOBIAS_PROMPTS = {"What does p stand for": '{sentence}\nHere, what does "{pronoun}" stand for?',
-                    "refers_to": 'What does "{pronoun}" refer to in the following sentence?\n{sentence}'}
+                    "refers_to": 'What does "{pronoun}" refer to in the following sentence?\n'
+                                 '{sentence}'}
 
 
 def winobias(doc):
     """To whom does the pronoun refer? (BigScience's prompts; the paper's gender study.)
 
-    The data set's CoNLL form, or the authors' sentences with [brackets], cut into words the same way.
+    The data set's CoNLL form, or the authors' sentences with [brackets], cut into words the same
+    way.
     """
     if "tokens" in doc:
         words = texts(doc, "tokens")
@@ -231,7 +243,8 @@ def winobias(doc):
                  for number in field(doc, "coreference_clusters", list)]
     else:
         words, spans = [], []
-        for word in re.findall(r"[\[\]]|[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]", text(doc, "sentence")):
+        for word in re.findall(r"[\[\]]|[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]",
+                               text(doc, "sentence")):
             if word in "[]":
                 spans.append(len(words) - (word == "]"))
             else:
@@ -245,11 +258,12 @@ def winobias(doc):
 
 
 def referent_match(questions, results, style):
-    """em by SQuAD's rule of as many first words as the referent has; a row a prompt, then their mean."""
+    """em by SQuAD's rule of as many first words as the referent has; a row a prompt, their mean."""
     def squad(answer):
         return re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split()
     def right(generated, referent):
-        return squad(" ".join(generated.strip().split(" ")[:len(referent.split(" "))])) == squad(referent)
+        return squad(" ".join(
+            generated.strip().split(" ")[:len(referent.split(" "))])) == squad(referent)
     rows = [row("em", [float(right(result[i], question.gold))
                        for question, result in zip(questions, results)], f":{prompt}")
             for i, prompt in enumerate(WINOBIAS_PROMPTS)]
@@ -278,7 +292,8 @@ def where(name, accepts):
 
 ARITHMETIC = {"1dc": "single_digit_three_ops", "2dm": "two_digit_multiplication"} | {
     f"{digit}d{kind[0]}": f"{word}_digit_{kind}"
-    for digit, word in zip("2345", ("two", "three", "four", "five")) for kind in ("addition", "subtraction")}
+    for digit, word in zip("2345", ("two", "three", "four", "five"))
+    for kind in ("addition", "subtraction")}
 
 # The multilingual set's English (a revision, which the paper used), or the original.
 CROWS_FILES = ("test.jsonl", "crows_pairs_anonymized.jsonl")
@@ -286,12 +301,13 @@ CROWS_TYPES = ("age autre disability gender nationality physical-appearance race
                "sexual-orientation socioeconomic").split()
 
 MMLU = {category: subjects.split() for category, subjects in {
-    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
-        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
-        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+    "stem": """abstract_algebra anatomy astronomy college_biology college_chemistry
+        college_computer_science college_mathematics college_physics computer_security
+        conceptual_physics electrical_engineering elementary_mathematics high_school_biology
+        high_school_chemistry high_school_computer_science
         high_school_mathematics high_school_physics high_school_statistics machine_learning""",
-    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
-        marketing medical_genetics miscellaneous nutrition professional_accounting
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging
+        management marketing medical_genetics miscellaneous nutrition professional_accounting
         professional_medicine virology""",
     "social_sciences": """econometrics high_school_geography high_school_government_and_politics
         high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
@@ -323,9 +339,11 @@ TASKS = {
 }
 TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
     "crows_pairs", crows_pairs, stereotype, pool="test", files=CROWS_FILES,
-    prepare=where("bias_type", lambda found, kind=kind: found.startswith(kind))) for kind in CROWS_TYPES}
-TASKS |= {f"arithmetic_{name}": Task("arithmetic", arithmetic, greedy, "validation", "validation", 2000,
-                                     files=(f"{file}.jsonl",)) for name, file in ARITHMETIC.items()}
+    prepare=where("bias_type", lambda found, kind=kind: found.startswith(kind)))
+    for kind in CROWS_TYPES}
+TASKS |= {f"arithmetic_{name}": Task(
+    "arithmetic", arithmetic, greedy, "validation", "validation", 2000, files=(f"{file}.jsonl",))
+    for name, file in ARITHMETIC.items()}
 TASKS |= {f"mmlu_{subject}": Task(
     "mmlu", mmlu, accuracy, pool="dev", prepare=where("subject", subject.__eq__),
     description="The following are multiple choice questions (with answers) about "
@@ -342,14 +360,16 @@ V03 = {
                 prepare_pool=partial(wsc_documents, repair=False, only=(1,))),
     "wsc273": dict(question=partial(wsc273, strip=True)),
     "sciq": dict(question=partial(sciq, strip=True)),
-    "triviaqa": dict(question=triviaqa_likelihood, measure=greedy, kind="loglikelihood", n=11313),  # unfiltered
+    "triviaqa": dict(question=triviaqa_likelihood, measure=greedy, kind="loglikelihood",
+                     n=11313),  # unfiltered
 }
 V03_TASKS = {name: replace(task, **V03.get(name, {})) for name, task in TASKS.items()
              if not name.startswith("mmlu")}
 V03_TASKS |= {name: replace(task, pool=None) for name, task in V03_TASKS.items()
               if task.folder == "crows_pairs"}
 V03_TASKS |= {f"hendrycksTest-{subject}": Task(
-    "mmlu", hendrycks_test, both_accuracies, pool="validation", prepare=where("subject", subject.__eq__))
+    "mmlu", hendrycks_test, both_accuracies, pool="validation",
+    prepare=where("subject", subject.__eq__))
     for subject in SUBJECTS}
 
 

@@ -21,28 +21,36 @@ from pile.prepare import chunks, documents, input_files
 class Dedup:
     input: str  # as for tokenize
     output: str  # .jsonl of the documents that stay, in their order
-    report: str = ""  # CSV of what was removed and which document stands for it; default OUTPUT.removed.csv
+    # CSV of what was removed and which document stands for it; default OUTPUT.removed.csv
+    report: str = ""
     near: bool = True  # also near duplicates; False: equal texts only
-    threshold: float = 0.87  # Jaccard similarity of the sets of words' n-grams, as the deduplicated Pile's
+    # Jaccard similarity of the sets of words' n-grams, as the deduplicated Pile's
+    threshold: float = 0.87
     ngram: int = 5  # words
-    permutations: int = 128  # of MinHash: the similarity's standard error is at most 1 / (2 sqrt(permutations))
+    # of MinHash: the similarity's standard error is at most 1 / (2 sqrt(permutations))
+    permutations: int = 128
 
     def __post_init__(self):
         if not (0 < self.threshold <= 1 and self.ngram >= 1 and self.permutations >= 16):
             raise ValueError(f"threshold = {self.threshold}, ngram = {self.ngram}, permutations = "
-                             f"{self.permutations}: expected 0 < threshold <= 1, ngram >= 1, permutations >= 16")
+                             f"{self.permutations}: expected 0 < threshold <= 1, ngram >= 1, "
+                             "permutations >= 16")
 
 
 def dedup(options):
     """Remove equal and nearly equal documents; the first of each cluster stays."""
-    exact, kept, rows, clusters = {}, 0, [], {}  # exact: digest of a text -> (who stands for it, kind, similarity)
+    # exact: digest of a text -> (who stands for it, kind, similarity)
+    exact, kept, rows, clusters = {}, 0, [], {}
     similar = _Near(options) if options.near else None
     paths = input_files(options.input)
     report = options.report or f"{options.output}.removed.csv"
-    if {os.path.realpath(options.output), os.path.realpath(report)} & set(map(os.path.realpath, paths)):
-        raise ValueError(f"output = {options.output}, report = {report}: one of the inputs, name another")
+    if ({os.path.realpath(options.output), os.path.realpath(report)}
+            & set(map(os.path.realpath, paths))):
+        raise ValueError(f"output = {options.output}, report = {report}: one of the inputs, name "
+                         "another")
     with (replacing(options.output) as output,
-          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True, disable=None) as bar):
+          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
+               disable=None) as bar):
         for chunk, _, advance in chunks(paths, None):
             for line, record in documents(chunk, _refuse):
                 place = f"{chunk[1]}:{line}"
@@ -66,8 +74,9 @@ def dedup(options):
         csv.writer(text).writerows([("removed", "stands_for_it", "kind", "similarity"), *rows])
         file.write(text.getvalue().encode())
     equal = sum(row[2] == "equal" for row in rows)
-    print(f"{options.output}: {kept:,} documents stay, {len(rows):,} removed ({equal:,} of them equal), "
-          f"{len(clusters):,} clusters, the largest of {max(clusters.values(), default=1):,}; {report}")
+    print(f"{options.output}: {kept:,} documents stay, {len(rows):,} removed ({equal:,} of them "
+          f"equal), {len(clusters):,} clusters, the largest of "
+          f"{max(clusters.values(), default=1):,}; {report}")
 
 
 def _refuse(message):
@@ -75,7 +84,7 @@ def _refuse(message):
 
 
 class _Near:
-    """MinHash LSH over the documents that stay, by datasketch; candidates are held to the threshold.
+    """MinHash LSH over documents that stay, by datasketch; candidates are held to the threshold.
 
     The weights prefer candidates too many to candidates missed: at similarity 0.87 it finds 88 % of
     the pairs, at 0.9 96 % (datasketch's own balance: 45 % and 68 %).
@@ -85,13 +94,17 @@ class _Near:
         try:
             from datasketch import MinHash, MinHashLSH
         except ImportError:
-            raise ValueError("near duplicates need datasketch: pip install datasketch; or --near=False") from None
+            raise ValueError("near duplicates need datasketch: pip install datasketch; or "
+                             "--near=False") from None
         self.options, self.hashes = options, {}
         self.minhash = lambda: MinHash(num_perm=options.permutations, seed=1)
-        self.index = MinHashLSH(threshold=options.threshold, num_perm=options.permutations, weights=(0.1, 0.9))
+        self.index = MinHashLSH(threshold=options.threshold, num_perm=options.permutations,
+                                weights=(0.1, 0.9))
 
     def find_or_add(self, place, text):
-        """Return (place of the most similar document that stays, similarity), or (None, 0) and keep this one."""
+        """Return (place of the most similar document that stays, similarity), or (None, 0) and keep
+        this one.
+        """
         words, n = text.split(), self.options.ngram
         minhash = self.minhash()
         minhash.update_batch({" ".join(words[i:i + n]).encode("utf8", "surrogatepass")

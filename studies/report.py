@@ -104,8 +104,8 @@ def training(out, steps):
             checked.append(f"{name} {len({row['step'] for row in read_csv(verify)})}")
     return table(("run", "parameters", "+ embeddings", "tokens", "passes over its corpus",
                   "bits/byte at 0", "at the end"), rows) + (
-        "<p>No problem was found by <code>checkpoints.py verify</code> (hashes, duplicates, weights "
-        f"that belong to another step) in the checkpoints of: {', '.join(checked)}.</p>")
+        "<p>No problem was found by <code>checkpoints.py verify</code> (hashes, duplicates, "
+        f"weights that belong to another step) in the checkpoints of: {', '.join(checked)}.</p>")
 
 
 def memorization(out, steps):
@@ -116,11 +116,12 @@ def memorization(out, steps):
         parts += [f"<h3>{corpus}</h3>",
                   image(out / f"memorization_{corpus}.png", f"memorization, {corpus}"),
                   columns(folder / "rates.csv", (
-                      "model", "subset", "rows", "n", "passages", "memorized", "rate", "mean_length",
-                      "stderr"), last)]
+                      "model", "subset", "rows", "n", "passages", "memorized", "rate",
+                      "mean_length", "stderr"), last)]
         if corpus != "control":
             parts += [columns(folder / "poisson.csv", (
-                          "model", "window", "n", "mean", "binomial", "test", "statistic", "p"), last),
+                          "model", "window", "n", "mean", "binomial", "test", "statistic",
+                          "p"), last),
                       columns(folder / "position.csv", (
                           "model", "subset", "n", "slope", "stderr", "p"), last),
                       columns(folder / "early.csv", (
@@ -130,20 +131,20 @@ def memorization(out, steps):
     return beside(
         "Memorized rows in windows of 512 rows fit a Poisson distribution, so when a row was seen "
         "does not matter for whether it is memorized (k = l = 32).",
-        "Eight right tokens in a row count as memorized, in windows of 64 rows; counts per window are "
-        f"below. {repeats} Repeats are spread over the windows by the shuffle, so such counts show the "
-        "shuffle, and not when a row was learnt: position cannot be tested on repeated passages. It "
-        "is tested on prose that comes once.") + "".join([
-            "<h3>Tokens right of 32, by text</h3><p>With the standard error over passages: the copies "
-            "of one are not independent, and one passage has none.</p>", lengths,
-            "<h3>Counts per window, and place in the order</h3><p>Dispersion is the counts' variance "
-            "over their mean, 1 for a Poisson process, 1 - mean / window if rows are memorized each by "
-            "itself. Slope is what the matched length of prose gains from the first row of training to "
-            "the last.</p>", is_it_poisson(out, steps), *parts])
+        "Eight right tokens in a row count as memorized, in windows of 64 rows; counts per window "
+        f"are below. {repeats} Repeats are spread over the windows by the shuffle, so such counts "
+        "show the shuffle, and not when a row was learnt: position cannot be tested on repeated "
+        "passages. It is tested on prose that comes once.") + "".join([
+            "<h3>Tokens right of 32, by text</h3><p>With the standard error over passages: the "
+            "copies of one are not independent, and one passage has none.</p>", lengths,
+            "<h3>Counts per window, and place in the order</h3><p>Dispersion is the counts' "
+            "variance over their mean, 1 for a Poisson process, 1 - mean / window if rows are "
+            "memorized each by itself. Slope is what the matched length of prose gains from the "
+            "first row of training to the last.</p>", is_it_poisson(out, steps), *parts])
 
 
 def what_is_memorized(out, steps):
-    """Return a table of matched lengths by text, and how many memorized rows are declared repeats."""
+    """Return a table of matched lengths by text; how many memorized rows are declared repeats."""
     rates = {}  # (run, text): row
     for corpus in ("standard", "deduped", "control"):
         for row in read_csv(out / f"memorization_{corpus}" / "rates.csv"):
@@ -161,7 +162,8 @@ def what_is_memorized(out, steps):
             with_error(rates[name, text]) if (name, text) in rates else "" for name in runs)))
     said = []
     for name in runs:
-        within = sum(int(rates[name, text]["memorized"]) for text in repeated if (name, text) in rates)
+        within = sum(int(rates[name, text]["memorized"])
+                     for text in repeated if (name, text) in rates)
         said.append(f"{within} of {rates[name, 'all']['memorized']} ({name})")
     return (table(("text", "rows", "passages", *runs), lines, fold=False),
             f"Of the memorized rows, as many lie within declared repeats: {', '.join(said)}.")
@@ -172,12 +174,13 @@ def is_it_poisson(out, steps):
     lines = {}
     for row in read_csv(out / "memorization_standard" / "poisson.csv"):
         if (row["step"], row["window"], row["test"]) == (str(steps), "64", "dispersion"):
-            lines[row["model"]] = [row[name] for name in ("n", "mean", "statistic", "p", "binomial")]
+            lines[row["model"]] = [
+                row[name] for name in ("n", "mean", "statistic", "p", "binomial")]
     for row in read_csv(out / "memorization_standard" / "position.csv"):
         if (row["step"], row["subset"]) == (str(steps), PROSE):
             lines[row["model"]] += [row[name] for name in ("n", "slope", "stderr", "p")]
-    return table(("run", "windows", "memorized rows in one", "dispersion", "p of Poisson", "binomial",
-                  "rows of prose", "slope", "its stderr", "p of no slope"),
+    return table(("run", "windows", "memorized rows in one", "dispersion", "p of Poisson",
+                  "binomial", "rows of prose", "slope", "its stderr", "p of no slope"),
                  [(model, *lines[model]) for model in sorted(lines, key=natural)], fold=False)
 
 
@@ -194,8 +197,8 @@ def gender(out):
                       "measure", "step", "seeds", "items", "twin", "branch", "difference", "low",
                       "high"))]
     return beside(
-        "With masculine pronouns made feminine in the last 7 % or 21 % of training, bias on WinoBias "
-        "and CrowS-Pairs falls, most in the largest models, and LAMBADA hardly suffers.",
+        "With masculine pronouns made feminine in the last 7 % or 21 % of training, bias on "
+        "WinoBias and CrowS-Pairs falls, most in the largest models, and LAMBADA hardly suffers.",
         "In the last quarter, against twins of the same checkpoints. Intervals are over items and "
         "seeds; those of one seed over items only, so they do not tell what another seed would do. "
         "pronouns_as_pushed is the code as it was pushed to gpt-neox.") + "".join([
@@ -214,14 +217,15 @@ def terms(out):
                 and (row["model"], row["step"]) == (gap["model"], gap["step"])]
         right = sum(int(row["n"]) * float(row["acc"]) for row in mine) / int(gap["n"])
         lines.append((gap["model"], f"{right:.1%}", interval({
-            "difference": gap["logprob_gap"], "low": gap["logprob_low"], "high": gap["logprob_high"]})))
+            "difference": gap["logprob_gap"], "low": gap["logprob_low"],
+            "high": gap["logprob_high"]})))
     difference = experiment["chosen minus others"]
     return beside(
         "The correlation of arithmetic with operands' frequency shows from 2.8B parameters on, and "
         "the gap between frequent and rare operands grows with training.",
-        "Sums whose operands have frequencies that do not depend on their size. The experiment: rows "
-        f"with the sums of {experiment['chosen']['n']} rare operands come three more times in the "
-        "second half. What that changed for their sums, less what it changed for others: "
+        "Sums whose operands have frequencies that do not depend on their size. The experiment: "
+        f"rows with the sums of {experiment['chosen']['n']} rare operands come three more times in "
+        "the second half. What that changed for their sums, less what it changed for others: "
         f"{interval(difference)} ({count(difference['seeds'], 'seed')}).") + "".join([
             "<h3>Most minus least frequent tenth of the operands, at the end</h3>",
             table(("run", "sums right", "log-probability of the right answer, difference"), lines,
@@ -244,10 +248,11 @@ def main(options):
     page = ["<!doctype html><html lang=en><meta charset=utf-8>",
             "<meta name=viewport content='width=device-width'>",
             f"<title>Pythia in miniature</title><style>{STYLE}</style><h1>Pythia in miniature</h1>",
-            "<p>Three sizes, a standard and a deduplicated corpus, one order, checkpoints spaced by "
-            "powers of two, and the paper's three studies with control twins: "
-            f"{len(done)} commands, {sum(done.values()) / 60:.0f} minutes on this machine. Nothing was "
-            "tuned to look like the paper, and much of it is too small to say what the paper says.</p>"]
+            "<p>Three sizes, a standard and a deduplicated corpus, one order, checkpoints spaced "
+            "by powers of two, and the paper's three studies with control twins: "
+            f"{len(done)} commands, {sum(done.values()) / 60:.0f} minutes on this machine. Nothing "
+            "was tuned to look like the paper, and much of it is too small to say what the paper "
+            "says.</p>"]
     for title, section in sections.items():
         try:
             page.append(f"<h2>{title}</h2>" + section())

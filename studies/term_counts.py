@@ -1,24 +1,27 @@
-"""How often each number, and each question with its answer, was in the training data up to each checkpoint.
+"""How often each number, each question with its answer, was trained on up to each checkpoint.
 
-    python -m studies.term_frequency count --data=PREFIX --output=counts [--questions=triviaqa.jsonl]
+    python -m studies.term_frequency count --data=PREFIX --output=counts \\
+        [--questions=triviaqa.jsonl]
 
-OUTPUT/0000512_0001000.npy holds what stood in the rows of steps 512 to 999: int64 (2, n), keys in ascending
-order above, their counts below. Checkpoint 1000 has seen the sum of the files up to that one (`seen`).
-A key is kind * 10**10 + a * 10**5 + b:
+OUTPUT/0000512_0001000.npy holds what stood in the rows of steps 512 to 999: int64 (2, n), keys in
+ascending order above, their counts below. Checkpoint 1000 has seen the sum of the files up to that
+one (`seen`). A key is kind * 10**10 + a * 10**5 + b:
 
-    kind 0  NEAR      b = number: how many windows of "number near number" it is in; twice if twice in one
-    kind 1  PLAIN     b = number: every run of at most five digits, wherever it stands ("3.14" is 3 and 14)
+    kind 0  NEAR      b = number: how many windows of "number near number" it is in; twice if
+                      twice in one
+    kind 1  PLAIN     b = number: every run of at most five digits, wherever it stands ("3.14" is
+                      3 and 14)
     kind 2  UNIT      a = index in UNITS, b = number: windows of a number near a unit of time
     kind 3  QUESTION  a = question, b = which of its terms: rows that have that term and the answer
     kind 4  PAIR      a <= b, numbers of one window of kind 0
 
-Windows are those of the paper's code (EleutherAI/pythia, case-studies/term_frequency/run_freq_count.py): the
-text of a row with a space before it; from every space, a number of one to five digits, a space, one to
-three words of letters, digits, underscores and ASCII signs with white space behind each (as many as
-possible), and again up to five digits. All numbers inside count, those within words too. The paper's
-frequency of x is NEAR, so a number counts only with another one near it. The text is that of
-transformers' decode at the time, which spelled <|endoftext|> out and took the space before . ? ! , and
-some apostrophes away.
+Windows are those of the paper's code (EleutherAI/pythia,
+case-studies/term_frequency/run_freq_count.py): the text of a row with a space before it; from every
+space, a number of one to five digits, a space, one to three words of letters, digits, underscores
+and ASCII signs with white space behind each (as many as possible), and again up to five digits. All
+numbers inside count, those within words too. The paper's frequency of x is NEAR, so a number counts
+only with another one near it. The text is that of transformers' decode at the time, which spelled
+<|endoftext|> out and took the space before . ? ! , and some apostrophes away.
 """
 
 import itertools
@@ -60,10 +63,12 @@ _NEAR_NUMBER = re.compile(rf" \d{{1,5}} (?:{_WORD}){{1,3}}\d{{1,5}}")
 _NEAR_UNIT = re.compile(rf" \d{{1,5}} (?:{_WORD}){{0,3}}?(?:{_UNIT.pattern})")
 _UNIT_NEAR = re.compile(rf" (?:{_UNIT.pattern}) (?:{_WORD}){{0,3}}?\d{{1,5}}")
 
-# transformers 4, PreTrainedTokenizerBase.clean_up_tokenization, which decode called unless told not to.
+# transformers 4, PreTrainedTokenizerBase.clean_up_tokenization, which decode called unless told not
+# to.
 _TIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
-# The value of every character that is a decimal digit in Unicode (what \d means), 255 for all others.
+# The value of every character that is a decimal digit in Unicode (what \d means), 255 for all
+# others.
 _DIGIT = np.full(0x110000, 255, dtype=np.uint8)
 for _code in range(0x110000):
     if chr(_code).isdecimal():
@@ -94,7 +99,8 @@ def count_numbers(text, keys):
             if window := _NEAR_NUMBER.match(text, start - 1):
                 numbers = sorted(map(int, _NUMBER.findall(window[0])))
                 keys.extend(NEAR * KIND + number for number in numbers)
-                keys.extend(PAIR * KIND + a * NUMBERS + b for a, b in itertools.combinations(numbers, 2))
+                keys.extend(PAIR * KIND + a * NUMBERS + b
+                            for a, b in itertools.combinations(numbers, 2))
             if window := _NEAR_UNIT.match(text, start - 1):
                 _count_units(window[0], keys)
     for unit in UNITS:
@@ -110,7 +116,7 @@ def _count_units(window, keys):
                 for number in numbers for unit in _UNIT.findall(window))
 
 
-# ---------------------------------------------------------------------------- over the training order
+# -------------------------------------------------------------------------- over the training order
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,11 @@ class Count(Order):
 
 
 def count(options):
-    """Count numbers near numbers, and questions' terms with their answers, up to each checkpoint."""
+    """Count numbers near numbers, questions' terms with their answers, up to each checkpoint."""
     if options.at and not re.fullmatch(r"\d+(,\d+)*", options.at):
         raise ValueError(f"at = {options.at!r}, expected steps with commas")
-    from checkpoints import checkpoint_steps  # here: the workers, who import this file too, need no torch
+    # Here: the workers, who import this file too, need no torch.
+    from checkpoints import checkpoint_steps
     at = map(int, options.at.split(",")) if options.at else checkpoint_steps(options.steps)
     steps = sorted({0, *at})
     data = ordered(options)
@@ -140,15 +147,18 @@ def count(options):
                  settings | {"questions": [question.id for question in questions]})
     chunks, done = list(itertools.pairwise(steps)), counted(options.output)
     if others := sorted(done.keys() - chunks):
-        raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to {others[0][1]:,}, "
-                         "which are not next to each other in --at; name another --output")
+        raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to "
+                         f"{others[0][1]:,}, which are not next to each other in --at; name "
+                         "another --output")
     todo = [chunk for chunk in chunks if chunk not in done]
-    rows, workers = sum(b - a for a, b in todo) * options.batch_size, options.workers or os.cpu_count()
+    rows, workers = (sum(b - a for a, b in todo) * options.batch_size,
+                     options.workers or os.cpu_count())
     if workers == 1:
         _start_worker(options, questions)
         pool, in_order = nullcontext(), map
     else:
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options, questions))
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker,
+                                   (options, questions))
         in_order = pool.map
     with tqdm(total=rows, unit="row", unit_scale=True, disable=None) as bar, pool:
         list(in_order(count_rows, (0,), (0,)))  # starting up is no part of the rate
@@ -163,18 +173,20 @@ def count(options):
     print(f"{options.output}: {rows:,} rows counted now, {there:,} were there")
     if rows:
         pile_hours = seconds * workers * PILE_ROWS * 2049 / (rows * (options.seq_length + 1)) / 3600
-        print(f"{rows / seconds:,.0f} rows/s of {options.seq_length + 1} tokens, {workers} process(es), "
-              f"{seconds:.1f} s; the Pile's {PILE_ROWS:,} rows of 2049 take {pile_hours:,.1f} core hours")
+        print(f"{rows / seconds:,.0f} rows/s of {options.seq_length + 1} tokens, {workers} "
+              f"process(es), {seconds:.1f} s; the Pile's {PILE_ROWS:,} rows of 2049 take "
+              f"{pile_hours:,.1f} core hours")
 
 
 def counted(folder):
     """Return {(first step, step after the last): path} of the files of counts in a folder."""
-    matches = ((re.fullmatch(r"(\d+)_(\d+)\.npy", path.name), path) for path in Path(folder).glob("*_*.npy"))
+    matches = ((re.fullmatch(r"(\d+)_(\d+)\.npy", path.name), path)
+               for path in Path(folder).glob("*_*.npy"))
     return {(int(match[1]), int(match[2])): path for match, path in matches if match}
 
 
 def count_chunk(first, last, in_order, bar):
-    """Return the table of rows first to last - 1, counted a block at a time by the map `in_order`."""
+    """Return the table of rows first to last - 1, counted by blocks with the map `in_order`."""
     starts = range(first, last, BLOCK_ROWS)
     stops = [min(start + BLOCK_ROWS, last) for start in starts]
     tables = [np.empty((2, 0), dtype=np.int64)]
@@ -202,7 +214,8 @@ def count_rows(start, stop):
         text = b"".join([_token_bytes[id_] for id_ in row]).decode("utf8", "replace")
         count_numbers(text, keys)
         if _index.filed:
-            keys.extend(QUESTION * KIND + question * NUMBERS + term for question, term in _index.found(text))
+            keys.extend(QUESTION * KIND + question * NUMBERS + term
+                        for question, term in _index.found(text))
     return np.stack(np.unique(np.array(keys, dtype=np.int64), return_counts=True))
 
 
@@ -216,10 +229,11 @@ def merge(tables):
 
 
 def seen(folder, kind):
-    """Yield (step, keys, counts) of one kind, keys without the kind, accumulated up to each counted step."""
+    """Yield (step, keys, counts) of one kind, keys without it, summed up to each counted step."""
     chunks = dict(sorted((a, (b, path)) for (a, b), path in counted(folder).items()))
     if 0 not in chunks:
-        raise ValueError(f"{folder}: holds no counts from step 0; `count --output={folder}` makes them")
+        raise ValueError(f"{folder}: holds no counts from step 0; `count --output={folder}` makes "
+                         "them")
     total, reached = np.empty((2, 0), dtype=np.int64), 0
     yield reached, *total
     while reached in chunks:
@@ -246,8 +260,10 @@ def question_frequencies(folder):
     ids = read_json(os.path.join(folder, "counts.json"))["questions"]
     if not ids:
         raise ValueError(f"{folder}: counts no questions; `count --questions=FILE` does")
-    at = {step: dict(zip(keys.tolist(), counts.tolist())) for step, keys, counts in seen(folder, QUESTION)}
+    at = {step: dict(zip(keys.tolist(), counts.tolist()))
+          for step, keys, counts in seen(folder, QUESTION)}
     salient = {}
     for key, _ in sorted(at[max(at)].items(), key=lambda pair: (-pair[1], pair[0])):
         salient.setdefault(ids[key // NUMBERS], key)
-    return {step: {id_: found.get(key, 0) for id_, key in salient.items()} for step, found in at.items()}
+    return {step: {id_: found.get(key, 0) for id_, key in salient.items()}
+            for step, found in at.items()}

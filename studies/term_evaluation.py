@@ -1,7 +1,7 @@
-"""Ask models the questions of the term-frequency study: the command `evaluate` of studies/term_frequency.py.
+"""Ask models the term-frequency study's questions: `evaluate` of studies/term_frequency.py.
 
-A row of its CSV is one prompt: model, step, tokens seen, task, shots, term (x1, or the question's id), item
-(x2), correct (0 or 1), logprob (of the right answer, in nats).
+A row of its CSV is one prompt: model, step, tokens seen, task, shots, term (x1, or the question's
+id), item (x2), correct (0 or 1), logprob (of the right answer, in nats).
 """
 
 import csv
@@ -38,12 +38,13 @@ class Evaluate:
 
 
 def evaluate(options):
-    """Ask every checkpoint every question: is its greedy answer right, how probable is the right one?"""
+    """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
     prompts = all_prompts(options)
     folders = find_all(options.model, options.steps)
     tokenizer, device = load_tokenizer(options.tokenizer), pick_device(options.device)
     done = {tuple(row[name] for name in KEY) for row in read_rows(options.results)}
-    todo = [(entry, group, rest) for entry in folders for group, asked in prompts.items() if (rest := [
+    todo = [(entry, group, rest)
+            for entry in folders for group, asked in prompts.items() if (rest := [
         p for p in asked if (*entry[:2], group[0], str(group[1]), p.term, p.item) not in done])]
     total, loaded = sum(len(asked) for *_, asked in todo), None
     with tqdm(total=total, unit="prompt", disable=None) as bar:
@@ -55,12 +56,14 @@ def evaluate(options):
             for piece in (asked[i:i + 1000] for i in range(0, len(asked), 1000)):
                 results = answer_all(model, tokenizer, task, piece)
                 append_rows(options.results, [
-                    (name, step, tokens, task, shots, prompt.term, prompt.item, int(right), f"{logprob:.6g}")
+                    (name, step, tokens, task, shots, prompt.term, prompt.item, int(right),
+                     f"{logprob:.6g}")
                     for prompt, (right, logprob) in zip(piece, results)])
                 correct += [right for right, _ in results]
                 logprobs += [logprob for _, logprob in results]
                 bar.update(len(piece))
-            tqdm.write(f"{name} step {step:>6} | {task} {shots:>2}-shot | acc {np.mean(correct):.4f} | "
+            tqdm.write(f"{name} step {step:>6} | {task} {shots:>2}-shot | "
+                       f"acc {np.mean(correct):.4f} | "
                        f"log-probability {np.mean(logprobs):.4f} (n {len(asked):,})")
     print(f"{options.results}: {total:,} prompts answered, "
           f"{len(folders) * sum(map(len, prompts.values())) - total:,} were there")
@@ -74,7 +77,8 @@ def all_prompts(options):
     if not re.fullmatch(r"\d+(,\d+)*", options.shots):
         raise ValueError(f"shots = {options.shots!r}, expected numbers with commas")
     prompts = {}
-    for task, shots in itertools.product(options.tasks.split(","), map(int, options.shots.split(","))):
+    for task, shots in itertools.product(options.tasks.split(","),
+                                         map(int, options.shots.split(","))):
         if task in OPERATIONS:
             prompts[task, shots] = [prompt for x1 in range(int(first), int(last))
                                     for prompt in arithmetic(task, shots, x1)]
@@ -91,19 +95,21 @@ def answer_all(model, tokenizer, task, prompts):
     texts = generate_until(model, tokenizer, [prompt.text for prompt in prompts],
                            n_tokens=16 if task in OPERATIONS else 32)
     logprobs = iter(loglikelihood(model, tokenizer, [
-        (prompt.text, continuation) for prompt in prompts for continuation in prompt.continuations]))
+        (prompt.text, continuation)
+        for prompt in prompts for continuation in prompt.continuations]))
     return [(given_answer(task, text) in prompt.answers,
              float(np.logaddexp.reduce([next(logprobs)[0] for _ in prompt.continuations])))
             for prompt, text in zip(prompts, texts)]
 
 
 def read_rows(path):
-    """Return the rows of a CSV of `evaluate`, which need not be there; a torn last line is dropped."""
+    """Return the rows of a CSV of `evaluate`, if it is there; a torn last line is dropped."""
     if not os.path.exists(path):
         return []
     text = Path(path).read_text(encoding="utf8")
     if not text.startswith(",".join(HEADER) + "\n"):
-        raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --results")
+        raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another "
+                         "--results")
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
         os.truncate(path, len(whole.encode()))
@@ -117,7 +123,7 @@ def append_rows(path, rows):
 
 
 def grouped(path):
-    """Return {(model, step, tokens, task, shots): [(term, item, correct, logprob)]} of `evaluate`'s CSV."""
+    """{(model, step, tokens, task, shots): [(term, item, correct, logprob)]} of `evaluate`."""
     groups = {}
     for row in read_rows(path):
         try:

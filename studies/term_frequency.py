@@ -7,8 +7,10 @@ between frequent and rare operands that grows with training. That is an observat
 the experiment.
 
     python -m studies.term_frequency count --data=PREFIX --output=counts --questions=QUESTIONS
-    python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus --results=terms.csv
-    python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 --questions=QUESTIONS
+    python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus \\
+        --results=terms.csv
+    python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 \\
+        --questions=QUESTIONS
     python -m studies.term_frequency analyse --counts=counts --results=terms.csv --output=terms
     python -m studies.figures term_frequency --bins=terms_bins.csv --output=terms.png
 
@@ -27,8 +29,10 @@ format of the counts, in studies/term_counts.py. Every results file goes on wher
 The published models and data (the paper's: deduplicated, steps 13000, 39000, ..., 143000):
 
     python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
-        --questions=QUESTIONS --at=13000,26000,39000,52000,65000,78000,91000,104000,117000,130000,143000
-    python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 --results=terms.csv
+        --questions=QUESTIONS \\
+        --at=13000,26000,39000,52000,65000,78000,91000,104000,117000,130000,143000
+    python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 \\
+        --results=terms.csv
 
 Cost: a row of 2049 tokens takes 0.45 ms of a core, 1.55 ms with 2,000 questions, so the 146,432,000
 rows 18 or 63 core hours. A checkpoint answers 50,000 arithmetic prompts of 89 tokens on average. A
@@ -81,16 +85,18 @@ class Analyse:
 
 
 def analyse(options):
-    """Compare what models do with how often they saw it: bins, and the most frequent minus the least."""
+    """Compare what models do with how often they saw it: bins, and most frequent minus least."""
     groups = grouped(options.results)
     number = {"near": NEAR, "plain": PLAIN}[options.frequency]
-    frequencies = {task: question_frequencies(options.counts) if task == "triviaqa" else
-                   number_frequencies(options.counts, number) for task in {key[3] for key in groups}}
+    frequencies = {task: (question_frequencies(options.counts) if task == "triviaqa" else
+                          number_frequencies(options.counts, number))
+                   for task in {key[3] for key in groups}}
     bins, gaps = [], []
     for (model, step, tokens, task, shots), answers in groups.items():
         if int(step or -1) not in frequencies[task]:
-            raise ValueError(f"{options.counts}: does not count up to step {step or '(none)'} of {model}, "
-                             f"only to {', '.join(map(str, frequencies[task]))}; see `count --at`")
+            raise ValueError(f"{options.counts}: does not count up to step {step or '(none)'} of "
+                             f"{model}, only to {', '.join(map(str, frequencies[task]))}; see "
+                             "`count --at`")
         before = frequencies[task][int(step)]
         means = np.array([(before.get(term, 0), *np.mean(values, axis=0))  # (terms, 3)
                           for term, values in by_term(answers).items()])
@@ -99,10 +105,11 @@ def analyse(options):
         gaps.append((*where, *gap(means)))
     write_csv(f"{options.output}_bins.csv", BINS, bins)
     write_csv(f"{options.output}_gaps.csv", GAPS, gaps)
-    print("most frequent tenth minus least frequent tenth of the terms, 95 % bootstrap interval over terms")
+    print("most frequent tenth minus least frequent tenth of the terms, 95 % bootstrap interval "
+          "over terms")
     for model, step, _, task, shots, n, low, high, *numbers in gaps:
-        print(f"{model} step {step:>6} | {task:8} {shots:>2}-shot | seen {high:,.0f} and {low:,.0f} times | "
-              f"acc x 100 {interval([100 * value for value in numbers[:3]])} | "
+        print(f"{model} step {step:>6} | {task:8} {shots:>2}-shot | seen {high:,.0f} and "
+              f"{low:,.0f} times | acc x 100 {interval([100 * value for value in numbers[:3]])} | "
               f"log-probability {interval(numbers[3:])} (n {n})")
 
 
@@ -124,7 +131,7 @@ def by_term(answers):
 
 
 def binned(means, task, tenths=10):
-    """Yield rows of BINS behind the first five: the paper's bins, and tenths of the terms by frequency.
+    """Yield rows of BINS behind the first five: the paper's bins, tenths of the terms by frequency.
 
     Equally frequent terms are in one tenth, so that there are fewer of them in a small corpus.
     """
@@ -138,17 +145,19 @@ def binned(means, task, tenths=10):
     for name, low, high, part in members:
         if len(part):
             mean = means[part].mean(axis=0)
-            error = means[part].std(axis=0, ddof=1) / math.sqrt(len(part)) if len(part) > 1 else [None] * 3
+            error = (means[part].std(axis=0, ddof=1) / math.sqrt(len(part)) if len(part) > 1
+                     else [None] * 3)
             yield name, low, high, mean[0], len(part), mean[1], error[1], mean[2], error[2]
 
 
 def gap(means):
-    """Return the row of GAPS behind the first five, from (terms, 3): frequency, accuracy, log-probability.
+    """Return GAPS behind the first five, of (terms, 3): frequency, accuracy, log-probability.
 
     With 100 operands a tenth is the paper's 10. The bootstrap draws terms, with all their prompts,
     anew within each tenth.
     """
-    # Equally frequent terms (never seen, in a small corpus) must not stand by size, which itself matters.
+    # Equally frequent terms (never seen, in a small corpus) must not stand by size, which itself
+    # matters.
     order, tenth = np.random.RandomState(0).permutation(len(means)), max(1, len(means) // 10)
     order = order[np.argsort(means[order, 0], kind="stable")]
     least, most = means[order[:tenth]], means[order[-tenth:]]
@@ -171,7 +180,7 @@ class Compare:
 
 
 def compare(options):
-    """Compare branches with their control twins: chosen terms, other terms, and their difference."""
+    """Compare branches with their control twins: chosen terms, other terms, the difference."""
     groups, chosen = grouped(options.results), terms_of(options)
     name = lambda path: os.path.basename(os.path.normpath(path))
     branches = [name(path) for path in options.branch.split(",")]
@@ -203,8 +212,9 @@ def compare(options):
                   f"{interval(numbers)}" + (f" (n {n:,} terms, {len(seeds)} seeds)" if n else ""))
     if not rows:
         raise ValueError(f"{options.results}: no checkpoint of all of "
-                         f"{', '.join(branches + twins)} has answers with and without {options.terms}; "
-                         f"it holds {', '.join(sorted({key[0] for key in groups}))}")
+                         f"{', '.join(branches + twins)} has answers with and without "
+                         f"{options.terms}; it holds "
+                         f"{', '.join(sorted({key[0] for key in groups}))}")
     write_csv(options.output, COMPARED, rows)
 
 
@@ -213,7 +223,7 @@ COMPARED = ("model", "step", "tokens", "task", "shots", "terms", "seeds", "n", "
 
 
 def terms_of(options):
-    """Return the chosen terms, and the ids of the questions that have one in their text or answers."""
+    """Return the chosen terms, and the ids of questions that have one in their text or answers."""
     chosen = set(options.terms.split(","))
     wanted = [f" {words_of(term)} " for term in chosen]
     for question in read_questions(options.questions) if options.questions else ():
@@ -232,8 +242,8 @@ def by_term_difference(branch, twin):
     return {term: np.mean(values) for term, values in found.items()}
 
 
-COMMANDS = {"count": (Count, count), "evaluate": (Evaluate, evaluate), "analyse": (Analyse, analyse),
-            "compare": (Compare, compare)}
+COMMANDS = {"count": (Count, count), "evaluate": (Evaluate, evaluate),
+            "analyse": (Analyse, analyse), "compare": (Compare, compare)}
 
 if __name__ == "__main__":
     command(sys.argv[1:], COMMANDS)

@@ -1,20 +1,21 @@
-"""What the models are asked, which terms stand for a question, and which rows of training text hold them.
+"""What the models are asked, which terms stand for a question, which rows of text hold them.
 
 Arithmetic: `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50, behind k shots
-`Q:What is 3 times 4? A:12` with a blank line after each. They come from the 4,950 problems with another
-x1, as lm-eval 0.3 drew them: for every x1 a random.Random(42) shuffles the 50 prompts, then draws k + 1 for
-each of them, of which the first k are taken. TriviaQA: `Q:{question} A:`, its shots `Q:... A: answer`.
+`Q:What is 3 times 4? A:12` with a blank line after each. They come from the 4,950 problems with
+another x1, as lm-eval 0.3 drew them: for every x1 a random.Random(42) shuffles the 50 prompts, then
+draws k + 1 for each of them, of which the first k are taken. TriviaQA: `Q:{question} A:`, its shots
+`Q:... A: answer`.
 
-Right is, as in the paper's code, if the first run of one to five digits in at most 16 greedy tokens, up to
-a newline, is the answer; for TriviaQA, if at most 32 tokens without case, punctuation and articles are an
-accepted answer. That leaps from nothing to something late; the log-probability of the right answer
-(for a number of `12` and of ` 12`, added) moves long before.
+Right is, as in the paper's code, if the first run of one to five digits in at most 16 greedy
+tokens, up to a newline, is the answer; for TriviaQA, if at most 32 tokens without case, punctuation
+and articles are an accepted answer. That leaps from nothing to something late; the log-probability
+of the right answer (for a number of `12` and of ` 12`, added) moves long before.
 
-Salient terms: Kandpal et al. 2023 (arXiv 2211.08411), whom the paper follows, link entities in questions,
-answers and documents with a model, and call a document relevant if the question's salient entity and the
-answer's are both in it; salient is the entity that is most often with the answer. Here a term is plain
-words, compared without case and signs, the documents are rows of the training order, as in the paper,
-and the salient term is chosen in the same way, after counting.
+Salient terms: Kandpal et al. 2023 (arXiv 2211.08411), whom the paper follows, link entities in
+questions, answers and documents with a model, and call a document relevant if the question's
+salient entity and the answer's are both in it; salient is the entity that is most often with the
+answer. Here a term is plain words, compared without case and signs, the documents are rows of the
+training order, as in the paper, and the salient term is chosen in the same way, after counting.
 """
 
 import random
@@ -41,8 +42,8 @@ class Question:
     def terms(self):
         """The salient terms of the question, as words.
 
-        They are its names, runs of capitalised words with "of" and "the" within, but for the first word,
-        which is always capitalised; without any name, its longest word.
+        They are its names, runs of capitalised words with "of" and "the" within, but for the first
+        word, which is always capitalised; without any name, its longest word.
         """
         names = re.findall(r"\b[A-Z]\w*(?:(?: of| the)* [A-Z]\w*)*", self.text.partition(" ")[2])
         names = names or [max(re.findall(r"\w+", self.text), key=len, default="")]
@@ -50,7 +51,7 @@ class Question:
 
     @property
     def answers(self):
-        """The accepted answers as words, those of one or two letters left out: they are other words too."""
+        """The accepted answers as words but for those of one or two letters: other words too."""
         answers = dict.fromkeys(map(words_of, (self.value, *self.aliases)))
         return [answer for answer in answers if len(answer) > 2]
 
@@ -62,20 +63,24 @@ def words_of(passage):
 
 def read_questions(path):
     """Return the questions of a TriviaQA file, or raise ValueError naming the line that is none."""
-    questions = [Question(text(doc, "question_id"), text(doc, "question"), text(doc, "answer.value"),
-                          tuple(texts(doc, "answer.aliases"))) for doc in read_jsonl(path)]
-    if len(questions) > MOST_QUESTIONS or len({question.id for question in questions}) < len(questions):
-        raise ValueError(f"{path}: expected at most {MOST_QUESTIONS:,} questions, all with other ids")
+    questions = [Question(text(doc, "question_id"), text(doc, "question"),
+                          text(doc, "answer.value"), tuple(texts(doc, "answer.aliases")))
+                 for doc in read_jsonl(path)]
+    if (len(questions) > MOST_QUESTIONS
+            or len({question.id for question in questions}) < len(questions)):
+        raise ValueError(f"{path}: expected at most {MOST_QUESTIONS:,} questions, all with "
+                         "other ids")
     return questions
 
 
 class QuestionIndex:
-    """Finds the terms and answers of all questions in a text; each is filed under its first two words."""
+    """Finds all questions' terms and answers in a text; each is filed under its first two words."""
 
     def __init__(self, questions):
         self.filed = {}  # one or two words: {phrase: [(question, term number or -1 for an answer)]}
         for q, question in enumerate(questions):
-            for b, phrase in (*enumerate(question.terms), *((-1, answer) for answer in question.answers)):
+            for b, phrase in (*enumerate(question.terms),
+                              *((-1, answer) for answer in question.answers)):
                 under = self.filed.setdefault(" ".join(phrase.split(" ")[:2]), {})
                 under.setdefault(phrase, []).append((q, b))
 
@@ -87,7 +92,8 @@ class QuestionIndex:
         for start in self.filed.keys() & present:
             for phrase, places in self.filed[start].items():
                 # Few phrases have all their words in the text, and searching it is dear.
-                if phrase == start or present.issuperset(phrase.split(" ")) and f" {phrase} " in padded:
+                if (phrase == start or present.issuperset(phrase.split(" "))
+                        and f" {phrase} " in padded):
                     terms += [place for place in places if place[1] >= 0]
                     answered.update(q for q, b in places if b < 0)
         return [place for place in terms if place[0] in answered]
@@ -122,12 +128,13 @@ def arithmetic(operation, shots, x1):
 
 
 def trivia(questions, shots):
-    """Return a prompt for each question, behind `shots` other questions, drawn from a random.Random(42)."""
+    """Return a prompt for each question, behind `shots` others drawn from a random.Random(42)."""
     generator, prompts = random.Random(42), []
     if len(questions) <= shots:
         raise ValueError(f"{len(questions)} questions are too few for {shots} shots")
     for question in questions:
-        examples = [other for other in generator.sample(questions, shots + 1) if other != question][:shots]
+        examples = [other for other in generator.sample(questions, shots + 1)
+                    if other != question][:shots]
         prompts.append(Prompt(question.id, "", "".join(
             f"Q:{other.text} A: {other.value}\n\n" for other in examples) + f"Q:{question.text} A:",
             tuple(map(plain, (question.value, *question.aliases))), (" " + question.value,)))

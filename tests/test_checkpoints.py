@@ -54,7 +54,8 @@ def test_transformers_reads_a_checkpoint_as_it_lies(tmp_path, tokenizer_path, ge
     tokens = torch.tensor([tokenizer("Hello world\n\n  foo   bar")["input_ids"]])
     assert tokens.tolist() == [[12092, 1533, 535, 50276, 12110, 50275, 2009]]
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert load_file(tmp_path / "step0/model.safetensors")["embed_out.weight"].dtype == torch.float32
+    assert (load_file(tmp_path / "step0/model.safetensors")["embed_out.weight"].dtype
+            == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -106,10 +107,12 @@ def edit_json(path, **changes):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, "model_type is 'llama'"), ({"use_parallel_residual": False}, "parallel"),
+    ({"model_type": "llama"}, "model_type is 'llama'"),
+    ({"use_parallel_residual": False}, "parallel"),
     ({"rotary_pct": 1.0}, "rotary_pct is 1.0"), ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
     ({"hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
-    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"), ({"num_hidden_layers": 1}, "unexpected"),
+    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"),
+    ({"num_hidden_layers": 1}, "unexpected"),
     ({"vocab_size": 50432}, r"embed_in.weight is \(50304, 32\), expected \(50432, 32\)")])
 def test_a_foreign_model_is_named_not_loaded(tmp_path, trained, changes, words):
     model, optimizer = trained

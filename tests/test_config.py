@@ -32,13 +32,14 @@ def refused(capsys, *argv):
 def test_flags_win_over_files_in_the_order_given(tmp_path):
     (tmp_path / "a.py").write_text("name, steps = 'a', 1\n_helper = 3\nrate = 2 * _helper\n")
     (tmp_path / "b.py").write_text("steps = 2\n")
-    first, second = parse([str(tmp_path / "a.py"), "--steps=5", str(tmp_path / "b.py")], First, Second)
+    first, second = parse([str(tmp_path / "a.py"), "--steps=5", str(tmp_path / "b.py")],
+                          First, Second)
     assert (first, second) == (First(steps=2, rate=6.0), Second(name="a"))
 
 
 def test_values_take_the_declared_type():
-    first, second = parse(["--name=1e5", "--steps=3e11", "--rate=1", "--seed=None", "--compile=True"],
-                          First, Second)
+    first, second = parse(["--name=1e5", "--steps=3e11", "--rate=1", "--seed=None",
+                           "--compile=True"], First, Second)
     assert (first.steps, first.rate) == (300_000_000_000, 1.0) and type(first.rate) is float
     assert second == Second(name="1e5", seed=None, compile=True)
 

@@ -15,8 +15,8 @@ from data import OrderedData, TokenFile, batch_rows, build_order, order_paths, s
 from pile.writer import TokenWriter
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
-# seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx and
-# of the first rows, where token p of document d is (7919 d + p) mod 50254.
+# seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx
+# and of the first rows, where token p of document d is (7919 d + p) mod 50254.
 GOLDEN = [
     (2294, 1, 300, 887852006, 2048, 453, 1234, 3, 491, 63,
      "e21c5671558382188fd972d69992006442e35b28eefc7855a18f456470805a4e",
@@ -157,14 +157,16 @@ def test_a_corrupted_index_is_a_value_error_or_reads_in_bounds(tmp_path_factory,
 
 
 @pytest.mark.parametrize("name, at, content, words", [
-    ("d.idx", 0, b"NOTANIDX\0", "not a Megatron index"), ("d.idx", 9, b"\2", "version 2, expected 1"),
-    ("d.idx", 17, b"\6", "dtype code 6"), ("d.idx", 18, b"\x09", "truncated or damaged"),
+    ("d.idx", 0, b"NOTANIDX\0", "not a Megatron index"),
+    ("d.idx", 9, b"\2", "version 2, expected 1"), ("d.idx", 17, b"\6", "dtype code 6"),
+    ("d.idx", 18, b"\x09", "truncated or damaged"),
     ("d.idx", 0, b"", "not a Megatron index"), ("d.bin", 0, b"\1\2", "truncated")])
 def test_each_defect_is_named(tmp_path, name, at, content, words):
     write(tmp_path / "d", random_documents([3, 4]))
     raw = (tmp_path / name).read_bytes()
     whole = at > 0 or name == "d.idx" and content
-    (tmp_path / name).write_bytes(raw[:at] + content + raw[at + len(content):] if whole else content)
+    (tmp_path / name).write_bytes(
+        raw[:at] + content + raw[at + len(content):] if whole else content)
     with pytest.raises(ValueError, match=words):
         TokenFile(tmp_path / "d")
 
@@ -173,16 +175,19 @@ def test_beyond_four_gigabytes(tmp_path):
     """A sparse file of 2^31 + 7 tokens: byte offsets over 2^32, token positions over 2^31."""
     sizes = np.array([2**31 - 1, 8], dtype="<i4")
     pointers = np.array([0, 2 * (2**31 - 1)], dtype="<i8")
-    (tmp_path / "d.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + sizes.tobytes()
-                                     + pointers.tobytes() + np.arange(3, dtype="<i8").tobytes())
+    (tmp_path / "d.idx").write_bytes(
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + sizes.tobytes()
+        + pointers.tobytes() + np.arange(3, dtype="<i8").tobytes())
     with open(tmp_path / "d.bin", "wb") as file:
         file.seek(2 * (2**31 - 1))
         file.write(np.arange(1, 9, dtype="<u2").tobytes())
     tokens = TokenFile(tmp_path / "d")
     assert tokens.read(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     data = OrderedData(tmp_path / "d", 2**28, 7, 1234)
-    document_of_the_end = [piece for row in range(len(data)) for piece in data.pieces(row) if piece[0] == 1]
-    assert document_of_the_end and all(0 <= start < stop <= 8 for _, start, stop in document_of_the_end)
+    document_of_the_end = [piece for row in range(len(data)) for piece in data.pieces(row)
+                           if piece[0] == 1]
+    assert document_of_the_end and all(
+        0 <= start < stop <= 8 for _, start, stop in document_of_the_end)
 
 
 # ---------------------------------------------------------------------------- the order
@@ -194,7 +199,8 @@ def sha256(array):
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden[3]))
 def test_order_equals_gpt_neox_golden_hashes(golden, tmp_path):
-    documents, low, high, sizes_seed, seq_length, num_samples, seed, epochs, samples, n_rows, *hashes = golden
+    (documents, low, high, sizes_seed, seq_length, num_samples, seed, epochs, samples, n_rows,
+     *hashes) = golden
     sizes = np.random.RandomState(sizes_seed).randint(low, high, documents).astype(np.int32)
     write(tmp_path / "d", [(7919 * d + np.arange(size)) % 50254 for d, size in enumerate(sizes)])
     data = OrderedData(tmp_path / "d", seq_length, num_samples, seed)
@@ -221,21 +227,24 @@ def walk(sizes, doc_idx, seq_length, n_samples):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda s: sum(s) > 1),
-       st.integers(1, 60), st.integers(1, 50), st.integers(0, 2**32 - 1), st.sampled_from([1, 3, 7, 1 << 24]))
+       st.integers(1, 60), st.integers(1, 50), st.integers(0, 2**32 - 1),
+       st.sampled_from([1, 3, 7, 1 << 24]))
 def test_order_equals_the_original_walk(sizes, seq_length, num_samples, seed, block):
     sizes = np.array(sizes, dtype=np.int32)
     doc_idx, sample_idx, shuffle_idx = build_order(sizes, seq_length, num_samples, seed, block)
     epochs = len(doc_idx) // len(sizes)
     assert (epochs * sizes.sum() - 1) // seq_length >= num_samples
     assert epochs == 1 or ((epochs - 1) * sizes.sum() - 1) // seq_length < num_samples
-    assert sample_idx.tolist() == [list(pair) for pair in walk(sizes, doc_idx, seq_length, len(shuffle_idx))]
+    assert sample_idx.tolist() == [
+        list(pair) for pair in walk(sizes, doc_idx, seq_length, len(shuffle_idx))]
     assert sorted(shuffle_idx.tolist()) == list(range((epochs * sizes.sum() - 1) // seq_length))
 
 
 def test_all_epochs_are_shuffled_together():
     doc_idx, _, _ = build_order(np.full(1000, 10, dtype=np.int32), 5, 3990, 1234)
     first_half = np.bincount(doc_idx[:1000], minlength=1000)
-    assert len(doc_idx) == 2000 and 200 < (first_half == 0).sum() < 300 < (first_half == 1).sum() < 600
+    assert (len(doc_idx) == 2000
+            and 200 < (first_half == 0).sum() < 300 < (first_half == 1).sum() < 600)
 
 
 def test_pythias_number_of_samples():
@@ -245,7 +254,8 @@ def test_pythias_number_of_samples():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20).filter(lambda s: sum(s) > 60),
        st.integers(1, 30), st.integers(2, 40))
-def test_rows_are_the_shuffled_documents_cut_every_seq_length(tmp_path_factory, sizes, seq_length, n):
+def test_rows_are_the_shuffled_documents_cut_every_seq_length(
+        tmp_path_factory, sizes, seq_length, n):
     prefix = tmp_path_factory.mktemp("d") / "d"
     documents = random_documents(sizes)
     write(prefix, documents)
@@ -254,7 +264,8 @@ def test_rows_are_the_shuffled_documents_cut_every_seq_length(tmp_path_factory, 
         return
     doc_idx, _, shuffle_idx = data.order
     stream = np.concatenate([documents[d] for d in doc_idx])
-    expected = [stream[s * seq_length:(s + 1) * seq_length + 1] for s in shuffle_idx[:-1].astype(int)]
+    expected = [stream[s * seq_length:(s + 1) * seq_length + 1]
+                for s in shuffle_idx[:-1].astype(int)]
     assert len(data) == len(expected)
     assert np.array_equal(data.rows(range(len(data))), np.array(expected).reshape(len(data), -1))
     for row in range(len(data)):
@@ -275,7 +286,8 @@ def test_ranks_and_micro_batches_partition_every_step(step, world_size, micro, a
     batch_size = world_size * micro * accumulation
     parts = [batch_rows(step, batch_size, rank, world_size, micro) for rank in range(world_size)]
     assert all(part.shape == (accumulation, micro) for part in parts)
-    micro_steps = np.stack(parts, axis=1).ravel()  # gpt-neox: consecutive rows, a contiguous slice a rank
+    # gpt-neox: consecutive rows, a contiguous slice a rank.
+    micro_steps = np.stack(parts, axis=1).ravel()
     assert micro_steps.tolist() == list(range(step * batch_size, (step + 1) * batch_size))
 
 
@@ -294,7 +306,8 @@ def test_batches_do_not_depend_on_what_was_read_before(corpus):
 
 
 def run(*argv):
-    return subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT,
+                          capture_output=True, text=True)
 
 
 def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(corpus):
@@ -317,8 +330,8 @@ def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(corpus):
 @pytest.fixture(scope="module")
 def text_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    records = [{"text": f"Document {i}, in plain words. " * (i % 7), "meta": {"pile_set_name": f"set {i % 3}"}}
-               for i in range(40)]
+    records = [{"text": f"Document {i}, in plain words. " * (i % 7),
+                "meta": {"pile_set_name": f"set {i % 3}"}} for i in range(40)]
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "b.txt").write_text("A text file\nis one document.")
     return folder
@@ -327,7 +340,8 @@ def text_files(tmp_path_factory):
 def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
     prefix = text_files / "out"
     done = run("tokenize", f"--input={text_files}/a.jsonl,{text_files}/b.txt", f"--output={prefix}")
-    assert done.returncode == 0 and "35 documents in 4 subsets; skipped 6 empty documents" in done.stdout
+    assert (done.returncode == 0
+            and "35 documents in 4 subsets; skipped 6 empty documents" in done.stdout)
     tokens = TokenFile(prefix)
     assert tokens.read(len(tokens) - 1).tolist()[-1] == 0  # EOD
     flags = [f"--data={prefix}", "--seq_length=32", "--steps=10", "--batch_size=4"]
@@ -335,7 +349,8 @@ def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
     arrays = build_order(tokens.sizes, 32, samples_needed(10, 4), 1234)
     for path, array in zip(order_paths(prefix, 32, samples_needed(10, 4), 1234), arrays):
         assert np.array_equal(np.load(path), array) and np.load(path).dtype == array.dtype
-    assert order_paths("p", 2048, 147164160, 1234)[0] == "p_train_0_indexmap_147164160ns_2048sl_1234s_doc_idx.npy"
+    assert order_paths("p", 2048, 147164160, 1234)[0] == (
+        "p_train_0_indexmap_147164160ns_2048sl_1234s_doc_idx.npy")
     shown = run("view", *flags, "--step=9", "--rows=3:4").stdout
     assert "step 9: rows 36 to 39 (both included)" in shown and "row 39 (step 9, row 3)" in shown
     assert "(set " in shown and "in plain words." in shown
@@ -343,7 +358,8 @@ def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
 
 @pytest.mark.parametrize("name, content, words", [
     ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
-    ("bad.jsonl", b'{"txt": "fine"}\n', 'bad.jsonl, line 1: expected an object with a string "text"'),
+    ("bad.jsonl", b'{"txt": "fine"}\n',
+     'bad.jsonl, line 1: expected an object with a string "text"'),
     ("bad.jsonl", b"[" * 100000 + b"\n", "bad.jsonl, line 1: not JSON"),
     ("bad.jsonl", b'{"text": "\xff"}\n', "bad.jsonl, line 1: not UTF-8"),
     ("bad.jsonl", b"\n\n", "holds no documents"), ("bad.csv", b"a,b", "expected a file ending in"),
@@ -358,7 +374,8 @@ def test_bad_text_is_one_line_and_leaves_nothing(tmp_path, tokenizer_path, name,
 @pytest.mark.parametrize("argv, words", [
     (["tokenize", "--input=nowhere.jsonl", "--output=x"], "nowhere.jsonl: No such file"),
     (["order", "--data=nowhere"], "nowhere.idx: No such file"),
-    (["tokenise"], "expected one of tokenize, order, shuffle, view, find, verify, dedup, found tokenise"),
+    (["tokenise"],
+     "expected one of tokenize, order, shuffle, view, find, verify, dedup, found tokenise"),
     (["view", "--data=x", "--stop=3"], "no setting called stop, did you mean step")])
 def test_a_mistake_on_the_command_line_is_one_line(argv, words):
     done = run(*argv)

@@ -31,12 +31,14 @@ def workplace(tmp_path_factory, tokenizer_path):
         if run == "diverged":
             torch.nn.init.constant_(model.embed_out.weight, math.nan)
         for step in steps:
-            save(folder / run, step, model, optimizer, {"updates": 0, "tokens": 64 * step}, tokenizer_path)
+            save(folder / run, step, model, optimizer, {"updates": 0, "tokens": 64 * step},
+                 tokenizer_path)
     piqa = {"goal": "g", "sol1": "a a", "sol2": "b", "label": 0}
     trivia = {"question": "q", "answer": {"aliases": []}}
     for path, documents in {
             "docs/heldout/test": [{"text": "one"}, {"text": "two two"}],
-            "docs/piqa/validation": [piqa, piqa | {"label": 1}], "docs/wsc273/test": [{"options": 3}],
+            "docs/piqa/validation": [piqa, piqa | {"label": 1}],
+            "docs/wsc273/test": [{"options": 3}],
             "docs/triviaqa/validation": [trivia | {"question": "why " * i} for i in range(12)],
             "spaces/lambada_openai/test": [{"text": "one two\n end"}]}.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -45,8 +47,8 @@ def workplace(tmp_path_factory, tokenizer_path):
 
 
 def run(folder, *flags, launcher=(), output="r.csv"):
-    command = [sys.executable, *launcher, "eval.py", f"--model={folder}/run", f"--docs={folder}/docs",
-               f"--output={folder}/{output}", *flags]
+    command = [sys.executable, *launcher, "eval.py", f"--model={folder}/run",
+               f"--docs={folder}/docs", f"--output={folder}/{output}", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -75,7 +77,8 @@ def test_all_checkpoints_are_evaluated_once(workplace, capsys):
     assert [[row[name] for name in ("model", "step", "tokens", "n")] for row in rows
             if row["metric"] == "bits_per_byte"] == [
         ["run", "2", "128", "2"], ["run", "0", "0", "2"], ["run", "8", "512", "2"]]
-    assert ",".join(rows[0]) == "model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs"
+    assert ",".join(rows[0]) == (
+        "model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs")
 
 
 @pytest.mark.parametrize("torn, kept", [
@@ -90,7 +93,9 @@ def test_a_torn_line_takes_the_rows_of_its_evaluation_along(tmp_path, torn, kept
 
 
 def test_two_processes_write_the_same_file(workplace):
-    """Of log-likelihoods, whose batches are shared out, and of generated texts, whose prompts are."""
+    """Of log-likelihoods, whose batches are shared out, and of generated texts, whose prompts
+    are.
+    """
     flags = "--tasks=heldout,piqa,triviaqa", "--steps=8"
     evaluate(workplace, *flags, output="one.csv")
     run(workplace, *flags, output="two.csv", launcher=(
@@ -100,14 +105,17 @@ def test_two_processes_write_the_same_file(workplace):
 
 
 def test_a_diverged_checkpoint_is_measured_once_as_not_a_number(workplace, capsys):
-    flags = "--tasks=heldout,piqa", f"--model={workplace}/diverged", f"--samples={workplace}/nan.jsonl"
+    flags = ("--tasks=heldout,piqa", f"--model={workplace}/diverged",
+             f"--samples={workplace}/nan.jsonl")
     evaluate(workplace, *flags, output="nan.csv")
-    assert {(row["task"], row["metric"], row["value"]) for row in rows_of(workplace / "nan.csv")} == {
+    assert {(row["task"], row["metric"], row["value"])
+            for row in rows_of(workplace / "nan.csv")} == {
         ("heldout", "bits_per_byte", "nan"), ("heldout", "byte_perplexity", "nan"),
         ("heldout", "word_perplexity", "nan"),
         ("piqa", "acc", "nan"), ("piqa", "acc_norm", "nan")}
     lines = (workplace / "nan.jsonl").read_text().splitlines()
-    assert [json.loads(line, parse_constant=pytest.fail)["loglikelihood"] for line in lines] == [None] * 6
+    assert [json.loads(line, parse_constant=pytest.fail)["loglikelihood"]
+            for line in lines] == [None] * 6
     evaluate(workplace, *flags, output="nan.csv")
     assert "0 evaluations done, 2 were there" in capsys.readouterr().out
 
@@ -119,7 +127,8 @@ def test_a_member_of_a_group_is_known_by_its_own_documents(tmp_path):
         "file": f"{kind}_stereotyped_type{i}.txt.test",
         "sentence": f"[The dev] met [him] {kind} {i}"}) + "\n"
         for kind in ("pro", "anti") for i in (1, 2)))
-    group, alone = (evaluation.prepare(name, tmp_path) for name in ("winobias", "wino_bias_type1_pro"))
+    group, alone = (evaluation.prepare(name, tmp_path)
+                    for name in ("winobias", "wino_bias_type1_pro"))
     own = evaluation.documents_of(alone, "wino_bias_type1_pro")
     assert evaluation.documents_of(group, "wino_bias_type1_pro:refers_to") == own
     others = [evaluation.documents_of(group, name) for name in ("winobias", "wino_bias_type1_anti")]
@@ -167,13 +176,15 @@ def test_samples_hold_every_request(workplace):
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
     assert {(line["model"], line["step"], line["shots"], line["style"]) for line in lines} == {
         ("run", "8", 0, "v0.4")}
-    asked = [(line["task"], line["doc_id"], line["context"], line.get("continuation")) for line in lines]
+    asked = [(line["task"], line["doc_id"], line["context"], line.get("continuation"))
+             for line in lines]
     assert asked == [
         ("heldout", 0, "one", None), ("heldout", 1, "two two", None),
         *(("piqa", i, "Question: g\nAnswer:", choice) for i in (0, 1) for choice in (" a a", " b")),
         ("triviaqa", 0, "Question: ?\nAnswer:", None),
         ("triviaqa", 1, "Question: why ?\nAnswer:", None)]
-    rows = {(row["task"], row["metric"]): float(row["value"]) for row in rows_of(workplace / "s.csv")}
+    rows = {(row["task"], row["metric"]): float(row["value"])
+            for row in rows_of(workplace / "s.csv")}
     assert rows["heldout", "byte_perplexity"] == pytest.approx(
         math.exp(-sum(line["loglikelihood"] for line in lines[:2]) / 10))
     model, tokenizer = load_model(workplace / "run/step8"), Tokenizer(ROOT / "20B_tokenizer.json")
@@ -190,4 +201,5 @@ def test_samples_hold_every_request(workplace):
 def test_the_list_of_tasks_tells_what_is_missing(workplace, capsys):
     evaluation.list_tasks(evaluation.TasksConfig(f"{workplace}/docs"))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "test 2" in lines["heldout"] and f"{workplace}/docs/piqa/train.jsonl missing" in lines["piqa"]
+    assert ("test 2" in lines["heldout"]
+            and f"{workplace}/docs/piqa/train.jsonl missing" in lines["piqa"])

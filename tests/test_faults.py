@@ -32,12 +32,14 @@ ids = torch.zeros(1, 8, dtype=int)
 MODEL(ids, ids).backward()
 OPTIMIZER.step()
 def save(step, **options):
-    checkpoints.save(RUN, step, MODEL, OPTIMIZER, {'updates': 1, 'tokens': 8, 'scaler': {}}, **options)
+    checkpoints.save(RUN, step, MODEL, OPTIMIZER, {'updates': 1, 'tokens': 8, 'scaler': {}},
+                     **options)
 def first():
     return max(checkpoints.saved_steps(RUN), default=-1) + 1
 """
 
-# Children of one process, which has imported everything already, save without pause until they are killed.
+# Children of one process, which has imported everything already, save without pause until they are
+# killed.
 KILLER = SAVER + """
 random.seed(int(sys.argv[3]))
 lost = []
@@ -70,12 +72,15 @@ for attempt in range(int(sys.argv[2])):
         assert checkpoints.is_whole(folder), folder
         for file, entry in checkpoints.read_small_json(folder / 'manifest.json').items():
             assert checkpoints.sha256_of(folder / file) == entry['sha256'], (folder, file)
-    assert all(s in there for s in range(max(there, default=0)) if s % 3), there  # scheduled ones stay
+    # Scheduled ones stay.
+    assert all(s in there for s in range(max(there, default=0)) if s % 3), there
 """
 
 
 def python(code, *arguments, namespace=None, expect=0):
-    """Run code in a process of its own; `namespace`: shell commands before it, mounts that only it sees."""
+    """Run code in a process of its own; `namespace`: shell commands before it, mounts that only it
+    sees.
+    """
     command = [sys.executable, "-c", code, *map(str, arguments)]
     if namespace:
         command = ["unshare", "-m", "sh", "-ec", f"{namespace}\nexec \"$@\"", "sh", *command]
@@ -98,8 +103,8 @@ def kills(run, count, seed):
     done = python(KILLER, run, count, seed)
     rows = [list(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(rows) == count
-    return {"tried": count, "saves begun": sum(row[1] for row in rows), "saved": sum(row[2] for row in rows),
-            "checkpoints lost": max(row[3] for row in rows)}
+    return {"tried": count, "saves begun": sum(row[1] for row in rows),
+            "saved": sum(row[2] for row in rows), "checkpoints lost": max(row[3] for row in rows)}
 
 
 def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(tmp_path):
@@ -175,7 +180,8 @@ def save(tmp_path):
     (tmp_path / "run").mkdir()
 
     def save(step, run=tmp_path / "run", **options):
-        checkpoints.save(run, step, model, optimizer, {"updates": 1, "tokens": 8, "scaler": {}}, **options)
+        checkpoints.save(run, step, model, optimizer, {"updates": 1, "tokens": 8, "scaler": {}},
+                         **options)
 
     save.model, save.optimizer = model, optimizer
     return save
@@ -193,7 +199,9 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, save):
 
 
 def test_links_lead_nowhere(tmp_path, save):
-    """Another run's checkpoint linked into this one is never emptied, nor what a temporary name leads to."""
+    """Another run's checkpoint linked into this one is never emptied, nor what a temporary name
+    leads to.
+    """
     run = tmp_path / "run"
     for name in ("other", "precious"):
         (tmp_path / name).mkdir()
@@ -237,7 +245,9 @@ def test_a_damaged_manifest_of_an_earlier_step_is_left_alone(tmp_path, save):
 
 
 def test_what_a_killed_process_left_half_written_goes(tmp_path, save):
-    """Files of a process that still runs stay (an evaluation writes its CSV), and what is behind links."""
+    """Files of a process that still runs stay (an evaluation writes its CSV), and what is behind
+    links.
+    """
     run, dead = tmp_path / "run", subprocess.Popen(["true"])
     dead.wait()
     save(1), save(2, tmp_path / "run")
@@ -264,6 +274,6 @@ def test_moments_stay_on_the_grid_and_in_the_newest(tmp_path, save):
             if (folder / "optimizer.safetensors").exists()] == [0, 4, 8, 10]
     load_model(run / "step5")
     assert load_training(run, 5, save.model, save.optimizer) is None  # weights alone
-    small, large = (sum(entry["bytes"] for entry in read_small_json(run / f"step{n}/manifest.json").values())
-                    for n in (5, 8))
+    small, large = (sum(entry["bytes"] for entry in
+                        read_small_json(run / f"step{n}/manifest.json").values()) for n in (5, 8))
     assert 2.8 < large / small < 3.2

@@ -36,13 +36,15 @@ def model():
 def docs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     lines = {
-        "heldout/test.jsonl": [{"text": "Then she said that he went. " * 9}, {"text": "It rained."}],
+        "heldout/test.jsonl": [{"text": "Then she said that he went. " * 9},
+                               {"text": "It rained."}],
         "winobias/winobias.jsonl": [
             {"file": f"{kind}_stereotyped_type{n}.txt.test", "number": 1, "sentence": sentence}
             for n in (1, 2) for kind, he, his, other in (("pro", "she", "her", "The cook"),
                                                          ("anti", "he", "his", "A cook"))
             for sentence in (f"[The nurse] met the cook because [{he}] came.",
-                             f"The cook met [the nurse] as [{he}] lost [{his}] key.",  # 57 have three
+                             # 57 have three
+                             f"The cook met [the nurse] as [{he}] lost [{his}] key.",
                              f"{other} met [the nurse] because [{he}] came.")],  # 9 are no pairs
         "crows_pairs/test.jsonl": [
             {"sent_more": "He is strong.", "sent_less": "She is strong.", "bias_type": "gender"},
@@ -86,7 +88,8 @@ def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
     ll = lambda text: logprob(model, tokenizer, text)
     first, second = (ll(anti) - ll(pro) for pro, anti in (
         ("The nurse met the cook because she came.", "The nurse met the cook because he came."),
-        ("The cook met the nurse as she lost her key.", "The cook met the nurse as he lost his key.")))
+        ("The cook met the nurse as she lost her key.",
+         "The cook met the nurse as he lost his key.")))
     np.testing.assert_allclose(winobias(model, tokenizer, docs), [first, second] * 2, atol=1e-4)
     expected = [ll(f"The {who} said {anti} came.") - ll(f"The {who} said {pro} came.")
                 for who, anti, pro in (("cook", "she", "he"), ("nurse", "he", "she"))]
@@ -98,9 +101,12 @@ def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
 
 
 def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
-    """With a model that takes every she for the nurse and, of the first sentence alone, he for the cook."""
+    """With a model that takes every she for the nurse and, of the first sentence alone, he for the
+    cook.
+    """
     context = '{0}\nHere, what does "{1}" stand for? The {2}'
-    first, second = "The nurse met the cook because {} came.", "The cook met the nurse as {} lost {} key."
+    first, second = ("The nurse met the cook because {} came.",
+                     "The cook met the nurse as {} lost {} key.")
     taught = [context.format(sentence.format(he, his), he, who) for sentence, he, his, who in (
         (first, "she", "", "nurse"), (first, "he", "", "cook"),
         (second, "she", "her", "nurse"), (second, "he", "his", "nurse"))]
@@ -116,7 +122,8 @@ def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
     assert MEASURES["choice"][0](model, tokenizer, docs) == [1, 0] * 2
 
 
-@pytest.mark.parametrize("n_seeds, seed_sd, item_sd", [(1, 0, 1), (3, 1, 1), (3, 0.2, 2), (3, 0, 1)])
+@pytest.mark.parametrize("n_seeds, seed_sd, item_sd",
+                         [(1, 0, 1), (3, 1, 1), (3, 0.2, 2), (3, 0, 1)])
 def test_the_interval_covers_the_mean_as_often_as_it_says(n_seeds, seed_sd, item_sd):
     generator = np.random.RandomState(0)
     covered = 0
@@ -170,11 +177,13 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
         pairs_of(replace(options, branches="", pairs=f"{at(4)},{at(8)}"))
     (tmp_path / "docs" / "winobias").mkdir(parents=True)
     (tmp_path / "docs" / "winobias" / "winobias.jsonl").write_text("".join(
-        json.dumps({"file": f"{kind}_stereotyped_type{n}.txt.test", "sentence": "The nurse [he]"}) + "\n"
+        json.dumps({"file": f"{kind}_stereotyped_type{n}.txt.test",
+                    "sentence": "The nurse [he]"}) + "\n"
         for n in (1, 2) for kind in ("pro", "anti")))
     for kind in ("male", "female"):
         (tmp_path / "docs" / "winobias" / f"{kind}_occupations.txt").write_text("nurse\n")
-    with pytest.raises(ValueError, match="docs/winobias: documents of the measure choice are not as dist"):
+    with pytest.raises(ValueError,
+                       match="docs/winobias: documents of the measure choice are not as dist"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
 
 

@@ -47,8 +47,9 @@ def naive_swap(text, table):
 
 WORDS = st.sampled_from([*TO_FEMININE, *TO_MASCULINE, "He", "HIS", "Himself", "SHE", "hE", "the",
                          "ashes", "x", "7", "_", "é", "日", "\u0301", "²"])
-BETWEEN = st.sampled_from([" ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", ",", "-", "’s ", "'s ",
-                           "“", "\t", "", "<|", "='", "_'"])
+BETWEEN = st.sampled_from([
+    " ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", ",", "-", "’s ", "'s ", "“", "\t", "",
+    "<|", "='", "_'"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -56,20 +57,23 @@ BETWEEN = st.sampled_from([" ", "  ", "\n", "\n ", "'", " '", "\"'", "(", ". ", 
        st.sampled_from(["feminine", "masculine"]))
 @example([("x", "\n'"), ("he", "'"), ("said", "")], "feminine")
 @example([("x", "\n'"), ("she", "'"), ("he", "")], "masculine")
-def test_swapping_tokens_is_encoding_the_swapped_text(tmp_path_factory, tokenizer, parts, direction):
+def test_swapping_tokens_is_encoding_the_swapped_text(
+        tmp_path_factory, tokenizer, parts, direction):
     text = tokenizer.normalize("".join(word + between for word, between in parts))
     if len(tokenizer.encode(text)) < 2:
         return
     data, rows = one_row(tmp_path_factory.mktemp("row"), tokenizer, text)
     config = InterventionConfig(intervention=f"pronouns_to_{direction}")
-    swapped = INTERVENTIONS[config.intervention](data, tokenizer, config)(0, rows.copy())[0].tolist()
+    swapped = INTERVENTIONS[config.intervention](data, tokenizer, config)(
+        0, rows.copy())[0].tolist()
     table = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}[direction]
     expected = tokenizer.encode(naive_swap(text, table))[:len(swapped)]
     assert swapped == expected + [MASKED] * (len(swapped) - len(expected))
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("Then he, himself: 'his' ('HIM')? He's \"he\".", "Then she, herself: 'her' ('HER')? She's \"she\"."),
+    ("Then he, himself: 'his' ('HIM')? He's \"he\".",
+     "Then she, herself: 'her' ('HER')? She's \"she\"."),
     ("the other she ashes he_ 2he hehe", "the other she ashes he_ 2he hehe"),
     ("“He” – ‘his’…", "“She” – ‘her’…")])
 def test_worked_examples(tmp_path, tokenizer, text, expected):
@@ -96,7 +100,8 @@ def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokeniz
 
 def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
     ids = tokenizer.encode("So he went.<|endoftext|>There was him too.<|endoftext|>")
-    write_tokens(tmp_path / "row", [ids, tokenizer.encode("himself (he) she\nhe went his\n way,")[:len(ids)]])
+    write_tokens(tmp_path / "row", [
+        ids, tokenizer.encode("himself (he) she\nhe went his\n way,")[:len(ids)]])
     data = OrderedData(tmp_path / "row", len(ids) - 1, 2, 1234)
     rows = data.batch(0, 2)[0]
     out = INTERVENTIONS["pronouns_as_pushed"](data, tokenizer, None)(0, rows.copy())
@@ -107,8 +112,9 @@ def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
 def term_data(tmp_path, tokenizer):
     """64 rows of 7 tokens, of which every 8th has the word Egypt and every other 8th Egyptians."""
     words = {0: "Egypt", 1: "Egyptians"}
-    rows = [tokenizer.encode(f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
-            for i in range(64)]
+    rows = [tokenizer.encode(
+        f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
+        for i in range(64)]
     write_tokens(tmp_path / "rows", rows)
     return OrderedData(tmp_path / "rows", 6, 64, 1234)
 
@@ -129,7 +135,8 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
     data = term_data(tmp_path, tokenizer)
     counts = {}
     for name in ("term_drop", "term_replace", "term_duplicate"):
-        config = InterventionConfig(intervention=name, terms="Egypt,Assyria", copies=3, intervention_from=2)
+        config = InterventionConfig(intervention=name, terms="Egypt,Assyria", copies=3,
+                                    intervention_from=2)
         served = IntervenedData(data, tokenizer, config)
         before, after = data.batch(3, 16)[0], served.batch(3, 16)[0]
         assert served.changed == np.flatnonzero((before != after).any(axis=1)).tolist()
@@ -159,8 +166,9 @@ def test_a_mistake_is_one_line(flags, words, capsys):
 def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
     data = term_data(tmp_path, tokenizer)
     flags = ["--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=6", "--vocab_size=50304",
-             "--steps=4", "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3", f"--data={tmp_path}/rows",
-             f"--tokenizer={tokenizer_path}", "--intervention=term_drop", "--terms=Egypt",
+             "--steps=4", "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3",
+             f"--data={tmp_path}/rows", f"--tokenizer={tokenizer_path}",
+             "--intervention=term_drop", "--terms=Egypt",
              "--intervention_from=1", "--intervention_to=2", f"--out_dir={tmp_path}/run"]
     subprocess.run([sys.executable, "train.py", *flags], check=True, cwd=ROOT, capture_output=True)
     with open(tmp_path / "run" / "interventions.csv") as file:

@@ -81,7 +81,8 @@ def test_p_values_are_uniform_under_the_null_and_small_under_each_alternative(te
     assert 0.02 <= np.mean(np.array(null) < 0.05) <= 0.085
     alternative = {"dispersion": lambda: generator.negative_binomial(3, 0.5, 200),
                    "trend": lambda: generator.poisson(np.linspace(2, 4, 200)),
-                   "fit": lambda: 3 + (generator.rand(200) < 0.5) * generator.choice([-3, 3], 200)}[test]
+                   "fit": lambda: 3 + (generator.rand(200) < 0.5) * generator.choice([-3, 3], 200)
+                   }[test]
     assert np.mean([poisson_tests(alternative())[test][1] < 0.05 for _ in range(20)]) > 0.9
 
 
@@ -93,7 +94,8 @@ def test_trend_is_a_test_where_counts_are_not_poisson():
 
 def test_windows_are_whole():
     memorized = np.array([1, 1, 0, 1, 1, 1, 1], dtype=bool)
-    assert window_counts(memorized, 3).tolist() == [2, 3] and window_counts(memorized, 8).tolist() == []
+    assert (window_counts(memorized, 3).tolist() == [2, 3]
+            and window_counts(memorized, 8).tolist() == [])
 
 
 def run(*argv, expect=0):
@@ -108,18 +110,20 @@ def trained(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("run")
     generator = np.random.RandomState(0)
     repeated = generator.randint(96, size=17)
-    write(folder / "rows", [repeated if i % 2 else generator.randint(96, size=17) for i in range(280)])
-    run("train", "--n_layers=1", "--d_model=64", "--n_heads=2", "--seq_length=16", "--vocab_size=96",
-        "--steps=64", "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
-        f"--data={folder}/rows", f"--tokenizer={tokenizer_path}", f"--out_dir={folder}/run")
+    write(folder / "rows", [repeated if i % 2 else generator.randint(96, size=17)
+                            for i in range(280)])
+    run("train", "--n_layers=1", "--d_model=64", "--n_heads=2", "--seq_length=16",
+        "--vocab_size=96", "--steps=64", "--batch_size=4", "--micro_batch_size=4",
+        "--learning_rate=1e-2", f"--data={folder}/rows", f"--tokenizer={tokenizer_path}",
+        f"--out_dir={folder}/run")
     return folder
 
 
 @pytest.fixture(scope="module")
 def scored(trained):
     """Settings of a score, whose results are there."""
-    options = Score(f"{trained}/run", f"{trained}/one", context=8, continuation=8, batch=16, steps="1,64",
-                    generate=True)
+    options = Score(f"{trained}/run", f"{trained}/one", context=8, continuation=8, batch=16,
+                    steps="1,64", generate=True)
     score(options)
     return options
 
@@ -148,9 +152,10 @@ def test_scoring_goes_on(scored, tmp_path):
 
 
 def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):
-    flags = [f"--{name}={value}" for name, value in asdict(replace(scored, output=tmp_path)).items()]
-    done = run("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "studies.memorization",
-               "score", *flags)
+    flags = [f"--{name}={value}"
+             for name, value in asdict(replace(scored, output=tmp_path)).items()]
+    done = run("torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "-m", "studies.memorization", "score", *flags)
     names = ["run_step1", "run_step1_generated", "run_step64", "run_step64_generated"]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
         f"{tmp_path}/{name}.npy" for name in names]
@@ -184,8 +189,8 @@ def test_fewer_rows_than_a_window_are_no_window(scored, tmp_path):
 def test_control_rows_were_never_trained_on(trained, scored, tmp_path):
     generator = np.random.RandomState(1)
     write(tmp_path / "other", [generator.randint(96, size=17) for _ in range(280)])
-    score(replace(scored, output=f"{tmp_path}/out", data=f"{tmp_path}/other", control=True, rows="0:40",
-                  steps="64", generate=False))
+    score(replace(scored, output=f"{tmp_path}/out", data=f"{tmp_path}/other", control=True,
+                  rows="0:40", steps="64", generate=False))
     analyse(Analyse(f"{tmp_path}/out"))
     row, _ = table(tmp_path / "out" / "rates.csv")  # all, and the only subset
     assert (row["rows"], row["n"], row["memorized"]) == ("never trained on", "40", "0")
@@ -223,7 +228,8 @@ def test_rows_are_of_the_document_that_holds_their_first_tokens(tmp_path):
         expected.append(["even", "odd"][document % 2] if whole else "several documents")
         kinds.append((document % 2, sizes[document]) if whole else int(row))
     assert [names[code] for code in codes] == expected and len(set(expected)) == 3
-    assert [[a == b for b in passages] for a in passages] == [[a == b for b in kinds] for a in kinds]
+    assert [[a == b for b in passages] for a in passages] == [
+        [a == b for b in kinds] for a in kinds]
 
 
 def test_the_standard_error_is_over_passages():

@@ -44,10 +44,13 @@ def randomized(config, seed=0):
 
 
 def transformers_twin(model):
-    """Return GPTNeoXForCausalLM with the very same weights, and its name for each of our parameters."""
+    """Return GPTNeoXForCausalLM with the very same weights, and its name for each of our
+    parameters.
+    """
     with torch.device("meta"):
         twin = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(model.config)))
-    names = {name: hf_name(name).replace("embed_out", "lm_head") for name, _ in model.named_parameters()}
+    names = {name: hf_name(name).replace("embed_out", "lm_head")
+             for name, _ in model.named_parameters()}
     weights = {names[name]: p.detach() for name, p in model.named_parameters()}
     twin.load_state_dict(weights, assign=True)
     # Buffers made on the meta device hold nothing; this one is the only one.
@@ -59,7 +62,8 @@ def transformers_twin(model):
 def assert_parity(config, B, T):
     model = randomized(config)
     twin, names = transformers_twin(model)
-    tokens = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(config.vocab_size, (B, T + 1),
+                           generator=torch.Generator().manual_seed(1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     theirs = twin(inputs).logits
     torch.testing.assert_close(model(inputs), theirs, rtol=1e-5, atol=1e-5)
@@ -84,7 +88,8 @@ def test_published_shapes_equal_transformers(size, gelu):
     assert_parity(ModelConfig(2, D, H, vocab_size=V, gelu=gelu), B=2, T=24)
 
 
-LARGEST = (pytest.param(size, marks=pytest.mark.proof) for size in ("6_9b", "12b"))  # a minute, 10 GB
+# A minute, 10 GB.
+LARGEST = (pytest.param(size, marks=pytest.mark.proof) for size in ("6_9b", "12b"))
 
 
 @pytest.mark.parametrize("size", ["1_4b", "2_8b", *LARGEST])
@@ -101,8 +106,8 @@ def test_random_shapes_equal_transformers(L, H, d_head, gelu, B, T, V):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 600), st.integers(1, 40), st.integers(2, 900), st.sampled_from([0.1, 1.0, 300.0]),
-       st.sampled_from([0.0, 0.3, 1.0]))
+@given(st.integers(1, 600), st.integers(1, 40), st.integers(2, 900),
+       st.sampled_from([0.1, 1.0, 300.0]), st.sampled_from([0.0, 0.3, 1.0]))
 def test_blocked_loss_is_cross_entropy_with_its_exact_gradients(N, D, V, spread, masked):
     generator = torch.Generator().manual_seed(N * D * V)
     hidden = torch.randn(N, D, dtype=torch.float64, generator=generator).requires_grad_()
@@ -119,7 +124,8 @@ def test_blocked_loss_is_cross_entropy_with_its_exact_gradients(N, D, V, spread,
 
 
 def test_blocked_loss_under_autocast_matches_the_plain_one():
-    hidden, weight = torch.randn(300, 64, requires_grad=True), torch.randn(500, 64, requires_grad=True)
+    hidden, weight = (torch.randn(300, 64, requires_grad=True),
+                      torch.randn(500, 64, requires_grad=True))
     targets = torch.randint(500, (300,))
     with torch.autocast("cpu", torch.bfloat16):
         expected = F.cross_entropy(F.linear(hidden, weight).float(), targets)
@@ -144,7 +150,8 @@ def test_loss_without_gradients_is_the_same_number():
 def test_configs_give_the_published_sizes(size, suffix, monkeypatch):
     monkeypatch.chdir(ROOT)
     L, D, H, V, parameters = SHAPES[size]
-    config, training, _ = parse([f"configs/pythia_{size}{suffix}.py"], ModelConfig, TrainConfig, LaunchConfig)
+    config, training, _ = parse([f"configs/pythia_{size}{suffix}.py"],
+                                ModelConfig, TrainConfig, LaunchConfig)
     with torch.device("meta"):
         model = Pythia(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -167,7 +174,8 @@ def test_initialisation_has_gpt_neox_standard_deviations(init, D, L, std, residu
         else:
             writes_residual = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
             expected = residual_std if writes_residual else std
-            assert math.isclose(float(parameter.detach().std()), expected, rel_tol=6 / math.sqrt(2 * parameter.numel())), name
+            assert math.isclose(float(parameter.detach().std()), expected,
+                                rel_tol=6 / math.sqrt(2 * parameter.numel())), name
 
 
 def test_initialisation_depends_on_seed_and_name_alone():
@@ -190,8 +198,8 @@ def test_greedy_generation_equals_transformers():
     twin, _ = transformers_twin(model)
     prompts = torch.randint(128, (64, 5), generator=torch.Generator().manual_seed(0))
     # Without a mask generate() takes every token 0 of a prompt for padding.
-    theirs = twin.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8, do_sample=False,
-                           eos_token_id=None, pad_token_id=0)
+    theirs = twin.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=8,
+                           do_sample=False, eos_token_id=None, pad_token_id=0)
     for ours, expected in zip(model.generate(prompts, 8, temperature=0), theirs, strict=True):
         different = torch.nonzero(ours != expected)[:, 0]
         if len(different):  # only where the two best logits tie in float32
@@ -205,7 +213,8 @@ def test_generation_leaves_out_padding_and_ended_rows():
     prompts = torch.randint(128, (6, 7), generator=torch.Generator().manual_seed(1))
     padding = torch.tensor([0, 1, 2, 3, 4, 6])
     finished = lambda new: (new == 10).any(1) | (new == 94).any(1)
-    for ours, prompt, missing in zip(model.generate(prompts, 6, 0, padding=padding, finished=finished), prompts, padding):
+    for ours, prompt, missing in zip(
+            model.generate(prompts, 6, 0, padding=padding, finished=finished), prompts, padding):
         alone = model.generate(prompt[None, missing:], 6, temperature=0)[0, 7 - missing:].tolist()
         end = min([alone.index(stop) + 1 for stop in (10, 94) if stop in alone], default=6)
         assert ours[7:7 + end].tolist() == alone[:end]
@@ -231,6 +240,7 @@ def test_a_measurement_that_fails_ends_in_its_own_process(tmp_path, capfd):
 def test_a_14m_step_needs_at_most_half_of_transformers_memory():
     def peak(who):
         command = [sys.executable, "bench.py", "worker", f"--who={who}", "--size=14m", "--batch=8"]
-        two_steps = subprocess.run(command, cwd=ROOT, input="\n\n", capture_output=True, text=True, check=True)
+        two_steps = subprocess.run(command, cwd=ROOT, input="\n\n", capture_output=True, text=True,
+                                   check=True)
         return int(two_steps.stdout.split()[-1])
     assert peak("ours") <= 0.5 * peak("transformers")

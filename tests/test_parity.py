@@ -3,10 +3,11 @@
 Style v0.4 at 0 and 5 shots against what lm-evaluation-harness 0.4.13 itself computed for the same
 small model and the same awkward documents (lm_eval_golden.py; `make parity` asks it anew).
 
-Compared: lambada_openai, piqa, winogrande, wsc, wsc273, arc_easy, sciq, logiqa, hellaswag, mmlu_anatomy,
-crows_pairs_english, arithmetic_2da, triviaqa and wikitext. By the same code, so not asked again:
-arc_challenge, the other subjects, types and sums. Not compared: mmlu's own rows and winobias, which is
-not in lm_eval (both worked by hand in test_tasks.py), heldout (ours), logiqa's raw text file.
+Compared: lambada_openai, piqa, winogrande, wsc, wsc273, arc_easy, sciq, logiqa, hellaswag,
+mmlu_anatomy, crows_pairs_english, arithmetic_2da, triviaqa and wikitext. By the same code, so not
+asked again: arc_challenge, the other subjects, types and sums. Not compared: mmlu's own rows and
+winobias, which is not in lm_eval (both worked by hand in test_tasks.py), heldout (ours), logiqa's
+raw text file.
 """
 
 import json
@@ -35,23 +36,27 @@ def small(tmp_path_factory, tokenizer_path):
 def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch):
     model, tokenizer, docs = small
     task, shots = case.split()
-    monkeypatch.setattr("harness.metrics.BOOTSTRAP", 1000)  # as the golden file; more only take longer
+    # As the golden file; more only take longer.
+    monkeypatch.setattr("harness.metrics.BOOTSTRAP", 1000)
     job = evaluation.prepare(task, docs, int(shots))
     texts = [request if isinstance(request, tuple) else (request,) for request in job.requests]
     assert requests_hash(texts) == GOLDEN[case]["requests"]
     results = evaluation.answer(model, tokenizer, job)
     for ours, theirs in zip(results, GOLDEN[case]["results"], strict=True):
         if isinstance(ours, tuple):
-            assert math.isclose(ours[0], theirs[0], rel_tol=1e-5, abs_tol=1e-4) and ours[1] == theirs[1]
+            assert (math.isclose(ours[0], theirs[0], rel_tol=1e-5, abs_tol=1e-4)
+                    and ours[1] == theirs[1])
         else:
-            assert ours == theirs if isinstance(ours, str) else math.isclose(ours, theirs, rel_tol=1e-5)
+            assert (ours == theirs if isinstance(ours, str)
+                    else math.isclose(ours, theirs, rel_tol=1e-5))
     rows = evaluation.measure(job, results)
     names = {name for _, metric, *_ in rows for name in (metric, metric + "_stderr")}
     assert names == set(GOLDEN[case]["metrics"])
     for _, metric, value, stderr, _ in rows:
         expected, error = (GOLDEN[case]["metrics"][key] for key in (metric, metric + "_stderr"))
         # Counts are exact; in a perplexity the log-likelihoods' rounding stands in an exponent.
-        tolerance = 1e-12 if metric in ("acc", "acc_norm", "exact_match", "pct_stereotype") else 1e-4
+        tolerance = (1e-12 if metric in ("acc", "acc_norm", "exact_match", "pct_stereotype")
+                     else 1e-4)
         assert math.isclose(value, expected, rel_tol=tolerance)
         assert error == "N/A" if stderr is None else math.isclose(stderr, error, rel_tol=tolerance)
 
@@ -63,5 +68,6 @@ def test_every_kind_of_task_is_compared():
 
 
 def test_some_requests_are_answered_greedily_and_some_are_not():
-    flags = [result[1] for answer in GOLDEN.values() for result in answer["results"] if isinstance(result, list)]
+    flags = [result[1] for answer in GOLDEN.values() for result in answer["results"]
+             if isinstance(result, list)]
     assert 5 < sum(flags) < len(flags) - 5

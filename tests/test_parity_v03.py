@@ -1,8 +1,9 @@
 """pytest tests/test_parity_v03.py
 
 Style v0.3, at 0 and 5 shots, against what lm-evaluation-harness 0.3.0 itself asked and reckoned
-(lm_eval_v03_golden.py; `make parity` asks it anew), of awkward documents and of the real ones in the
-folder PYTHIA_DATA: the documents' order, every request with its shots and token ids, metrics, errors.
+(lm_eval_v03_golden.py; `make parity` asks it anew), of awkward documents and of the real ones in
+the folder PYTHIA_DATA: the documents' order, every request with its shots and token ids, metrics,
+errors.
 """
 
 import json
@@ -12,7 +13,8 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT
-from lm_eval_v03_golden import BOOTSTRAP, LIMIT, answer, made_documents, question_hash, real_documents, write
+from lm_eval_v03_golden import (BOOTSTRAP, LIMIT, answer, made_documents, question_hash,
+                                real_documents, write)
 from tokenizer import Tokenizer
 
 GOLDEN = json.loads((ROOT / "tests" / "lm_eval_v03_golden.json").read_text())
@@ -35,7 +37,8 @@ def check(tokenizer, case, splits, docs, monkeypatch):
     asked = [[next(pairs) for _ in question.requests] for question in questions]
     assert " ".join(map(question_hash, asked)) == GOLDEN[case]["questions"]
     results = [answer(*those)[0] if rolls else answer(*those) for those in texts]
-    rows = {metric: (value, stderr) for _, metric, value, stderr, _ in evaluation.measure(job, results)}
+    rows = {metric: (value, stderr)
+            for _, metric, value, stderr, _ in evaluation.measure(job, results)}
     metrics = GOLDEN[case]["metrics"]
     assert set(rows) == {metric for metric in metrics if not metric.endswith("_stderr")}
     for metric, (value, stderr) in rows.items():
@@ -45,7 +48,8 @@ def check(tokenizer, case, splits, docs, monkeypatch):
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN if case.startswith("made")])
-def test_awkward_documents_are_asked_and_measured_as_by_the_paper_s_harness(tokenizer, case, tmp_path, monkeypatch):
+def test_awkward_documents_are_asked_and_measured_as_by_the_paper_s_harness(
+        tokenizer, case, tmp_path, monkeypatch):
     check(tokenizer, case, made_documents(case.split()[1]), tmp_path, monkeypatch)
 
 

@@ -63,7 +63,9 @@ BYTEARRAY = (b"\x80\2}X\1\0\0\0acbuiltins\nbytearray\nJ" + (600 << 20).to_bytes(
 
 
 def archive(path, changes=(), before=(), directory=lambda tail: tail):
-    """Write a file of torch.save with other records in place of its own or before them, another end."""
+    """Write a file of torch.save with other records in place of its own or before them, another
+    end.
+    """
     torch.save({"a": torch.ones(3)}, path)
     with zipfile.ZipFile(path) as honest:
         records = {name.partition("/")[2]: honest.read(name) for name in honest.namelist()}
@@ -87,7 +89,8 @@ def test_an_archive_is_looked_through_as_pytorch_reads_it(tmp_path):
             ("expected one data.pkl", dict(changes={"data.pkl": BYTEARRAY},
                                            before=[("x/data.pkl", pickle)])),
             ("expected one data.pkl", dict(before=[("DATA.PKL", pickle)])),
-            ("'x/byteorder' of 4,194,305 bytes", dict(changes={"byteorder": bytes(JSON_LIMIT + 1)})),
+            ("'x/byteorder' of 4,194,305 bytes",
+             dict(changes={"byteorder": bytes(JSON_LIMIT + 1)})),
             ("'x/more' of 4,194,305 bytes", dict(before=[("more", bytes(JSON_LIMIT + 1))])),
             ("not at the end", dict(directory=lambda tail: bytes(4) + tail[4:])),
             ("not at the end", dict(directory=lambda tail: tail[:64] + bytes(8) + tail[72:])),
@@ -124,8 +127,8 @@ def test_a_key_of_nested_tuples_is_refused_at_once(tmp_path, key):
 
 
 @settings(max_examples=250, deadline=None)
-@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4),
-       cut=st.integers(0, 10**6) | st.none())
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)),
+                      min_size=1, max_size=4), cut=st.integers(0, 10**6) | st.none())
 def test_random_corruption_of_a_pickle_is_an_error_or_other_numbers(tmp_path_factory, edits, cut):
     path = tmp_path_factory.getbasetemp() / "corrupt_pickle/x.bin"
     path.parent.mkdir(exist_ok=True)

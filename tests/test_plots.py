@@ -31,10 +31,12 @@ def files(tmp_path):
 
 def test_rows_become_curves_and_the_later_row_wins(files):
     curves = plots.evaluations(f"{files}/r.csv,{files}/ref.csv")
-    assert list(curves["piqa", 0, "acc"]) == ["mine-14m", "mine-70m", "pythia-70m", "pythia-1b-0.5MtokBS"]
+    assert list(curves["piqa", 0, "acc"]) == [
+        "mine-14m", "mine-70m", "pythia-70m", "pythia-1b-0.5MtokBS"]
     assert curves["piqa", 0, "acc"]["mine-14m"] == [(0, 0.5, 0.02), (1 << 24, 0.56, 0.02)]
     assert curves["piqa", 0, "acc"]["pythia-1b-0.5MtokBS"] == [(8 << 19, 0.58, None)]
-    assert curves["lambada_openai", 0, "perplexity"] == {"pythia-70m-deduped": [(8 << 21, 142.4, 1.5)]}
+    assert curves["lambada_openai", 0, "perplexity"] == {
+        "pythia-70m-deduped": [(8 << 21, 142.4, 1.5)]}
 
 
 @pytest.mark.parametrize("name, parameters", [
@@ -59,12 +61,14 @@ def test_the_table_has_the_last_checkpoint_of_each_model(files, capsys):
     plots.table(plots.Table(f"{files}/r.csv"))
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["heldout", "(0)", "piqa", "(0)"], ["bits_per_byte", "acc"],
-        ["mine-14m", "-", "0.5600", "±", "0.0200"], ["mine-70m", "1.5000", "0.6000", "±", "0.0200"]]
+        ["mine-14m", "-", "0.5600", "±", "0.0200"],
+        ["mine-70m", "1.5000", "0.6000", "±", "0.0200"]]
 
 
 def contents(axes):
     """Return {label: (x, y)} of the lines of a panel."""
-    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+            for line in axes.lines}
 
 
 def test_curves_show_our_models_before_the_published_ones(files):
@@ -75,8 +79,10 @@ def test_curves_show_our_models_before_the_published_ones(files):
         f"{files}/r.csv", reference=f"{files}/ref.csv", output=f"{files}/c.png"))
     assert (files / "c.png").read_bytes()[:4] == b"\x89PNG"
     heldout, piqa = [axes for axes in figure.axes if axes.get_visible()]
-    assert [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in (heldout, piqa)] == [
-        ("heldout, 0-shot", "bits per byte", "tokens seen"), ("piqa, 0-shot", "accuracy", "tokens seen")]
+    assert [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel())
+            for axes in (heldout, piqa)] == [
+        ("heldout, 0-shot", "bits per byte", "tokens seen"),
+        ("piqa, 0-shot", "accuracy", "tokens seen")]
     assert contents(heldout) == {"mine-70m": ([1 << 24], [1.5])}
     assert [(line.get_label(), list(line.get_ydata())) for line in piqa.lines] == [
         ("published", [0.63]), ("published", [0.59]), ("mine-14m", [0.56]), ("mine-70m", [0.6])]
@@ -105,8 +111,9 @@ def test_a_band_stays_above_zero_on_a_log_axis_only(files):
 
 
 def test_what_is_not_a_number_is_a_gap(files, capsys):
-    (files / "r.csv").write_text(RESULTS + "mine-70m,16,33554432,piqa,0,acc,nan,nan,10,v0.4,float32,abc\n"
-                                 "mine-70m,16,33554432,heldout,0,bits_per_byte,inf,,10,v0.4,float32,abc\n")
+    (files / "r.csv").write_text(
+        RESULTS + "mine-70m,16,33554432,piqa,0,acc,nan,nan,10,v0.4,float32,abc\n"
+        "mine-70m,16,33554432,heldout,0,bits_per_byte,inf,,10,v0.4,float32,abc\n")
     figure = plots.curves(plots.Curves(
         f"{files}/r.csv", reference=f"{files}/r.csv", output=f"{files}/c.png"))
     assert contents(figure.axes[1])["mine-70m"][0] == [1 << 24, 1 << 25]
@@ -115,9 +122,12 @@ def test_what_is_not_a_number_is_a_gap(files, capsys):
 
 
 @pytest.mark.parametrize("row, words", [
-    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.3,float32,abc", "v0.3 float32 abc, but in v0.4 float32 abc at"),
-    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.4,float16,abc", "v0.4 float16 abc, but in v0.4 float32 abc at"),
-    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.4,float32,abd", "v0.4 float32 abd, but in v0.4 float32 abc at")])
+    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.3,float32,abc",
+     "v0.3 float32 abc, but in v0.4 float32 abc at"),
+    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.4,float16,abc",
+     "v0.4 float16 abc, but in v0.4 float32 abc at"),
+    ("mine-70m,16,9,piqa,0,acc,0.5,,10,v0.4,float32,abd",
+     "v0.4 float32 abd, but in v0.4 float32 abc at")])
 def test_one_curve_is_of_one_kind(files, row, words):
     (files / "r.csv").write_text(RESULTS + row + "\n")
     with pytest.raises(ValueError) as error:
@@ -155,7 +165,8 @@ def test_the_paper_s_figures(files):
     [piqa] = figures["standard_0_shot"].axes
     assert piqa.get_xscale() == "log" and contents(piqa) == {"pythia-70m": ([8 << 21], [0.59])}
     wino, crows = [axes for axes in figures["gender"].axes if axes.get_visible()]
-    assert wino.get_title() == "wino_bias_type1_pro\nrefers_to, 0-shot" and wino.get_xscale() == "linear"
+    assert (wino.get_title() == "wino_bias_type1_pro\nrefers_to, 0-shot"
+            and wino.get_xscale() == "linear")
     assert contents(wino) == {"pythia-1.4b-deduped": ([143000 << 21], [0.2]),
                               "pythia-1.4b-deduped-intervention_7": ([143000 << 21], [0.3])}
     assert crows.get_title() == "crows_pairs_english_gender, 0-shot" and len(crows.lines) == 2
@@ -166,19 +177,21 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
     (tmp_path / "mini/metrics.csv").write_text("step,tokens,loss\n0,0,9\n1,64,8\n2,128,nan\n")
     row = "{},{},{},{},0,bits_per_byte,{},,3,v0.4,float32,abc\n".format
     (tmp_path / "r.csv").write_text(RESULTS.splitlines(True)[0] + "".join(
-        row(model, step, 64 * step, task, 3 - step) for model in ("mini", "other") for step in (2, 1, 0)
-        for task in ("heldout:books", "heldout")))
+        row(model, step, 64 * step, task, 3 - step) for model in ("mini", "other")
+        for step in (2, 1, 0) for task in ("heldout:books", "heldout")))
     left, right = plots.training(plots.Training(
         f"{tmp_path}/mini", f"{tmp_path}/r.csv", f"{tmp_path}/c.png")).axes
     assert left.get_ylabel() == "training loss (nats per token)"
     assert list(left.lines[0].get_xdata()) == [64, 128] and left.lines[0].get_ydata()[0] == 8
-    assert contents(right) == {"all (n = 3)": ([64, 128], [2, 1]), "books (n = 3)": ([64, 128], [2, 1])}
+    assert contents(right) == {"all (n = 3)": ([64, 128], [2, 1]),
+                               "books (n = 3)": ([64, 128], [2, 1])}
 
 
 def test_weights_have_a_line_a_matrix(tmp_path):
-    (tmp_path / "v.csv").write_text("step,tensor,norm,distance_from_first,cosine_to_previous\n" + "".join(
-        f"{step},{name},{step + 1},{step / 2},nan\n"
-        for step in (0, 1, 2) for name in ("embed_in", "embed_out")))
+    (tmp_path / "v.csv").write_text(
+        "step,tensor,norm,distance_from_first,cosine_to_previous\n" + "".join(
+            f"{step},{name},{step + 1},{step / 2},nan\n"
+            for step in (0, 1, 2) for name in ("embed_in", "embed_out")))
     figure = plots.weights(plots.Weights(f"{tmp_path}/v.csv", f"{tmp_path}/v.png"))
     assert [axes.get_ylabel() for axes in figure.axes] == [
         "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before"]

@@ -47,7 +47,9 @@ def encode(tokenizer_path):
 
 @torch.no_grad()
 def reference(twin, context, continuation):
-    """Log-likelihood and greedy flag of token lists by rules 4 and 5 of the harness, one at a time."""
+    """Log-likelihood and greedy flag of token lists by rules 4 and 5 of the harness, one at a
+    time.
+    """
     inputs = (context + continuation)[-(L + 1):][:-1]
     logits = twin(torch.tensor([inputs])).logits[0, -len(continuation):]
     logprobs = logits.log_softmax(-1)
@@ -55,10 +57,11 @@ def reference(twin, context, continuation):
             logits.argmax(-1).tolist() == continuation)
 
 
-PAIRS = [("The capital of France is", " Paris"), ("Question: why?\nAnswer:", " because it is so, they say"),
-         ("trailing spaces  \n", "move"), ("", "an empty context"), ("", "<|endoftext|>already there"),
-         ("é e\u0301 世界", " naïve\u0301"), ("a " * 40, "b " * 5), ("merge acro", "ss the boundary"),
-         ("x", " y" * (L - 1))]
+PAIRS = [("The capital of France is", " Paris"),
+         ("Question: why?\nAnswer:", " because it is so, they say"),
+         ("trailing spaces  \n", "move"), ("", "an empty context"),
+         ("", "<|endoftext|>already there"), ("é e\u0301 世界", " naïve\u0301"),
+         ("a " * 40, "b " * 5), ("merge acro", "ss the boundary"), ("x", " y" * (L - 1))]
 
 
 def test_pairs_are_encoded_by_the_harness_rules(tokenizer, encode):
@@ -79,7 +82,8 @@ def test_the_paper_s_harness_encodes_context_and_continuation_apart(tokenizer, e
     for context, continuation in PAIRS:
         expected = (encode(context) or [0]) + encode(continuation), len(encode(continuation))
         assert scoring.encode_pair(tokenizer, context, continuation, "v0.3") == expected
-    apart, joint = (scoring.encode_pair(tokenizer, "trailing  \n", "move", style) for style in ("v0.3", "v0.4"))
+    apart, joint = (scoring.encode_pair(tokenizer, "trailing  \n", "move", style)
+                    for style in ("v0.3", "v0.4"))
     assert apart != joint  # the white space stays with the context
 
 
@@ -88,17 +92,21 @@ def test_loglikelihood_equals_one_request_at_a_time(model, twin, tokenizer):
             PAIRS, scoring.loglikelihood(model, tokenizer, PAIRS), strict=True):
         tokens, n = scoring.encode_pair(tokenizer, context, continuation)
         expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
-        assert math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4) and greedy == expected_greedy
+        assert (math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4)
+                and greedy == expected_greedy)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(2, 3 * L), st.integers(1, L)), min_size=1, max_size=12),
        st.sampled_from([1, 20, 100, 10_000]), st.randoms(use_true_random=False))
 def test_scores_do_not_depend_on_batching_or_order(model, twin, shapes, batch_tokens, rng):
-    rows = [([rng.randrange(50277) for _ in range(length)], min(n, length - 1)) for length, n in shapes]
-    for (tokens, n), (logprob, greedy) in zip(rows, scoring.score(model, rows, batch_tokens), strict=True):
+    rows = [([rng.randrange(50277) for _ in range(length)], min(n, length - 1))
+            for length, n in shapes]
+    for (tokens, n), (logprob, greedy) in zip(
+            rows, scoring.score(model, rows, batch_tokens), strict=True):
         expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
-        assert math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4) and greedy == expected_greedy
+        assert (math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4)
+                and greedy == expected_greedy)
 
 
 def test_greedy_is_true_where_it_should_be(model, twin):
@@ -109,7 +117,9 @@ def test_greedy_is_true_where_it_should_be(model, twin):
 
 
 def rolling_reference(twin, tokens):
-    """The windows of lm_eval's rolling log-likelihood, written out; each predicts its tokens once."""
+    """The windows of lm_eval's rolling log-likelihood, written out; each predicts its tokens
+    once.
+    """
     windows, m = [], min(L, len(tokens))
     if tokens:
         windows.append(([0] + tokens[:m - 1], tokens[:m]))
@@ -131,7 +141,8 @@ def rolling_reference(twin, tokens):
 def test_rolling_windows_predict_every_token_once(model, twin, tokenizer, n_words):
     text = " word" * n_words
     [total] = scoring.loglikelihood_rolling(model, tokenizer, [text])
-    assert math.isclose(total, rolling_reference(twin, tokenizer.encode(text)), rel_tol=1e-5, abs_tol=1e-6)
+    assert math.isclose(total, rolling_reference(twin, tokenizer.encode(text)),
+                        rel_tol=1e-5, abs_tol=1e-6)
 
 
 def test_a_continuation_longer_than_the_context_is_refused(model):
@@ -140,32 +151,40 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, L), st.integers(2, 12)), min_size=2, max_size=30),
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, L), st.integers(2, 12)),
+                min_size=2, max_size=30),
        st.sampled_from([1, 60, 10_000]), st.randoms(use_true_random=False))
 def test_shared_beginnings_change_no_score(model, twin, shapes, batch_tokens, rng):
-    texts = [[rng.randrange(4) for _ in range(L)] for _ in range(4)]  # few tokens: much is shared by chance too
+    # Few tokens: much is shared by chance too.
+    texts = [[rng.randrange(4) for _ in range(L)] for _ in range(4)]
     rows = [(texts[which][:kept] + [rng.randrange(4) for _ in range(more)], rng.randrange(1, more))
             for which, kept, more in shapes]
-    for (tokens, n), (logprob, greedy) in zip(rows, scoring.score(model, rows, batch_tokens), strict=True):
+    for (tokens, n), (logprob, greedy) in zip(
+            rows, scoring.score(model, rows, batch_tokens), strict=True):
         expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
-        assert math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4) and greedy == expected_greedy
+        assert (math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4)
+                and greedy == expected_greedy)
 
 
 def test_questions_behind_the_same_shots_compute_them_once():
-    model = randomized(ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=256)).eval()
+    model = randomized(ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=512,
+                                   seq_length=256)).eval()
     twin, rng = transformers_twin(model)[0].eval(), random.Random(0)
     shots = [rng.randrange(512) for _ in range(200)]
     rows = [(shots + question + [choice], 1) for question in
-            ([rng.randrange(512) for _ in range(rng.randrange(3, 40))] for _ in range(100)) for choice in range(4)]
+            ([rng.randrange(512) for _ in range(rng.randrange(3, 40))] for _ in range(100))
+            for choice in range(4)]
     batches = scoring.plan(rows, 256, batch_tokens=400)
     assert len(batches) > 2 and all(len(prefix) == 200 for prefix, _ in batches)
     nodes = sum(len(pack.tokens) - 200 for _, packs in batches for pack in packs)
     # The four choices ask one position; questions that begin with the same token share that too.
     assert nodes <= sum(len(tokens) - 1 - 200 for tokens, _ in rows[::4])
     with torch.no_grad():
-        for (tokens, _), (logprob, _) in list(zip(rows, scoring.score(model, rows), strict=True))[::9]:
+        for (tokens, _), (logprob, _) in list(
+                zip(rows, scoring.score(model, rows), strict=True))[::9]:
             logits = twin(torch.tensor([tokens[:-1]])).logits[0, -1]
-            assert math.isclose(logprob, float(logits.log_softmax(-1)[tokens[-1]]), rel_tol=1e-5, abs_tol=1e-5)
+            assert math.isclose(logprob, float(logits.log_softmax(-1)[tokens[-1]]),
+                                rel_tol=1e-5, abs_tol=1e-5)
 
 
 @settings(max_examples=200, deadline=None)
@@ -175,9 +194,13 @@ def test_line_by_line_encoding_is_encoding(tokenizer, text):
 
 
 def test_generation_is_one_prompt_at_a_time_cut_at_its_stops(model, twin, tokenizer):
-    prompts = ["The cat", "", "a much longer prompt than there is room for in so small a context, isn't it?", "x\n"]
+    prompts = ["The cat", "",
+               "a much longer prompt than there is room for in so small a context, isn't it?",
+               "x\n"]
     stops, n_tokens = (" ", "e"), 9
-    for prompt, ours in zip(prompts, scoring.generate_until(model, tokenizer, prompts, stops, n_tokens), strict=True):
+    for prompt, ours in zip(
+            prompts, scoring.generate_until(model, tokenizer, prompts, stops, n_tokens),
+            strict=True):
         tokens = (tokenizer.encode(prompt) or [0])[-(L - n_tokens):]
         for _ in range(n_tokens):
             with torch.no_grad():
@@ -190,7 +213,9 @@ def test_generation_is_one_prompt_at_a_time_cut_at_its_stops(model, twin, tokeni
 
 
 def test_a_row_that_has_ended_stays_ended(model):
-    """Whoever looks at the last tokens only sees an end once; the rows to compute must not grow again."""
+    """Whoever looks at the last tokens only sees an end once; the rows to compute must not grow
+    again.
+    """
     rows = []
 
     def finished(new):
@@ -222,11 +247,14 @@ alone = scoring.score(model, rows, 200)
 dist.init_process_group("gloo")
 together = scoring.score(model, rows, 200)
 assert all(abs(a - b) < 1e-4 and g == h for (a, g), (b, h) in zip(alone, together, strict=True))
-print("equal %d %d\\n" % (len(scoring._share(scoring.plan(rows, 64, 200))), len(scoring.plan(rows, 64, 200))), end="")  # one write
+print("equal %d %d\\n" % (len(scoring._share(scoring.plan(rows, 64, 200))),
+                         len(scoring.plan(rows, 64, 200))), end="")  # one write
 dist.destroy_process_group()
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(script)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    shares = [list(map(int, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("equal")]
-    assert sum(share for share, _ in shares) == shares[0][1] and min(share for share, _ in shares) > 0
+    shares = [list(map(int, line.split()[1:]))
+              for line in done.stdout.splitlines() if line.startswith("equal")]
+    assert (sum(share for share, _ in shares) == shares[0][1]
+            and min(share for share, _ in shares) > 0)

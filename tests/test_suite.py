@@ -21,8 +21,8 @@ def test_no_stage_is_there_twice():
 def test_own_documents_are_measured_beside_the_held_out_ones():
     flags = [command for title, _, command in stages(SuiteConfig(docs="mine"))
              if title.startswith("measure pronouns_to_feminine")]
-    docs, outputs = zip(*([next(f for f in command if f.startswith(name)) for name in ("--docs", "--output")]
-                          for command in flags))
+    docs, outputs = zip(*([next(f for f in command if f.startswith(name))
+                           for name in ("--docs", "--output")] for command in flags))
     assert docs == ("--docs=data/suite/docs", "--docs=mine") and len(set(outputs)) == 2
 
 
@@ -30,7 +30,8 @@ def test_how_often_an_operand_comes_does_not_tell_its_size():
     weights = np.array(operand_weights())
     rank = weights.argsort().argsort()
     assert abs(np.corrcoef(rank, np.arange(100))[0, 1]) < 0.2
-    assert all(rank[term] < 30 for term in TERMS) and np.ptp(TERMS) > 80 and 40 < np.mean(TERMS) < 60
+    assert (all(rank[term] < 30 for term in TERMS) and np.ptp(TERMS) > 80
+            and 40 < np.mean(TERMS) < 60)
     seen = Counter(number for x1, x2 in sums() for number in (x1, x2, x1 + x2))  # as counted, plain
     rank = np.array([seen[x1] for x1 in range(100)]).argsort().argsort()
     assert abs(np.corrcoef(rank, np.arange(100))[0, 1]) < 0.2
@@ -47,8 +48,8 @@ def test_a_mistake_is_one_line(module, flags, words):
 
 @pytest.mark.proof
 def test_sixteen_steps_of_everything_make_a_report(tmp_path, tokenizer_path):
-    flags = [f"--output={tmp_path}/suite", f"--data={tmp_path}/data", f"--tokenizer={tokenizer_path}",
-             "--steps=16"]
+    flags = [f"--output={tmp_path}/suite", f"--data={tmp_path}/data",
+             f"--tokenizer={tokenizer_path}", "--steps=16"]
     command = [sys.executable, "-m", "studies.suite", *flags]
     subprocess.run(command, cwd=ROOT, check=True)
     page = (tmp_path / "suite" / "report.html").read_text()

@@ -47,7 +47,8 @@ def write(folder, path, documents):
 
 
 def piqa_documents(n, start=0):
-    return [{"goal": f"g{i}", "sol1": f"a{i}", "sol2": f"b{i}", "label": i % 2} for i in range(start, start + n)]
+    return [{"goal": f"g{i}", "sol1": f"a{i}", "sol2": f"b{i}", "label": i % 2}
+            for i in range(start, start + n)]
 
 
 def shots_of(prefix):
@@ -60,13 +61,16 @@ def test_paper_style_draws_with_one_generator_that_has_shuffled_the_documents(tm
     prompted, _ = prompts(V03_TASKS["piqa"], tmp_path, shots=3, style="v0.3", limit=4)
     rng, order = random.Random(42), list(range(7))
     rng.shuffle(order)
-    expected = [([str(i) for i in rng.sample(range(100, 130), 3)], f"Question: g{doc}\nAnswer:") for doc in order[:4]]
-    assert [(shots_of(prefix), question.requests[0][0]) for prefix, question in prompted] == expected
+    expected = [([str(i) for i in rng.sample(range(100, 130), 3)], f"Question: g{doc}\nAnswer:")
+                for doc in order[:4]]
+    assert [(shots_of(prefix), question.requests[0][0])
+            for prefix, question in prompted] == expected
 
 
 def test_paper_style_keeps_a_document_out_of_shots_from_its_own_split(tmp_path):
     documents = [{"text": f"Question: g{i}\nw"} for i in range(5)]
-    write(tmp_path, "lambada_openai/test.jsonl", [{"text": doc["text"] + " end"} for doc in documents])
+    write(tmp_path, "lambada_openai/test.jsonl",
+          [{"text": doc["text"] + " end"} for doc in documents])
     prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=4, style="v0.3")
     for prefix, question in prompted:
         own = question.requests[0][0].split("\n")[0].removeprefix("Question: g")
@@ -77,14 +81,16 @@ def test_paper_style_keeps_a_document_out_of_shots_from_its_own_split(tmp_path):
 def test_paper_style_without_a_shot_left_still_begins_with_an_empty_line(tmp_path):
     write(tmp_path, "lambada_openai/test.jsonl", [{"text": "one end"}] * 2)
     prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=1, style="v0.3")
-    assert [prefix for prefix, _ in prompted] == ["\n\n"] * 2  # lm_eval/base.py, Task.fewshot_context
+    # lm_eval/base.py, Task.fewshot_context.
+    assert [prefix for prefix, _ in prompted] == ["\n\n"] * 2
 
 
 def test_paper_style_shots_of_wsc_are_true_ones(tmp_path):
-    base = {"text": "Ann met Sue . She left .", "span1_text": "Ann", "span1_index": 0, "span2_text": "She",
-            "span2_index": 4}
+    base = {"text": "Ann met Sue . She left .", "span1_text": "Ann", "span1_index": 0,
+            "span2_text": "She", "span2_index": 4}
     for split in ("train", "validation"):
-        write(tmp_path, f"wsc_superglue/{split}.jsonl", [base | {"label": i % 2, "idx": i} for i in range(12)])
+        write(tmp_path, f"wsc_superglue/{split}.jsonl",
+              [base | {"label": i % 2, "idx": i} for i in range(12)])
     prompted, _ = prompts(V03_TASKS["wsc"], tmp_path, shots=5, style="v0.3")
     assert all(prefix.count("Answer: yes\n\n") == 5 for prefix, _ in prompted)
 
@@ -93,13 +99,16 @@ def test_paper_style_prompts_differ_where_the_harness_did(tmp_path):
     doc = Document(question=" Q? ", choices=["w", "x", "y", "z"], answer=2, subject="anatomy")
     assert V03_TASKS["hendrycksTest-anatomy"].question(doc).requests[2] == (
         "Question:  Q? \nChoices:\nA. w\nB. x\nC. y\nD. z\nAnswer:", " y")
-    science = Document(support="", question="Q", distractor1="a", distractor2="b", distractor3="c", correct_answer="d")
+    science = Document(support="", question="Q", distractor1="a", distractor2="b",
+                       distractor3="c", correct_answer="d")
     assert [table["sciq"].question(science).requests[0][0] for table in (TASKS, V03_TASKS)] == [
         "\nQuestion: Q\nAnswer:", "Question: Q\nAnswer:"]
-    trivia = Document(question="Q?", answer={"aliases": ["Sun City", "Sun", "Moon", "Sunday"], "value": "Sun"})
+    trivia = Document(question="Q?", answer={
+        "aliases": ["Sun City", "Sun", "Moon", "Sunday"], "value": "Sun"})
     assert V03_TASKS["triviaqa"].question(trivia).requests == [
         ("Question: Q?\nAnswer:", " Moon"), ("Question: Q?\nAnswer:", " Sun")]
-    schema = Document(text="Ann met Sue. She left.", pronoun="She", pronoun_loc=13, options=["Ann", "Sue"], label=0)
+    schema = Document(text="Ann met Sue. She left.", pronoun="She", pronoun_loc=13,
+                      options=["Ann", "Sue"], label=0)
     assert [table["wsc273"].question(schema).requests[0] for table in (TASKS, V03_TASKS)] == [
         ("Ann met Sue. Ann", "  left."), ("Ann met Sue. Ann", " left.")]
 
@@ -120,23 +129,29 @@ def test_superglue_files_become_the_repaired_set():
 
 
 def test_both_forms_of_winobias_ask_the_same():
-    raw = Document(sentence='[The developer] argued with the designer because [he] did not like the design.')
-    conll = Document(tokens="The developer argued with the designer because he did not like the design .".split(),
-                     coreference_clusters=["0", "1", "7", "7"])
+    raw = Document(sentence='[The developer] argued with the designer because [he] did not like '
+                            'the design.')
+    conll = Document(
+        tokens="The developer argued with the designer because he did not like "
+               "the design .".split(),
+        coreference_clusters=["0", "1", "7", "7"])
     assert winobias(raw) == winobias(conll)
     assert winobias(raw).requests == [
-        'The developer argued with the designer because he did not like the design .\nHere, what does "he" stand for?',
+        'The developer argued with the designer because he did not like the design .\n'
+        'Here, what does "he" stand for?',
         'What does "he" refer to in the following sentence?\n'
         'The developer argued with the designer because he did not like the design .']
 
 
 def test_winobias_summary_is_the_paper_s_notebook_s():
-    em = {"type1_pro": (0.2, 0.02), "type1_anti": (0.1, 0.01), "type2_pro": (0.3, 0.02), "type2_anti": (0.25, 0.03)}
+    em = {"type1_pro": (0.2, 0.02), "type1_anti": (0.1, 0.01),
+          "type2_pro": (0.3, 0.02), "type2_anti": (0.25, 0.03)}
     rows = [(f"wino_bias_{kind}", "em", *values, 396) for kind, values in em.items()]
     (_, _, accuracy, error, n), (_, _, bias, bias_error, _) = winobias_rows(rows)
     assert (accuracy, bias, n) == (pytest.approx(0.2125), pytest.approx(0.075), 1584)
     pro, anti = math.sqrt((0.02**2 + 0.02**2) / 2), math.sqrt((0.01**2 + 0.03**2) / 2)
-    assert bias_error == pytest.approx(math.hypot(pro, anti)) and error == pytest.approx(bias_error / math.sqrt(2))
+    assert (bias_error == pytest.approx(math.hypot(pro, anti))
+            and error == pytest.approx(bias_error / math.sqrt(2)))
 
 
 def test_groups_weigh_by_size():
@@ -146,9 +161,11 @@ def test_groups_weigh_by_size():
 
 
 def test_mmlu_s_categories_hold_the_right_subjects_and_the_whole_holds_all():
-    rows = mmlu_rows([(f"mmlu_{subject}", "acc", float(i), 0.1, 10) for i, subject in enumerate(SUBJECTS)])
-    assert {name: n for name, *_, n in rows} == {"mmlu_stem": 190, "mmlu_other": 130, "mmlu_social_sciences": 120,
-                                                 "mmlu_humanities": 130, "mmlu": 570}
+    rows = mmlu_rows([(f"mmlu_{subject}", "acc", float(i), 0.1, 10)
+                      for i, subject in enumerate(SUBJECTS)])
+    assert {name: n for name, *_, n in rows} == {
+        "mmlu_stem": 190, "mmlu_other": 130, "mmlu_social_sciences": 120, "mmlu_humanities": 130,
+        "mmlu": 570}
     assert dict((name, value) for name, _, value, *_ in rows) == {
         f"mmlu_{category}": statistics.fmean(map(SUBJECTS.index, subjects))
         for category, subjects in MMLU.items()} | {"mmlu": 28.0}
@@ -160,8 +177,9 @@ def test_every_name_of_several_tasks_exists():
 
 
 def test_published_documents_become_requests(pythia_data):
-    there = ["lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "logiqa", "hellaswag",
-             "triviaqa", "crows_pairs_english_gender", "arithmetic_5ds", "mmlu_anatomy", "wino_bias_type2_anti"]
+    there = ["lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "logiqa",
+             "hellaswag", "triviaqa", "crows_pairs_english_gender", "arithmetic_5ds",
+             "mmlu_anatomy", "wino_bias_type2_anti"]
     for task in there:
         prompted, _ = prompts(TASKS[task], pythia_data)
         assert TASKS[task].n in (0, len(prompted)) or task in ("hellaswag", "triviaqa")
@@ -174,24 +192,35 @@ def test_published_documents_become_requests(pythia_data):
     ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, expected 0 to 1"),
     ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label is -1, expected 0 to 1"),
     ("piqa", [1], "line 1: not a JSON object"),
-    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
-    ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3}, "answer is 3, expected one of"),
+    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
+     "has no _"),
+    ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3},
+     "answer is 3, expected one of"),
     ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": "A"}, "answerKey": "A"},
      "choices.label is 'A', expected a list of str"),
-    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"}, "endings is [1]"),
-    ("mmlu_anatomy", {"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 0}, "1 choices, expected 4"),
-    ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": [], "answer": 0}, "no documents of this task"),
-    ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"}, "found the spans"),
+    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"},
+     "endings is [1]"),
+    ("mmlu_anatomy", {"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 0},
+     "1 choices, expected 4"),
+    ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": [], "answer": 0},
+     "no documents of this task"),
+    ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"},
+     "found the spans"),
     ("triviaqa", {"question": "q", "answer": []}, "answer.aliases is None"),
-    ("wsc273", {"text": "t", "pronoun": "x", "options": [], "label": 0}, "pronoun_loc is None, expected a int"),
-    ("wsc273", {"text": "t x", "pronoun": "x", "pronoun_loc": 2, "options": ["a", ""], "label": 0}, "options is empty"),
-    ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"},
+    ("wsc273", {"text": "t", "pronoun": "x", "options": [], "label": 0},
+     "pronoun_loc is None, expected a int"),
+    ("wsc273", {"text": "t x", "pronoun": "x", "pronoun_loc": 2, "options": ["a", ""], "label": 0},
+     "options is empty"),
+    ("arc_easy",
+     {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"},
      "answerKey is 'B', expected one of ['A']"),
-    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "True"}, "label is 'True', expected 0 to 1"),
+    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "True"},
+     "label is 'True', expected 0 to 1"),
     ("wino_bias_type1_pro", {"tokens": ["A", "b"], "coreference_clusters": ["0", None, "1", "1"]},
      "found the spans ['0', None, '1', '1']")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
-    write(tmp_path, f"{TASKS[task].folder}/{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
+    write(tmp_path, f"{TASKS[task].folder}/"
+          f"{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
     with pytest.raises(ValueError, match="line 1|holds no documents") as error:
         prompts(TASKS[task], tmp_path)
     assert words in str(error.value)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from weights.tensors import DTYPES, JSON_LIMIT, Stored, open_file, open_folder, sha256_of, write_file, write_folder
+from weights.tensors import (DTYPES, JSON_LIMIT, Stored, open_file, open_folder, sha256_of,
+                             write_file, write_folder)
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.full((5,), 0.1, dtype=torch.float16),
            "scalar": torch.tensor(3, dtype=torch.int64), "empty": torch.zeros(0, 7),
@@ -22,13 +23,15 @@ def read_all(tensors):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
 
 
 def a_file(path, header, data=b"", length=None):
     """Write a safetensors file of any header (an object, or bytes), honest or not."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little")
+                     + header + data)
     return path
 
 
@@ -53,7 +56,8 @@ def test_a_tensor_is_converted_while_it_is_read(tmp_path, shape):
 def test_safetensors_reads_what_is_written(tmp_path):
     written = write_file(tmp_path / "x", TENSORS)
     assert same(load_file(tmp_path / "x"), TENSORS)
-    assert written == {"bytes": (tmp_path / "x").stat().st_size, "sha256": sha256_of(tmp_path / "x")}
+    assert written == {"bytes": (tmp_path / "x").stat().st_size,
+                       "sha256": sha256_of(tmp_path / "x")}
 
 
 @pytest.mark.parametrize("shard_size, shards", [(math.inf, 1), (10**9, 1), (48, 2), (1, 5)])
@@ -71,23 +75,26 @@ def test_shards_hold_the_same_bits(tmp_path, shard_size, shards):
 @pytest.mark.parametrize("header, data, words", [
     (b"[1]", b"", "no object"), (b"{", b"", "Expecting"), (b"\xff{}", b"", "decode"),
     ({"a": 3}, b"", "expected dtype"), ({"a": entry() | {"more": 1}}, bytes(8), "expected dtype"),
-    ({"a": entry("F31")}, bytes(8), "no dtype 'F31'"), ({"a": entry(["F32"])}, bytes(8), "no dtype"),
+    ({"a": entry("F31")}, bytes(8), "no dtype 'F31'"),
+    ({"a": entry(["F32"])}, bytes(8), "no dtype"),
     ({"a": entry(shape=(-2,))}, bytes(8), "found"), ({"a": entry(shape=(2.0,))}, bytes(8), "found"),
     ({"a": entry(shape=(True,), offsets=(0, 4))}, bytes(4), "found"),
     ({"a": entry(shape=(3,))}, bytes(8), "are 12 bytes"),
     ({"a": entry(offsets=(0, 8, 8))}, bytes(8), "found"),
-    ({"a": entry(offsets=(0,))}, bytes(8), "data_offsets"), ({"a": entry(offsets=(8, 0))}, bytes(8), "bytes"),
+    ({"a": entry(offsets=(0,))}, bytes(8), "data_offsets"),
+    ({"a": entry(offsets=(8, 0))}, bytes(8), "bytes"),
     ({"a": entry(shape=(1 << 60,), offsets=(0, 1 << 62))}, bytes(8), "found"),
     ({"a": entry(shape=(1 << 40,), offsets=(0, 1 << 42))}, bytes(8), "expected 4,398,046,511,104"),
     ({"a": entry(shape=[1 << 47] * 8)}, bytes(8), "of F32 are"),
     ({"a": entry(shape=[1] * 9)}, bytes(8), "found"),
     ({"a": entry(), "b": entry()}, bytes(8), "b begins at 0, the tensor before it ends at 8"),
     ({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20), "begins at 12"),
-    ({"a": entry(offsets=(4, 12))}, bytes(12), "begins at 4"), ({"a": entry()}, bytes(9), "expected 8"),
-    ({"a": entry()}, bytes(7), "holds 7 bytes"),
-    (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":' + json.dumps(entry()).encode() + b"}",
-     bytes(8), "twice"),
-    ({"a\n\x1b[31mb": entry()}, bytes(8), "no name of a tensor"), ({"a" * 999: entry()}, bytes(8), "no name"),
+    ({"a": entry(offsets=(4, 12))}, bytes(12), "begins at 4"),
+    ({"a": entry()}, bytes(9), "expected 8"), ({"a": entry()}, bytes(7), "holds 7 bytes"),
+    (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":'
+     + json.dumps(entry()).encode() + b"}", bytes(8), "twice"),
+    ({"a\n\x1b[31mb": entry()}, bytes(8), "no name of a tensor"),
+    ({"a" * 999: entry()}, bytes(8), "no name"),
     (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"", "not a whole safetensors"),
     (b'{"a":' + b"9" * 5000 + b"}", b"", "not a whole safetensors")])
 def test_a_file_that_lies_is_named(tmp_path, header, data, words):
@@ -140,13 +147,15 @@ def test_what_is_no_file_is_named(tmp_path):
 def test_an_index_stays_in_its_folder(tmp_path, where):
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": where}}))
+    (tmp_path / "in/model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": where}}))
     with pytest.raises(ValueError, match="not the name of a file beside it"):
         open_folder(tmp_path / "in")
 
 
 @pytest.mark.parametrize("index, words", [
-    ({}, "no weight_map"), ({"weight_map": []}, "no weight_map"), ({"weight_map": {"a": "y"}}, "no such"),
+    ({}, "no weight_map"), ({"weight_map": []}, "no weight_map"),
+    ({"weight_map": {"a": "y"}}, "no such"),
     ({"weight_map": {"a": "x", "b": "x", "z": "x"}},
      "missing z; unexpected c; unexpected empty; unexpected scalar")])
 def test_an_index_and_its_shards_agree(tmp_path, index, words):
@@ -168,7 +177,9 @@ def test_a_file_cut_after_opening_is_an_error_not_a_crash(tmp_path):
 @given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=6),
        cut=st.integers(0, 10**6) | st.none(), extra=st.binary(max_size=20))
 def test_random_corruption_is_an_error_or_other_numbers(tmp_path_factory, edits, cut, extra):
-    """Whatever happens to a file, it is refused with a ValueError or read as what its header says."""
+    """Whatever happens to a file, it is refused with a ValueError or read as what its header
+    says.
+    """
     path = tmp_path_factory.getbasetemp() / "corrupt"
     save_file(TENSORS, path)
     data = bytearray(path.read_bytes())

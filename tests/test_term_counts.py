@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_data import write as write_tokens
 
 from data import OrderedData
-from studies.term_counts import (NEAR, NUMBERS, PAIR, PLAIN, UNIT, UNITS, Count, count, count_numbers, merge,
-                                 seen, tidy)
+from studies.term_counts import (NEAR, NUMBERS, PAIR, PLAIN, UNIT, UNITS, Count, count,
+                                 count_numbers, merge, seen, tidy)
 from studies.term_questions import Question, QuestionIndex, read_questions
 from tokenizer import Tokenizer
 
@@ -29,7 +29,8 @@ def counted(text):
     count_numbers(text, keys)
     for key in keys:
         kind, a, b = key // 10**10, key % 10**10 // NUMBERS, key % NUMBERS
-        names = {NEAR: f"near {b}", PLAIN: f"plain {b}", UNIT: f"{b}-{UNITS[a % 7]}", PAIR: f"{a}-{b}"}
+        names = {NEAR: f"near {b}", PLAIN: f"plain {b}", UNIT: f"{b}-{UNITS[a % 7]}",
+                 PAIR: f"{a}-{b}"}
         named[names[kind]] += 1
     return named
 
@@ -70,7 +71,8 @@ def naive(text):
         return sorted(found)
 
     def with_units(window):
-        places = [(at, unit) for at in range(len(window)) for unit in UNITS if window.startswith(unit, at)]
+        places = [(at, unit) for at in range(len(window)) for unit in UNITS
+                  if window.startswith(unit, at)]
         named.update(f"{number}-{unit}" for number in numbers(window) for _, unit in places)
 
     for at in (i for i, character in enumerate(text) if character == " "):
@@ -101,15 +103,17 @@ def naive(text):
 
 
 PIECES = st.sampled_from([
-    "1", "23", "007", "99999", "123456", "\u0663", "\u00b2", "word", "a_b", "_", "x86", "1,000", "3-4", "5th",
-    "day", "days", "today", "hour", "decade", "\u2014", "\u201cq\u201d", "\u00e9t\u00e9", "\ufffd",
-    "<|endoftext|>", "\n", "\t", "\u00a0", "\x1c", "\x00", "", "$", "(12)"])
+    "1", "23", "007", "99999", "123456", "\u0663", "\u00b2", "word", "a_b", "_", "x86", "1,000",
+    "3-4", "5th", "day", "days", "today", "hour", "decade", "\u2014", "\u201cq\u201d",
+    "\u00e9t\u00e9", "\ufffd", "<|endoftext|>", "\n", "\t", "\u00a0", "\x1c", "\x00", "", "$",
+    "(12)"])
 SPACES = st.sampled_from([" ", " ", " ", "  ", "\n", " \n", "", "\u00a0"])
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(PIECES, SPACES), max_size=14))
-@example([("5", " "), ("_" * 200, ""), ("\u2014", " "), ("6", " ")])  # no way of reading this may take long
+# No way of reading this may take long.
+@example([("5", " "), ("_" * 200, ""), ("\u2014", " "), ("6", " ")])
 def test_counts_are_those_of_a_naive_reader(pieces):
     text = "".join(piece + space for piece, space in pieces)
     assert counted(text) == naive(tidy(text))
@@ -121,8 +125,9 @@ def test_a_worked_example():
         "near 3": 1, "near 12": 1, "3-12": 1, "near 4": 1, "near 5": 1, "4-5": 1, "4-day": 1,
         "plain 3": 1, "plain 12": 1, "plain 4": 1, "plain 5": 1})
     # As many words as possible: from 7 on over 8 to 9; then " 8 x 9" once more.
-    assert counted("7 8 x 9") == Counter({"near 7": 1, "near 8": 2, "near 9": 2, "7-8": 1, "7-9": 1, "8-9": 2,
-                                          "plain 7": 1, "plain 8": 1, "plain 9": 1})
+    assert counted("7 8 x 9") == Counter({
+        "near 7": 1, "near 8": 2, "near 9": 2, "7-8": 1, "7-9": 1, "8-9": 2, "plain 7": 1,
+        "plain 8": 1, "plain 9": 1})
 
 
 @settings(max_examples=100, deadline=None)
@@ -143,8 +148,8 @@ def test_merged_counts_add_up():
     assert merge([np.empty((2, 0), dtype=np.int64)] * 2).shape == (2, 0)
 
 
-QUESTIONS = [Question("a", "Which Lloyd Webber musical opened in the Battle of Hastings?", "Sunset Boulevard",
-                      ("Sunset Blvd.", "SB")),
+QUESTIONS = [Question("a", "Which Lloyd Webber musical opened in the Battle of Hastings?",
+                      "Sunset Boulevard", ("Sunset Blvd.", "SB")),
              Question("b", "what star sign is it?", "Leo", ()),
              Question("c", "Who is Leo?", "Lloyd Webber", ("the Lord",))]
 WORDS = "lloyd Webber, battle of Hastings sunset boulevard BLVD. leo what the Lord leonard".split()
@@ -161,15 +166,19 @@ def test_terms_of_questions():
 @given(st.lists(st.sampled_from(WORDS), max_size=25).map(" ".join))
 def test_rows_with_term_and_answer_are_found(text):
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    has = lambda phrase: any(words[i:i + len(phrase.split())] == phrase.split() for i in range(len(words)))
-    expected = {(q, b) for q, question in enumerate(QUESTIONS) for b, term in enumerate(question.terms)
+    has = lambda phrase: any(
+        words[i:i + len(phrase.split())] == phrase.split() for i in range(len(words)))
+    expected = {(q, b) for q, question in enumerate(QUESTIONS)
+                for b, term in enumerate(question.terms)
                 if has(term) and any(map(has, question.answers))}
     assert sorted(QuestionIndex(QUESTIONS).found(text)) == sorted(expected)
 
 
 @pytest.fixture
 def corpus(tmp_path, tokenizer, tokenizer_path):
-    """Settings of a count over 24 rows of numbers, and the counts of each row by the naive reader."""
+    """Settings of a count over 24 rows of numbers, and the counts of each row by the naive
+    reader.
+    """
     generator = np.random.RandomState(1)
     words = "1 2 3 17 42 apples day , . 5 x9 1,000 hours \u2014 \u00e9".split(" ")
     texts = [" ".join(generator.choice(words, 60)) for _ in range(40)]
@@ -183,7 +192,8 @@ def corpus(tmp_path, tokenizer, tokenizer_path):
 
 
 def near(folder):
-    return {step: dict(zip(keys.tolist(), counts.tolist())) for step, keys, counts in seen(folder, NEAR)}
+    return {step: dict(zip(keys.tolist(), counts.tolist()))
+            for step, keys, counts in seen(folder, NEAR)}
 
 
 def test_counts_accumulate_in_training_order(corpus, tmp_path):
@@ -199,7 +209,8 @@ def test_any_number_of_processes_writes_the_same_bytes_and_goes_on(corpus, tmp_p
     options, _ = corpus
     for workers in (1, 2):
         count(Count(**options, output=str(tmp_path / str(workers)), at="1,8", workers=workers))
-    files = lambda folder: {path.name: path.read_bytes() for path in (tmp_path / folder).glob("*.npy")}
+    files = lambda folder: {path.name: path.read_bytes()
+                            for path in (tmp_path / folder).glob("*.npy")}
     assert len(files("1")) == 2 and files("1") == files("2")
     capsys.readouterr()
     (tmp_path / "1" / "0000001_0000008.npy").unlink()

@@ -50,7 +50,8 @@ def test_prompts_without_shots_are_the_papers():
 
 def test_shots_are_drawn_as_lm_eval_drew_them():
     documents = [f"Q:What is 24 plus {x2}? A:" for x2 in range(1, 51)]
-    pool = [f"Q:What is {a} plus {b}? A:{a + b}\n\n" for a in range(100) if a != 24 for b in range(1, 51)]
+    pool = [f"Q:What is {a} plus {b}? A:{a + b}\n\n"
+            for a in range(100) if a != 24 for b in range(1, 51)]
     generator = random.Random(42)
     generator.shuffle(documents)
     expected = ["".join(generator.sample(pool, 3)[:2]) + document for document in documents]
@@ -63,7 +64,8 @@ def test_trivia_prompts_never_show_their_own_question():
         *shots, last = prompt.text.split("\n\n")
         assert last == f"Q:{question.text} A:" and len(shots) == 4
         assert prompt.continuations == (" " + question.value,)
-        assert set(shots) <= {f"Q:{other.text} A: {other.value}" for other in QUESTIONS if other != question}
+        assert set(shots) <= {f"Q:{other.text} A: {other.value}"
+                              for other in QUESTIONS if other != question}
     with pytest.raises(ValueError, match="6 questions are too few for 6 shots"):
         trivia(QUESTIONS, 6)
 
@@ -89,12 +91,14 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
         for answer in prompt.continuations:
             whole = tokenizer.encode(prompt.text + answer)
             logprobs = model(torch.tensor([whole]))[0].double().log_softmax(-1)
-            total += math.exp(sum(float(logprobs[i - 1, whole[i]]) for i in range(len(tokens), len(whole))))
+            total += math.exp(sum(float(logprobs[i - 1, whole[i]])
+                                  for i in range(len(tokens), len(whole))))
         assert logprob == pytest.approx(math.log(total), abs=1e-4)
         new = []
         for _ in range(16):
             new.append(int(model(torch.tensor([(tokens + new)[-64:]]))[0, -1].argmax()))
-        digits = given_answer("plus", tokenizer.decode(new).split("\n")[0].split("<|endoftext|>")[0])
+        digits = given_answer("plus",
+                              tokenizer.decode(new).split("\n")[0].split("<|endoftext|>")[0])
         assert right == (digits == prompt.answers[0])
 
 
@@ -104,9 +108,11 @@ def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, caps
     evaluate(options)
     whole = (tmp_path / "r.csv").read_text()
     rows = list(csv.DictReader(whole.splitlines()))
-    assert tuple(rows[0]) == HEADER and len(rows) == 200 and {row["tokens"] for row in rows} == {"0", "128"}
+    assert (tuple(rows[0]) == HEADER and len(rows) == 200
+            and {row["tokens"] for row in rows} == {"0", "128"})
     lines = whole.splitlines(keepends=True)
-    (tmp_path / "r.csv").write_text("".join(lines[:61]) + lines[61][:9])  # killed in the middle of a line
+    # Killed in the middle of a line.
+    (tmp_path / "r.csv").write_text("".join(lines[:61]) + lines[61][:9])
     capsys.readouterr()
     evaluate(options)
     assert "140 prompts answered, 60 were there" in capsys.readouterr().out
@@ -127,8 +133,10 @@ def test_the_gap_by_hand():
     means[11] = 9000, 0.9, -1.0
     means[2] = 8000, 0.5, -2.0
     n, least, most, acc, acc_low, acc_high, logprob, logprob_low, logprob_high = gap(means)
-    assert (n, least, most) == (20, 1.5, 8500) and acc == pytest.approx(0.5) and logprob == pytest.approx(6.5)
-    # Of two terms a bootstrap draws each mean with 1/4, 1/2, 1/4: its 2.5 % point is the smallest of all.
+    assert ((n, least, most) == (20, 1.5, 8500)
+            and acc == pytest.approx(0.5) and logprob == pytest.approx(6.5))
+    # Of two terms a bootstrap draws each mean with 1/4, 1/2, 1/4: its 2.5 % point is the smallest
+    # of all.
     assert (acc_low, acc_high, logprob_low, logprob_high) == pytest.approx((0.2, 0.8, 5, 8))
 
 
@@ -137,7 +145,8 @@ def test_bins_hold_every_term_once():
     rows = list(binned(means, "plus", tenths=2))
     paper, first, second = rows
     assert paper[0] == "paper" and paper[1] == pytest.approx(1e5) and paper[4:6] == (1, 0.5)
-    assert first[:5] == ("quantile", 0, 0, 0, 2) and first[5:] == pytest.approx((0.5, 0.5, -2.5, 0.5))
+    assert (first[:5] == ("quantile", 0, 0, 0, 2)
+            and first[5:] == pytest.approx((0.5, 0.5, -2.5, 0.5)))
     assert second[1:5] == (140_000, 3e8, 150_070_000, 2)
 
 
@@ -145,7 +154,8 @@ def counts_folder(tmp_path, tables, questions=()):
     folder = tmp_path / "counts"
     folder.mkdir()
     for (first, last), counts in tables.items():
-        np.save(folder / f"{first:07}_{last:07}.npy", np.array(sorted(counts.items()), dtype=np.int64).T)
+        np.save(folder / f"{first:07}_{last:07}.npy",
+                np.array(sorted(counts.items()), dtype=np.int64).T)
     (folder / "counts.json").write_text(json.dumps({"questions": list(questions)}))
     return str(folder)
 
@@ -163,7 +173,8 @@ def test_analysis_takes_frequencies_up_to_the_checkpoint(tmp_path):
     analyse(Analyse(counts, results, str(tmp_path / "out")))
     rows = list(csv.DictReader((tmp_path / "out_gaps.csv").open()))
     columns = "least_frequency", "most_frequency", "logprob_gap"
-    assert [tuple(float(row[name]) for name in columns) for row in rows] == [(1, 10, 1), (10, 101, -1)]
+    assert [tuple(float(row[name]) for name in columns) for row in rows] == [
+        (1, 10, 1), (10, 101, -1)]
     with pytest.raises(ValueError, match="does not count up to step 3 of m, only to 0, 2, 4"):
         analyse(Analyse(counts, results_file(tmp_path, [("m", 3, 0, "plus", 0, 5, 1, 0, -1.0)])))
 
@@ -172,28 +183,33 @@ def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
     key = lambda question, term: QUESTION * 10**10 + question * NUMBERS + term
     tables = {(0, 2): {key(0, 0): 3, key(0, 1): 2}, (2, 4): {key(0, 1): 5, key(1, 0): 4}}
     counts = counts_folder(tmp_path, tables, ["a", "b"])
-    results = results_file(tmp_path, [("m", step, 0, "triviaqa", 4, term, "", 0, -1.0) for step in (2, 4)
-                                      for term in "ab"])
+    results = results_file(tmp_path, [("m", step, 0, "triviaqa", 4, term, "", 0, -1.0)
+                                      for step in (2, 4) for term in "ab"])
     analyse(Analyse(counts, results, str(tmp_path / "out")))
     rows = list(csv.DictReader((tmp_path / "out_gaps.csv").open()))
-    assert [(row["least_frequency"], row["most_frequency"]) for row in rows] == [("0", "2"), ("4", "7")]
+    assert [(row["least_frequency"], row["most_frequency"]) for row in rows] == [
+        ("0", "2"), ("4", "7")]
 
 
 def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
-    # Two seeds. The chosen 24 gains 3 and 1 with its two prompts, so 2, and 4; 30 gains 0, 31 gains 2.
-    gains = {("more", "24", 1): 3, ("more", "24", 2): 1, ("more", "30", 1): 0, ("more", "31", 1): 2,
-             ("more2", "24", 1): 4, ("more2", "24", 2): 4, ("more2", "30", 1): 0, ("more2", "31", 1): 2}
+    # Two seeds. The chosen 24 gains 3 and 1 with its two prompts, so 2, and 4; 30 gains 0, 31 gains
+    # 2.
+    gains = {("more", "24", 1): 3, ("more", "24", 2): 1, ("more", "30", 1): 0,
+             ("more", "31", 1): 2, ("more2", "24", 1): 4, ("more2", "24", 2): 4,
+             ("more2", "30", 1): 0, ("more2", "31", 1): 2}
     rows = [(model + side, 8, 0, "plus", 0, term, item, 0, -9 + (gain if side == "" else 0))
             for (model, term, item), gain in gains.items() for side in ("", "_twin")]
     results = results_file(tmp_path, rows)
-    options = Compare("runs/more/,runs/more2", "24,99", results=results, output=str(tmp_path / "c.csv"))
+    options = Compare("runs/more/,runs/more2", "24,99", results=results,
+                      output=str(tmp_path / "c.csv"))
     compare(options)
     found = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert [(row["model"], row["terms"], row["seeds"], row["n"]) for row in found] == [
         ("more+more2", "chosen", "2", "1"), ("more+more2", "others", "2", "2"),
         ("more+more2", "chosen minus others", "2", "")]
     assert [float(row["difference"]) for row in found] == [3, 1, 2]
-    # One term has no spread: what is left is that of two seeds, of standard error 1, as a t of 1 degree.
+    # One term has no spread: what is left is that of two seeds, of standard error 1, as a t of 1
+    # degree.
     assert float(found[0]["low"]) < 3 - 10 and float(found[0]["high"]) > 3 + 10
     # Seeds that agree leave the terms': half of 0 and 2.
     assert (float(found[1]["low"]), float(found[1]["high"])) == (0, 2)
@@ -206,7 +222,8 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
 
 def test_the_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [("m", step, 0, "plus", 0, "quantile", 0, 9, 3.5, 10, 0.1, "", -2.0, 0.5) for step in (2, 4)]
+    rows = [("m", step, 0, "plus", 0, "quantile", 0, 9, 3.5, 10, 0.1, "", -2.0, 0.5)
+            for step in (2, 4)]
     write_csv(tmp_path / "bins.csv", BINS, rows)
     command(["term_frequency", f"--bins={tmp_path}/bins.csv", f"--output={tmp_path}/t.png"],
             figures.COMMANDS)
@@ -217,7 +234,8 @@ def test_the_figure_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["evaluate", "--model=RUN", "--tasks=minus"], "no task called minus; there are times, plus, triviaqa"),
+    (["evaluate", "--model=RUN", "--tasks=minus"],
+     "no task called minus; there are times, plus, triviaqa"),
     (["evaluate", "--model=RUN", "--tasks=triviaqa"], "triviaqa needs --questions=FILE"),
     (["evaluate", "--model=RUN", "--x1=0:101"], "x1 = '0:101', expected FIRST:LAST+1 within 0:100"),
     (["evaluate", "--model=RUN", "--shots=many"], "shots = 'many', expected numbers with commas"),
@@ -225,10 +243,12 @@ def test_the_figure_is_drawn(tmp_path):
     (["analyse", "--counts=/nowhere", "--results=/nowhere"], "/nowhere: holds no answers"),
     (["analyse", "--counts=c", "--frequency=far"], "frequency = 'far', expected near or plain"),
     (["count", "--data=/nowhere"], "/nowhere.idx: No such file"),
-    (["compare", "--branch=b", "--terms=1", "--results=BAD"], "its first line is not model,step,tokens,")])
+    (["compare", "--branch=b", "--terms=1", "--results=BAD"],
+     "its first line is not model,step,tokens,")])
 def test_a_mistake_is_one_line(run, tmp_path, flags, words, capsys):
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    flags = [flag.replace("RUN", str(run)).replace("BAD", str(tmp_path / "bad.csv")) for flag in flags]
+    flags = [flag.replace("RUN", str(run)).replace("BAD", str(tmp_path / "bad.csv"))
+             for flag in flags]
     with pytest.raises(SystemExit) as ended:
         command(flags, COMMANDS)
     error = capsys.readouterr().err
@@ -237,6 +257,7 @@ def test_a_mistake_is_one_line(run, tmp_path, flags, words, capsys):
 
 def test_all_prompts_of_the_paper():
     prompts = all_prompts(Evaluate("m"))
-    assert list(prompts) == [(task, shots) for task in ("times", "plus") for shots in (0, 2, 4, 8, 16)]
+    assert list(prompts) == [(task, shots) for task in ("times", "plus")
+                             for shots in (0, 2, 4, 8, 16)]
     assert all(len({(prompt.term, prompt.item) for prompt in group}) == len(group) == 5000
                for group in prompts.values())

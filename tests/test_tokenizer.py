@@ -32,9 +32,11 @@ def test_known_vectors(ours, text, ids):
 
 
 def test_golden_texts(ours, pythia_data):
-    golden = [json.loads(line) for line in (pythia_data.parent / "reference/tokenizer_golden.jsonl").open()]
+    golden = [json.loads(line) for line in
+              (pythia_data.parent / "reference/tokenizer_golden.jsonl").open()]
     assert len(golden) == 300
-    assert [ours.encode(record["text"]) for record in golden] == [record["ids"] for record in golden]
+    assert [ours.encode(record["text"]) for record in golden] == [
+        record["ids"] for record in golden]
 
 
 def test_every_code_point(ours, original):
@@ -44,17 +46,19 @@ def test_every_code_point(ours, original):
         assert ours.encode(text) == theirs.ids
 
 
-# Runs of spaces around every rule that could swallow them; marks that compose, reorder, or are newer
-# than the original's Unicode 9; words and symbols that BPE merges in several ways.
+# Runs of spaces around every rule that could swallow them; marks that compose, reorder, or are
+# newer than the original's Unicode 9; words and symbols that BPE merges in several ways.
 AWKWARD = st.sampled_from([
-    " ", "  ", " " * 23, " " * 24, " " * 25, " " * 49, "\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\xa0",
-    "\u3000", "\u2028", "'s", "'ll", "'S", "'", "a", "Hello", "THE", "e\u0301", "\u0301", "\u0323", "\u09fe",
-    "\u0345", "\U000105d2\u0307", "\u1100\u1161\u11a8", "世界", "ﬁ", "12", "٣", "½", "...", "<|", "endoftext|>",
-    "<|endoftext|>", "<|padding|>", "_", "def f(x):\n    return x", "🙂", "👩\u200d👩", "\0", "\ufeff"])
+    " ", "  ", " " * 23, " " * 24, " " * 25, " " * 49, "\n", "\t", "\r\n", "\x0b", "\x1c", "\x85",
+    "\xa0", "\u3000", "\u2028", "'s", "'ll", "'S", "'", "a", "Hello", "THE", "e\u0301", "\u0301",
+    "\u0323", "\u09fe", "\u0345", "\U000105d2\u0307", "\u1100\u1161\u11a8", "世界", "ﬁ", "12",
+    "٣", "½", "...", "<|", "endoftext|>", "<|endoftext|>", "<|padding|>", "_",
+    "def f(x):\n    return x", "🙂", "👩\u200d👩", "\0", "\ufeff"])
 
 
 @settings(max_examples=1500, deadline=None)
-@given(st.lists(st.one_of(AWKWARD, st.text(max_size=4), st.text("etaoinshrdlu", max_size=12)), max_size=10))
+@given(st.lists(st.one_of(AWKWARD, st.text(max_size=4), st.text("etaoinshrdlu", max_size=12)),
+                max_size=10))
 def test_any_text(ours, original, pieces):
     text = "".join(pieces)
     assert ours.encode(text) == original.encode(text).ids

@@ -123,19 +123,25 @@ def test_an_honest_run_has_no_problems(run, checkpoints):
     with open(run / "verify.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 13 * 28 and (run / "verify.png").stat().st_size > 10000
-    # Against the tensors themselves: norms exact, cosines and distances of these small matrices too.
-    first, second, third = (load_file(run / f"step{step}/model.safetensors") for step in (0, 64, 80))
-    row = next(row for row in rows if row["step"] == "80" and row["tensor"].endswith("1.mlp.dense_h_to_4h.weight"))
+    # Against the tensors themselves: norms exact, cosines and distances of these small matrices
+    # too.
+    first, second, third = (load_file(run / f"step{step}/model.safetensors")
+                            for step in (0, 64, 80))
+    row = next(row for row in rows if row["step"] == "80"
+               and row["tensor"].endswith("1.mlp.dense_h_to_4h.weight"))
     a, b, c = (tensors[row["tensor"]].double().flatten() for tensors in (first, second, third))
     assert float(row["norm"]) == pytest.approx(c.norm().item(), rel=1e-12)
-    assert float(row["distance_from_first"]) == pytest.approx(((c - a).norm() / a.norm()).item(), rel=0.05)
-    assert float(row["cosine_to_previous"]) == pytest.approx((b @ c / b.norm() / c.norm()).item(), abs=0.01)
+    assert float(row["distance_from_first"]) == pytest.approx(
+        ((c - a).norm() / a.norm()).item(), rel=0.05)
+    assert float(row["cosine_to_previous"]) == pytest.approx(
+        (b @ c / b.norm() / c.norm()).item(), abs=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_an_honest_run_cast_to_half_has_no_problems(honest, tmp_path, verify, dtype):
     for step in saved_steps(honest):
-        export(Export(str(honest / f"step{step}"), str(tmp_path / f"run/step{step}"), dtype, tokenizer=None))
+        export(Export(str(honest / f"step{step}"), str(tmp_path / f"run/step{step}"), dtype,
+                      tokenizer=None))
     code, text = verify(tmp_path / "run", "--steps=0,1,2,4,8,16,32,48,64,80,96,112,128")
     assert code == 0, text
 
@@ -216,8 +222,10 @@ def test_a_copied_or_renamed_folder_is_of_another_step(run, verify):
 
 
 @pytest.mark.parametrize("config, words", [
-    (ModelConfig(3, 32, 2, vocab_size=384, seq_length=32), "another model: n_layers is 3, the run's 2"),
-    (ModelConfig(2, 64, 2, vocab_size=384, seq_length=32), "another model: d_model is 64, the run's 32"),
+    (ModelConfig(3, 32, 2, vocab_size=384, seq_length=32),
+     "another model: n_layers is 3, the run's 2"),
+    (ModelConfig(2, 64, 2, vocab_size=384, seq_length=32),
+     "another model: d_model is 64, the run's 32"),
     (ModelConfig(2, 32, 2, vocab_size=384, seq_length=32, gelu="erf"),
      "another model: gelu is erf, the run's tanh")])
 @pytest.mark.parametrize("step", [0, 64])
@@ -276,11 +284,13 @@ def test_a_seed_run_that_does_not_descend_from_its_step_0(run, other_seed, verif
     assert verify(other_seed)[0] == 0
     put(other_seed / "step0", run / "step0")
     code, text = verify(run)
-    assert code == 1 and any("step 1 does not descend from it" in words for words in problems(text)[0])
+    assert code == 1 and any(
+        "step 1 does not descend from it" in words for words in problems(text)[0])
     for step in (1, 2, 4, 8):
         shutil.rmtree(run / f"step{step}")
     code, text = verify(run, "--steps=any")
-    assert code == 1 and any("step 16 does not descend from it" in words for words in problems(text)[0])
+    assert code == 1 and any(
+        "step 16 does not descend from it" in words for words in problems(text)[0])
 
 
 def test_a_checkpoint_of_another_seed(run, other_seed, verify):
@@ -302,7 +312,8 @@ def test_the_last_checkpoint_of_another_seed(run, other_seed, verify):
 def test_a_half_written_file(run, checkpoints, verify, damage, words):
     damage(run / "step64/model.safetensors")
     code, text = verify(run)
-    assert code == 1 and problems(text).keys() == {64} and any(words in line for line in problems(text)[64])
+    assert (code == 1 and problems(text).keys() == {64}
+            and any(words in line for line in problems(text)[64]))
     assert 64 not in saved_steps(run) and "NOT WHOLE" in checkpoints("list", run)[1]
 
 
@@ -314,7 +325,8 @@ def test_a_flipped_bit(run, verify, file, bit):
     data[-4 + bit // 8] ^= 1 << bit % 8
     path.write_bytes(data)
     code, text = verify(run)
-    assert code == 1 and any("SHA-256 is not the manifest's" in words for words in problems(text)[64]), text
+    assert code == 1 and any(
+        "SHA-256 is not the manifest's" in words for words in problems(text)[64]), text
 
 
 def test_nan_and_infinity(run, verify):
@@ -326,14 +338,16 @@ def test_nan_and_infinity(run, verify):
     code, text = verify(run)
     assert code == 1 and problems(text).keys() >= {32, 48}
     for step in (32, 48):
-        assert "gpt_neox.layers.1.mlp.dense_h_to_4h.weight: 1 values are NaN or infinite" in problems(text)[step]
+        assert ("gpt_neox.layers.1.mlp.dense_h_to_4h.weight: 1 values are NaN or infinite"
+                in problems(text)[step])
 
 
 def test_missing_steps_are_named(run, verify):
     shutil.rmtree(run / "step4")
     shutil.rmtree(run / "step96")
     code, text = verify(run)
-    assert code == 1 and problems(text)[None][0].startswith("missing 2 scheduled checkpoints: 4, 96")
+    assert (code == 1
+            and problems(text)[None][0].startswith("missing 2 scheduled checkpoints: 4, 96"))
     assert verify(run, "--steps=any")[0] == 0
     (run / "config.json").unlink()  # a download: Pythia's 154
     assert "missing 146 scheduled" in verify(run)[1]
@@ -394,12 +408,16 @@ def test_archives_that_are_none_are_named_and_neither_wait_nor_swell(tmp_path):
 def test_diff_measures(run, checkpoints):
     assert checkpoints("diff", run / "step64", run / "step64")[0] == 0
     code, text = checkpoints("diff", run / "step64", run / "step80")
-    a, b = (load_file(run / f"step{step}/model.safetensors")["embed_out.weight"].double() for step in (64, 80))
-    name, shape, *numbers = next(line for line in text.splitlines() if line.startswith("embed_out")).split()
+    a, b = (load_file(run / f"step{step}/model.safetensors")["embed_out.weight"].double()
+            for step in (64, 80))
+    name, shape, *numbers = next(
+        line for line in text.splitlines() if line.startswith("embed_out")).split()
     assert code == 1 and shape == "384x32" and "28 of 28 tensors differ" in text
     expected = ((a - b).abs().max(), (a - b).abs().mean(), (a - b).norm() / b.norm())
-    assert [float(number) for number in numbers] == pytest.approx([float(x) for x in expected], rel=1e-2)
-    code, text = checkpoints("diff", run / "step0", run / "step1")  # the first update has learning rate 0
+    assert [float(number) for number in numbers] == pytest.approx(
+        [float(x) for x in expected], rel=1e-2)
+    # The first update has learning rate 0.
+    code, text = checkpoints("diff", run / "step0", run / "step1")
     assert code == 0 and "0 of 28 tensors differ" in text
     tensors = load_file(run / "step64/model.safetensors")
     tensors["embed_out.weight"][0, 0] = float("nan")
@@ -410,12 +428,15 @@ def test_diff_measures(run, checkpoints):
 
 
 def test_list_tells_what_is_there(run, checkpoints):
-    (run / "metrics.csv").write_bytes(b"step,tokens,loss\n0,0,5.95\n1,8,-\n2\n\xff\n64,8192,5.1234\n")
+    (run / "metrics.csv").write_bytes(
+        b"step,tokens,loss\n0,0,5.95\n1,8,-\n2\n\xff\n64,8192,5.1234\n")
     (run / "step16/optimizer.safetensors").unlink()
     code, text = checkpoints("list", run)
     lines = {line.split()[0]: line for line in text.splitlines()}
-    assert code == 0 and lines["64"].split()[1:3] == ["8,192", "5.1234"] and "weights, state, manifest" in lines["64"]
-    assert lines["128"].split()[2] == "-" and "NOT WHOLE" in lines["16"] and "13 checkpoints" in text
+    assert (code == 0 and lines["64"].split()[1:3] == ["8,192", "5.1234"]
+            and "weights, state, manifest" in lines["64"])
+    assert (lines["128"].split()[2] == "-" and "NOT WHOLE" in lines["16"]
+            and "13 checkpoints" in text)
 
 
 def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints, verify):
@@ -424,7 +445,8 @@ def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints, verify):
     (run / "step48/manifest.json").write_text('{"../../x": {"bytes": 1}, "a": 3}')
     (run / "step64/manifest.json").write_text("5 {")
     code, text = verify(run)
-    assert code == 1 and problems(text).keys() == {16, 32, 48, 64} and "manifest.json: not JSON" in text
+    assert (code == 1 and problems(text).keys() == {16, 32, 48, 64}
+            and "manifest.json: not JSON" in text)
     assert "updates is {'a': 1}, expected an integer" in text and "training.json: not JSON" in text
     code, text = checkpoints("list", run)
     assert code == 0 and text.count("NOT WHOLE") == 4 and "training.json: not JSON" in text
@@ -435,9 +457,12 @@ def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints, verify):
 
 
 def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
-    for wrong, words in ((("verify",), "missing: --folders"), (("verify", "nowhere"), "nowhere: no such folder"),
-                         (("verify", tmp_path), "neither a run"), (("diff", "a"), "missing: --b"),
-                         (("diff", "a", "b"), "a: no such folder"), (("list", "nowhere"), "no such folder"),
+    for wrong, words in ((("verify",), "missing: --folders"),
+                         (("verify", "nowhere"), "nowhere: no such folder"),
+                         (("verify", tmp_path), "neither a run"),
+                         (("diff", "a"), "missing: --b"),
+                         (("diff", "a", "b"), "a: no such folder"),
+                         (("list", "nowhere"), "no such folder"),
                          (("list", "a", "b"), "expected run")):
         code, text = checkpoints(*wrong)
         assert code == 2 and words in text and len(text.splitlines()) == 1, wrong

@@ -23,7 +23,8 @@ FLAGS = [f"--seq_length={SEQ}", f"--steps={STEPS}", f"--batch_size={BATCH}"]
 
 
 def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -35,13 +36,17 @@ def tokenizer(tokenizer_path):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, tokenizer):
-    """Documents of words that tokenise in several ways, in an order of two epochs and as baked rows."""
+    """Documents of words that tokenise in several ways, in an order of two epochs and as baked
+    rows.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.RandomState(0)
-    words = ["banana", " banana", "ban", "ana", " ananas", " an", "a", " a", "\n", "é", " 12", "  ", "world"]
+    words = ["banana", " banana", "ban", "ana", " ananas", " an", "a", " a", "\n", "é", " 12",
+             "  ", "world"]
     texts = ["".join(rng.choice(words, rng.randint(1, 40))) for _ in range(90)]
     (folder / "a.jsonl").write_text("".join(
-        json.dumps({"text": text, "meta": {"pile_set_name": f"set {i % 2}"}}) + "\n" for i, text in enumerate(texts)))
+        json.dumps({"text": text, "meta": {"pile_set_name": f"set {i % 2}"}}) + "\n"
+        for i, text in enumerate(texts)))
     run("tokenize", f"--input={folder}/a.jsonl", f"--output={folder}/d")
     run("shuffle", f"--data={folder}/d", f"--output={folder}/baked", *FLAGS)
     return folder
@@ -58,7 +63,9 @@ def data(corpus):
 
 
 def rows_of_every_copy(data):
-    """{(document, place in the order): rows with tokens of that copy}, by walking every row's samples."""
+    """{(document, place in the order): rows with tokens of that copy}, by walking every row's
+    samples.
+    """
     doc_idx, sample_idx, shuffle_idx = data.order
     rows = {}
     for row, sample in enumerate(shuffle_idx.tolist()):
@@ -95,12 +102,14 @@ def test_view_shows_every_row_of_the_steps_named_and_says_so(corpus, data, token
     document, start, stop = data.pieces(152)[0]
     copies = Provenance(data).appearances(document)
     seen = sum(rows[0] < 152 for rows in copies)
-    assert (f"document {document} (set {document % 2}, {corpus}/a.jsonl:{document + 1}), tokens {start} to "
-            f"{stop - 1} of {data.tokens.sizes[document]}; seen before: {seen} of 2 copies") in shown
+    assert (f"document {document} (set {document % 2}, {corpus}/a.jsonl:{document + 1}), "
+            f"tokens {start} to {stop - 1} of {data.tokens.sizes[document]}; "
+            f"seen before: {seen} of 2 copies") in shown
 
 
 def test_a_baked_order_still_knows_its_documents(corpus):
-    views = [run("view", f"--data={corpus}/{name}", *FLAGS, "--step=7").stdout for name in ("d", "baked")]
+    views = [run("view", f"--data={corpus}/{name}", *FLAGS, "--step=7").stdout
+             for name in ("d", "baked")]
     assert views[0] == views[1] and "seen before" in views[0]
 
 
@@ -112,7 +121,8 @@ def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
     run("view", f"--data={corpus}/d", *FLAGS, "--step=3", f"--save={tmp_path}/batch.npy",
         "--intervention=term_drop", "--terms=banana")
     dropped = np.load(tmp_path / "batch.npy")
-    assert set(map(tuple, dropped.tolist())) <= {*map(tuple, saved[:BATCH].tolist()), (MASKED,) * (SEQ + 1)}
+    assert set(map(tuple, dropped.tolist())) <= {
+        *map(tuple, saved[:BATCH].tolist()), (MASKED,) * (SEQ + 1)}
     assert (dropped == MASKED).any()
 
 
@@ -134,7 +144,9 @@ def token_bytes(tokenizer):
 
 
 def places_by_decoding(tokens, text, token_bytes):
-    """Every (first token, length) that holds a text, found by decoding each document and looking."""
+    """Every (first token, length) that holds a text, found by decoding each document and
+    looking.
+    """
     found, before = set(), 0
     for document in range(len(tokens)):
         ids = tokens.read(document).tolist()
@@ -150,7 +162,8 @@ def places_by_decoding(tokens, text, token_bytes):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.one_of(st.sampled_from(["banana", "a", "an", " a", "anas\n", "é", "nana world", "12", "zebra", "  "]),
+@given(st.one_of(st.sampled_from(["banana", "a", "an", " a", "anas\n", "é", "nana world", "12",
+                                  "zebra", "  "]),
                  st.text("ban é12\n", min_size=1, max_size=8)), st.sampled_from([160, 1 << 24]))
 def test_a_text_is_found_however_it_was_tokenised(corpus, tokenizer, token_bytes, text, block):
     text, tokens = tokenizer.normalize(text).encode(), TokenFile(corpus / "d")
@@ -162,7 +175,8 @@ def test_a_text_is_found_however_it_was_tokenised(corpus, tokenizer, token_bytes
 def test_two_processes_find_what_one_finds(corpus, tokenizer, token_bytes):
     tokens = TokenFile(corpus / "d")
     pattern = TextPattern(b"an", token_bytes, sample_counts(tokens))
-    one, two = (search(tokens.prefix, tokens.n_tokens, pattern, workers, block=1600) for workers in (1, 2))
+    one, two = (search(tokens.prefix, tokens.n_tokens, pattern, workers, block=1600)
+                for workers in (1, 2))
     assert one == two == places_by_decoding(tokens, b"an", token_bytes)
 
 
@@ -185,17 +199,19 @@ def test_tokens_are_found_in_every_row_that_holds_them(corpus, data, where, leng
 
 def inside_one_document(data, row, offset, length):
     ends = np.cumsum([stop - start for _, start, stop in data.pieces(row)])
-    return np.searchsorted(ends, offset, side="right") == np.searchsorted(ends, offset + length - 1, side="right")
+    return (np.searchsorted(ends, offset, side="right")
+            == np.searchsorted(ends, offset + length - 1, side="right"))
 
 
 def test_find_from_the_shell_agrees_with_the_baked_rows(corpus):
-    found = [run("find", f"--data={corpus}/{name}", *FLAGS, "--text= banana", "--limit=1000").stdout.splitlines()
-             for name in ("d", "baked")]
+    found = [run("find", f"--data={corpus}/{name}", *FLAGS, "--text= banana",
+                 "--limit=1000").stdout.splitlines() for name in ("d", "baked")]
     assert [line.split(";")[0] for line in found[0][:-1]] == found[1][:-1] and len(found[0]) > 5
 
 
 @pytest.mark.parametrize("flags, words", [
-    ([], "find takes one of"), (["--text=a", "--tokens=1"], "find takes one of"), (["--tokens=1,x"], "tokens = '1,x'")])
+    ([], "find takes one of"), (["--text=a", "--tokens=1"], "find takes one of"),
+    (["--tokens=1,x"], "tokens = '1,x'")])
 def test_find_needs_one_pattern(corpus, flags, words):
     assert words in run("find", f"--data={corpus}/d", *FLAGS, *flags, expect=2).stderr
 
@@ -235,30 +251,36 @@ def test_a_missing_shard_is_missed_only_where_it_is_needed(tmp_path):
     (tmp_path / "d-00001-of-00003.bin").unlink()
     assert last == 3
     tokens = TokenFile(tmp_path / "d")
-    assert tokens.read(0).tolist() == list(range(10)) and tokens.read(9).tolist() == list(range(90, 100))
+    assert (tokens.read(0).tolist() == list(range(10))
+            and tokens.read(9).tolist() == list(range(90, 100)))
     with pytest.raises(ValueError, match="d-00001-of-00003.bin: not there"):
         tokens.read(4)
     (tmp_path / "d-00002-of-00003.bin").write_bytes(b"short!")
-    with pytest.raises(ValueError, match="d-00002-of-00003.bin: 6 bytes, but .* describes 60: truncated"):
+    with pytest.raises(ValueError,
+                       match="d-00002-of-00003.bin: 6 bytes, but .* describes 60: truncated"):
         TokenFile(tmp_path / "d")
 
 
 def test_any_step_of_600_gigabytes_in_a_second(tmp_path):
-    """The published form: 146,432,000 rows in 21 shards, here sparse; row 1024 s begins with a mark."""
+    """The published form: 146,432,000 rows in 21 shards, here sparse; row 1024 s begins with a
+    mark.
+    """
     rows, row_bytes, shard_bytes = 146_432_000, 2 * 2049, 30_000_000_000
     with open(tmp_path / "document.idx", "wb") as file:
         file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, rows, rows + 1))
         for start in range(0, rows, 1 << 22):
             file.write(np.full(min(1 << 22, rows - start), 2049, dtype="<i4").data)
         for start in range(0, rows, 1 << 22):
-            file.write((row_bytes * np.arange(start, min(start + (1 << 22), rows), dtype="<i8")).data)
+            file.write((row_bytes * np.arange(start, min(start + (1 << 22), rows),
+                                              dtype="<i8")).data)
         file.truncate(34 + 12 * rows + 8 * (rows + 1))
     total = rows * row_bytes
     for i in range(total // shard_bytes + 1):
         with open(tmp_path / f"document-{i:05}-of-{total // shard_bytes:05}.bin", "wb") as file:
             file.truncate(min(shard_bytes, total - i * shard_bytes))
     at = 142_999 * 1024 * row_bytes
-    with open(tmp_path / f"document-{at // shard_bytes:05}-of-{total // shard_bytes:05}.bin", "r+b") as file:
+    with open(tmp_path / f"document-{at // shard_bytes:05}-of-{total // shard_bytes:05}.bin",
+              "r+b") as file:
         file.seek(at % shard_bytes)
         file.write(struct.pack("<3H", 11, 22, 33))
     data = OrderedData(tmp_path / "document", 2048, samples_needed(143000, 1024), 1234)
@@ -275,11 +297,13 @@ def test_verify_reads_once_and_names_what_is_wrong(tmp_path):
     (tmp_path / "d.bin").unlink()
     names = ["d.idx"] + [f"d-{i:05}-of-00003.bin" for i in range(4)]
     hashes = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
-    (tmp_path / "hashes.txt").write_text("".join(f"{name} {digest}\n" for name, digest in hashes.items()))
+    (tmp_path / "hashes.txt").write_text(
+        "".join(f"{name} {digest}\n" for name, digest in hashes.items()))
     flags = [f"--data={tmp_path}/d", f"--hashes={tmp_path}/hashes.txt"]
     assert "5 files read, 0 missing, 0 wrong" in run("verify", *flags).stdout
     own = run("verify", f"--data={tmp_path}/d").stdout.splitlines()[:-1]
-    assert own == [f"{digest}  {name}" for name, digest in hashes.items()]  # sha256sum's form is read too
+    # sha256sum's form is read too.
+    assert own == [f"{digest}  {name}" for name, digest in hashes.items()]
     flipped = bytearray((tmp_path / names[2]).read_bytes())
     flipped[3] ^= 1
     (tmp_path / names[2]).write_bytes(flipped)
@@ -288,7 +312,8 @@ def test_verify_reads_once_and_names_what_is_wrong(tmp_path):
     assert f"WRONG    {names[2]}" in done.stdout and f"missing  {names[3]}" in done.stdout
     assert "4 files read, 1 missing, 1 wrong" in done.stdout
     (tmp_path / "hashes.txt").write_text("only-a-name\n")
-    assert "hashes.txt, line 1: expected a file name and a SHA-256" in run("verify", *flags, expect=2).stderr
+    assert ("hashes.txt, line 1: expected a file name and a SHA-256"
+            in run("verify", *flags, expect=2).stderr)
 
 
 def test_verify_finds_a_document_that_does_not_follow(tmp_path):
@@ -299,4 +324,5 @@ def test_verify_finds_a_document_that_does_not_follow(tmp_path):
     raw[34 + 40 + 8 * 4] += 2
     (tmp_path / "d.idx").write_bytes(raw)
     done = run("verify", f"--data={tmp_path}/d", expect=2)
-    assert "document 4 has size 10 and pointer 82, which do not follow the one before" in done.stderr
+    assert ("document 4 has size 10 and pointer 82, which do not follow the one before"
+            in done.stderr)

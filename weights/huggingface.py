@@ -49,8 +49,9 @@ def open_any(source, gelu=None, n_heads=None):
     else:
         single, index = source / "pytorch_model.bin", source / "pytorch_model.bin.index.json"
         if not single.exists() and not index.exists():
-            raise ValueError(f"{source}: no checkpoint; expected model.safetensors, pytorch_model.bin, the "
-                             "index of their shards, or layer_XX-model_YY-model_states.pt of gpt-neox")
+            raise ValueError(f"{source}: no checkpoint; expected model.safetensors, "
+                             "pytorch_model.bin, the index of their shards, or "
+                             "layer_XX-model_YY-model_states.pt of gpt-neox")
         config = read_config(source)
         tensors = open_pickle(single) if single.exists() else open_shards(index, open_pickle)
         tensors = without_legacy_buffers(tensors)
@@ -58,11 +59,11 @@ def open_any(source, gelu=None, n_heads=None):
     return replace(config, gelu=gelu or config.gelu), tensors
 
 
-# ---------------------------------------------------------------------------- gpt-neox's layer files
+# --------------------------------------------------------------------------- gpt-neox's layer files
 
 
 def open_neox(folder, paths, n_heads=None):
-    """Return the ModelConfig and {published name: Stored} of gpt-neox's layer files, ranks merged."""
+    """Return the ModelConfig, {published name: Stored} of gpt-neox's layer files, ranks merged."""
     ranks = {}  # layer -> its files, by tensor-parallel rank
     for path in paths:
         match = re.fullmatch(r"layer_(\d{2,3})-model_(\d{2,3})-model_states\.pt", path.name)
@@ -75,7 +76,8 @@ def open_neox(folder, paths, n_heads=None):
                 for rank in range(count) if rank not in ranks[layer]]
     if problems:
         raise ValueError(f"{folder}: {listing(problems)}")
-    head = max(ranks)  # layer 0 is the embedding, 1 and L + 2 have no weights, L + 3 the norm, L + 4 the head
+    # Layer 0 is the embedding, 1 and L + 2 have no weights, L + 3 is the norm, L + 4 the head.
+    head = max(ranks)
     tensors, rotary = {}, None
     for layer, files in sorted(ranks.items()):
         files = [files[rank] for rank in range(count)]
@@ -86,12 +88,15 @@ def open_neox(folder, paths, n_heads=None):
             tensors[published] = _merging(files, name, published)
     ends = ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "embed_out.weight")
     if missing := [name for name in ends if name not in tensors or not tensors[name].shape]:
-        raise ValueError(f"{folder}: missing {', '.join(missing)} (layers {min(ranks)} to {head} are there)")
+        raise ValueError(f"{folder}: missing {', '.join(missing)} (layers {min(ranks)} to {head} "
+                         "are there)")
     d_model, vocab_size = tensors[ends[1]].shape[0], tensors[ends[0]].shape[0]
     if n_heads is None and rotary is not None and rotary.numel():
-        n_heads = d_model // (8 * rotary.numel())  # one frequency for two dims of the first quarter of a head
+        # One frequency for two dims of the first quarter of a head.
+        n_heads = d_model // (8 * rotary.numel())
     if not n_heads:
-        raise ValueError(f"{folder}: these files do not say how many heads there are; add --n_heads=N")
+        raise ValueError(f"{folder}: these files do not say how many heads there are; add "
+                         "--n_heads=N")
     config = ModelConfig(head - 4, d_model, n_heads, vocab_size=vocab_size, gelu="tanh")
     check_tensors(folder, tensors, parameter_shapes(config))
     return config, tensors
@@ -115,50 +120,59 @@ def _merging(files, name, published):
         for file, tensors in zip(files, loaded):
             if name not in tensors:
                 raise ValueError(f"{file}: missing {name}")
-            if (tensors[name].shape, tensors[name].dtype) != (loaded[0][name].shape, loaded[0][name].dtype):
-                raise ValueError(f"{file}: {name} is {tuple(tensors[name].shape)} {tensors[name].dtype}, "
-                                 f"of rank 0 {tuple(loaded[0][name].shape)} {loaded[0][name].dtype}")
+            if ((tensors[name].shape, tensors[name].dtype)
+                    != (loaded[0][name].shape, loaded[0][name].dtype)):
+                raise ValueError(f"{file}: {name} is {tuple(tensors[name].shape)} "
+                                 f"{tensors[name].dtype}, of rank 0 {tuple(loaded[0][name].shape)} "
+                                 f"{loaded[0][name].dtype}")
         return [tensors[name] for tensors in loaded]
 
     try:
         whole = merge(published, [part.to("meta") for part in parts()])
-    except (RuntimeError, IndexError) as error:  # parts that do not fit together, dimensions missing
+    # Parts that do not fit together, dimensions missing.
+    except (RuntimeError, IndexError) as error:
         raise ValueError(f"{files[0]}: {name} cannot be merged ({error})") from None
     return Stored(files[0], whole.dtype, tuple(whole.shape), lambda: merge(published, parts()))
 
 
 def merge(name, parts):
-    """Return the whole of a tensor from its tensor-parallel ranks' parts, in their dtype as the original."""
+    """Return a tensor's whole from tensor-parallel ranks' parts, in their dtype as the original."""
     if len(parts) == 1:
         return parts[0].detach().clone()
-    if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):  # row parallel: split over inputs
+    # Row parallel: split over inputs.
+    if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
         return torch.cat(parts, 1)
     if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # every rank adds its own
         return sum(parts)
-    if "layernorm" in name or "layer_norm" in name:  # every rank has all of it, drifted apart by rounding
+    # Every rank has all of it, drifted apart by rounding.
+    if "layernorm" in name or "layer_norm" in name:
         return sum(parts) / len(parts)
-    return torch.cat(parts, 0)  # column parallel: split over outputs, whole heads and rows of the vocabulary
+    # Column parallel: split over outputs, whole heads and rows of the vocabulary.
+    return torch.cat(parts, 0)
 
 
 # ---------------------------------------------------------------------------- known bad uploads
 
 EARLY = {0, *(2**i for i in range(10))}
-FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), 70000, 80000, 90000, 100000, 103000, 110000, 120000, 130000,
-                      140000}
-# Repositories (a regular expression), steps (None: any), what is wrong and its issue in EleutherAI/pythia.
+FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), 70000, 80000, 90000, 100000, 103000, 110000,
+                      120000, 130000, 140000}
+# Repositories (a regular expression), steps (None: any), what is wrong and its issue in
+# EleutherAI/pythia.
 KNOWN_BAD = (
     ("pythia-2.8b", FINAL_2_8B, "serves weights of the end of training (#205, #195)"),
-    ("pythia-2.8b(-deduped)?", EARLY | {1000}, "2.8b and 2.8b-deduped have equal published evaluations up to "
-     "step 1000: one is a copy of the other"),
+    ("pythia-2.8b(-deduped)?", EARLY | {1000},
+     "2.8b and 2.8b-deduped have equal published evaluations up to step 1000: one is a copy of the "
+     "other"),
     ("pythia-12b", {50000, 58000}, "its first shard is the final checkpoint's (#206)"),
     ("pythia-12b-deduped", {32000}, "was the final model until June 2023: is yours older? (#108)"),
-    ("neox-ckpt-pythia-6.9b-deduped.*", None, "several steps are reported to hold the same weights (#195)"),
+    ("neox-ckpt-pythia-6.9b-deduped.*", None,
+     "several steps are reported to hold the same weights (#195)"),
     ("pythia-160m-weight-seed[12]", None, "later steps do not descend from its step 0 (#203)"),
     ("pythia-410m-seed9", {40000}, "weights reported missing (#202)"),
     ("pythia-410m-seed6", {88000}, "weights reported missing (#202)"),
     ("pythia-410m-seed2", {111000}, "weights reported missing (#202)"),
-    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (the first update has rate 0, #83); float16 hides "
-     "most of the second update (#198)"))
+    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (the first update has rate 0, #83); float16 "
+     "hides most of the second update (#198)"))
 
 
 def known_bad(name, step):
@@ -174,8 +188,10 @@ def identify(source):
     """
     path = Path(source).absolute()
     names = [match[1] for part in path.parts
-             if (match := re.fullmatch(r"(?:models--EleutherAI--)?((?:neox-ckpt-)?pythia-[\w.-]+)", part))]
-    steps = [int(match[1]) for part in path.parts if (match := re.fullmatch(r"(?:global_)?step(\d+)", part))]
+             if (match := re.fullmatch(
+                 r"(?:models--EleutherAI--)?((?:neox-ckpt-)?pythia-[\w.-]+)", part))]
+    steps = [int(match[1]) for part in path.parts
+             if (match := re.fullmatch(r"(?:global_)?step(\d+)", part))]
     if path.parent.name == "snapshots" and (path.parent.parent / "refs").is_dir():
         steps = [int(ref.name[4:]) for ref in (path.parent.parent / "refs").glob("step*")
                  if ref.name[4:].isdigit() and ref.read_text().strip() == path.name]
@@ -191,15 +207,18 @@ class Import:
     output: str  # folder to write, e.g. runs/pythia-70m/step512
     dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
     shard_size: str = "50GB"  # bytes of a file at most, also as 500MB, 5GB
-    gelu: str | None = None  # erf or tanh; default: config.json's, or tanh, as trained, for NeoX files
+    # erf or tanh; default: config.json's, or tanh, as trained, for NeoX files
+    gelu: str | None = None
     n_heads: int | None = None  # for NeoX files without rotary frequencies
-    tokenizer: str | None = "20B_tokenizer.json"  # where the source has no tokenizer.json; None: leave it out
+    # where the source has no tokenizer.json; None: leave it out
+    tokenizer: str | None = "20B_tokenizer.json"
 
     def __post_init__(self):
         if self.dtype not in (None, "float32", "float16", "bfloat16"):
             raise ValueError(f"dtype = {self.dtype!r}, expected float32, float16 or bfloat16")
         if self.gelu not in (None, "erf", "tanh"):
-            raise ValueError(f"gelu = {self.gelu!r}, expected erf (as published) or tanh (as trained)")
+            raise ValueError(f"gelu = {self.gelu!r}, expected erf (as published) or tanh (as "
+                             "trained)")
         parse_size(self.shard_size)
 
 
@@ -224,18 +243,21 @@ def import_(options):
     config, tensors = open_any(options.source, options.gelu, options.n_heads)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     output = Path(options.output)
-    size = sum(math.prod(stored.shape) * (dtype or stored.dtype).itemsize for stored in tensors.values())
+    size = sum(math.prod(stored.shape) * (dtype or stored.dtype).itemsize
+               for stored in tensors.values())
     if output.exists():
         raise ValueError(f"{output}: is there already; nothing was written")
     output.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(output.parent).free < size:
-        raise ValueError(f"{output}: {size:,} bytes to write, {shutil.disk_usage(output.parent).free:,} free")
+        raise ValueError(f"{output}: {size:,} bytes to write, "
+                         f"{shutil.disk_usage(output.parent).free:,} free")
     tokenizer = Path(options.source) / "tokenizer.json"
     tokenizer = tokenizer if tokenizer.exists() else options.tokenizer
     # A stranger's tokenizer.json may be a link to any file of ours, which would be published next.
     if tokenizer and type(read_small_json(tokenizer, 16 << 20).get("added_tokens")) is not list:
         raise ValueError(f"{tokenizer}: no tokenizer: it has no added_tokens")
-    with writing(output) as folder, tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    with (writing(output) as folder,
+          tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar):
         tensors = {name: _cast(name, stored, dtype, bar) for name, stored in tensors.items()}
         written = write_folder(folder, tensors, shard_size=parse_size(options.shard_size))
         dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
@@ -244,12 +266,13 @@ def import_(options):
         if tokenizer:
             write_tokenizer(folder, tokenizer, config.seq_length)
         write_manifest(folder, written)
-    print(f"{output}: {len(tensors)} tensors, {sum(entry['bytes'] for entry in written.values()):,} bytes in "
-          f"{len(written)} file(s), gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
+    print(f"{output}: {len(tensors)} tensors, "
+          f"{sum(entry['bytes'] for entry in written.values()):,} bytes in {len(written)} file(s), "
+          f"gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
 
 
 def export(options):
-    """Write a checkpoint for Hugging Face: dtype, shards, tokenizer; --push prints the upload command."""
+    """Write a checkpoint for Hugging Face: dtype, shards, tokenizer; --push says how to upload."""
     import_(options)
     if options.push:
         step = Path(options.source).resolve()
@@ -258,12 +281,13 @@ def export(options):
 
 
 def _cast(name, stored, dtype, bar):
-    """Return the Stored in another dtype, moving the bar as it is read. Raises ValueError on an overflow."""
+    """Return a Stored in another dtype; reading moves the bar. Raises ValueError on an overflow."""
     def read():
         tensor = stored.read()
         cast = tensor.to(dtype or tensor.dtype)
         if cast.dtype != tensor.dtype and cast.isinf().sum() > tensor.isinf().sum():
-            raise ValueError(f"{name}: {tensor.abs().max():g} overflows {dtype}; choose bfloat16 or float32")
+            raise ValueError(f"{name}: {tensor.abs().max():g} overflows {dtype}; choose bfloat16 "
+                             "or float32")
         bar.update(cast.nbytes)
         return cast
     return replace(stored, dtype=dtype or stored.dtype, read=read)
@@ -287,7 +311,8 @@ def fetch(options):
         raise ValueError("fetch needs huggingface_hub: pip install huggingface_hub") from None
     if not re.fullmatch(r"all|\d+(,\d+)*", options.steps):
         raise ValueError(f"steps = {options.steps!r}, expected numbers with commas, or all")
-    steps = checkpoint_steps(143000) if options.steps == "all" else [int(s) for s in options.steps.split(",")]
+    steps = checkpoint_steps(143000) if options.steps == "all" else [
+        int(s) for s in options.steps.split(",")]
     repository = options.name if "/" in options.name else f"EleutherAI/{options.name}"
     name = repository.split("/")[1]
     for step in tqdm(steps, unit="checkpoint", disable=None):
@@ -297,26 +322,31 @@ def fetch(options):
         if (folder / "manifest.json").exists() and is_whole(folder):
             continue
         try:
-            info = huggingface_hub.HfApi().model_info(repository, revision=f"step{step}", files_metadata=True)
+            info = huggingface_hub.HfApi().model_info(
+                repository, revision=f"step{step}", files_metadata=True)
             files = wanted({file.rfilename: file for file in info.siblings})
             for file in files:  # by commit: all of one upload, whatever is pushed meanwhile
-                huggingface_hub.hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
+                huggingface_hub.hf_hub_download(repository, file, revision=info.sha,
+                                                local_dir=folder)
         except Exception as error:  # whatever the network and its client raise
-            raise ValueError(f"{repository} step{step}: {' '.join(str(error).split())[:200]}; the same "
-                             "command goes on where it stopped") from None
+            raise ValueError(f"{repository} step{step}: {' '.join(str(error).split())[:200]}; the "
+                             "same command goes on where it stopped") from None
         if not files:
             raise ValueError(f"{repository} step{step}: no weights there")
-        entries = {file: {"bytes": (folder / file).stat().st_size, "sha256": sha256_of(folder / file)}
+        entries = {file: {"bytes": (folder / file).stat().st_size,
+                          "sha256": sha256_of(folder / file)}
                    for file in files}
         for file, entry in entries.items():
             if files[file].lfs and files[file].lfs.sha256 != entry["sha256"]:
-                raise ValueError(f"{folder / file}: its SHA-256 is not the Hub's; remove it and fetch again")
+                raise ValueError(f"{folder / file}: its SHA-256 is not the Hub's; remove it and "
+                                 "fetch again")
         write_json(folder / "manifest.json", entries)  # last: with it the checkpoint is whole
-    print(f"{options.out_dir or name}: {len(steps)} checkpoints; python checkpoints.py verify compares them")
+    print(f"{options.out_dir or name}: {len(steps)} checkpoints; python checkpoints.py verify "
+          "compares them")
 
 
 def wanted(files):
-    """Return the config, the tokenizer and one form of the weights out of a repository's {name: file}."""
+    """Return config, tokenizer and one form of the weights out of a repository's {name: file}."""
     for weights in (r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
                     r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"):
         if any(re.fullmatch(weights, name) for name in files):

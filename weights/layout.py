@@ -45,8 +45,10 @@ def read_config(folder):
     if type(rope) is not dict:
         raise ValueError(f"{path}: rope_parameters is {repr(rope)[:100]}, expected an object")
     expected = {"model_type": ("gpt_neox", spec.get("model_type")),
-                "rotary_pct": (0.25, rope.get("partial_rotary_factor", spec.get("rotary_pct", 0.25))),
-                "rotary_emb_base": (10000, rope.get("rope_theta", spec.get("rotary_emb_base", 10000))),
+                "rotary_pct": (
+                    0.25, rope.get("partial_rotary_factor", spec.get("rotary_pct", 0.25))),
+                "rotary_emb_base": (
+                    10000, rope.get("rope_theta", spec.get("rotary_emb_base", 10000))),
                 "rope_type": ("default", rope.get("rope_type", "default")),
                 "rope_scaling": (None, spec.get("rope_scaling")),
                 "use_parallel_residual": (True, spec.get("use_parallel_residual", True)),

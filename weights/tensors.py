@@ -1,7 +1,8 @@
 """Safetensors files: checked before they are believed, read and written one tensor at a time.
 
     bytes 0-7   N, the header's length, little-endian
-    N bytes     the header, JSON: {name: {"dtype": "F16", "shape": [3, 4], "data_offsets": [0, 24]}, ...}
+    N bytes     the header, JSON:
+                {name: {"dtype": "F16", "shape": [3, 4], "data_offsets": [0, 24]}, ...}
     the rest    the data, every tensor at its offsets, without holes
 
 The safetensors package reads the same format, but maps whole files (a truncated one then ends the
@@ -49,14 +50,14 @@ class Stored:
 
 
 def read_small_json(path, limit=JSON_LIMIT):
-    """Return the object in a JSON file of at most `limit` bytes. Raises ValueError naming the file."""
+    """Return the object in a JSON file of at most `limit` bytes, or raise ValueError naming it."""
     if regular_size(path) > limit:
         raise ValueError(f"{path}: {os.path.getsize(path):,} bytes, expected at most {limit:,}")
     return read_json(path)
 
 
 def regular_size(path):
-    """Return the bytes of a regular file (a pipe or a device would never end), or raise ValueError."""
+    """Return a regular file's bytes (a pipe or a device would never end), or raise ValueError."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -76,10 +77,11 @@ def open_file(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{path}: not a whole safetensors file: {size:,} bytes, the header alone "
-                             f"claims {length:,}")
+            raise ValueError(f"{path}: not a whole safetensors file: {size:,} bytes, the header "
+                             f"alone claims {length:,}")
         if length > JSON_LIMIT:
-            raise ValueError(f"{path}: a header of {length:,} bytes, expected at most {JSON_LIMIT:,}")
+            raise ValueError(f"{path}: a header of {length:,} bytes, expected at most "
+                             f"{JSON_LIMIT:,}")
         header = file.read(length)
     try:
         entries = json.loads(header, object_pairs_hook=_unique)
@@ -88,9 +90,11 @@ def open_file(path):
         entries = sorted((_entry(*item) for item in entries.items()), key=lambda entry: entry[3:])
         end = 0
         for name, _, _, start, stop in entries:
-            expect(start == end, f"{name} begins at {start:,}, the tensor before it ends at {end:,}")
+            expect(start == end,
+                       f"{name} begins at {start:,}, the tensor before it ends at {end:,}")
             end = stop
-        expect(end == size - 8 - length, f"holds {size - 8 - length:,} bytes of data, expected {end:,}")
+        expect(end == size - 8 - length,
+               f"holds {size - 8 - length:,} bytes of data, expected {end:,}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {str(error)[:300]}") from None
     return {name: Stored(path, dtype, shape, _reader(path, name, dtype, shape, 8 + length + start))
@@ -120,15 +124,17 @@ def _entry(name, entry):
     expect(type(entry) is dict and entry.keys() == {"dtype", "shape", "data_offsets"},
                 f"{name}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    expect(type(entry["dtype"]) is str and entry["dtype"] in DTYPES, f"{name}: no dtype {entry['dtype']!r}")
+    expect(type(entry["dtype"]) is str and entry["dtype"] in DTYPES,
+           f"{name}: no dtype {entry['dtype']!r}")
     for numbers, most in ((shape, 8), (offsets, 2)):
         expect(type(numbers) is list and len(numbers) <= most
-               and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers), f"{name}: found {numbers!r}")
+               and all(type(n) is int and 0 <= n < 1 << 48 for n in numbers),
+               f"{name}: found {numbers!r}")
     expect(len(offsets) == 2, f"{name}: data_offsets {offsets!r}")
     dtype = DTYPES[entry["dtype"]]
     span = math.prod(shape) * dtype.itemsize
-    expect(offsets[1] - offsets[0] == span, f"{name}: {shape} of {entry['dtype']} are {span:,} bytes, "
-                                            f"the offsets {offsets} are not")
+    expect(offsets[1] - offsets[0] == span,
+           f"{name}: {shape} of {entry['dtype']} are {span:,} bytes, the offsets {offsets} are not")
     return name, dtype, tuple(shape), *offsets
 
 
@@ -137,8 +143,8 @@ def allocate(path, name, shape, dtype):
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError:  # which is how PyTorch says it
-        raise ValueError(f"{path}: no memory for the {math.prod(shape) * dtype.itemsize:,} bytes of "
-                         f"{name}") from None
+        raise ValueError(f"{path}: no memory for the {math.prod(shape) * dtype.itemsize:,} bytes "
+                         f"of {name}") from None
 
 
 def _reader(path, name, dtype, shape, position):
@@ -149,11 +155,13 @@ def _reader(path, name, dtype, shape, position):
             if wanted == dtype:
                 whole = file.readinto(raw(tensor)) == tensor.nbytes
             else:
-                # A block of 1 MB is converted while the cache still holds it: 15 % faster than 8 MB.
+                # A block of 1 MB is converted while the cache still holds it: 15 % faster than
+                # 8 MB.
                 buffer = torch.empty(min((1 << 20) // dtype.itemsize, tensor.numel()), dtype=dtype)
                 whole = True
                 for part in tensor.reshape(-1).split(max(1, len(buffer))):
-                    whole = whole and file.readinto(raw(buffer[:len(part)])) == len(part) * dtype.itemsize
+                    whole = whole and (file.readinto(raw(buffer[:len(part)]))
+                                       == len(part) * dtype.itemsize)
                     part.copy_(buffer[:len(part)])
         if not whole:
             raise ValueError(f"{path}: ends inside {name}; it was whole when it was opened")
@@ -169,9 +177,11 @@ def raw(tensor):
 def open_folder(folder, stem="model"):
     """Return {name: Stored} of folder/STEM.safetensors, or of the shards that its index names.
 
-    Raises ValueError if a shard is missing, lies elsewhere or holds other tensors than the index says.
+    Raises ValueError if a shard is missing, lies elsewhere or holds other tensors than the index
+    says.
     """
-    single, index = Path(folder) / f"{stem}.safetensors", Path(folder) / f"{stem}.safetensors.index.json"
+    single, index = (Path(folder) / f"{stem}.safetensors",
+                     Path(folder) / f"{stem}.safetensors.index.json")
     if single.exists() or not index.exists():
         return open_file(single)
     return open_shards(index, open_file)
@@ -197,14 +207,16 @@ def open_shards(index, open_one):
         problems = [f"missing {name}" for name in sorted(listed - shard.keys())]
         problems += [f"unexpected {name}" for name in sorted(shard.keys() - listed)]
         if problems:
-            raise ValueError(f"{index.parent / file}: not what {index.name} says: {listing(problems)}")
+            raise ValueError(f"{index.parent / file}: not what {index.name} says: "
+                             f"{listing(problems)}")
         tensors |= shard
     return tensors
 
 
 def listing(problems, most=20):
     """Return the problems in one line, the first of them if they are many."""
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+    return "; ".join(problems[:most]) + (
+        f"; and {len(problems) - most} more" if len(problems) > most else "")
 
 
 def check_tensors(where, tensors, shapes):
@@ -214,8 +226,8 @@ def check_tensors(where, tensors, shapes):
     problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
                  for name, shape in shapes.items()
                  if name in tensors and tuple(tensors[name].shape) != tuple(shape)]
-    problems += [f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16 or "
-                 "bfloat16" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
+    problems += [f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected float32, float16 "
+                 "or bfloat16" for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
     if problems:
         raise ValueError(f"{where}: {listing(problems)}")
 
@@ -224,9 +236,10 @@ def check_tensors(where, tensors, shapes):
 
 
 def write_file(path, tensors):
-    """Bring {name: tensor or Stored} to the disk as a safetensors file; return its bytes and sha256.
+    """Bring {name: tensor or Stored} to disk as a safetensors file; return its bytes and sha256.
 
-    Three Stored at a time are in memory: one is written while a second thread hashes those before it.
+    Three Stored at a time are in memory: one is written while a second thread hashes those before
+    it.
     """
     # Wide elements first, as the safetensors package does: every tensor is aligned to its own size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -274,14 +287,18 @@ def split(stem, tensors, shard_size):
         room -= size_of(tensor)
     if len(shards) == 1:
         return {f"{stem}.safetensors": tensors}, {}
-    files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard
+             for i, shard in enumerate(shards, 1)}
     return files, {f"{stem}.safetensors.index.json": {
         "metadata": {"total_size": sum(map(size_of, tensors.values()))},
         "weight_map": {name: file for file, shard in files.items() for name in shard}}}
 
 
 def write_folder(folder, tensors, stem="model", shard_size=math.inf):
-    """Write {name: tensor or Stored} as STEM.safetensors or its shards; return {file: bytes and sha256}."""
+    """Write {name: tensor or Stored} as STEM.safetensors or its shards.
+
+    Returns {file: bytes and sha256}.
+    """
     files, indices = split(stem, tensors, shard_size)
     for name, index in indices.items():
         (Path(folder) / name).write_text(json.dumps(index, indent=2) + "\n")

@@ -41,7 +41,8 @@ SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones ha
 class Verify:
     folders: str  # a run (its step0, step1, ... are checked) or checkpoints, separated by commas
     steps: str | None = None  # expected: 0,1,512 or any; default: the run's, else Pythia's 154
-    output: str | None = ""  # CSV of every tensor, plot beside it; default: RUN/verify.csv; None: no
+    # CSV of every tensor, plot beside it; default: RUN/verify.csv; None: no
+    output: str | None = ""
 
 
 @dataclass(eq=False)
@@ -132,7 +133,8 @@ def measure(found, name, stored):
         generator = torch.Generator().manual_seed(tensor.numel())
         places = torch.randint(tensor.numel(), (min(ENTRIES, tensor.numel()),), generator=generator)
         found.samples[name] = sample = tensor[places].float()
-        found.prints[name] = hash((square, (sample + 0.0).numpy().tobytes()))  # -0.0 is equal to 0.0
+        # -0.0 is equal to 0.0.
+        found.prints[name] = hash((square, (sample + 0.0).numpy().tobytes()))
 
 
 def one_model(scans):
