@@ -81,12 +81,12 @@ def interval(row):
 
 
 def with_error(row):
-    """Say a mean matched length with its standard error over passages; one passage has none."""
+    """Say a mean matched length, its standard error over passages (one has none), and its rows."""
     error = f" ± {float(row['stderr']):.2f}" if row["stderr"] else ""
-    return f"{float(row['mean_length']):.2f}{error}"
+    return f"{float(row['mean_length']):.2f}{error} ({int(row['n']):,})"
 
 
-def training(out, steps):
+def training(out, steps, done):
     rows, checked = [], []
     for folder in sorted(out.glob("*/config.json"), key=lambda path: natural(path.parent.name)):
         settings, name = read_json(folder), folder.parent.name
@@ -99,9 +99,10 @@ def training(out, steps):
             passes = tokens / TokenFile(settings["data"]).n_tokens
             rows.append((name, L * (12 * D * D + 13 * D) + 2 * D, 2 * V * D, tokens,
                          f"{passes:.2f}", found["0"], found[str(steps)]))
-        if (verify := folder.parent / "verify.csv").exists():
-            # `verify` ends with an error if there is a problem, and then the suite stops.
-            checked.append(f"{name} {len({row['step'] for row in read_csv(verify)})}")
+        # done.json has the commands that ended well: `verify` does not if there is a problem.
+        if any("checkpoints.py verify " in line and line.endswith(f"/{name}") for line in done):
+            steps_read = {row["step"] for row in read_csv(folder.parent / "verify.csv")}
+            checked.append(f"{name} {len(steps_read)}")
     return table(("run", "parameters", "+ embeddings", "tokens", "passes over its corpus",
                   "bits/byte at 0", "at the end"), rows) + (
         "<p>No problem was found by <code>checkpoints.py verify</code> (hashes, duplicates, "
@@ -135,8 +136,9 @@ def memorization(out, steps):
         f"are below. {repeats} Repeats are spread over the windows by the shuffle, so such counts "
         "show the shuffle, and not when a row was learnt: position cannot be tested on repeated "
         "passages. It is tested on prose that comes once.") + "".join([
-            "<h3>Tokens right of 32, by text</h3><p>With the standard error over passages: the "
-            "copies of one are not independent, and one passage has none.</p>", lengths,
+            "<h3>Tokens right of 32, by text</h3><p>With the standard error over passages "
+            "(the copies of one are not independent, and one passage has none) and the number of "
+            "rows.</p>", lengths,
             "<h3>Counts per window, and place in the order</h3><p>Dispersion is the counts' "
             "variance over their mean, 1 for a Poisson process, 1 - mean / window if rows are "
             "memorized each by itself. Slope is what the matched length of prose gains from the "
@@ -151,21 +153,21 @@ def what_is_memorized(out, steps):
             if row["step"] == str(steps) and row["rows"] != "after this checkpoint":
                 text = row["subset"] if corpus != "control" else "never trained on"
                 rates.setdefault((row["model"], text), row)  # of the control its first, all
-    runs = sorted({name for name, _ in rates}, key=lambda name: (name[:1] == "d", natural(name)))
+    runs = sorted({name for name, _ in rates},
+                  key=lambda name: (name.startswith("deduped"), natural(name)))
     texts = sorted({text for name, text in rates if name == runs[0]}, key=natural)
     repeated = [text for text in texts if text.startswith("repeated")]
     others = [text for text in texts if text not in (*repeated, "all", "never trained on")]
     lines = []
     for text in (*reversed(repeated), *others, "never trained on"):
-        first = rates[runs[0], text]
-        lines.append((text, first["n"], first["passages"], *(
-            with_error(rates[name, text]) if (name, text) in rates else "" for name in runs)))
+        lines.append((text, *(with_error(rates[name, text]) if (name, text) in rates else ""
+                              for name in runs)))
     said = []
     for name in runs:
         within = sum(int(rates[name, text]["memorized"])
                      for text in repeated if (name, text) in rates)
         said.append(f"{within} of {rates[name, 'all']['memorized']} ({name})")
-    return (table(("text", "rows", "passages", *runs), lines, fold=False),
+    return (table(("text", *runs), lines, fold=False),
             f"Of the memorized rows, as many lie within declared repeats: {', '.join(said)}.")
 
 
@@ -243,7 +245,7 @@ def main(options):
     steps = max(int(folder.name[4:]) for folder in out.glob("standard_d*/step*"))
     sections = {
         "Training": lambda: image(out / "curves.png", "held-out bits per byte over tokens")
-        + training(out, steps), "Memorization": lambda: memorization(out, steps),
+        + training(out, steps, done), "Memorization": lambda: memorization(out, steps),
         "Gendered pronouns": lambda: gender(out), "Term frequency": lambda: terms(out)}
     page = ["<!doctype html><html lang=en><meta charset=utf-8>",
             "<meta name=viewport content='width=device-width'>",

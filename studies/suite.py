@@ -170,8 +170,8 @@ def term_stages(options):
             f"--model={','.join(f'{path},{path}_twin' for path in more.values())}", "--steps=last",
             theirs, *asked)),
         ("terms, frequency", 0.1, study(
-            "term_frequency", "analyse", f"--counts={out}/counts", ours, f"--output={out}/terms",
-            "--frequency=plain")),
+            "term_frequency", "analyse", f"--counts={out}/counts", ours,
+            f"--output={out}/terms")),
         ("terms, experiment", 0.1, study("term_frequency", "compare", f"--branch={branches}",
                                          f"--terms={terms}", theirs,
                                          f"--output={out}/terms_compare.csv")),
