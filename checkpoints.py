@@ -70,15 +70,17 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
 
     Every process calls. asynchronous: return once the tensors are copied to host memory; wait for
     the Future before the next call. training: a JSON object to come back from load_training, with
-    the numbers of successful updates and the loss scaler's state. An unscheduled checkpoint (of an
+    the number of successful updates and the loss scaler's state. An unscheduled checkpoint (of an
     interrupted run) gives way to the next one. A checkpoint that is already there, whole, is left
-    alone. state_every: Adam's moments stay only in checkpoints of its multiples and in the newest.
+    alone, but for one of ours without moments: a run that went back behind it passes it again, and
+    may be interrupted there. state_every: Adam's moments stay only in checkpoints of its multiples
+    and in the newest.
     """
     rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     folder = Path(run) / f"step{step}"
     if not Path(run).is_dir():  # an unmounted disk: do not begin another run in its place
         raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(run))
-    exists = is_whole(folder)
+    exists = is_whole(folder) and not lost_moments(folder)
     _meet()  # nobody makes the folder before all have looked
     if exists:
         return _WRITER.submit(lambda: None)
@@ -150,7 +152,7 @@ def own_share(files, rank, count, copy):
 
     Every process calls. The files go round the processes. Sharded tensors are gathered one at a
     time and kept, in host memory, by the process that writes them, so that none of several ever
-    holds a whole copy.
+    holds a whole copy of a model of several files.
     """
     mine = {name: {} for i, name in enumerate(files) if i % count == rank}
     for file, contents in files.items():
@@ -210,22 +212,14 @@ def lock(run):
         _remove(path)
     folders = [folder for _, folder in step_folders(run) if not folder.is_symlink()]
     for path in (path for folder in (Path(run), *folders) for path in folder.iterdir()):
-        written = re.fullmatch(r".+\.(\d+)\.tmp", path.name)  # by config.replacing
-        if written and path.is_file() and not path.is_symlink() and not _runs(int(written[1])):
+        if HALF_WRITTEN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink()
 
 
-def _runs(process):
-    """Tell whether a process of this number runs: an evaluation may write its CSV meanwhile."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
+# What the holder of the lock alone writes, by config.replacing. An evaluation or `verify` may be
+# writing its CSV here at this moment, on another machine that shares the disk.
+HALF_WRITTEN = re.compile(
+    r"(config\.json|manifest\.json|(metrics|heldout|interventions)\.csv)\.\d+\.tmp")
 _LOCKS = []
 
 
@@ -235,8 +229,11 @@ def _remove(path):
 
 @contextmanager
 def writing(folder):
-    """Give a new folder that takes the name `folder` only once all of it is on the disk."""
-    folder = Path(folder)
+    """Give a new folder that takes the name `folder` only once all of it is on the disk.
+
+    What had the name stays as NAME.broken, unless the new folder has all of its bytes.
+    """
+    folder, before = Path(folder), None
     temporary = folder.with_name(f".{folder.name}.tmp")
     _remove(temporary)  # what a killed process left
     temporary.mkdir(parents=True)
@@ -244,11 +241,15 @@ def writing(folder):
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if os.path.lexists(folder):  # not whole, or it would have been left alone
-            os.rename(folder, next(path for i in itertools.count() if not os.path.lexists(
-                path := folder.with_name(f"{folder.name}.broken{i or ''}"))))
+        if os.path.lexists(folder):  # damaged or without moments: else it had been left alone
+            before = next(path for i in itertools.count() if not os.path.lexists(
+                path := folder.with_name(f"{folder.name}.broken{i or ''}")))
+            os.rename(folder, before)
         os.rename(temporary, folder)
         _sync(folder.parent)
+        if before and is_whole(before) and lost_moments(before) and (
+                manifest_of(before).items() <= manifest_of(folder).items()):
+            _remove(before)
     finally:  # a full disk gets its room back
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -312,10 +313,20 @@ def read_training(folder, step):
     return training
 
 
+def manifest_of(folder):
+    """Return {file: its bytes and sha256} of a checkpoint, an empty one if it has no manifest."""
+    path = folder / "manifest.json"
+    return read_small_json(path) if path.exists() else {}
+
+
 def has_state(folder):
     """Tell whether a run can go on from a checkpoint: whether its manifest has Adam's moments."""
-    return (folder / "manifest.json").exists() and any(
-        name.startswith("optimizer") for name in read_small_json(folder / "manifest.json"))
+    return any(name.startswith("optimizer") for name in manifest_of(folder))
+
+
+def lost_moments(folder):
+    """Tell whether a checkpoint was saved here with moments that it has no more: see make_room."""
+    return (folder / "training.json").exists() and not has_state(folder)
 
 
 def is_whole(folder):
@@ -339,8 +350,8 @@ def load_training(run, step, model, optimizer):
     """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
 
     Return the saved training object; None, with the weights alone filled, if no moments lie there.
-    Tensors are read one at a time. Raises ValueError naming each that is missing, extra or
-    misshapen, and on a folder that is another step's.
+    Tensors are read one at a time. Raises ValueError naming those that are missing, extra or
+    misshapen, the first 20 of many, and on a folder that is another step's.
     """
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)

@@ -103,7 +103,7 @@ def test_an_unscheduled_checkpoint_gives_way_to_the_next(tmp_path, trained):
 
 
 def edit_json(path, **changes):
-    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items()}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -456,6 +456,23 @@ def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints, verify):
         assert code == 2 and "config.json" in text and len(text.splitlines()) == 1
 
 
+def test_what_cannot_be_read_is_named_and_the_rest_is_checked(run, verify):
+    """The first byte of a process's memory is an I/O error, as a bad sector of a disk is."""
+    for step, file in ((16, "training.json"), (32, "config.json"), (48, "extra")):
+        (run / f"step{step}" / file).unlink(missing_ok=True)
+        (run / f"step{step}" / file).symlink_to("/proc/self/mem")
+    for step, name in ((48, "extra"), (64, "é" * 150), (80, "\ud800")):
+        manifest = run / f"step{step}/manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {name: {"bytes": 0}}))
+    put(run / "step128", run / "step112")
+    code, text = verify(run)
+    assert code == 1 and problems(text).keys() == {16, 32, 48, 64, 80, 128}, text
+    assert "training.json: Input/output error" in problems(text)[16]
+    assert problems(text)[48] == ["extra: Input/output error"]
+    assert problems(text)[64] == [f"{'é' * 150}: File name too long"]
+    assert problems(text)[80] == ["'\\ud800': in the manifest but not there"]
+
+
 def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
     for wrong, words in ((("verify",), "missing: --folders"),
                          (("verify", "nowhere"), "nowhere: no such folder"),

@@ -36,8 +36,8 @@ from weights.tensors import (Stored, check_tensors, listing, open_shards, read_s
 def open_any(source, gelu=None, n_heads=None):
     """Return the ModelConfig and {published name: Stored} of a checkpoint in any published form.
 
-    gelu, n_heads: what NeoX files do not say. Raises ValueError naming every tensor that is
-    missing, extra or misshapen.
+    gelu, n_heads: what NeoX files do not say. Raises ValueError naming the tensors that are
+    missing, extra or misshapen, the first 20 of many.
     """
     source = Path(source)
     if not source.is_dir():
@@ -129,14 +129,13 @@ def _merging(files, name, published):
 
     try:
         whole = merge(published, [part.to("meta") for part in parts()])
-    # Parts that do not fit together, dimensions missing.
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError) as error:  # parts that do not fit, dimensions missing
         raise ValueError(f"{files[0]}: {name} cannot be merged ({error})") from None
     return Stored(files[0], whole.dtype, tuple(whole.shape), lambda: merge(published, parts()))
 
 
 def merge(name, parts):
-    """Return a tensor's whole from tensor-parallel ranks' parts, in their dtype as the original."""
+    """Return a whole tensor from its tensor-parallel parts, in their dtype, as gpt-neox does."""
     if len(parts) == 1:
         return parts[0].detach().clone()
     # Row parallel: split over inputs.

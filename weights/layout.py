@@ -10,8 +10,7 @@ import torch
 from model import ModelConfig, Pythia
 from weights.tensors import check_tensors, open_folder, read_small_json
 
-# What files of 2023 still carry and no forward pass needs: the causal mask, its value, the
-# frequencies.
+# What files of 2023 carry and no forward pass needs: causal mask, its value, rotary frequencies.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
 
@@ -45,10 +44,10 @@ def read_config(folder):
     if type(rope) is not dict:
         raise ValueError(f"{path}: rope_parameters is {repr(rope)[:100]}, expected an object")
     expected = {"model_type": ("gpt_neox", spec.get("model_type")),
-                "rotary_pct": (
-                    0.25, rope.get("partial_rotary_factor", spec.get("rotary_pct", 0.25))),
-                "rotary_emb_base": (
-                    10000, rope.get("rope_theta", spec.get("rotary_emb_base", 10000))),
+                "rotary_pct": (0.25, rope.get("partial_rotary_factor",
+                                              spec.get("rotary_pct", 0.25))),
+                "rotary_emb_base": (10000, rope.get("rope_theta",
+                                                    spec.get("rotary_emb_base", 10000))),
                 "rope_type": ("default", rope.get("rope_type", "default")),
                 "rope_scaling": (None, spec.get("rope_scaling")),
                 "use_parallel_residual": (True, spec.get("use_parallel_residual", True)),
@@ -91,7 +90,7 @@ def open_model(folder):
     """Return the ModelConfig and {published name: Stored} of model.safetensors or its shards.
 
     Nothing of the weights is read yet. The legacy buffers are left out. Raises ValueError naming
-    every tensor that is missing, extra or misshapen.
+    the tensors that are missing, extra or misshapen, the first 20 of many.
     """
     config = read_config(folder)
     tensors = without_legacy_buffers(open_folder(folder))

@@ -91,7 +91,7 @@ def open_file(path):
         end = 0
         for name, _, _, start, stop in entries:
             expect(start == end,
-                       f"{name} begins at {start:,}, the tensor before it ends at {end:,}")
+                   f"{name} begins at {start:,}, the tensor before it ends at {end:,}")
             end = stop
         expect(end == size - 8 - length,
                f"holds {size - 8 - length:,} bytes of data, expected {end:,}")
@@ -122,7 +122,7 @@ def _entry(name, entry):
     """Return (name, dtype, shape, start, stop) of a header's entry, or raise ValueError."""
     expect(is_name(name), f"no name of a tensor: {name[:50]!r}")
     expect(type(entry) is dict and entry.keys() == {"dtype", "shape", "data_offsets"},
-                f"{name}: expected dtype, shape and data_offsets")
+           f"{name}: expected dtype, shape and data_offsets")
     shape, offsets = entry["shape"], entry["data_offsets"]
     expect(type(entry["dtype"]) is str and entry["dtype"] in DTYPES,
            f"{name}: no dtype {entry['dtype']!r}")
@@ -155,8 +155,7 @@ def _reader(path, name, dtype, shape, position):
             if wanted == dtype:
                 whole = file.readinto(raw(tensor)) == tensor.nbytes
             else:
-                # A block of 1 MB is converted while the cache still holds it: 15 % faster than
-                # 8 MB.
+                # Blocks of 1 MB, converted while the cache holds them: 15 % faster than of 8 MB.
                 buffer = torch.empty(min((1 << 20) // dtype.itemsize, tensor.numel()), dtype=dtype)
                 whole = True
                 for part in tensor.reshape(-1).split(max(1, len(buffer))):
@@ -177,11 +176,10 @@ def raw(tensor):
 def open_folder(folder, stem="model"):
     """Return {name: Stored} of folder/STEM.safetensors, or of the shards that its index names.
 
-    Raises ValueError if a shard is missing, lies elsewhere or holds other tensors than the index
-    says.
+    Raises ValueError if a shard is missing, lies elsewhere or holds what the index does not say.
     """
-    single, index = (Path(folder) / f"{stem}.safetensors",
-                     Path(folder) / f"{stem}.safetensors.index.json")
+    single = Path(folder) / f"{stem}.safetensors"
+    index = Path(folder) / f"{stem}.safetensors.index.json"
     if single.exists() or not index.exists():
         return open_file(single)
     return open_shards(index, open_file)
@@ -220,7 +218,10 @@ def listing(problems, most=20):
 
 
 def check_tensors(where, tensors, shapes):
-    """Raise ValueError naming every tensor that is missing, extra, of another shape or no float."""
+    """Raise ValueError if a tensor is missing, extra, of another shape or no float.
+
+    It names them, the first 20 of many.
+    """
     problems = [f"missing {name}" for name in shapes if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in shapes]
     problems += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(shape)}"
@@ -238,8 +239,7 @@ def check_tensors(where, tensors, shapes):
 def write_file(path, tensors):
     """Bring {name: tensor or Stored} to disk as a safetensors file; return its bytes and sha256.
 
-    Three Stored at a time are in memory: one is written while a second thread hashes those before
-    it.
+    Three Stored at a time are in memory: while one is written, a thread hashes those before it.
     """
     # Wide elements first, as the safetensors package does: every tensor is aligned to its own size.
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -295,10 +295,7 @@ def split(stem, tensors, shard_size):
 
 
 def write_folder(folder, tensors, stem="model", shard_size=math.inf):
-    """Write {name: tensor or Stored} as STEM.safetensors or its shards.
-
-    Returns {file: bytes and sha256}.
-    """
+    """Write tensors or Stored as STEM.safetensors or its shards; return {file: bytes, sha256}."""
     files, indices = split(stem, tensors, shard_size)
     for name, index in indices.items():
         (Path(folder) / name).write_text(json.dumps(index, indent=2) + "\n")

@@ -18,6 +18,7 @@ import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from config import replacing
 from model import ModelConfig
 from weights.huggingface import open_any
 from weights.pickles import open_archive
-from weights.tensors import read_small_json, sha256_of, size_of
+from weights.tensors import is_name, read_small_json, sha256_of, size_of
 
 ENTRIES = 2048  # of every matrix; 154 checkpoints of a 12B take 180 MB
 RATIO = 1.5  # by which a distance must be too large
@@ -64,45 +65,52 @@ class Scan:
 def scan(step, folder, bar):
     """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
     found = Scan(step, folder, step)
-    try:
+    with noting(found, "training.json"):
         found.updates = read_training(folder, step).get("updates", step)
-    except ValueError as error:
-        found.problems.append(str(error).removeprefix(f"{folder}/"))
     with ThreadPoolExecutor(1) as hasher:  # while this thread measures: the disk is read once
         hashes = hasher.submit(check_files, found)
-        try:
+        with noting(found):
             found.config, tensors = open_any(folder)
             for name, stored in tensors.items():
                 measure(found, name, stored)
                 found.bytes += size_of(stored)
                 bar.update(size_of(stored))
-        except (ValueError, OSError) as error:
-            found.problems.append(str(error).removeprefix(f"{folder}/"))
-        hashes.result()
+        with noting(found):
+            hashes.result()
     return found
+
+
+@contextmanager
+def noting(found, name=""):
+    """Make what is wrong with a file, or cannot be read, a problem of its checkpoint, no end."""
+    try:
+        yield
+    except OSError as error:  # a broken disk, a name too long, no permission
+        name = name or Path(error.filename or ".").name or found.folder.name
+        found.problems.append(f"{name}: {error.strerror}")
+    except ValueError as error:
+        found.problems.append(str(error).removeprefix(f"{found.folder}/"))
 
 
 def check_files(found):
     """Compare every file with the manifest, and PyTorch's archives with their own checksums."""
     manifest = found.folder / "manifest.json"
     if manifest.exists():
-        found.hashed = 0
-        try:
+        found.hashed, entries = 0, {}
+        with noting(found, "manifest.json"):
             entries = read_small_json(manifest)
-        except ValueError as error:
-            found.problems.append(str(error).removeprefix(f"{found.folder}/"))
-            entries = {}
         for name, entry in entries.items():
-            path = found.folder / name
-            if Path(name).name != name or type(entry) is not dict or not path.is_file():
-                found.problems.append(f"{name}: in the manifest but not there")
-            elif path.stat().st_size != entry.get("bytes"):
-                found.problems.append(f"{name}: {path.stat().st_size:,} bytes, "
-                                      f"the manifest says {entry.get('bytes')}")
-            elif sha256_of(path) != entry.get("sha256"):
-                found.problems.append(f"{name}: its SHA-256 is not the manifest's")
-            else:
-                found.hashed += 1
+            shown, path = name if is_name(name) else repr(name[:50]), found.folder / name
+            with noting(found, shown):
+                if Path(name).name != name or type(entry) is not dict or not path.is_file():
+                    found.problems.append(f"{shown}: in the manifest but not there")
+                elif path.stat().st_size != entry.get("bytes"):
+                    found.problems.append(f"{shown}: {path.stat().st_size:,} bytes, "
+                                          f"the manifest says {entry.get('bytes')!r}")
+                elif sha256_of(path) != entry.get("sha256"):
+                    found.problems.append(f"{shown}: its SHA-256 is not the manifest's")
+                else:
+                    found.hashed += 1
         found.problems += [f"{path.name}: not in the manifest"
                            for path in sorted(found.folder.iterdir())
                            if path.name not in (*entries, "manifest.json") and path.name[0] != "."]
@@ -133,8 +141,8 @@ def measure(found, name, stored):
         generator = torch.Generator().manual_seed(tensor.numel())
         places = torch.randint(tensor.numel(), (min(ENTRIES, tensor.numel()),), generator=generator)
         found.samples[name] = sample = tensor[places].float()
-        # -0.0 is equal to 0.0.
-        found.prints[name] = hash((square, (sample + 0.0).numpy().tobytes()))
+        bytes_ = (sample + 0.0).numpy().tobytes()  # -0.0 is equal to 0.0
+        found.prints[name] = hash((square, bytes_))
 
 
 def one_model(scans):
@@ -250,7 +258,7 @@ def check_duplicates(here, seen):
 
 
 def _matrices(found, names):
-    """Return "3 of 26 matrices (shard): " in words, naming the file if it is one of several."""
+    """Return "3 of 26 matrices of SHARD (NAME, ...) are"; SHARD: if it is one of several files."""
     files = {found.files[name] for name in names}
     where = f" of {', '.join(sorted(files))}" if files != set(found.files.values()) else ""
     if len(names) == len(found.samples):
@@ -313,9 +321,8 @@ def verify(options):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
-    total = sum(path.stat().st_size for _, folder in found for path in folder.iterdir()
-                if path.is_file() and not path.name.startswith("optimizer"))
     seen, scans = {}, []
+    total = sum(weights_size(folder) for _, folder in found)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         for step, folder in found:
             scans.append(scan(step, folder, bar))
@@ -331,6 +338,15 @@ def verify(options):
     write(rows, options, run or found[0][1].parent)
     if problems:
         sys.exit(1)
+
+
+def weights_size(folder):
+    """Return about how many bytes of weights lie in a folder, none if it cannot be looked into."""
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir()
+                   if path.is_file() and not path.name.startswith("optimizer"))
+    except OSError:
+        return 0
 
 
 HEADER = ("step", "tensor", "norm", "distance_from_first", "cosine_to_previous")
