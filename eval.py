@@ -17,11 +17,13 @@ part.
 import csv
 import json
 import math
+import mmap
 import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -110,12 +112,6 @@ def documents_of(job, task):
     return job.documents.get(task.partition(":")[0], job.documents[job.name])
 
 
-def evaluate(model, tokenizer, name, docs, shots=0, style="v0.4", limit=None):
-    """Return [(task, metric, value, stderr, n)] of a model on a name of TASKS or GROUPS."""
-    job = prepare(name, docs, shots, style, limit)
-    return measure(job, answer(model, tokenizer, job))
-
-
 # ---------------------------------------------------------------------------- over training
 
 
@@ -127,7 +123,9 @@ class EvalConfig:
     # Rows are appended; what it holds is not computed again. A model is known by its folder's name
     # alone: two models of one name need two files.
     output: str = "results.csv"
-    samples: str | None = None  # JSON Lines file that gets every request and its result
+    # JSON Lines file that gets every request computed now and its result; twice if a kill fell
+    # between the two files. What the CSV already holds is not computed, so it gets no lines.
+    samples: str | None = None
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
     shots: int = 0  # solved examples before each question
     style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
@@ -156,8 +154,8 @@ def main(config):
     tokenizer = load_tokenizer(config.tokenizer)
     folders = find_all(config.model, config.steps)
     done = open_results(config.output) if rank == 0 else None
-    if config.samples:
-        open(config.samples, "a").close()  # a path that cannot be written shows now, not in an hour
+    if config.samples and rank == 0:
+        open_samples(config.samples)
     if dist.is_initialized():  # what rank 0 found: it may soon write more
         done = [done]
         dist.broadcast_object_list(done)
@@ -232,7 +230,8 @@ def set_up_processes():
         torch.cuda.set_device(local)
     else:  # torchrun sets 1
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    dist.init_process_group("gloo")  # only results travel
+    # Only results travel; the first to finish may wait for the last longer than gloo's 30 minutes.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
     return dist.get_rank()
 
 
@@ -300,6 +299,7 @@ def open_results(path):
     if not os.path.exists(path):
         append_results(path, [HEADER])
     regular_size(path)  # a device has no end
+    append_results(path, [])  # a path that cannot be written shows now, not in an hour
     text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
     if text.partition("\n")[0] != ",".join(HEADER):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
@@ -321,6 +321,21 @@ def append_results(path, rows):
             ["" if cell is None else repr(cell) if isinstance(cell, float) else cell
              for cell in row]
             for row in rows)
+
+
+def open_samples(path):
+    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
+    open(path, "a").close()  # a path that cannot be written shows now, not in an hour
+    if path.startswith("/dev/") or not os.path.isfile(path) or not os.path.getsize(path):
+        return  # /dev/stdout may be a file, but not ours
+    with open(path, "r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:  # reads only the end
+            whole = text.rfind(b"\n") + 1
+            torn, beginning = text[whole:whole + 10], b'{"model": '
+        if not beginning.startswith(torn):
+            raise ValueError(f"{path}: its last line is not a sample; name another --samples")
+        if torn:
+            file.truncate(whole)
 
 
 def append_samples(path, name, step, job, results):

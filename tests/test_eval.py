@@ -3,11 +3,15 @@
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
+from datetime import timedelta
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import config
 import eval as evaluation
@@ -92,6 +96,50 @@ def test_a_torn_line_takes_the_rows_of_its_evaluation_along(tmp_path, torn, kept
     assert (tmp_path / "r.csv").read_text() == "".join(f"{line}\n" for line in whole[:kept])
 
 
+@pytest.mark.parametrize("torn", ["", '{"mod', '{"model": "run", "context": "\udcc3'])
+def test_a_torn_sample_is_dropped(tmp_path, torn):
+    path, whole = tmp_path / "s.jsonl", '{"model": "run", "step": "1"}\n' * 2
+    path.write_text(whole + torn, errors="surrogateescape")
+    evaluation.open_samples(str(path))
+    assert path.read_text() == whole
+
+
+def test_nothing_is_dropped_of_a_file_that_holds_no_samples(tmp_path):
+    (tmp_path / "notes.txt").write_text("one\ntwo")
+    with pytest.raises(ValueError, match="notes.txt: its last line is not a sample"):
+        evaluation.open_samples(f"{tmp_path}/notes.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with open(os.open(tmp_path / "pipe", os.O_RDWR)):  # or nobody reads
+        evaluation.open_samples(f"{tmp_path}/pipe")
+    assert (tmp_path / "notes.txt").read_text() == "one\ntwo"
+
+
+def test_a_csv_that_cannot_be_written_shows_before_any_model():
+    with NamedTemporaryFile("w") as file:
+        file.write(",".join(evaluation.HEADER) + "\n")
+        file.flush()
+        os.chmod(file.name, 0o444)
+        user = os.geteuid()
+        try:
+            os.seteuid(user or 65534)  # root may write anything
+            with pytest.raises(PermissionError):
+                evaluation.open_results(file.name)
+        finally:
+            os.seteuid(user)
+
+
+def test_a_process_waits_days_for_the_others(monkeypatch):
+    """Each computes its share of a long study before they meet."""
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    given = {}
+    monkeypatch.setattr(torch, "set_num_threads", given.get)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "init_process_group", lambda _, **settings: given.update(settings))
+    assert evaluation.set_up_processes() == 1
+    assert given["timeout"] > timedelta(days=7)
+
+
 def test_two_processes_write_the_same_file(workplace):
     """Of log-likelihoods, whose batches are shared out, and of generated texts, whose prompts
     are.
@@ -155,6 +203,9 @@ def test_the_paper_s_style_leaves_white_space_with_the_context(workplace):
     (["--tasks=mmlu", "--style=v0.3"], "no task called mmlu in style v0.3"),
     (["--tasks=heldout", "--style=v1"], "style = 'v1', expected v0.4 or v0.3"),
     (["--tasks=heldout", "--samples=/nowhere/s.jsonl"], "/nowhere/s.jsonl: No such file"),
+    (["--tasks=heldout", "--output=/nowhere/r.csv"], "/nowhere/r.csv: No such file"),
+    (["--tasks=heldout", "--output=/dev/full"], "/dev/full: not a regular file"),
+    (["--tasks=heldout", "--output=/proc"], "/proc: not a regular file"),
     (["--tasks=heldout", "--model=/proc"], "/proc: neither a run folder")])
 def test_a_mistake_is_one_line(workplace, capsys, flags, words):
     with pytest.raises(SystemExit) as end:
@@ -171,6 +222,7 @@ def test_samples_start_with_the_prompt(workplace, capsys):
 
 
 def test_samples_hold_every_request(workplace):
+    (workplace / "s.jsonl").write_text('{"model": "run", "st')  # a kill
     evaluate(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
              f"--samples={workplace}/s.jsonl", output="s.csv")
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
