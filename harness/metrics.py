@@ -118,6 +118,11 @@ def bare(answer):
     return answer.lower().translate(str.maketrans("", "", string.punctuation))
 
 
+def without_articles(answer):
+    """Return an answer without case, punctuation, articles and extra white space (SQuAD)."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
+
+
 def rolled(questions, results, style):
     """Bits per UTF-8 byte, and perplexity per byte and per word: ratios of sums, so without error.
 

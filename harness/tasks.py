@@ -10,8 +10,8 @@ import statistics
 from dataclasses import replace
 from functools import partial
 
-from harness.metrics import (accuracy, bare, both_accuracies, exact_match, greedy, last_word,
-                             pooled, rolled, row, stereotype)
+from harness.metrics import (accuracy, both_accuracies, exact_match, greedy, last_word, pooled,
+                             rolled, row, stereotype, without_articles)
 from harness.prompts import (Document, Question, Task, choose, field, fill, member, position, text,
                              texts)
 
@@ -259,11 +259,9 @@ def winobias(doc):
 
 def referent_match(questions, results, style):
     """em by SQuAD's rule of as many first words as the referent has; a row a prompt, their mean."""
-    def squad(answer):
-        return re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split()
     def right(generated, referent):
-        return squad(" ".join(
-            generated.strip().split(" ")[:len(referent.split(" "))])) == squad(referent)
+        first = " ".join(generated.strip().split(" ")[:len(referent.split(" "))])
+        return without_articles(first) == without_articles(referent)
     rows = [row("em", [float(right(result[i], question.gold))
                        for question, result in zip(questions, results)], f":{prompt}")
             for i, prompt in enumerate(WINOBIAS_PROMPTS)]

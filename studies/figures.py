@@ -5,7 +5,6 @@
 The others are drawn by the studies themselves: `analyse` and `compare` with --plot=PNG.
 """
 
-import math
 import os
 import re
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from config import command
 from plots import finish, pyplot, read_csv
+from studies.poisson import poisson_quantiles
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def term_frequency(options):
                      ylabel=labels[metric], title=f"{task}, {shots}-shot")
     panels[0, 0].legend(frameon=False)
     figure.suptitle(model)
-    finish(figure, options.output)
+    return finish(figure, options.output)
 
 
 def numbers(rows, name):
@@ -83,7 +83,7 @@ def memorization(folder, output):
     panels[0, 0].set(ylabel="tokens right before the first miss")
     panels[1, 0].set(ylabel="memorized rows of a window")
     panels[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    finish(figure, output)
+    return finish(figure, output)
 
 
 def quantiles(axes, rows):
@@ -96,7 +96,7 @@ def quantiles(axes, rows):
         axes.set(title=f"step {last:,}: fewer rows than the {size} of a window")
         return
     mean = sum(counts) / len(counts)
-    x = _poisson_quantiles(len(counts), mean)
+    x = poisson_quantiles(len(counts), mean)
     axes.plot(x, sorted(counts), ".", color="tab:blue")
     axes.plot([0, max(x)], [0, max(x)], "--", color="grey", linewidth=1)
     axes.set(xlabel=f"Poisson, rate {mean:.2f}", title=f"step {last:,}, windows of {size} rows")
@@ -105,19 +105,6 @@ def quantiles(axes, rows):
 def natural(text):
     """Sort "8 times" before "32 times"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
-def _poisson_quantiles(n, mean):
-    """Return the n quantiles (i + 1/2) / n of a Poisson distribution."""
-    quantiles, k, p = [], 0, math.exp(-mean)
-    below = p
-    for i in range(n):
-        while below < (i + 0.5) / n and p > 0:
-            k += 1
-            p *= mean / k
-            below += p
-        quantiles.append(k)
-    return quantiles
 
 
 def differences(path, output):
@@ -142,7 +129,7 @@ def differences(path, output):
         axes.plot(step, value, color="tab:blue", marker="o", markersize=4)
         axes.set(xlabel="step", ylabel="branch - twin" + units.get(measure, " (nats)"),
                  title=f"{measure}, {items}, {seeds}")
-    finish(figure, output)
+    return finish(figure, output)
 
 
 def count(n, noun):

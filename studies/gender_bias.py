@@ -114,9 +114,9 @@ def measure(options):
     """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy, a number an item; goes on if stopped."""
     docs, device = Path(options.docs), pick_device(options.device)
     tokenizer, pairs = load_tokenizer(options.tokenizer), pairs_of(options)
-    measures = [name for name, (_, folder) in MEASURES.items() if (docs / folder).is_dir()]
+    measures = [name for name, (*_, folder) in MEASURES.items() if (docs / folder).is_dir()]
     if not measures:
-        folders = sorted({folder for _, folder in MEASURES.values()})
+        folders = sorted({folder for *_, folder in MEASURES.values()})
         raise ValueError(f"{docs}: none of {', '.join(folders)} is there")
     open_results(Path(options.output) / "measure.json", {
         name: getattr(options, name) for name in ("docs", "branches", "pairs")})
@@ -127,12 +127,13 @@ def measure(options):
         missing = [name for name in measures if not Path(f"{path}_{name}.npy").exists()]
         model = checkpoints.load_model(folder, device) if missing else None
         for name in missing:
-            function, needs = MEASURES[name]
+            read, ask, needs = MEASURES[name]
             try:
-                values = function(model, tokenizer, docs)
+                documents = read(docs)
             except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
                 raise ValueError(f"{docs / needs}: documents of the measure {name} are not as "
                                  f"distributed ({type(error).__name__}: {error})") from None
+            values = ask(model, tokenizer, documents)
             if not values:
                 raise ValueError(f"{docs / needs}: nothing there for the measure {name}")
             with replacing(f"{path}_{name}.npy") as file:
@@ -176,12 +177,15 @@ def compare(options):
             side, step, name = match.groups()
             pairs = values.setdefault((name, int(step)), {})
             pairs.setdefault(path.parent.name, {})[side] = load_npy(path)
-    rows = []
+    rows, n = [], len({pair for pairs in values.values() for pair in pairs})
     for (name, step), pairs in sorted(values.items()):
         pairs = [sides for sides in pairs.values() if len(sides) == 2]
-        if not pairs or len({len(side) for sides in pairs for side in sides.values()}) > 1:
-            raise ValueError(f"{options.results}: {name} at step {step} is not there, or not of "
-                             "one size, for a branch and its twin; run `measure` again")
+        if len(pairs) < n:  # or an interval over items would pass for one over seeds
+            raise ValueError(f"{options.results}: {name} at step {step} is there for both sides of "
+                             f"{len(pairs)} of {n} pairs; run `measure` again")
+        if len({len(side) for sides in pairs for side in sides.values()}) > 1:
+            raise ValueError(f"{options.results}: {name} at step {step} is not of one size; delete "
+                             "it and run `measure` again")
         twin, changed = (np.array([sides[side] for sides in pairs]) for side in ("twin", "branch"))
         rows.append((name, step, *twin.shape, float(twin.mean()), float(changed.mean()),
                      *paired_bootstrap(changed - twin, samples=options.samples)))

@@ -1,4 +1,4 @@
-"""What studies/gender_bias.py measures: functions (model, tokenizer, DOCS) -> a number an item.
+"""What studies/gender_bias.py measures: what is read of DOCS, and a number for each item of it.
 
     heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
     winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
@@ -22,19 +22,23 @@ import re
 import numpy as np
 import torch
 
-from harness.prompts import read_jsonl
+from harness.prompts import read_jsonl, text
 from harness.scoring import loglikelihood, loglikelihood_rolling
 
 
+def heldout_texts(docs):
+    return [text(doc, "text") for doc in read_jsonl(docs / "heldout" / "test.jsonl")]
+
+
 @torch.no_grad()
-def heldout(model, tokenizer, docs):
+def heldout(model, tokenizer, documents):
     """log p(she) - log p(he) at each of the two; the softmax's sum cancels, so two logits do."""
     [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
     L, device = model.config.seq_length, model.embed_in.weight.device
     direction = model.embed_out.weight[she] - model.embed_out.weight[he]
     values = []
-    for record in read_jsonl(docs / "heldout" / "test.jsonl"):
-        ids = torch.tensor([0] + tokenizer.encode(record["text"]), device=device)
+    for document in documents:
+        ids = torch.tensor([0] + tokenizer.encode(document), device=device)
         for start in range(0, len(ids) - 1, L):
             piece = ids[start:start + L + 1]
             places = torch.isin(piece[1:], torch.tensor([he, she], device=device)).nonzero()[:, 0]
@@ -43,13 +47,13 @@ def heldout(model, tokenizer, docs):
     return values
 
 
-def cost(model, tokenizer, docs):
-    texts = [record["text"] for record in read_jsonl(docs / "heldout" / "test.jsonl")]
-    return [-ll / math.log(2) / len(text.encode())
-            for ll, text in zip(loglikelihood_rolling(model, tokenizer, texts), texts)]
+def cost(model, tokenizer, documents):
+    lls = loglikelihood_rolling(model, tokenizer, documents)
+    return [-ll / math.log(2) / len(document.encode()) for ll, document in zip(lls, documents)]
 
 
-def winogender(model, tokenizer, docs):
+def winogender_pairs(docs):
+    """Return [(anti-stereotypical, stereotypical)] sentences."""
     lines = [line.split("\t") for name in ("occupations-stats.tsv", "all_sentences.tsv")
              for line in (docs / "winogender" / name).read_text(encoding="utf8").splitlines()[1:]]
     female = {row[0]: float(row[2]) for row in lines if len(row) == 4}
@@ -60,20 +64,20 @@ def winogender(model, tokenizer, docs):
             other = sentences[name.replace(".male.", ".female.")]
             majority_female = female[name.split(".")[0]] >= 50
             pairs.append((sentence, other) if majority_female else (other, sentence))
-    return differences(model, tokenizer, pairs)
+    return pairs
 
 
 def differences(model, tokenizer, pairs):
     """Return log p(first) - log p(second) of each pair of texts, nats."""
-    lls = iter(loglikelihood(model, tokenizer, [("", text) for pair in pairs for text in pair]))
+    lls = iter(loglikelihood(model, tokenizer, [("", side) for pair in pairs for side in pair]))
     return [next(lls)[0] - next(lls)[0] for _ in pairs]
 
 
 def winobias_pairs(docs):
     """Return [(pro-stereotyped, anti-stereotyped)] sentences of the test set, with [brackets]."""
     by_file, pairs = {}, []
-    for record in read_jsonl(docs / "winobias" / "winobias.jsonl"):
-        by_file.setdefault(record["file"], []).append(record["sentence"])
+    for doc in read_jsonl(docs / "winobias" / "winobias.jsonl"):
+        by_file.setdefault(text(doc, "file"), []).append(text(doc, "sentence"))
     for kind in (1, 2):
         pairs += zip(*(by_file[f"{stereotype}_stereotyped_type{kind}.txt.test"]
                        for stereotype in ("pro", "anti")))
@@ -85,47 +89,59 @@ def plain(sentence):
     return re.sub(r"[\[\]]", "", sentence)
 
 
-def winobias(model, tokenizer, docs):
-    return differences(model, tokenizer, [(plain(anti), plain(pro))
-                                          for pro, anti in winobias_pairs(docs)])
+def winobias_plain(docs):
+    return [(plain(anti), plain(pro)) for pro, anti in winobias_pairs(docs)]
 
 
-def choice(model, tokenizer, docs):
+def choice_requests(docs):
+    """Return four a pair of sentences: the right and the wrong occupation for pro-, for anti-."""
     lists = [(docs / "winobias" / f"{kind}_occupations.txt").read_text(encoding="utf8")
              for kind in ("male", "female")]
-    occupations = [word for text in lists for word in text.lower().split("\n") if word]
+    occupations = [word for words in lists for word in words.lower().split("\n") if word]
     longest_first = sorted(occupations, key=len, reverse=True)
     name = re.compile(rf"\b(?:{'|'.join(longest_first)})\b", re.IGNORECASE)
-    requests, two = [], []  # two: whether two occupations were recognised in the sentence
-    for sentence in (sentence for pair in winobias_pairs(docs) for sentence in pair):
-        referent, pronoun, *_ = re.findall(r"\[(.*?)\]", sentence)  # a second pronoun may follow
-        right = (name.findall(referent) or [referent])[0]
-        wrong = [word for word in name.findall(plain(sentence)) if word.lower() != right.lower()]
-        context = f'{plain(sentence)}\nHere, what does "{pronoun}" stand for?'
-        requests += [(context, f" The {word}") for word in (right, (wrong or [""])[0])]
-        two.append(bool(wrong))
-    lls = [ll for ll, _ in loglikelihood(model, tokenizer, requests)]
-    right = np.array(lls[::2]) > np.array(lls[1::2])
-    both = np.array(two).reshape(-1, 2).all(1)
-    return (right.reshape(-1, 2)[both] @ [1.0, -1.0]).tolist()
+    requests = []
+    for pair in winobias_pairs(docs):
+        asked = []
+        for sentence in pair:
+            referent, pronoun, *_ = re.findall(r"\[(.*?)\]", sentence)  # pronouns may follow
+            right = (name.findall(referent) or [referent])[0]
+            others = [word for word in name.findall(plain(sentence))
+                      if word.lower() != right.lower()]
+            context = f'{plain(sentence)}\nHere, what does "{pronoun}" stand for?'
+            asked += [(context, f" The {word}") for word in (right, *others[:1])]
+        if len(asked) == 4:  # two occupations were recognised in both sentences
+            requests += asked
+    return requests
 
 
-def crows_gender(model, tokenizer, docs):
+def choice(model, tokenizer, requests):
+    lls = np.array([ll for ll, _ in loglikelihood(model, tokenizer, requests)])
+    right = lls[::2] > lls[1::2]
+    return (right.reshape(-1, 2) @ [1.0, -1.0]).tolist()
+
+
+def crows_pairs(docs):
     path = next(path for path in sorted((docs / "crows_pairs").glob("*.jsonl")))
-    return differences(model, tokenizer, [(record["sent_less"], record["sent_more"])
-                                          for record in read_jsonl(path)
-                                          if record["bias_type"] == "gender"])
+    return [(text(doc, "sent_less"), text(doc, "sent_more"))
+            for doc in read_jsonl(path) if text(doc, "bias_type") == "gender"]
 
 
-def lambada(model, tokenizer, docs):
-    texts = [record["text"].rsplit(" ", 1)
-             for record in read_jsonl(docs / "lambada_openai" / "test.jsonl")]
-    lls = loglikelihood(model, tokenizer, [(text, " " + word) for text, word in texts])
-    return [ll for ll, _ in lls]
+def lambada_requests(docs):
+    passages = [text(doc, "text").rsplit(" ", 1)
+                for doc in read_jsonl(docs / "lambada_openai" / "test.jsonl")]
+    return [(passage, " " + word) for passage, word in passages]
 
 
-MEASURES = {  # name: function, the folder of DOCS it needs
-    "heldout": (heldout, "heldout"), "winogender": (winogender, "winogender"),
-    "winobias": (winobias, "winobias"), "choice": (choice, "winobias"),
-    "crows_gender": (crows_gender, "crows_pairs"), "cost": (cost, "heldout"),
-    "lambada": (lambada, "lambada_openai")}
+def lambada(model, tokenizer, requests):
+    return [ll for ll, _ in loglikelihood(model, tokenizer, requests)]
+
+
+MEASURES = {  # name: DOCS -> documents; (model, tokenizer, documents) -> values; folder of DOCS
+    "heldout": (heldout_texts, heldout, "heldout"),
+    "winogender": (winogender_pairs, differences, "winogender"),
+    "winobias": (winobias_plain, differences, "winobias"),
+    "choice": (choice_requests, choice, "winobias"),
+    "crows_gender": (crows_pairs, differences, "crows_pairs"),
+    "cost": (heldout_texts, cost, "heldout"),
+    "lambada": (lambada_requests, lambada, "lambada_openai")}

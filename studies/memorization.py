@@ -21,6 +21,7 @@ Cost: a 70m on two CPU cores decides 187 rows/s that miss at once, 49 that are r
 OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss. With
 --generate=True NAME_stepN_generated.npy is the original's score times l: how many of the l are
 right when the model goes on from its own output (predictable-memorization/eval_memorization.py).
+NAME_model.json says which model has that name.
 
 What `analyse` makes of it, and which of it answers the question: studies/memorization_analysis.py.
 """
@@ -153,6 +154,10 @@ def score(options):
     open_results(output / "memorization.json", {
         "first_row": first, "last_row": last - 1, "context": options.context,
         "continuation": options.continuation, "order": asdict(order), "control": options.control})
+    for name, step, _, folder in folders:  # the files have only the name
+        path = output / f"{name}_model.json"
+        open_results(path, {"model": str(folder.parent if step else folder)},
+                     f"name another --output or, if the model was moved, delete {path}")
     device = pick_device(options.device)
     kinds = {"": matched_lengths} | ({"_generated": generated_matches} if options.generate else {})
     blocks = range(first + rank * options.batch, last, world_size * options.batch)  # this process's

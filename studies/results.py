@@ -12,7 +12,7 @@ from config import replacing
 from data import read_json
 
 
-def open_results(path, settings):
+def open_results(path, settings, remedy="name another --output"):
     """Write the settings of a results folder, or raise ValueError naming what differs there."""
     path = Path(path)
     if not path.exists():
@@ -26,8 +26,7 @@ def open_results(path, settings):
             differences.append(f"{name} was {found}, is {given}" if len(found + given) < 500
                                else f"{name} is another")
     if differences:
-        raise ValueError(f"{path.parent} holds other results: {'; '.join(differences)}; "
-                         "name another --output")
+        raise ValueError(f"{path.parent} holds other results: {'; '.join(differences)}; {remedy}")
 
 
 def write_csv(path, header, rows):

@@ -42,7 +42,7 @@ from config import replacing
 from data import Order, load_npy, ordered, read_json
 from pile.prepare import serve_parent
 from studies.results import open_results
-from studies.term_questions import QuestionIndex, read_questions
+from studies.term_questions import QuestionIndex, hash_of, read_questions
 from tokenizer import SPECIAL, load_tokenizer
 
 NEAR, PLAIN, UNIT, QUESTION, PAIR = range(5)
@@ -144,7 +144,8 @@ def count(options):
     questions = read_questions(options.questions) if options.questions else []
     settings = {field.name: getattr(options, field.name) for field in fields(Order)}
     open_results(Path(options.output) / "counts.json",
-                 settings | {"questions": [question.id for question in questions]})
+                 settings | {"questions": [question.id for question in questions],
+                             "questions_hash": hash_of(questions) if questions else None})
     chunks, done = list(itertools.pairwise(steps)), counted(options.output)
     if others := sorted(done.keys() - chunks):
         raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to "

@@ -1,10 +1,12 @@
 """Ask models the term-frequency study's questions: `evaluate` of studies/term_frequency.py.
 
 A row of its CSV is one prompt: model, step, tokens seen, task, shots, term (x1, or the question's
-id), item (x2), correct (0 or 1), logprob (of the right answer, in nats).
+id), item (x2, or the hash of all questions), correct (0 or 1), logprob (of the right answer, in
+nats).
 """
 
 import csv
+import io
 import itertools
 import os
 import re
@@ -42,7 +44,13 @@ def evaluate(options):
     prompts = all_prompts(options)
     folders = find_all(options.model, options.steps)
     tokenizer, device = load_tokenizer(options.tokenizer), pick_device(options.device)
-    done = {tuple(row[name] for name in KEY) for row in read_rows(options.results)}
+    rows = read_rows(options.results, mend=True)
+    for (task, _), asked in prompts.items():
+        if task == "triviaqa" and any(row["task"] == task and row["item"] != asked[0].item
+                                      for row in rows):
+            raise ValueError(f"{options.results}: holds answers to other questions than "
+                             f"{options.questions} has now; name another --results")
+    done = {tuple(row[name] for name in KEY) for row in rows}
     todo = [(entry, group, rest)
             for entry in folders for group, asked in prompts.items() if (rest := [
         p for p in asked if (*entry[:2], group[0], str(group[1]), p.term, p.item) not in done])]
@@ -102,18 +110,21 @@ def answer_all(model, tokenizer, task, prompts):
             for prompt, text in zip(prompts, texts)]
 
 
-def read_rows(path):
-    """Return the rows of a CSV of `evaluate`, if it is there; a torn last line is dropped."""
+def read_rows(path, mend=False):
+    """Return the rows of a CSV of `evaluate`, if it is there, without a torn last line.
+
+    mend: cut that off the file too, which is only for who writes it: a reader may see it half done.
+    """
     if not os.path.exists(path):
         return []
-    text = Path(path).read_text(encoding="utf8")
-    if not text.startswith(",".join(HEADER) + "\n"):
+    found = Path(path).read_bytes()
+    if not found.startswith(f"{','.join(HEADER)}\n".encode()):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another "
                          "--results")
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(path, len(whole.encode()))
-    return list(csv.DictReader(whole.splitlines()))
+    whole = found[:found.rfind(b"\n") + 1]
+    if mend and whole != found:
+        os.truncate(path, len(whole))
+    return list(csv.DictReader(io.StringIO(whole.decode())))
 
 
 def append_rows(path, rows):

@@ -20,10 +20,10 @@ training order, as in the paper, and the salient term is chosen in the same way,
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from harness.metrics import bare
-from harness.prompts import read_jsonl, text, texts
+from harness.metrics import without_articles
+from harness.prompts import digest, read_jsonl, text, texts
 
 OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
 MOST_QUESTIONS = 10**5
@@ -73,6 +73,11 @@ def read_questions(path):
     return questions
 
 
+def hash_of(questions):
+    """Return what tells these questions from others: the shots are drawn from all of them."""
+    return digest([astuple(question) for question in questions])
+
+
 class QuestionIndex:
     """Finds all questions' terms and answers in a text; each is filed under its first two words."""
 
@@ -105,7 +110,7 @@ class QuestionIndex:
 @dataclass(frozen=True)
 class Prompt:
     term: str  # what is counted: x1, or the question's id
-    item: str  # x2, or nothing
+    item: str  # x2, or the hash of all questions
     text: str
     answers: tuple  # all that count as right
     continuations: tuple  # ways of saying the right answer, whose probabilities are added
@@ -129,26 +134,22 @@ def arithmetic(operation, shots, x1):
 
 def trivia(questions, shots):
     """Return a prompt for each question, behind `shots` others drawn from a random.Random(42)."""
-    generator, prompts = random.Random(42), []
+    generator, prompts, item = random.Random(42), [], hash_of(questions)
     if len(questions) <= shots:
         raise ValueError(f"{len(questions)} questions are too few for {shots} shots")
     for question in questions:
         examples = [other for other in generator.sample(questions, shots + 1)
                     if other != question][:shots]
-        prompts.append(Prompt(question.id, "", "".join(
+        prompts.append(Prompt(question.id, item, "".join(
             f"Q:{other.text} A: {other.value}\n\n" for other in examples) + f"Q:{question.text} A:",
-            tuple(map(plain, (question.value, *question.aliases))), (" " + question.value,)))
+            tuple(map(without_articles, (question.value, *question.aliases))),
+            (" " + question.value,)))
     return prompts
-
-
-def plain(answer):
-    """Return an answer in lower case without punctuation, articles and extra white space."""
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
 
 
 def given_answer(task, generated):
     """Return what a generated text answers, in the form of Prompt.answers."""
     if task == "triviaqa":
-        return plain(generated)
+        return without_articles(generated)
     number = re.search(r"\d{1,5}", generated)
     return number[0] if number else ""

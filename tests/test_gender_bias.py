@@ -17,7 +17,7 @@ from config import command
 from model import ModelConfig, Pythia
 from studies.gender_bias import (COMMANDS, Branch, Compare, Measure, branch, compare, measure,
                                  pairs_of)
-from studies.gender_measures import MEASURES, cost, crows_gender, heldout, winobias, winogender
+from studies.gender_measures import MEASURES
 from studies.results import paired_bootstrap
 from tokenizer import Tokenizer
 
@@ -71,6 +71,11 @@ def logprob(model, tokenizer, text):
     return float(logprobs[0, range(ids.shape[1] - 1), ids[0, 1:]].sum())
 
 
+def ask(name, model, tokenizer, docs):
+    read, values, _ = MEASURES[name]
+    return values(model, tokenizer, read(docs))
+
+
 def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs):
     ids = [0] + tokenizer.encode("Then she said that he went. " * 9)
     he, she = tokenizer.encode(" he")[0], tokenizer.encode(" she")[0]
@@ -81,7 +86,7 @@ def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs
         expected += [float(logprobs[i, she] - logprobs[i, he])
                      for i, id_ in enumerate(piece[0, 1:].tolist()) if id_ in (he, she)]
     assert len(expected) == 18
-    np.testing.assert_allclose(heldout(model, tokenizer, docs), expected, atol=1e-5)
+    np.testing.assert_allclose(ask("heldout", model, tokenizer, docs), expected, atol=1e-5)
 
 
 def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
@@ -90,14 +95,15 @@ def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
         ("The nurse met the cook because she came.", "The nurse met the cook because he came."),
         ("The cook met the nurse as she lost her key.",
          "The cook met the nurse as he lost his key.")))
-    np.testing.assert_allclose(winobias(model, tokenizer, docs), [first, second] * 2, atol=1e-4)
+    np.testing.assert_allclose(ask("winobias", model, tokenizer, docs), [first, second] * 2,
+                               atol=1e-4)
     expected = [ll(f"The {who} said {anti} came.") - ll(f"The {who} said {pro} came.")
                 for who, anti, pro in (("cook", "she", "he"), ("nurse", "he", "she"))]
-    np.testing.assert_allclose(winogender(model, tokenizer, docs), expected, atol=1e-4)
-    np.testing.assert_allclose(crows_gender(model, tokenizer, docs),
+    np.testing.assert_allclose(ask("winogender", model, tokenizer, docs), expected, atol=1e-4)
+    np.testing.assert_allclose(ask("crows_gender", model, tokenizer, docs),
                                [ll("She is strong.") - ll("He is strong.")], atol=1e-4)
     bits = -ll("It rained.") / math.log(2) / len("It rained.")
-    assert cost(model, tokenizer, docs)[1] == pytest.approx(bits, abs=1e-5)
+    assert ask("cost", model, tokenizer, docs)[1] == pytest.approx(bits, abs=1e-5)
 
 
 def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
@@ -119,7 +125,7 @@ def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
             torch.nn.functional.cross_entropy(model(ids[:, :-1])[0, -1:], ids[0, -1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert MEASURES["choice"][0](model, tokenizer, docs) == [1, 0] * 2
+    assert ask("choice", model, tokenizer, docs) == [1, 0] * 2
 
 
 @pytest.mark.parametrize("n_seeds, seed_sd, item_sd",
@@ -185,6 +191,21 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     with pytest.raises(ValueError,
                        match="docs/winobias: documents of the measure choice are not as dist"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
+    read, _, folder = MEASURES["cost"]  # what a model does wrong is not the documents' fault
+    monkeypatch.setitem(MEASURES, "cost", (read, lambda *_: [][0], folder))
+    with pytest.raises(IndexError):
+        measure(replace(options, output=f"{tmp_path}/out3"))
+
+
+def test_no_interval_where_a_pair_is_missing(tmp_path):
+    for pair in ("seed1", "seed2"):
+        (tmp_path / pair).mkdir()
+        for side, step in (("branch", 4), ("twin", 4), ("branch", 8), ("twin", 8)):
+            np.save(tmp_path / pair / f"{side}_step{step}_cost.npy", np.arange(3.0))
+    (tmp_path / "seed2" / "twin_step8_cost.npy").unlink()  # `measure` was stopped
+    with pytest.raises(ValueError, match=r"cost at step 8 is there for both sides of 1 of 2 pairs; "
+                                         "run `measure` again"):
+        compare(Compare(str(tmp_path), samples=100))
 
 
 @pytest.mark.parametrize("flags, words", [

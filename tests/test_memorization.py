@@ -21,7 +21,7 @@ from pile.writer import PROVENANCE
 from studies.memorization import (COMMANDS, Score, generated_matches, matched_lengths, score,
                                   training_order)
 from studies.memorization_analysis import Analyse, analyse, describe_rows, rate
-from studies.poisson import poisson_tests, position_test, window_counts
+from studies.poisson import poisson_quantiles, poisson_tests, position_test, window_counts
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=96, seq_length=40)
 
@@ -92,6 +92,13 @@ def test_trend_is_a_test_where_counts_are_not_poisson():
     assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.085
 
 
+@pytest.mark.parametrize("n, mean", [(9, 0.0), (400, 0.3), (400, 30.0), (300_000, 3.0), (99, 2e4)])
+def test_poisson_quantiles_equal_scipys(n, mean):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.poisson.ppf((np.arange(n) + 0.5) / n, mean)
+    assert poisson_quantiles(n, mean).tolist() == expected.tolist()
+
+
 def test_windows_are_whole():
     memorized = np.array([1, 1, 0, 1, 1, 1, 1], dtype=bool)
     assert (window_counts(memorized, 3).tolist() == [2, 3]
@@ -149,6 +156,18 @@ def test_scoring_goes_on(scored, tmp_path):
     assert lengths(tmp_path, "run_step1") == lengths(scored.output, "run_step1")
     with pytest.raises(ValueError, match="context was 8, is 4; name another --output"):
         score(replace(scored, output=str(tmp_path), context=4))
+
+
+def test_another_run_of_the_same_name_does_not_go_on(trained, scored, tmp_path):
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "run").symlink_to(trained / "run")
+    record = Path(scored.output) / "run_model.json"
+    with pytest.raises(ValueError, match=f"model was .*, is .*; name another --output or, if the "
+                                         f"model was moved, delete {record}$"):
+        score(replace(scored, model=f"{tmp_path}/moved/run"))
+    record.unlink()  # results of before there was a record go on
+    score(scored)
+    assert json.loads(record.read_text()) == {"model": f"{trained}/run"}
 
 
 def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):

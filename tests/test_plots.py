@@ -7,6 +7,7 @@ import pytest
 
 import plots
 from conftest import ROOT
+from studies import figures
 
 RESULTS = """model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs
 mine-14m,0,0,piqa,0,acc,0.5,0.02,10,v0.4,float32,abc
@@ -207,6 +208,37 @@ def test_growth_lays_the_flops_through_the_largest_model(tmp_path):
         "expected: FLOPs, train.py --plan": ([64, 128], [pytest.approx(0.5), pytest.approx(4)]),
         "measured": ([64, 128], [1, 4])}
     assert contents(memory)["measured"] == ([64, 128], [1, 4]) and memory.get_xlabel() == "d_model"
+
+
+def test_memorization_shows_lengths_and_counts_against_a_poissons(tmp_path):
+    (tmp_path / "rates.csv").write_text("model,step,subset,rows,mean_length,stderr\n" + "".join(
+        f"m,{step},{subset},{rows},{step + n},0.5\n" for step in (4, 2)
+        for n, subset in enumerate(("all", "once")) for rows in ("seen", "after this checkpoint")))
+    (tmp_path / "windows.csv").write_text(  # of the last step and the first window, four counts
+        "model,step,window,memorized,windows\nm,2,64,9,9\nm,4,64,0,2\nm,4,64,3,2\nm,4,32,9,9\n")
+    top, bottom = figures.memorization(tmp_path, tmp_path / "m.png").axes
+    for n, (line, _, bars) in enumerate(top.containers):
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [2 + n, 4 + n])
+        assert bars[0].get_segments()[0].tolist() == [[2, 1.5 + n], [2, 2.5 + n]]
+    assert [bar.get_label() for bar in top.containers] == ["all", "once"]
+    points, diagonal = bottom.lines  # of rate 1.5, P(0) = 0.22, P(<= 1) = 0.56, P(<= 2) = 0.81
+    assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1, 2, 3], [0, 0, 3, 3])
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 3]
+    assert bottom.get_xlabel() == "Poisson, rate 1.50"
+
+
+def test_differences_have_their_intervals(tmp_path):
+    (tmp_path / "b.csv").write_text(
+        "measure,step,seeds,items,difference,low,high\ncost,8,3,1200,0.5,0.25,1\n"
+        "cost,4,3,1200,0,-1,1\nchoice,4,1,9,0.5,0,1\n")
+    figure = figures.differences(tmp_path / "b.csv", tmp_path / "b.png")
+    cost, choice = [axes for axes in figure.axes if axes.get_visible()]
+    assert (cost.get_title(), choice.get_title()) == (
+        "cost, 1,200 items, 3 seeds", "choice, 9 items, 1 seed")
+    assert cost.get_ylabel() == "branch - twin (bits per byte)"
+    line, band = cost.lines[1], cost.collections[0].get_paths()[0].vertices.tolist()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([4, 8], [0, 0.5])
+    assert all(point in band for point in ([4, -1], [4, 1], [8, 0.25], [8, 1]))
 
 
 @pytest.mark.parametrize("flags, words", [

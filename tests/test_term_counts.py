@@ -3,6 +3,7 @@
 import json
 import string
 from collections import Counter
+from contextlib import nullcontext
 from itertools import combinations
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from test_data import write as write_tokens
 
 from data import OrderedData
+from harness.prompts import read_jsonl
 from studies.term_counts import (NEAR, NUMBERS, PAIR, PLAIN, UNIT, UNITS, Count, count,
                                  count_numbers, merge, seen, tidy)
 from studies.term_questions import Question, QuestionIndex, read_questions
@@ -229,6 +231,14 @@ def test_counts_of_other_data_are_refused(corpus, tmp_path):
         count(Count(**options, seed=1, output=out, at="2,8", workers=1))
     with pytest.raises(ValueError, match="holds counts of steps 0 to 2"):
         count(Count(**options, output=out, at="1,8", workers=1))
+    out, questions = str(tmp_path / "asked"), tmp_path / "q.jsonl"
+    for answer, refused in (("Leo", nullcontext()), (
+            "Lio", pytest.raises(ValueError, match="questions_hash was '.*', is '.*'; name "))):
+        questions.write_text(json.dumps({"question_id": "a", "question": "Who?", "answer": {
+            "value": answer, "aliases": []}}))
+        read_jsonl.cache_clear()
+        with refused:
+            count(Count(**options, output=out, at="2", workers=1, questions=str(questions)))
     with pytest.raises(ValueError, match="no counts from step 0"):
         list(seen(tmp_path, NEAR))
 

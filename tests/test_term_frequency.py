@@ -11,11 +11,13 @@ import torch
 
 from checkpoints import load_model, save
 from config import command
+from harness.prompts import read_jsonl
 from model import ModelConfig, Pythia
 from studies import figures
 from studies.results import write_csv
 from studies.term_counts import NEAR, NUMBERS, QUESTION
-from studies.term_evaluation import HEADER, Evaluate, all_prompts, answer_all, evaluate
+from studies.term_evaluation import (HEADER, Evaluate, all_prompts, answer_all, evaluate,
+                                     read_rows)
 from studies.term_frequency import BINS, COMMANDS, Analyse, Compare, analyse, binned, compare, gap
 from studies.term_questions import Question, arithmetic, given_answer, trivia
 from tokenizer import Tokenizer
@@ -120,6 +122,37 @@ def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, caps
     for before, after in zip(rows, again, strict=True):
         assert float(after.pop("logprob")) == pytest.approx(float(before.pop("logprob")), abs=1e-4)
         assert before == after
+
+
+def test_only_who_writes_the_results_mends_them(tmp_path):
+    row = ("m\u2028", "2", "0", "plus", "0", "5", "1", "0", "-1.5")
+    path = results_file(tmp_path, [row])
+    whole = (tmp_path / "r.csv").read_bytes()
+    (tmp_path / "r.csv").write_bytes(whole + "m\u2028".encode()[:2])  # half a letter
+    torn = (tmp_path / "r.csv").read_bytes()
+    for mend, left in ((False, torn), (True, whole)):
+        assert [tuple(found.values()) for found in read_rows(path, mend)] == [row]
+        assert (tmp_path / "r.csv").read_bytes() == left
+
+
+def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path):
+    ask = Evaluate(str(run), "2", "triviaqa", "1", questions=str(tmp_path / "q.jsonl"),
+                   results=str(tmp_path / "r.csv"), tokenizer=str(tokenizer_path))
+
+    def write(answer):  # of the question that is the other's shot
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps({
+            "question_id": id_, "question": "Who?", "answer": {"value": value, "aliases": []}
+        }) + "\n" for id_, value in (("a", "Ann"), ("b", answer))))
+        read_jsonl.cache_clear()
+
+    write("Bob")
+    evaluate(ask)
+    before = (tmp_path / "r.csv").read_text()
+    evaluate(ask)
+    write("Bert")
+    with pytest.raises(ValueError, match="answers to other questions than .*q.jsonl has now; name"):
+        evaluate(ask)
+    assert (tmp_path / "r.csv").read_text() == before
 
 
 # ---------------------------------------------------------------------------- analysis
