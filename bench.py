@@ -12,7 +12,9 @@
 train: a full optimizer step (forward, backward, clip, fused AdamW) of our model and of
     transformers' GPTNeoXForCausalLM, eager and compiled, float32 on the CPU. Each contender has a
     process of its own, so that peak memory is its own too, and they take turns, so that a noisy
-    machine is noisy to all.
+    machine is noisy to all. Ours keep freed memory, as train.py has them do; transformers runs as
+    one gets it. glibc gives all the same with
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 python bench.py train
 start: seconds from the command to the end of the first step, and reading a batch beside computing
     it.
 growth: time and memory of a step as width, depth, length and batch double, beside what is expected.

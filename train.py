@@ -24,6 +24,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -235,6 +236,8 @@ def train(model_config, config, intervention, launch, processes, interrupt):
             interrupt.exit()
     if first < start:
         rescale_moments(optimizer, updates)
+        # What the parent knew of its loss scale holds again; a published checkpoint knows nothing.
+        scaler.state |= checkpoints.read_training(Path(source), start).get("scaler", {})
 
     end, stop = min(config.steps, config.stop_at or config.steps), False
     batches = map(read, range(start, end))
@@ -290,7 +293,7 @@ def main(model_config, config, intervention, launch, options):
         # The first run's blocks lie in cycles of references (a wrapped forward refers to its
         # block): their weights could stay beside the twin's.
         gc.collect()
-        control = replace(config, out_dir=f"{config.out_dir}_twin", twin=False)
+        control = replace(config, out_dir=f"{config.out_dir.rstrip('/')}_twin", twin=False)
         train(model_config, control, InterventionConfig(), launch, processes, interrupt)
 
 

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.process import forked, peak_memory
-from checkpoints import hf_config
 from config import parse
 from data import OrderedData, samples_needed
 from model import ModelConfig, Pythia
@@ -21,6 +20,7 @@ from plots import read_csv
 from train import TrainConfig, make_optimizer
 from training.parallel import LaunchConfig, Processes, parallelize
 from training.plan import flops_per_token, matmul_flops, memory_per_process
+from weights.layout import hf_config
 
 CONTENDERS = ("ours", "ours compiled", "ours, plain loss", "transformers", "transformers compiled")
 
@@ -34,10 +34,15 @@ class Train:
     threads: int = 2
 
 
+def flags_of(options):
+    """Return train.py's arguments for a size at this benchmark's sequence length."""
+    return [f"configs/pythia_{options.size.replace('.', '_')}.py",
+            f"--seq_length={options.seq_length}"]
+
+
 def sized(options):
     """Return the ModelConfig and TrainConfig of a size at this benchmark's sequence length."""
-    return parse([f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf",
-                  f"--seq_length={options.seq_length}"], ModelConfig, TrainConfig, LaunchConfig)[:2]
+    return parse([*flags_of(options), "--gelu=erf"], ModelConfig, TrainConfig, LaunchConfig)[:2]
 
 
 def train(options):
@@ -51,8 +56,11 @@ def train(options):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE) for who in CONTENDERS}
 
     def step(who):
-        print("step", file=workers[who].stdin, flush=True)
-        seconds, memory = workers[who].stdout.readline().split()
+        try:
+            print("step", file=workers[who].stdin, flush=True)
+            seconds, memory = workers[who].stdout.readline().split()
+        except (BrokenPipeError, ValueError):
+            raise ValueError(f"{who}: its process ended, see above") from None
         return float(seconds), int(memory)
 
     for who in CONTENDERS:
@@ -125,8 +133,7 @@ class Start:
 
 def start(options):
     """Time the launch of a run up to its first step, and a batch's reading beside computing it."""
-    flags = [f"configs/pythia_{options.size}.py", f"--data={options.data}",
-             f"--seq_length={options.seq_length}", f"--batch_size={options.batch}",
+    flags = [*flags_of(options), f"--data={options.data}", f"--batch_size={options.batch}",
              f"--micro_batch_size={options.batch}", "--steps=100", "--stop_at=8",
              "--checkpoint_every=100", "--log_every=1"]
     for _ in range(options.rounds):

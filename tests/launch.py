@@ -59,12 +59,13 @@ class Launched:
             os.kill(self.pids[rank], number)
 
     def finish(self):
-        """Wait for all processes; return the first's exit code, and stdout and stderr of all."""
+        """Wait for all processes; return the first exit code but 0, stdout and stderr of all."""
         for pid in self.pids:
             if pid not in self.codes:
                 self.codes[pid] = ask(wait=pid, flags=0)
         out, error = (Path(file.name).read_text() for file in self.outputs)
-        return subprocess.CompletedProcess(None, self.codes[self.pids[0]], out, error)
+        code = next(filter(None, map(self.codes.get, self.pids)), 0)
+        return subprocess.CompletedProcess(None, code, out, error)
 
 
 @functools.cache

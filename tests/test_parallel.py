@@ -11,8 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import checkpoints
@@ -21,9 +24,10 @@ from config import parse
 from conftest import ROOT
 from launch import ENVIRONMENT, Launched
 from model import ModelConfig, Pythia
-from test_train import SCHEMAS, SHAPE, assert_same_bits, command, data, losses, train  # noqa: F401
+from test_train import (SCHEMAS, SHAPE, assert_same_bits, command, data, losses,  # noqa: F401
+                        run_here, train)
 from train import TrainConfig, main, make_optimizer
-from training.parallel import (LaunchConfig, communicate, forget_gradients, parallelize,
+from training.parallel import (LaunchConfig, communicate, fill, forget_gradients, parallelize,
                                rehearse)
 from training.plan import memory_per_process
 
@@ -71,8 +75,12 @@ def test_accumulation_takes_the_same_steps(data, tmp_path, single):
     assert_same_steps(single, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
 def test_compiled_blocks_take_the_same_steps(data, tmp_path, single):
-    train(data, tmp_path, **RUN, micro_batch_size=8, compile=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run_here(data, tmp_path, **RUN, micro_batch_size=8, compile=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     assert_same_steps(single, tmp_path)  # under the same names
 
 
@@ -88,6 +96,32 @@ def test_a_run_goes_on_with_other_processes_and_sharding(data, tmp_path, single,
     assert saved_steps(tmp_path) == [0, 1, 2, 4, 5]
     train(data, tmp_path, count_after, **RUN, micro_batch_size=4, sharding=sharding_after)
     assert_same_steps(single, tmp_path)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(data="nowhere"), "nowhere.idx: No such file"),
+    (dict(learning_rate=0.5), "learning_rate was 0.001, is 0.5")])
+def test_a_mistake_that_the_first_process_meets_is_one_line(data, single, changes, words):
+    done = train(data, single, 2, expect=2, **RUN | dict(micro_batch_size=4) | changes)
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_failing_process_is_noticed(tmp_path):
+    (tmp_path / "fail.py").write_text("import os; raise SystemExit(3 * int(os.environ['RANK']))")
+    assert Launched([tmp_path / "fail.py"], 2).finish().returncode == 3
+
+
+def test_processes_that_see_different_checkpoints_stop(data, tmp_path):
+    """A shared disk may list what is new to one node before the other."""
+    (tmp_path / "late.py").write_text(
+        "import os, runpy, checkpoints\n"
+        "checkpoints.saved_steps = lambda run, state: [2 - int(os.environ['RANK'])]\n"
+        "runpy.run_path('train.py', run_name='__main__')\n")
+    flags = command(data, tmp_path / "run", **RUN, micro_batch_size=4)[1:]
+    done = Launched([tmp_path / "late.py", *flags], 2).finish()
+    assert done.returncode == 2 and done.stderr.count("\n") == 2
+    for step in (1, 2):
+        assert f"step{step}: the processes see different newest checkpoints" in done.stderr
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -134,6 +168,15 @@ def test_ddp_accumulates_where_its_messages_lie(alone):
         model = Pythia(ModelConfig(**SHAPE))
     processes = SimpleNamespace(count=2, device=torch.device("cpu"))
     wrapped = parallelize(model, LaunchConfig(), torch.float32, processes)
+    sent, micro_batch = set(), None
+
+    def send(state, bucket):
+        sent.add(micro_batch)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, send)
     model.init_weights(0)
     optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1e-3))
     rehearse(wrapped, optimizer, lambda rows: wrapped(rows[:, :-1], rows[:, 1:]), 2, 8)
@@ -147,6 +190,36 @@ def test_ddp_accumulates_where_its_messages_lie(alone):
             forget_gradients(wrapped, optimizer)
             assert not any(p.grad.any() for p in model.parameters())
     assert all(some == places[0] for some in places)
+    assert sent == {None, 2, 5}  # the last of three, and the rehearsal
+
+
+class Sends(TorchDispatchMode):
+    """Counts how often gradients are sent."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "reduce_scatter" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_fsdp_sends_gradients_after_the_last_micro_batch_alone():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # sends nothing
+    try:
+        with torch.device("meta"):
+            model = Pythia(ModelConfig(**SHAPE))
+        processes = SimpleNamespace(count=2, device=torch.device("cpu"))
+        parallelize(model, LaunchConfig(sharding="fsdp"), torch.float32, processes)
+        model.init_weights(0, fill)
+        sent = []
+        for micro_batch in range(6):
+            communicate(model, last=micro_batch % 3 == 2)
+            with Sends() as sends:
+                model(*torch.zeros(2, 2, 8, dtype=torch.int64)).backward()
+            sent.append(sends.count)
+        assert sent == [0, 0, 3, 0, 0, 3]  # two blocks and the root
+    finally:
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------- signals during saves
@@ -264,7 +337,9 @@ def test_the_plan_says_what_does_not_fit(flags, words, capsys, monkeypatch):
         main(*arguments)
     except ValueError as error:
         assert "no micro-batch fits" in str(error) and "--gpus=256" not in flags
-    assert words in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert words in out
+    assert ("float32 takes many times as long" in out) == ("--dtype=float32" in flags)
 
 
 MEASURE = """

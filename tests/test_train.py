@@ -307,7 +307,7 @@ def test_replayed_batches_are_those_that_the_parent_saw(data, tmp_path, parent):
     # byte-level BPE: token 65 + i is the letter a + i, its own term
     term = next(i for i in range(65, 91) if any(i in batch for batch in tokens[2:6])
                 and i not in tokens[6] | tokens[7])
-    train(data, tmp_path / "child", branch_from=published(parent, 6, tmp_path), twin=True,
+    train(data, f"{tmp_path}/child/", branch_from=published(parent, 6, tmp_path), twin=True,
           intervention="term_drop", terms=chr(term + 32), warm_moments=4)
     child, twin = losses(tmp_path / "child"), losses(tmp_path / "child_twin")
     assert [row[0] for row in child] == list(range(6, 12)) and child[:2] == twin[:2]
@@ -406,12 +406,16 @@ def test_the_next_batch_is_read_before_the_host_waits(data, tmp_path, monkeypatc
     assert events[events.index(1) - 1:] == [0, 1, "wait", 2, "wait", 3, "wait", "wait"]
 
 
+def overflowing(enabled):
+    scaler = LossScaler(enabled)
+    scaler.state["scale"] = 2.0**26
+    return scaler
+
+
 def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch):
     """float16 on a CPU, which main would not choose, from a scale at which gradients overflow."""
     monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
-    scaler = LossScaler(enabled=True)
-    scaler.state["scale"] = 2.0**26
-    monkeypatch.setattr(train_module, "LossScaler", lambda enabled: scaler if enabled else None)
+    monkeypatch.setattr(train_module, "LossScaler", overflowing)
     run_here(data, tmp_path)
     rows = table(tmp_path / "metrics.csv")
     skipped = [not math.isfinite(float(row["grad_norm"])) for row in rows]
@@ -425,6 +429,18 @@ def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch
     weights = load_file(tmp_path / "step12/model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all()
                for tensor in weights.values())
+
+
+def test_a_branch_without_moments_keeps_rate_and_loss_scale(data, tmp_path, monkeypatch):
+    """--state_every took the parent's; its place in the schedule is in training.json."""
+    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "LossScaler", overflowing)
+        run_here(data, tmp_path / "run", state_every=12)
+    run_here(data, tmp_path / "child", branch_from=tmp_path / "run/step6", warm_moments=3)
+    ours, theirs = ((tmp_path / name / "step12/training.json").read_text()
+                    for name in ("child", "run"))
+    assert ours == theirs and json.loads(ours)["updates"] < 10
 
 
 def test_endless_overflow_stops_with_advice(data, tmp_path, monkeypatch):

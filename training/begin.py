@@ -24,18 +24,27 @@ def claim(model_config, config, intervention, launch, processes):
                  micro_batch_size=launch.micro_batch_size)
     vocab_size, heldout = model_config.vocab_size, []
     order = data = open_data(model_config, config, processes, config.data, config.steps)
-    read_batch(order, 0, vocab_size, share)
+    processes.together(lambda: read_batch(order, 0, vocab_size, share))
     if config.heldout:
         others = open_data(model_config, config, processes, config.heldout, config.heldout_batches)
-        for i in range(config.heldout_batches):
-            heldout.extend(read_batch(others, i, vocab_size, share))
-    source, start = find_start(config)
-    if processes.rank == 0:
+        heldout = processes.together(lambda: [
+            rows for i in range(config.heldout_batches)
+            for rows in read_batch(others, i, vocab_size, share)])
+
+    def claim_alone():
+        find_start(config)  # a mistake in --branch_from leaves no folder
         load_tokenizer(config.tokenizer)
         claim_folder(model_config, config, intervention, launch, order, processes)
+
+    processes.together(claim_alone, first_alone=True)
+    # Behind the lock, when no other launch can save any more.
+    source, start = processes.together(lambda: find_start(config))
+    position = torch.tensor(float(start if source else -1))
+    if processes.any(position != processes.mean(position)):
+        raise ValueError(f"{source or config.out_dir}: the processes see different newest "
+                         "checkpoints; launch again once every node sees the same disk")
     if intervention.intervention:
         data = IntervenedData(order, load_tokenizer(config.tokenizer), intervention)
-    processes.barrier()
 
     def read(step):
         rows = data if step >= start else order  # what is replayed comes as the parent saw it
@@ -48,15 +57,14 @@ def open_data(model_config, config, processes, prefix, steps):
     """Return `steps` batches in order; the first process builds it, the others find it built."""
     def build():
         num_samples = samples_needed(steps, config.batch_size)
-        return OrderedData(prefix, model_config.seq_length, num_samples, config.seed)
+        data = OrderedData(prefix, model_config.seq_length, num_samples, config.seed)
+        if len(data) < steps * config.batch_size:
+            raise ValueError(f"{prefix} holds {len(data):,} rows of {model_config.seq_length + 1} "
+                             f"tokens, {steps:,} steps need {steps * config.batch_size:,}")
+        return data
 
-    data = build() if processes.rank == 0 else None
-    processes.barrier()
-    data = data or build()
-    if len(data) < steps * config.batch_size:
-        raise ValueError(f"{prefix} holds {len(data):,} rows of {model_config.seq_length + 1} "
-                         f"tokens, {steps:,} steps need {steps * config.batch_size:,}")
-    return data
+    data = processes.together(build, first_alone=True)
+    return processes.together(lambda: data or build())
 
 
 def read_batch(data, step, vocab_size, share):
@@ -93,7 +101,8 @@ def go_on(source, start, model, optimizer, scaler, config):
 
     Return the first step to take and how many updates there were. Where a checkpoint holds weights
     alone, the first step lies before `start`: the batches before it are replayed at rate 0, which
-    moves nothing but Adam's moments.
+    moves nothing but Adam's moments. What training.json knows, loss scale and number of updates,
+    holds then too; a published checkpoint has none.
     """
     if source is None:
         model.init_weights(config.seed, fill)
@@ -101,12 +110,14 @@ def go_on(source, start, model, optimizer, scaler, config):
     if training := checkpoints.load_training(Path(source).parent, start, model, optimizer):
         scaler.state = training["scaler"]
         return start, training["updates"]
+    training = checkpoints.read_training(Path(source), start)
+    scaler.state, updates = training.get("scaler", scaler.state), training.get("updates", start)
     first = start - config.warm_moments
     if start > 0 and not 0 <= first < start:
         raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: "
                          "--warm_moments=K rebuilds Adam's moments from the K batches before it, "
                          f"K from 1 to {start}")
-    return max(first, 0), start
+    return max(first, 0), updates
 
 
 def rescale_moments(optimizer, updates):

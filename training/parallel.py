@@ -79,9 +79,20 @@ class Processes:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def barrier(self):
-        if self.count > 1:
-            dist.all_reduce(torch.zeros(()))  # gloo's: nccl's barrier would hold up the GPU
+    def together(self, act, first_alone=False):
+        """Return act(), once every process has done it, or the first for all (None elsewhere).
+
+        A mistake in one of them ends all, and is told by those alone that met it.
+        """
+        result = problem = None
+        try:
+            if self.rank == 0 or not first_alone:
+                result = act()
+        except Exception as error:
+            problem = error
+        if self.any(problem is not None):
+            raise problem or SystemExit(2)
+        return result
 
 
 class Interrupt:

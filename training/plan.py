@@ -118,11 +118,12 @@ def plan(config, training, launch, options, n_checkpoints, command):
     parameters = config.n_layers * block + embeddings
     flops = flops_per_token(config) * tokens
     seconds = flops / (GPU_PEAKS[options.gpu] * options.mfu * options.gpus)
+    slower = "; float32 takes many times as long" if training.dtype == "float32" else ""
     print(f"{parameters:,} parameters, {tokens:,} tokens a step, {steps:,} steps, "
           f"{tokens * steps:,} tokens")
     print(f"{flops:.3e} FLOPs a step, {flops * steps:.3e} in all: at {options.mfu:.0%} of "
-          f"{options.gpus} {options.gpu}'s {GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s (16 bits) "
-          f"{seconds:.2f} s a step, {seconds * steps / 86400:.1f} days")
+          f"{options.gpus} {options.gpu}'s {GPU_PEAKS[options.gpu] / 1e12:.0f} TFLOP/s "
+          f"(16 bits{slower}) {seconds:.2f} s a step, {seconds * steps / 86400:.1f} days")
     print(f"{n_checkpoints} checkpoints: "
           f"{n_checkpoints * 4 * parameters / 1e9:,.0f} GB of weights, "
           f"{n_checkpoints * 12 * parameters / 1e9:,.0f} GB with the optimizer's state; "
