@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.training import Train, sized
-from checkpoints import hf_config, save
+from checkpoints import save
 from eval import prepare
 from harness import scoring
 from model import Pythia
 from studies.memorization import matched_lengths
 from tokenizer import load_tokenizer
 from train import make_optimizer
+from weights.layout import hf_config
 
 
 @dataclass(frozen=True)

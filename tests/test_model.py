@@ -16,12 +16,12 @@ from hypothesis import given, settings, strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from benchmarks.process import forked
-from checkpoints import hf_config, hf_name
 from config import parse
 from conftest import ROOT
 from model import HeadLoss, ModelConfig, Pythia
-from training.parallel import LaunchConfig
 from train import TrainConfig
+from training.parallel import LaunchConfig
+from weights.layout import hf_config, hf_name
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
 SHAPES = {
