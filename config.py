@@ -10,9 +10,11 @@ settings, so `--help` simply prints their source. A user's mistake is one line a
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import runpy
+import stat
 import sys
 import types
 import typing
@@ -33,7 +35,12 @@ def fail(message, everywhere=True):
 
 @contextmanager
 def replacing(path):
-    """Open a file that takes the place of `path` only once it is complete and on the disk."""
+    """Open a file that takes the place of `path` only once it is complete and on the disk.
+
+    Raises ValueError if `path` is there and no regular file: a device or link would be replaced.
+    """
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise ValueError(f"{path}: not a regular file; name another")
     temporary = f"{path}.{os.getpid()}.tmp"
     os.makedirs(os.path.dirname(temporary) or ".", exist_ok=True)
     try:
@@ -42,6 +49,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # which says only that some disk is full
+            error.filename = path
+        raise
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -122,10 +133,15 @@ def _named(argv, names=None):
 def run(function, *arguments):
     """Call a script's main; what only the user can mend (ValueError, OSError) ends in one line."""
     try:
-        return function(*arguments)
+        result = function(*arguments)
+        sys.stdout.flush()
+        return result
+    except BrokenPipeError:  # `... | head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror
-             else str(error), everywhere=False)
+             else error.strerror or str(error), everywhere=False)
     except ValueError as error:
         fail(str(error), everywhere=False)
     except (OverflowError, MemoryError) as error:
@@ -148,7 +164,9 @@ def _file(path):
     try:
         settings = runpy.run_path(path)
     except Exception as error:  # whatever a config file does wrong, the user reads one line
-        fail(f"{path}: cannot read this config: {type(error).__name__}: {error}")
+        fail(f"{path}: no such file" if isinstance(error, FileNotFoundError) and not
+             os.path.exists(path) else
+             f"{path}: cannot read this config: {type(error).__name__}: {error}")
     return {name: value for name, value in settings.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
@@ -183,4 +201,5 @@ def _typed(where, name, value, allowed):
         if kind is int and type(value) is float and value.is_integer():
             return int(value)
     expected = " or ".join(kind.__name__ for kind in allowed)
-    fail(f"{where}: {name} = {value!r} is not {expected}")
+    fail(f"{where}: {name} = {value!r} is not {expected}"
+         + (": write True or False" if bool in allowed else ""))

@@ -1,10 +1,14 @@
 """pytest tests/test_config.py"""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
-from config import parse
+from config import parse, replacing, run
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def test_values_take_the_declared_type():
     (["--compile=false"], "compile = 'false' is not bool"),
     (["--seed=1.5"], "seed = 1.5 is not int or NoneType"),
     (["--steps", "3"], "found --steps, expected --name=value"),
-    (["nowhere.py"], "nowhere.py: cannot read this config"),
+    (["nowhere.py"], "nowhere.py: no such file"),
     (["--steps=3"], "missing: --name"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, words):
@@ -68,3 +72,34 @@ def test_help_prints_the_dataclasses_themselves(capsys):
         parse(["--help"], First, Second)
     assert stop.value.code == 0
     assert "steps: int = 10  # a comment that --help shows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_only_a_regular_file_is_replaced(tmp_path, kind):
+    path = tmp_path / "out.csv"
+    make = {"link": lambda: path.symlink_to("/dev/null"), "pipe": lambda: os.mkfifo(path),
+            "folder": path.mkdir}
+    make[kind]()
+    before = os.lstat(path)
+    with pytest.raises(ValueError, match="not a regular file"), replacing(path):
+        pass
+    assert os.lstat(path).st_ino == before.st_ino and os.listdir(tmp_path) == ["out.csv"]
+
+
+def test_a_full_disk_is_named(tmp_path, capsys):
+    def write():
+        with replacing(tmp_path / "out.csv"):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(SystemExit):
+        run(write)
+    assert capsys.readouterr().err == f"{tmp_path}/out.csv: No space left on device\n"
+    assert not os.listdir(tmp_path)
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "import config; config.run(lambda: [print('x' * 100) for _ in range(10**4)])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
