@@ -309,7 +309,8 @@ def read_training(folder, step):
         if type(training.get(name)) is not kind:
             raise ValueError(f"{path}: {name} is {repr(training.get(name))[:50]}, expected {words}")
     if training["step"] != step:
-        raise ValueError(f"{path}: is of step {training['step']}")
+        raise ValueError(f"{path}: is of step {training['step']}; was {folder.name} copied or "
+                         "renamed? Move it away")
     return training
 
 

@@ -121,12 +121,16 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
                           "expected float32, float16 or"),
                          (("export", "runs/x/step7", "b", "--shard_size=5XB"), "expected bytes"),
                          (("export", "runs/x/step7", "b", "--tokenizer=none.json"),
-                          "none.json: no such"),
+                          "none.json: no such tokenizer; `make tokenizer` gets it, --tokenizer="),
+                         (("export", "runs/x/step7", "b"), "20B_tokenizer.json: no such tokenizer"),
                          (("exprot",), "expected one of")):
         assert run_checkpoints(monkeypatch, *wrong) == 2, wrong
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and words in lines[0], wrong
     assert not (tmp_path / "b").exists()
+    assert run_checkpoints(monkeypatch, "export", "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("@dataclass(frozen=True)\nclass Export:") and "class Import" not in said
 
 
 # ---------------------------------------------------------------------------- known bad uploads

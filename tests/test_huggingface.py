@@ -263,12 +263,29 @@ def put(key, name, tensor):
     (lambda layers: [put((5, rank), "norm.bias", torch.ones(63).half())(layers) for rank in (0, 1)],
      r"final_layer_norm.bias is \(63,\), expected \(64,\)"),
     (lambda layers: [drop((layer, rank), "attention.rotary_emb.inv_freq")(layers)
-                     for layer in (2, 3) for rank in (0, 1)], "add --n_heads=N")])
+                     for layer in (2, 3) for rank in (0, 1)], "import them with --n_heads=N"),
+    (lambda layers: layers[2, 1]["input_layernorm.weight"].mul_(3),
+     "layer_02-model_01-model_states.pt: input_layernorm.weight is not that of layer_02-model_00"),
+    (lambda layers: layers[5, 1]["norm.bias"].add_(0.5), "norm.bias is not that of")])
 def test_neox_files_that_do_not_fit_are_named(tmp_path, edit, words):
     layers = neox_layers(weights(), 2)
     edit(layers)
     with pytest.raises(ValueError, match=words):
         open_any(neox(tmp_path / "global_step8", layers))
+
+
+def test_neox_norms_that_rounding_took_apart_are_no_mistake(tmp_path):
+    layers = neox_layers(weights(), 2)
+    layers[2, 1]["input_layernorm.weight"].mul_(1 + 2**-9)
+    open_any(neox(tmp_path / "global_step8", layers))
+
+
+def test_another_number_of_heads_than_the_checkpoint_says_is_refused(tmp_path):
+    for source in (published(tmp_path / "hf", weights()),
+                   neox(tmp_path / "global_step8", neox_layers(weights(), 1))):
+        open_any(source, n_heads=4)
+        with pytest.raises(ValueError, match="n_heads = 8, the checkpoint says 4"):
+            open_any(source, n_heads=8)
 
 
 def test_a_neox_file_of_another_name_is_named(tmp_path):

@@ -101,6 +101,13 @@ def test_an_archive_is_looked_through_as_pytorch_reads_it(tmp_path):
             open_pickle(archive(path, **options))
 
 
+def test_the_old_form_of_torch_save_is_named(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="torch.save: no directory at the end: cut off, or .* old "
+                                         r"form \(load and save it again with a newer torch"):
+        open_pickle(tmp_path / "x.bin")
+
+
 def test_a_directory_of_gigabytes_is_not_read(tmp_path):
     with open(tmp_path / "x.bin", "wb") as file:
         file.truncate(3 << 30)

@@ -7,7 +7,7 @@
 import csv
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +26,10 @@ class Diff:
 def diff(options):
     """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
     (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
-    if config_a != config_b:
-        print(f"config: {config_a} and {config_b}")
+    fields = asdict(config_a), asdict(config_b)
+    configs = [name for name in fields[0] if fields[0][name] != fields[1][name]]
+    for name in configs:
+        print(f"config: {name} is {fields[0][name]} and {fields[1][name]}")
     print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
     differing = sorted(a.keys() ^ b.keys())
     for name in differing:
@@ -52,8 +54,9 @@ def diff(options):
         tqdm.write(f"{line} {largest:10.3g} {total / max(1, math.prod(a[name].shape)):10.3g} "
                    + (f"{math.sqrt(square / norm):10.3g}" if norm else f"{'-':>10}"))
     print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
-          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else ""))
-    if differing or config_a != config_b:
+          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else "")
+          + (f"; configs differ: {', '.join(configs)}" if configs else ""))
+    if differing or configs:
         sys.exit(1)
 
 

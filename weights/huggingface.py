@@ -13,11 +13,12 @@ Source of the NeoX layout: gpt-neox v1.0 tools/convert_to_hf.py.
 """
 
 import math
+import os
 import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +57,8 @@ def open_any(source, gelu=None, n_heads=None):
         tensors = open_pickle(single) if single.exists() else open_shards(index, open_pickle)
         tensors = without_legacy_buffers(tensors)
         check_tensors(source, tensors, parameter_shapes(config))
+    if n_heads not in (None, config.n_heads):
+        raise ValueError(f"{source}: n_heads = {n_heads}, the checkpoint says {config.n_heads}")
     return replace(config, gelu=gelu or config.gelu), tensors
 
 
@@ -91,12 +94,12 @@ def open_neox(folder, paths, n_heads=None):
         raise ValueError(f"{folder}: missing {', '.join(missing)} (layers {min(ranks)} to {head} "
                          "are there)")
     d_model, vocab_size = tensors[ends[1]].shape[0], tensors[ends[0]].shape[0]
-    if n_heads is None and rotary is not None and rotary.numel():
+    if rotary is not None and rotary.numel():
         # One frequency for two dims of the first quarter of a head.
         n_heads = d_model // (8 * rotary.numel())
     if not n_heads:
-        raise ValueError(f"{folder}: these files do not say how many heads there are; add "
-                         "--n_heads=N")
+        raise ValueError(f"{folder}: these files do not say how many heads there are; import them "
+                         "with --n_heads=N")
     config = ModelConfig(head - 4, d_model, n_heads, vocab_size=vocab_size, gelu="tanh")
     check_tensors(folder, tensors, parameter_shapes(config))
     return config, tensors
@@ -125,6 +128,13 @@ def _merging(files, name, published):
                 raise ValueError(f"{file}: {name} is {tuple(tensors[name].shape)} "
                                  f"{tensors[name].dtype}, of rank 0 {tuple(loaded[0][name].shape)} "
                                  f"{loaded[0][name].dtype}")
+            if _is_norm(published):
+                own, first = tensors[name].double(), loaded[0][name].double()
+                # Copies of one tensor with equal gradients: rounding takes them little apart
+                # (weights begin at 1, biases at 0), another step or another run takes them far.
+                if (own - first).norm() > 0.1 * first.norm() + 0.01 * math.sqrt(first.numel()):
+                    raise ValueError(f"{file}: {name} is not that of {files[0].name}, of which it "
+                                     "should be a copy: these files do not belong together")
         return [tensors[name] for tensors in loaded]
 
     try:
@@ -132,6 +142,10 @@ def _merging(files, name, published):
     except (RuntimeError, IndexError) as error:  # parts that do not fit, dimensions missing
         raise ValueError(f"{files[0]}: {name} cannot be merged ({error})") from None
     return Stored(files[0], whole.dtype, tuple(whole.shape), lambda: merge(published, parts()))
+
+
+def _is_norm(name):
+    return name.endswith(("norm.weight", "norm.bias"))
 
 
 def merge(name, parts):
@@ -143,8 +157,7 @@ def merge(name, parts):
         return torch.cat(parts, 1)
     if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # every rank adds its own
         return sum(parts)
-    # Every rank has all of it, drifted apart by rounding.
-    if "layernorm" in name or "layer_norm" in name:
+    if _is_norm(name):  # every rank has all of it, drifted apart by rounding
         return sum(parts) / len(parts)
     # Column parallel: split over outputs, whole heads and rows of the vocabulary.
     return torch.cat(parts, 0)
@@ -222,8 +235,13 @@ class Import:
 
 
 @dataclass(frozen=True)
-class Export(Import):
-    shard_size: str = "5GB"
+class Export:
+    source: str  # checkpoint, e.g. runs/pythia-70m/step512
+    output: str  # folder to write
+    dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
+    shard_size: str = "5GB"  # bytes of a file at most, also as 500MB
+    gelu: str | None = None  # erf or tanh; default: the checkpoint's
+    tokenizer: str | None = "20B_tokenizer.json"  # if it has no tokenizer.json; None: leave it out
     push: bool = False  # also print the command that uploads it
 
 
@@ -252,6 +270,9 @@ def import_(options):
                          f"{shutil.disk_usage(output.parent).free:,} free")
     tokenizer = Path(options.source) / "tokenizer.json"
     tokenizer = tokenizer if tokenizer.exists() else options.tokenizer
+    if tokenizer and not os.path.exists(tokenizer):
+        raise ValueError(f"{tokenizer}: no such tokenizer; `make tokenizer` gets it, "
+                         "--tokenizer=PATH names it, --tokenizer=None leaves it out")
     # A stranger's tokenizer.json may be a link to any file of ours, which would be published next.
     if tokenizer and type(read_small_json(tokenizer, 16 << 20).get("added_tokens")) is not list:
         raise ValueError(f"{tokenizer}: no tokenizer: it has no added_tokens")
@@ -272,8 +293,10 @@ def import_(options):
 
 def export(options):
     """Write a checkpoint for Hugging Face: dtype, shards, tokenizer; --push says how to upload."""
-    import_(options)
-    if options.push:
+    fields = asdict(options)
+    push = fields.pop("push")
+    import_(Import(**fields))
+    if push:
         step = Path(options.source).resolve()
         print(shlex.join(["hf", "upload", step.parent.name, options.output, ".",
                           f"--revision={step.name}"]))

@@ -32,7 +32,8 @@ def open_archive(path):
             if tail[:4] != b"PK\6\6" or int.from_bytes(tail[64:72], "little") != end:
                 raise ValueError("the end of the directory is not at the end")
         if tail[76:80] != b"PK\5\6" or tail[96:] != b"\0\0" or start + length != end:
-            raise ValueError("no directory at the end")
+            raise ValueError("no directory at the end: cut off, or torch.save's old form (load and "
+                             "save it again with a newer torch)")
         if length > JSON_LIMIT:  # ZipFile reads it whole
             raise ValueError(f"a directory of {length:,} bytes")
         with zipfile.ZipFile(file) as archive:
@@ -86,8 +87,11 @@ def load_pickle(path):
             look_through(archive.read(pickle))
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken archive or pickle raises whatever it likes
-        raise ValueError(f"{path}: not a whole file of torch.save: "
-                         f"{' '.join(f'{type(error).__name__} {error}'.split())[:200]}") from None
+        words = str(error).split()
+        if len(words) < 2:  # KeyError: 3
+            words.insert(0, type(error).__name__)
+        raise ValueError(f"{path}: not a whole file of torch.save: {' '.join(words)[:200]}"
+                         ) from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: holds a {type(tensors).__name__}, expected a dict of tensors")
     for name, tensor in tensors.items():

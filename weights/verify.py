@@ -4,13 +4,17 @@
 
 No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
 the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
-matrix in every checkpoint (within about 2 %).
+tensor in every checkpoint (within about 2 %), and no distance is less than the difference of norms.
 
 Training moves through weight space in small steps, so a checkpoint lies between its neighbours: its
 distance to the nearer one, over theirs to each other, is about a half; noise alone would make it 1.
 Weights that belong elsewhere are far from both, and often near to where they belong. Two neighbours
 in each other's place stay near: there the path gets shorter once they are exchanged (its squared
 steps to what is around them, over those after the exchange: honest up to 0.7, exchanged from 1.5).
+
+Without a manifest not all can be seen: not a few values that changed by less than their tensor
+moves between two checkpoints anyway, as after a flipped bit that made one small, and not the biases
+and LayerNorms of the checkpoint beside.
 """
 
 import math
@@ -32,9 +36,10 @@ from weights.huggingface import open_any
 from weights.pickles import open_archive
 from weights.tensors import is_name, read_small_json, sha256_of, size_of
 
-ENTRIES = 2048  # of every matrix; 154 checkpoints of a 12B take 180 MB
+ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
+BLOCK = 16  # zeros side by side that no matrix of random numbers has
 RATIO = 1.5  # by which a distance must be too large
-FAR = 0.1  # relative distance that no checkpoint at either end has from its neighbour by accident
+FAR = 0.1  # relative distance that no matrix at either end has from its neighbour by accident
 SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones have less than 0.01
 
 
@@ -56,9 +61,9 @@ class Scan:
     bytes: int = 0
     hashed: int | None = None  # files that agree with the manifest; None: there is no manifest
     norms: dict = field(default_factory=dict)  # tensor -> L2 norm
-    samples: dict = field(default_factory=dict)  # matrix -> some of its entries, float32
+    samples: dict = field(default_factory=dict)  # tensor -> some of its entries, float32
+    shapes: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)  # tensor -> name of its file
-    prints: dict = field(default_factory=dict)  # matrix -> equal for equal values
     problems: list = field(default_factory=list)
 
 
@@ -96,10 +101,10 @@ def check_files(found):
     """Compare every file with the manifest, and PyTorch's archives with their own checksums."""
     manifest = found.folder / "manifest.json"
     if manifest.exists():
-        found.hashed, entries = 0, {}
+        found.hashed, entries = 0, None
         with noting(found, "manifest.json"):
             entries = read_small_json(manifest)
-        for name, entry in entries.items():
+        for name, entry in (entries or {}).items():
             shown, path = name if is_name(name) else repr(name[:50]), found.folder / name
             with noting(found, shown):
                 if Path(name).name != name or type(entry) is not dict or not path.is_file():
@@ -112,7 +117,7 @@ def check_files(found):
                 else:
                     found.hashed += 1
         found.problems += [f"{path.name}: not in the manifest"
-                           for path in sorted(found.folder.iterdir())
+                           for path in sorted(found.folder.iterdir()) if entries is not None
                            if path.name not in (*entries, "manifest.json") and path.name[0] != "."]
     elif (found.folder / "training.json").exists():
         found.problems.append("manifest.json is not there")
@@ -127,22 +132,26 @@ def check_files(found):
 
 
 def measure(found, name, stored):
-    """Read a tensor; note its norm, whether it is finite and, of a matrix, some entries."""
-    tensor = stored.read().reshape(-1)
+    """Read a tensor; note its norm, some entries and whether it is finite and no part is empty."""
+    tensor, zeros = stored.read().reshape(-1), 0
     square = 0.0  # any float32's square fits float64: a sum that is not finite has a culprit
     for chunk in tensor.split(1 << 20):
+        if len(stored.shape) == 2 and len(chunk) - chunk.count_nonzero() >= BLOCK:
+            blocks = chunk[:len(chunk) // BLOCK * BLOCK].view(-1, BLOCK)
+            zeros += BLOCK * (~blocks.any(1)).sum().item()
         chunk = chunk.double()
         square += chunk.dot(chunk).item()
     if not math.isfinite(square):
         broken = tensor.numel() - tensor.isfinite().sum()
         found.problems.append(f"{name}: {broken:,} values are NaN or infinite")
+    if zeros:  # pages that never reached the disk, rows that were cut out
+        found.problems.append(f"{name}: {zeros:,} values side by side are 0")
     found.norms[name], found.files[name] = math.sqrt(square), stored.path.name
-    if len(stored.shape) == 2:
-        generator = torch.Generator().manual_seed(tensor.numel())
-        places = torch.randint(tensor.numel(), (min(ENTRIES, tensor.numel()),), generator=generator)
-        found.samples[name] = sample = tensor[places].float()
-        bytes_ = (sample + 0.0).numpy().tobytes()  # -0.0 is equal to 0.0
-        found.prints[name] = hash((square, bytes_))
+    found.shapes[name], count = stored.shape, tensor.numel()
+    if count > ENTRIES:
+        generator = torch.Generator().manual_seed(count)
+        tensor = tensor[torch.randint(count, (ENTRIES,), generator=generator)]
+    found.samples[name] = tensor.float()
 
 
 def one_model(scans):
@@ -160,41 +169,56 @@ def one_model(scans):
     return [here for here in scans if here.config == usual and here.samples.keys() == names]
 
 
+def distances(scans, name):
+    """Return a tensor's norms, (n,), and its distances between any two of n checkpoints, (n, n)."""
+    norms = torch.tensor([here.norms[name] for here in scans], dtype=torch.float64)
+    stack = torch.stack([here.samples[name] for here in scans]).double()
+    apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
+    whole = apart * math.sqrt(math.prod(scans[0].shapes[name]) / stack.shape[1])
+    return norms, whole.maximum((norms[:, None] - norms).abs())  # which a value not sampled moves
+
+
 def check_path(scans):
-    """Note every checkpoint whose matrices do not belong where it stands; return {step: ratio}.
+    """Note every checkpoint whose tensors do not belong where it stands; return {step: ratio}.
 
     scans: of one model.
     """
     names = list(scans[0].samples) if scans else []
     if len(scans) < 2:
         return {}
-    stacks = [torch.stack([here.samples[name] for here in scans]).double()
-              for name in names]  # (n, ENTRIES)
-    sizes = torch.stack([stack.norm(dim=1) for stack in stacks])  # (M, n) of M matrices
-    apart = torch.stack([torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
-                         for stack in stacks])  # (M, n, n)
+    sizes, apart = map(torch.stack, zip(*(distances(scans, name) for name in names)))
+    matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in names])
+    # Vectors are noisier, and at first biases grow from 0.
+    limit, far_off = torch.where(matrix, RATIO, 2 * RATIO), torch.where(matrix, FAR, 3)
 
     def note(i, far, words):
         far = [name for name, is_far in zip(names, far.tolist()) if is_far]
         if far:
             noted.add(i)
-            scans[i].problems.append(f"{_matrices(scans[i], far)} {words}")
+            scans[i].problems.append(f"{_tensors(scans[i], far)} {words}")
 
     ratios, noted = {}, set()
-    floors = 1e-3 * sizes  # float16 rounds early steps away: a smaller distance means nothing
+    # float16 rounds early steps away: a smaller distance means nothing. Biases begin at 0.
+    floors = (1e-3 * sizes).clamp_min(1e-30)
+    for i in range(len(scans)):
+        for j, equal in duplicates(scans, apart, matrix, floors, i):
+            note(i, equal, f"equal to step {scans[j].step}'s")
+    noted.clear()
     for i, here in enumerate(scans):
         floor = floors[:, i]
         if 0 < i < len(scans) - 1:
             nearer = apart[:, i, [i - 1, i + 1]].amin(1)
             ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floor)
             ratios[here.step] = ratio.max().item()
-            note(i, ratio > RATIO, f"up to {ratio.max():.1f} times as far from steps "
+            most = ratio.where(ratio > limit, 0).max()
+            note(i, ratio > limit, f"up to {most:.1f} times as far from steps "
                  f"{scans[i - 1].step} and {scans[i + 1].step} as these are apart")
         elif len(scans) > 2:
             one, two = (1, 2) if i == 0 else (i - 1, i - 2)
             gap = abs(here.step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
-            far = apart[:, i, one] > (FAR * sizes[:, one]).maximum(
+            far = apart[:, i, one] > (far_off * sizes[:, one]).maximum(
                 3 * max(1, gap) * apart[:, one, two])
+            far &= apart[:, one, two] > floors[:, one]  # after equal steps 0 and 1 all is far
             note(i, far, f"too far from step {scans[one].step} to stand beside it")
         other, belongs = elsewhere(apart, i, floor)
         if belongs.any():
@@ -207,7 +231,8 @@ def check_path(scans):
             note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter "
                              "with both exchanged")
     first = scans[1]
-    cosine = _mean([torch.cosine_similarity(stack[0], stack[1], dim=0) for stack in stacks])
+    cosine = _mean([torch.cosine_similarity(scans[0].samples[name], first.samples[name], dim=0)
+                    for name, is_matrix in zip(names, matrix) if is_matrix])
     if scans[0].step == 0 and first.step <= 2000 and cosine < SAME_INIT:
         scans[0].problems.append(f"step {first.step} does not descend from it: their cosine is "
                                  f"{cosine:.3f}")
@@ -244,27 +269,29 @@ def exchanged(apart, i):
     return keep > 1.25 * swap
 
 
-def check_duplicates(here, seen):
-    """Note matrices equal to an earlier checkpoint's; `seen`, fingerprints to Scans, grows."""
-    twins = {}
-    for name, fingerprint in here.prints.items():
-        other = seen.setdefault((name, fingerprint), here)
+def duplicates(scans, apart, matrix, floors, i):
+    """Give every earlier checkpoint j and which tensors of checkpoint i are first equal there."""
+    left = torch.ones(len(apart), dtype=torch.bool)
+    for j in range(i):
         # Before the second update nothing has changed: the first has learning rate 0.
-        updates = other.updates, here.updates
-        if other is not here and updates[0] != updates[1] and max(updates) > 1:
-            twins.setdefault(other.step, []).append(name)
-    for step, names in twins.items():
-        here.problems.append(f"{_matrices(here, names)} equal to step {step}'s")
+        updates = scans[i].updates, scans[j].updates
+        if updates[0] != updates[1] and max(updates) > 1:
+            equal = left & (apart[:, i, j] == 0)
+            # float16 holds LayerNorms at 1 for long: they are no copies unless they went and came.
+            away = apart[:, i, j:i].amax(1) > 2 * floors[:, i]
+            equal &= matrix | away | equal[matrix].all()
+            left &= ~equal
+            yield j, equal
 
 
-def _matrices(found, names):
-    """Return "3 of 26 matrices of SHARD (NAME, ...) are"; SHARD: if it is one of several files."""
+def _tensors(found, names):
+    """Return "3 of 28 tensors of SHARD (NAME, ...) are"; SHARD: if it is one of several files."""
     files = {found.files[name] for name in names}
     where = f" of {', '.join(sorted(files))}" if files != set(found.files.values()) else ""
     if len(names) == len(found.samples):
-        return f"all {len(names)} matrices are"
+        return f"all {len(names)} tensors are"
     example = min(names) + ", ..." * (len(names) > 1)
-    return f"{len(names)} of {len(found.samples)} matrices{where} ({example}) are"
+    return f"{len(names)} of {len(found.samples)} tensors{where} ({example}) are"
 
 
 def find(folders):
@@ -279,8 +306,8 @@ def find(folders):
     for path in paths:
         match = re.fullmatch(r"(?:global_)?step(\d+)", path.resolve().name)
         if not match:
-            raise ValueError(f"{path}: neither a run (step0, step1, ... in it) nor a checkpoint "
-                             "called stepN")
+            raise ValueError(f"{path}: neither a run (step0, step1, ... in it, named alone) nor a "
+                             "checkpoint called stepN, by which name they are told apart")
         found.append((int(match[1]), path))
     return None, sorted(found)
 
@@ -321,12 +348,11 @@ def verify(options):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
-    seen, scans = {}, []
+    scans = []
     total = sum(weights_size(folder) for _, folder in found)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         for step, folder in found:
             scans.append(scan(step, folder, bar))
-            check_duplicates(scans[-1], seen)
     usual = one_model(scans)
     ratios = check_path(usual)
     rows = [row for here in scans for row in tensor_rows(here, usual)]
@@ -334,6 +360,8 @@ def verify(options):
     problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
     for problem in problems:
         print(problem)
+    if bare := sum(here.hashed is None for here in scans):
+        print(f"{bare} have no manifest: their files cannot be compared with what was saved")
     print(f"{len(scans)} checkpoints{extent}, {len(problems)} problem{'s' * (len(problems) != 1)}")
     write(rows, options, run or found[0][1].parent)
     if problems:
@@ -360,7 +388,7 @@ def tensor_rows(here, usual):
     rows, place = [], usual.index(here) if here in usual else 0
     for name, norm in here.norms.items():
         distance = cosine = math.nan
-        if name in here.samples and here in usual:
+        if len(here.shapes[name]) == 2 and here in usual:
             first = usual[0].samples[name]
             distance = (here.samples[name] - first).norm() / first.norm()
             if place:
