@@ -74,26 +74,19 @@ class TrainConfig:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype = {self.dtype!r}, expected float32, bfloat16 or float16")
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "heldout_every",
-                     "heldout_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
-        if not (self.learning_rate > 0 and 0 <= self.min_lr_ratio <= 1 and 0 <= self.warmup < 1
-                and self.clip_norm > 0):
-            raise ValueError(f"learning_rate = {self.learning_rate}, min_lr_ratio = "
-                             f"{self.min_lr_ratio}, warmup = {self.warmup}, clip_norm = "
-                             f"{self.clip_norm}: expected a positive rate and norm, "
-                             "0 <= min_lr_ratio <= 1, 0 <= warmup < 1")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0
-                and self.weight_decay >= 0):
-            raise ValueError(f"beta1 = {self.beta1}, beta2 = {self.beta2}, eps = {self.eps}, "
-                             f"weight_decay = {self.weight_decay}: expected 0 <= beta < 1, "
-                             "eps > 0, weight_decay >= 0")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed = {self.seed}, expected 0 to {2**32 - 1:,}")
-        if self.warm_moments < 0 or (self.stop_at is not None and self.stop_at < 1):
-            raise ValueError(f"warm_moments = {self.warm_moments}, stop_at = {self.stop_at}: "
-                             "expected at least 0, and 1")
+        for names, holds, expected in (
+                ("steps batch_size checkpoint_every state_every log_every stop_at heldout_every "
+                 "heldout_batches", lambda value: value >= 1, "at least 1"),
+                ("weight_decay warm_moments", lambda value: value >= 0, "at least 0"),
+                ("learning_rate eps clip_norm", lambda value: value > 0, "more than 0"),
+                ("min_lr_ratio", lambda value: 0 <= value <= 1, "0 to 1"),
+                ("warmup beta1 beta2", lambda value: 0 <= value < 1, "at least 0, less than 1"),
+                ("seed", lambda value: 0 <= value < 2**32, f"0 to {2**32 - 1:,}")):
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    raise ValueError(f"{name} = {value}, expected {expected}")
+        if (self.stop_at or 0) > self.steps:
+            raise ValueError(f"stop_at = {self.stop_at:,}, but steps = {self.steps:,}")
         if self.twin and not self.branch_from:
             raise ValueError("twin = True without branch_from: only a branch has a control twin")
 
@@ -192,20 +185,23 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     loss_of = functools.partial(loss_on, wrapped, processes.device, dtype)
     optimizer = make_optimizer(model, config)
     scaler = LossScaler(enabled=dtype == torch.float16)
-    first, updates = go_on(source, start, model, optimizer, scaler, config)
+    first, updates = processes.together(
+        lambda: go_on(source, start, model, optimizer, scaler, config))
 
     tokens_per_step = config.batch_size * model_config.seq_length
     micro_batches = config.batch_size // (launch.micro_batch_size * processes.count)
     peak = peak_flops(processes.device) if processes.rank == 0 else math.nan
     schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
-    log = Log(config, start, tokens_per_step, scaler.enabled, bool(intervention.intervention),
-              processes)
+    log = Log(config, start, tokens_per_step, scaler.enabled, intervention, processes)
     log.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens_per_step:,} "
             f"tokens a step, {config.steps:,} steps, {processes.count} process(es) on "
             f"{processes.device.type}, {micro_batches} micro-batch(es) of "
             f"{launch.micro_batch_size}, peak "
             + ("-" if math.isnan(peak) else f"{peak / 1e12:.2f} TFLOP/s")
             + (f"; going on from step {start:,}" if source else ""))
+    if config.warm_moments and source == config.branch_from and first == start:
+        log.say(f"warm_moments = {config.warm_moments} is not used: "
+                f"{source or 'the initialisation'} needs none")
     saving = None
 
     def save(step):
@@ -240,6 +236,8 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         scaler.state |= checkpoints.read_training(Path(source), start).get("scaler", {})
 
     end, stop = min(config.steps, config.stop_at or config.steps), False
+    if start >= end:
+        log.say(f"step {start:,} is there already: nothing is left to train up to step {end:,}")
     batches = map(read, range(start, end))
     upcoming = next(batches, None)
     log.restart_clock()
@@ -271,17 +269,26 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     if stop:
         log.say(f"interrupted: saved step{step + 1}; the same command goes on from there")
         interrupt.exit()
+    if end < config.steps:
+        return log.say(f"stopped at step {max(start, end):,} of {config.steps:,} (--stop_at): "
+                       "the same command without it goes on")
     log.say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
 
 def main(model_config, config, intervention, launch, options):
+    if intervention.intervention and intervention.intervention_from >= config.steps:
+        fail(f"intervention_from = {intervention.intervention_from:,}, but the last step is "
+             f"{config.steps - 1:,}")
     if options.plan:
         schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
-        command = [word for word in sys.argv[1:]
-                   if not re.match("--(plan|gpus|gpu|gpu_memory|mfu|out_dir)(=|$)", word)]
+        command = [word for word in sys.argv[1:] if not re.match(  # but what the plan says itself
+            "--(plan|gpus|gpu|gpu_memory|mfu|device|sharding|activation_checkpointing|"
+            "micro_batch_size)(=|$)", word)] + ["--out_dir=RUN"] * (not config.out_dir)
         return plan(model_config, config, launch, options, len(schedule), command)
     if config.out_dir is None:
-        raise ValueError("missing: --out_dir, the run folder (--help explains every setting)")
+        fail("missing: --out_dir, the run folder (--help explains every setting)")
+    if empty := [name for name, value in vars(config).items() if value == ""]:  # --data=$UNSET
+        fail(f"{', '.join(empty)}: empty (--help explains every setting)")
     processes = Processes(launch.device)
     if launch.deterministic:
         make_deterministic()

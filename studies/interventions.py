@@ -45,11 +45,20 @@ class InterventionConfig:
                              "the term_ ones need --terms=WORD,WORD, the others take none")
         if self.terms and not all(term.strip() for term in self.terms.split(",")):
             raise ValueError(f"terms = {self.terms!r}: an empty word among them")
-        if self.intervention_from < 0 or self.copies < 1 or (
-                self.intervention_to is not None and self.intervention_to < self.intervention_from):
-            raise ValueError(f"intervention_from = {self.intervention_from}, intervention_to = "
-                             f"{self.intervention_to}, copies = {self.copies}: expected 0 <= from "
-                             "<= to, copies >= 1")
+        first, last = self.intervention_from, self.intervention_to
+        if self.intervention is None and (first, last) != (0, None):
+            raise ValueError(f"intervention_from = {first}, intervention_to = {last}: of no use "
+                             "without --intervention=NAME")
+        if self.copies < 1 or (self.copies > 1 and self.intervention != "term_duplicate"):
+            raise ValueError(f"copies = {self.copies}, expected at least 1, and "
+                             "--intervention=term_duplicate: the others make none")
+        if first < 0 or (last is not None and last < first):
+            raise ValueError(f"intervention_from = {first}, intervention_to = {last}: expected "
+                             "0 <= from <= to")
+
+    def covers(self, step):
+        return self.intervention_from <= step and (
+            self.intervention_to is None or step <= self.intervention_to)
 
 
 class IntervenedData:
@@ -66,8 +75,7 @@ class IntervenedData:
     def step_rows(self, step, batch_size):
         """Return all rows of a step as the model sees them, (batch_size, seq_length + 1) int64."""
         before = self.data.batch(step, batch_size)[0]
-        last = self.config.intervention_to
-        if step < self.config.intervention_from or (last is not None and step > last):
+        if not self.config.covers(step):
             self.changed = []
             return before
         rows = self.intervene(step, before.copy())

@@ -135,7 +135,8 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
     data = term_data(tmp_path, tokenizer)
     counts = {}
     for name in ("term_drop", "term_replace", "term_duplicate"):
-        config = InterventionConfig(intervention=name, terms="Egypt,Assyria", copies=3,
+        config = InterventionConfig(intervention=name, terms="Egypt,Assyria",
+                                    copies=3 if name == "term_duplicate" else 1,
                                     intervention_from=2)
         served = IntervenedData(data, tokenizer, config)
         before, after = data.batch(3, 16)[0], served.batch(3, 16)[0]
@@ -155,7 +156,10 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
     (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
     (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
     (["--intervention=term_drop", "--terms=a", "--intervention_from=9", "--intervention_to=3"],
-     "expected 0 <= from <= to")])
+     "expected 0 <= from <= to"),
+    (["--intervention_to=9"], "of no use without --intervention=NAME"),
+    (["--intervention=term_drop", "--terms=a", "--copies=3"],
+     "copies = 3, expected at least 1, and")])
 def test_a_mistake_is_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as ended:
         command(["view", "--data=none", *flags], {"view": (View, view)})
@@ -170,7 +174,13 @@ def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
              f"--data={tmp_path}/rows", f"--tokenizer={tokenizer_path}",
              "--intervention=term_drop", "--terms=Egypt",
              "--intervention_from=1", "--intervention_to=2", f"--out_dir={tmp_path}/run"]
-    subprocess.run([sys.executable, "train.py", *flags], check=True, cwd=ROOT, capture_output=True)
+    def train(*more):
+        return subprocess.run([sys.executable, "train.py", *flags, *more], check=True, cwd=ROOT,
+                              capture_output=True, text=True).stdout
+
+    first, second = train("--stop_at=2"), train()
+    assert "term_drop changed 2 of 16 rows, see interventions.csv" in first
+    assert "term_drop changed 4 of 32 rows" in second  # of both launches
     with open(tmp_path / "run" / "interventions.csv") as file:
         noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]
     rows = data.rows(range(64)).reshape(4, 16, 7)

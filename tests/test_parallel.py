@@ -324,7 +324,7 @@ def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, capsys, monk
 
 @pytest.mark.parametrize("flags, words", [
     (["--gpus=256", "--sharding=ddp"],
-     "ddp  with activation checkpointing: does not fit\nfsdp with"),
+     "ddp with activation checkpointing: does not fit\nfsdp with"),
     (["--gpus=4"], "fsdp with activation checkpointing: does not fit"),
     (["--gpus=32", "--dtype=float32", "--gpu_memory=10"],
      "fsdp with activation checkpointing: does not fit")])
@@ -340,6 +340,21 @@ def test_the_plan_says_what_does_not_fit(flags, words, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert words in out
     assert ("float32 takes many times as long" in out) == ("--dtype=float32" in flags)
+
+
+def test_the_plans_command_has_every_flag_once(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["configs/pythia_12b.py", "--plan", "--gpus=64", "--sharding=fsdp", "--device=cpu",
+             "--micro_batch_size=1", "--activation_checkpointing", "--data=nowhere"]
+    for more, out_dir in ([], "RUN"), (["--out_dir=mine"], "mine"):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        main(*parse(sys.argv[1:], *SCHEMAS))
+        printed = capsys.readouterr().out
+        [line] = [line for line in printed.splitlines() if line.startswith("torchrun ")]
+        assert line.split(" train.py ")[1] == (
+            f"configs/pythia_12b.py --data=nowhere --out_dir={out_dir} --sharding=fsdp "
+            "--activation_checkpointing=True --micro_batch_size=16")
+        assert "where one micro-batch is all 16, its share)\n" in printed
 
 
 MEASURE = """

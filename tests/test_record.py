@@ -12,6 +12,7 @@ import torch
 from checkpoints import load_model, saved_steps
 from data import OrderedData, samples_needed
 from test_train import assert_same_bits, data, losses, parent, run_here, table, train  # noqa: F401
+from studies.interventions import InterventionConfig
 from train import TrainConfig
 from training.parallel import Processes
 from training.record import Log, open_csv
@@ -19,7 +20,7 @@ from training.record import Log, open_csv
 
 def opened(folder, start, may_overflow=False):
     config = TrainConfig(data="", learning_rate=1e-3, out_dir=str(folder), steps=400, batch_size=8)
-    return Log(config, start, 256, may_overflow, False, Processes("cpu"))
+    return Log(config, start, 256, may_overflow, InterventionConfig(), Processes("cpu"))
 
 
 def test_a_spike_is_named_and_nothing_else_happens(tmp_path):

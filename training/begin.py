@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import checkpoints
-from data import OrderedData, samples_needed
+from data import OrderedData, TokenFile, samples_needed
 from studies.interventions import IntervenedData
 from tokenizer import load_tokenizer
 from training.parallel import fill
@@ -26,7 +26,8 @@ def claim(model_config, config, intervention, launch, processes):
     order = data = open_data(model_config, config, processes, config.data, config.steps)
     processes.together(lambda: read_batch(order, 0, vocab_size, share))
     if config.heldout:
-        others = open_data(model_config, config, processes, config.heldout, config.heldout_batches)
+        others = open_data(model_config, config, processes, config.heldout, config.heldout_batches,
+                           once=True)
         heldout = processes.together(lambda: [
             rows for i in range(config.heldout_batches)
             for rows in read_batch(others, i, vocab_size, share)])
@@ -53,10 +54,17 @@ def claim(model_config, config, intervention, launch, processes):
     return read, heldout, source, start
 
 
-def open_data(model_config, config, processes, prefix, steps):
-    """Return `steps` batches in order; the first process builds it, the others find it built."""
+def open_data(model_config, config, processes, prefix, steps, once=False):
+    """Return `steps` batches in order; the first process builds it, the others find it built.
+
+    once: held-out ones, of which none may come again.
+    """
     def build():
         num_samples = samples_needed(steps, config.batch_size)
+        rows = (TokenFile(prefix).n_tokens - 1) // model_config.seq_length
+        if once and num_samples > rows:
+            raise ValueError(f"{prefix} holds {rows * 200 // 201 // config.batch_size:,} batches "
+                             f"of {config.batch_size:,} rows, heldout_batches = {steps:,}")
         data = OrderedData(prefix, model_config.seq_length, num_samples, config.seed)
         if len(data) < steps * config.batch_size:
             raise ValueError(f"{prefix} holds {len(data):,} rows of {model_config.seq_length + 1} "
@@ -82,6 +90,8 @@ def read_batch(data, step, vocab_size, share):
 
 def find_start(config):
     """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
+    if os.path.lexists(config.out_dir) and not os.path.isdir(config.out_dir):
+        raise ValueError(f"out_dir = {config.out_dir} is no folder; name another")
     saved = checkpoints.saved_steps(config.out_dir, state=True)
     if saved:
         return os.path.join(config.out_dir, f"step{saved[-1]}"), saved[-1]
@@ -93,6 +103,10 @@ def find_start(config):
     if int(step[1]) >= config.steps:
         raise ValueError(f"branch_from = {config.branch_from}, but steps = {config.steps:,}: "
                          "nothing is left to train")
+    if not checkpoints.is_whole(Path(config.branch_from)):
+        raise ValueError(f"branch_from = {config.branch_from}: a file is missing or cut (python "
+                         f"checkpoints.py verify {Path(config.branch_from).parent} says which): "
+                         "branch from another step")
     return config.branch_from, int(step[1])
 
 

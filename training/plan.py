@@ -60,9 +60,11 @@ class PlanConfig:
     def __post_init__(self):
         if self.gpu not in GPU_PEAKS:
             raise ValueError(f"gpu = {self.gpu!r}, expected one of {', '.join(GPU_PEAKS)}")
-        if self.gpus < 1 or not self.gpu_memory > 0 or not 0 < self.mfu <= 1:
-            raise ValueError(f"gpus = {self.gpus}, gpu_memory = {self.gpu_memory}, mfu = "
-                             f"{self.mfu}: expected at least 1, more than 0, and between 0 and 1")
+        for name, holds, expected in (("gpus", self.gpus >= 1, "at least 1"),
+                                      ("gpu_memory", self.gpu_memory > 0, "more than 0"),
+                                      ("mfu", 0 < self.mfu <= 1, "more than 0, at most 1")):
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected {expected}")
 
 
 def memory_per_process(config, launch, processes, micro_batch_size, accumulates, itemsize=2,
@@ -145,7 +147,7 @@ def plan(config, training, launch, options, n_checkpoints, command):
         rows = {size: memory_per_process(config, chosen, options.gpus, size, size < share, itemsize)
                 for size in sizes}
         fits = max((size for size in sizes if rows[size]["peak"] <= room), default=0)
-        print(f"{sharding:4}{' with' if checkpointing else ', no'} activation checkpointing: "
+        print(f"{sharding}{' with' if checkpointing else ', no'} activation checkpointing: "
               + (f"micro-batches of up to {fits} fit" if fits else "does not fit"))
         if best is None or fits > best[0]:
             best = fits, chosen, rows
@@ -158,6 +160,9 @@ def plan(config, training, launch, options, n_checkpoints, command):
     for size, row in rows.items():
         print(f"micro-batch {size:2} " + " ".join(f"{value / 1e9:11.2f}" for value in row.values())
               + ("" if row["peak"] <= room else f"  over {room / 1e9:.0f}"))
+    if len({row["gradients"] for row in rows.values()}) > 1:
+        print("(gradients: each GPU keeps all blocks' whole until a step's last micro-batch "
+              f"sends them; where one micro-batch is all {share}, its share)")
     if not fits:
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB on "
                          f"{options.gpus} GPUs: take more GPUs, or larger ones")
@@ -169,6 +174,6 @@ def plan(config, training, launch, options, n_checkpoints, command):
     print(f"\ntorchrun {launcher} --shutdown-timeout=600 train.py {shlex.join(command)} "
           f"--sharding={chosen.sharding} "
           f"--activation_checkpointing={chosen.activation_checkpointing} "
-          f"--micro_batch_size={fits} --out_dir=RUN")
+          f"--micro_batch_size={fits}")
     print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "
           f"{batch_size} sequences a step, as ever")

@@ -41,6 +41,7 @@ MAY_CHANGE = {"data", "out_dir", "tokenizer", "log_every", "async_save", "state_
 # free: a branch with a lower one is the advice to a run that overflows.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
           "batch_size", "warmup", "min_lr_ratio", "first_batch_sha256")
+INTERVENED = {"intervention", "intervention_from", "terms", "copies"}
 
 
 def claim_folder(model_config, config, intervention, launch, data, processes):
@@ -59,6 +60,8 @@ def open_run(out_dir, settings):
     path = os.path.join(out_dir, "config.json")
     if os.path.exists(path):
         before = read_json(path)
+        if Path(str(before.get("branch_from"))) == Path(str(settings["branch_from"])):
+            before["branch_from"] = settings["branch_from"]  # RUN/step8/ is RUN/step8
         differences = [f"{name} was {before.get(name)!r}, is {value!r}"
                        for name, value in settings.items()
                        if name not in MAY_CHANGE and before.get(name) != value]
@@ -75,11 +78,18 @@ def open_run(out_dir, settings):
 def compare_with_parent(settings):
     """Return {setting: [the parent's, ours]}; raise ValueError on what a branch must share."""
     path = Path(settings["branch_from"]).parent / "config.json"
-    if not path.exists():  # a published model: weights alone, so only their shapes can be compared
-        return "unknown: the parent has no config.json"
-    before = read_json(path)
+    before = read_json(path) if path.exists() else {}
     differences = {name: [before.get(name), value] for name, value in settings.items()
                    if name not in MAY_CHANGE | {"branch_from"} and before.get(name) != value}
+    begin = int(Path(settings["branch_from"]).name.removeprefix("step"))
+    first, last = settings["intervention_from"], settings["intervention_to"]
+    # What the parent did itself may go on; 0 means from the branch's first step on.
+    if settings["intervention"] and INTERVENED & set(differences) and (
+            0 < first < begin or (last is not None and last < begin)):
+        raise ValueError(f"intervention_from = {first}, intervention_to = {last}, but the branch "
+                         f"begins at step {begin}: steps before it are its parent's")
+    if not before:  # a published model: weights alone, so only their shapes can be compared
+        return "unknown: the parent has no config.json"
     refused = [f"{name} is {differences[name][1]!r}, the parent's {differences[name][0]!r}"
                for name in SHARED if name in differences]
     if refused:
@@ -137,9 +147,10 @@ class Log:
     them: every log_every steps and before anything is saved, so a GPU never stands still for a log.
     """
 
-    def __init__(self, config, start, tokens_per_step, may_overflow, intervenes, processes):
+    def __init__(self, config, start, tokens_per_step, may_overflow, intervention, processes):
         """config: the run's TrainConfig; start: the step it goes on from."""
-        self.config, self.tokens_per_step, self.processes = config, tokens_per_step, processes
+        self.config, self.intervention, self.tokens_per_step, self.processes = (
+            config, intervention, tokens_per_step, processes)
         self.may_overflow, self.is_main = may_overflow, processes.rank == 0
         self.pending, self.recent = [], deque(maxlen=128)
         if self.is_main:
@@ -148,8 +159,10 @@ class Log:
 
             self.metrics, rows = table("metrics.csv", METRICS, start)
             self.tables = [self.metrics]
-            if intervenes:
-                self.changed, _ = table("interventions.csv", ("step", "row"), start)
+            if intervention.intervention:
+                self.changed, changed = table("interventions.csv", ("step", "row"), start)
+                self.n_changed = len(changed)
+                self.n_covered = sum(intervention.covers(int(row["step"])) for row in rows)
                 self.tables.append(self.changed)
             if config.heldout:  # its steps are checkpoints: that of `start` is not measured again
                 self.evaluated, _ = table("heldout.csv", ("step", "tokens", "loss"), start + 1)
@@ -203,7 +216,9 @@ class Log:
             if self.is_main:
                 self.metrics.write(f"{step},{step * self.tokens_per_step},{loss!r},{rate!r},"
                                    f"{norm!r},{scale:.0f},{seconds:.4f}\n")
-                if rows_changed:
+                if self.intervention.intervention:
+                    self.n_changed += len(rows_changed)
+                    self.n_covered += self.intervention.covers(step)
                     self.changed.writelines(f"{step},{row}\n" for row in rows_changed)
                 self.watch(step, loss, rows)
         return steps[-1], losses[-1], rates[-1], norms[-1], seconds
@@ -246,6 +261,9 @@ class Log:
 
     def close(self):
         self.bar.close()
+        if self.is_main and self.intervention.intervention:
+            self.say(f"{self.intervention.intervention} changed {self.n_changed:,} of "
+                     f"{self.n_covered * self.config.batch_size:,} rows, see interventions.csv")
 
 
 def _count(n):
