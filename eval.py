@@ -15,6 +15,7 @@ part.
 """
 
 import csv
+import fcntl
 import json
 import math
 import mmap
@@ -33,12 +34,13 @@ from tqdm import tqdm
 import checkpoints
 from config import parse, run
 from data import read_json
-from harness.prompts import STYLES, digest, prompts, read_split
+from harness.prompts import STYLES, NoDocuments, digest, prompts, read_split
 from harness.scoring import (encode_pair, generate_until, plan, rolling_rows, run_plan,
                              tokens_per_batch, totals)
-from harness.tasks import GROUPS, SEVERAL, tasks_of
-from weights.tensors import regular_size
+from harness.tasks import GROUPS, SEVERAL, named_tasks, tasks_of
 from tokenizer import ENDOFTEXT, load_tokenizer
+from weights.layout import read_config
+from weights.tensors import regular_size
 
 # ---------------------------------------------------------------------------- one task, one model
 
@@ -64,7 +66,10 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
         if shots and not task.pool:
             raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
                              "to draw")
-        prompted, documents = prompts(task, docs, shots, style, limit)
+        try:
+            prompted, documents = prompts(task, docs, shots, style, limit)
+        except NoDocuments as error:
+            raise NoDocuments(f"{member}: {error}") from None
         for prefix, question in prompted:
             requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
                          else prefix + request for request in question.requests]
@@ -117,6 +122,7 @@ def documents_of(job, task):
 
 @dataclass(frozen=True)
 class EvalConfig:
+    # Other commands: `eval.py tasks --help` (what there is), `eval.py sample --help` (texts).
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
     tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
     docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
@@ -145,12 +151,12 @@ class EvalConfig:
 
 HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n",
           "style", "dtype", "docs")
+_LOCKS = {}  # of lock: open for as long as the process lives, however it ends
 
 
 def main(config):
     rank = set_up_processes()
-    jobs = [prepare(name, config.docs, config.shots, config.style, config.limit)
-            for name in named_tasks(config.tasks, config.style)]
+    jobs = prepare_all(config)
     tokenizer = load_tokenizer(config.tokenizer)
     folders = find_all(config.model, config.steps)
     done = open_results(config.output) if rank == 0 else None
@@ -162,6 +168,11 @@ def main(config):
         done = done[0]
     todo = [(entry, job) for entry in folders for job in jobs
             if key(config, entry, job) not in done]
+    for entry, job in todo:  # not after hours of other tasks
+        task = job.members[0][1]
+        if task.kind == "generate" and task.n_tokens >= (L := read_config(entry[3]).seq_length):
+            raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
+                             f"prompt in {L} tokens of context ({entry[3]})")
     device = pick_device(config.device)
     load = lambda folder: checkpoints.load_model(folder, device).to(getattr(torch, config.dtype))
     wanted = list(dict.fromkeys(entry for entry, _ in todo))
@@ -187,6 +198,27 @@ def main(config):
         dist.destroy_process_group()
 
 
+def prepare_all(config):
+    """Return the Jobs of config.tasks; of a name for several tasks, those that have documents."""
+    jobs = []
+    for name in named_tasks(config.tasks, config.style):
+        try:
+            jobs.append(prepare(name, config.docs, config.shots, config.style, config.limit))
+        except NoDocuments as error:
+            if name in config.tasks.split(","):
+                raise
+            note(f"{error}; left out")  # first of all CrowS-Pairs without bias_type "autre"
+    if not jobs:
+        raise ValueError(f"{config.tasks}: none of these tasks has documents in {config.docs}")
+    return jobs
+
+
+def note(words):
+    """Print what is no mistake but must be seen; under torchrun the first process does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(words, file=sys.stderr)
+
+
 def record(config, entry, job, results):
     """Append a job's rows to the CSV, its requests to the samples, and print what matters."""
     name, step, tokens, _ = entry
@@ -206,19 +238,6 @@ def key(config, entry, job):
     """What tells one evaluation from another, as the CSV has it."""
     return (entry[0], entry[1], job.name, str(job.shots), job.style, config.dtype,
             job.documents[job.name])
-
-
-def named_tasks(names, style):
-    """Return the tasks and groups in a comma-separated list, each once."""
-    table, found = tasks_of(style), []
-    for name in names.split(","):
-        several = [member for member in SEVERAL.get(name, [name])
-                   if member in table or member in GROUPS]
-        if not several or name.startswith("mmlu") and style == "v0.3":
-            raise ValueError(f"no task called {name} in style {style}; `python eval.py tasks` "
-                             "lists them")
-        found += several
-    return list(dict.fromkeys(found))
 
 
 def set_up_processes():
@@ -257,10 +276,14 @@ def find_all(models, steps):
 
 
 def find(model, steps):
-    """Return [(name, step, tokens seen, folder)] of the checkpoints `model` and `steps` name."""
+    """Return [(name, step, tokens seen, folder)] of the checkpoints `model` and `steps` name.
+
+    A damaged one raises ValueError; among `all` it is left out, with a line that says so.
+    """
     path = Path(os.path.abspath(model))  # "." has a name too
     saved = checkpoints.saved_steps(path)
-    if not saved:
+    damaged = [step for step, _ in checkpoints.step_folders(path) if step not in saved]
+    if not saved and not damaged:
         if not (path / "config.json").exists():
             raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
                              "checkpoint's folder (config.json)")
@@ -268,13 +291,19 @@ def find(model, steps):
         name = path.parent.name if match else path.name
         return [(name, match[1] if match else "", _tokens(path), path)]
     if steps == "last":
-        wanted = saved[-1:]
+        wanted = [max(saved + damaged)]
     elif steps == "all":
-        wanted = saved
+        wanted = saved + damaged
     elif re.fullmatch(r"\d+(,\d+)*", steps):
         wanted = list(dict.fromkeys(int(step) for step in steps.split(",")))
     else:
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
+    if ill := [str(Path(model) / f"step{step}") for step in damaged if step in wanted]:
+        words = f"{', '.join(ill)} damaged (python checkpoints.py verify {model} says what)"
+        if steps != "all" or not saved:
+            raise ValueError(words)
+        note(f"{words}; left out")
+        wanted = saved
     missing = [str(step) for step in wanted if step not in saved]
     if missing:
         raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
@@ -296,11 +325,16 @@ def open_results(path):
 
     The rows before a torn one go too if they are of the same evaluation: it is computed again.
     """
-    if not os.path.exists(path):
-        append_results(path, [HEADER])
-    regular_size(path)  # a device has no end
-    append_results(path, [])  # a path that cannot be written shows now, not in an hour
+    if there := os.path.exists(path):
+        regular_size(path)  # a device has no end
+    lock(path)  # a path that cannot be written shows now, not in an hour
     text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
+    header = ",".join(HEADER) + "\n"
+    # A full disk or a kill leaves less than a header. Not of a link: /dev/stdout is one.
+    if header.startswith(text) and not (there and os.path.islink(path)):
+        os.truncate(path, 0)
+        append_results(path, [HEADER])
+        text = header
     if text.partition("\n")[0] != ",".join(HEADER):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
     *lines, torn = text.split("\n")
@@ -313,6 +347,18 @@ def open_results(path):
     return {tuple(row[name] for name in (
                 "model", "step", "task", "shots", "style", "dtype", "docs"))
             for row in csv.DictReader(lines)}
+
+
+def lock(path):
+    """Keep other evaluations from a CSV, new or not, until this process ends: ValueError."""
+    file = _LOCKS.setdefault(os.path.realpath(path), open(path, "a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{path}: another evaluation writes it; wait for it or name another "
+                         "--output") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def append_results(path, rows):
@@ -331,9 +377,9 @@ def open_samples(path):
     with open(path, "r+b") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:  # reads only the end
             whole = text.rfind(b"\n") + 1
-            torn, beginning = text[whole:whole + 10], b'{"model": '
-        if not beginning.startswith(torn):
-            raise ValueError(f"{path}: its last line is not a sample; name another --samples")
+            first, torn, beginning = text[:10], text[whole:whole + 10], b'{"model": '
+        if not (beginning.startswith(first) and beginning.startswith(torn)):
+            raise ValueError(f"{path}: its first or last line is no sample; name another --samples")
         if torn:
             file.truncate(whole)
 
@@ -407,6 +453,10 @@ class SampleConfig:
     seed: int = 1234
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
+
+    def __post_init__(self):
+        if not self.temperature >= 0 or self.n_tokens < 1:
+            raise ValueError("temperature must be at least 0, and n_tokens at least 1")
 
 
 def sample(config):

@@ -21,12 +21,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from config import command
+from harness.tasks import GROUPS
 
 
 def read_csv(path):
     """Return the rows of a CSV file as dicts, or raise ValueError if it holds none."""
-    with open(path, newline="", encoding="utf8") as file:
-        rows = list(csv.DictReader(file))
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet's has a BOM
+        try:
+            rows = list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a CSV file ({error})") from None
     if not rows:
         raise ValueError(f"{path}: holds no rows")
     return rows
@@ -168,15 +172,19 @@ CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality"
                "_disability")
 
 
-def evaluations(paths):
+def evaluations(paths, columns=()):
     """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of any CSVs.
 
     A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a
-    file that is neither, and for a curve of rows that cannot be compared.
+    file that is neither or lacks one of `columns`, and for a curve of rows that cannot be compared.
     """
     points, made = defaultdict(dict), {}
     for path in paths.split(","):
-        for number, row in enumerate(read_csv(path), 2):
+        rows = read_csv(path)
+        if missing := [name for name in columns if name not in rows[0]]:
+            raise ValueError(f"{path}: has no column {' or '.join(missing)}; this is another file "
+                             "than the published one (see the top of plots.py)")
+        for number, row in enumerate(rows, 2):
             where = f"{path}, line {number}"
             if row.get("suite") == "v0":  # models before the published ones
                 continue
@@ -258,10 +266,17 @@ def looks(models, colours):
 
 
 def choose_panels(curves, tasks, metrics, shots):
-    """Return the (task, shots, metric) to draw, or raise ValueError naming what is not there."""
+    """Return the (task, shots, metric) to draw, or raise ValueError naming what is not there.
+
+    Without `tasks`, a group stands for its members: MMLU has 57.
+    """
     there = {panel for panel in curves if shots in (None, panel[1])}
+    if not tasks:
+        members = {(member, n) for task, n, _ in there if task in GROUPS
+                   for member in GROUPS[task][0]}
+        there = {panel for panel in there if (panel[0].partition(":")[0], panel[1]) not in members}
     names = tasks.split(",") if tasks else sorted({task for task, _, _ in there})
-    panels = []
+    panels, at = [], "" if shots is None else f" at {shots} shots"
     for name in names:
         own = sorted(panel for panel in there if panel[0] == name)
         wanted = metrics.split(",") if metrics else [
@@ -269,14 +284,16 @@ def choose_panels(curves, tasks, metrics, shots):
                   if any(metric == panel[2] for panel in own)), "acc")]
         found = [panel for panel in own if panel[2] in wanted]
         if not found and (tasks or not metrics):
-            raise ValueError(f"no {' or '.join(wanted)} of {name} in the results; there are "
+            raise ValueError(f"no {' or '.join(wanted)} of {name}{at} in the results; there are "
                              + (", ".join(sorted({
-                                 panel[2] for panel in curves if panel[0] == name}))
+                                 f"{metric} at {n} shots" for task, n, metric in curves
+                                 if task == name}))
                                 or "the tasks " + ", ".join(sorted({
                                     task for task, _, _ in curves}))))
         panels += found
     if not panels:
-        raise ValueError(f"the results have no {metrics}")
+        raise ValueError(f"the results have no {metrics or 'evaluation'}{at}; there are those at "
+                         f"{', '.join(map(str, sorted({n for _, n, _ in curves})))} shots")
     return panels
 
 
@@ -366,7 +383,11 @@ def curves(options):
     results = evaluations(options.results)
     panels = choose_panels(results, options.tasks, options.metrics, options.shots)
     reference = evaluations(options.reference) if options.reference else None
-    return draw(results, panels, options.output, reference)
+    # The published results are of v0.3: another style beside them is not quite comparable.
+    styles = sorted({row["style"] for path in options.results.split(",")
+                     for row in read_csv(path) if row.get("style")} if reference else ())
+    title = f"ours: {', '.join(styles)}" if styles else None
+    return draw(results, panels, options.output, reference, title)
 
 
 @dataclass(frozen=True)
@@ -413,7 +434,7 @@ class Paper:
 
 def paper(options):
     """Draw the paper's evaluation figures from the published results, standard and deduplicated."""
-    published, figures = evaluations(options.reference), {}
+    published, figures = evaluations(options.reference, ["deduped"]), {}
     os.makedirs(options.output, exist_ok=True)
 
     def save(name, curves, panels, title, **how):
@@ -436,7 +457,7 @@ def paper(options):
         begin = 113000 << 21
         study = {panel: {model: late for model, points in models.items()
                          if (late := [point for point in points if point[0] >= begin])}
-                 for panel, models in evaluations(options.bias).items()}
+                 for panel, models in evaluations(options.bias, ["suite", "variant"]).items()}
         panels = sorted(panel for panel in study
                         if panel[0].startswith("wino_bias") and panel[2] == "em")
         save("gender", study, [*panels, ("crows_pairs_english_gender", 0, "pct_stereotype")],

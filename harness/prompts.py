@@ -7,6 +7,7 @@ the shots.
 
 import hashlib
 import json
+import os
 import random
 import re
 from dataclasses import dataclass, field as default
@@ -46,6 +47,10 @@ class Task:
 
 
 # ---------------------------------------------------------------------------- documents
+
+
+class NoDocuments(ValueError):
+    """A file of documents is there, but holds none of the task."""
 
 
 class Document(dict):
@@ -100,6 +105,8 @@ def _short(value):
 def read_jsonl(path):
     """Return the Documents of a JSON Lines file."""
     documents = []
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may have no end
+        raise ValueError(f"{path}: not a regular file")
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
@@ -138,7 +145,7 @@ def read_split(docs, task, split):
     prepare = task.prepare_pool if split != task.split and task.prepare_pool else task.prepare
     documents = prepare(read_jsonl(path))
     if not documents:
-        raise ValueError(f"{path}: holds no documents of this task")
+        raise NoDocuments(f"{path}: holds no documents of this task")
     return documents
 
 

@@ -4,6 +4,7 @@ Prompts are those of lm-evaluation-harness 0.4 (lm_eval/tasks/*); what the paper
 otherwise stands in V03. Documents are the data sets' own JSON lines; `eval.py tasks` lists them.
 """
 
+import difflib
 import math
 import re
 import statistics
@@ -400,3 +401,18 @@ GROUPS = {"mmlu": ([f"mmlu_{subject}" for subject in SUBJECTS], mmlu_rows),
 SEVERAL = {"crows_pairs": [name for name in TASKS if name.startswith("crows_pairs")],
            "arithmetic": [name for name in TASKS if name.startswith("arithmetic")],
            "hendrycksTest": [name for name in V03_TASKS if name.startswith("hendrycksTest")]}
+
+
+def named_tasks(names, style):
+    """Return the tasks and groups in a comma-separated list, each once."""
+    table, found = tasks_of(style), []
+    several = SEVERAL | {group: members for group, (members, _) in GROUPS.items()}
+    known = [*table, *(name for name, members in several.items() if members[0] in table)]
+    for name in names.split(","):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"no task called {name} in style {style}"
+                             + (f", did you mean {near[0]}?" if near else ";")
+                             + f" `python eval.py tasks --style={style}` lists them")
+        found += SEVERAL.get(name, [name])
+    return list(dict.fromkeys(found))

@@ -1,11 +1,15 @@
 """pytest tests/test_eval.py"""
 
 import csv
+import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from tempfile import NamedTemporaryFile
 
@@ -105,13 +109,69 @@ def test_a_torn_sample_is_dropped(tmp_path, torn):
 
 
 def test_nothing_is_dropped_of_a_file_that_holds_no_samples(tmp_path):
-    (tmp_path / "notes.txt").write_text("one\ntwo")
-    with pytest.raises(ValueError, match="notes.txt: its last line is not a sample"):
-        evaluation.open_samples(f"{tmp_path}/notes.txt")
+    for text in ('{"text": "documents"}\n', "one\ntwo"):
+        (tmp_path / "notes.txt").write_text(text)
+        with pytest.raises(ValueError, match="notes.txt: its first or last line is no sample"):
+            evaluation.open_samples(f"{tmp_path}/notes.txt")
     os.mkfifo(tmp_path / "pipe")
     with open(os.open(tmp_path / "pipe", os.O_RDWR)):  # or nobody reads
         evaluation.open_samples(f"{tmp_path}/pipe")
     assert (tmp_path / "notes.txt").read_text() == "one\ntwo"
+
+
+@pytest.mark.parametrize("text", ["", "model,ste", ",".join(evaluation.HEADER)])
+def test_less_than_a_header_is_no_csv_yet(tmp_path, text):
+    """But a link may be /dev/stdout, led to a file of another program's."""
+    (tmp_path / "r.csv").write_text(text)
+    (tmp_path / "stdout").symlink_to(tmp_path / "r.csv")
+    if text != ",".join(evaluation.HEADER):
+        with pytest.raises(ValueError, match="stdout: its first line is not model,step"):
+            evaluation.open_results(tmp_path / "stdout")
+    assert evaluation.open_results(tmp_path / "r.csv") == set()
+    assert (tmp_path / "r.csv").read_text() == ",".join(evaluation.HEADER) + "\n"
+
+
+def test_one_evaluation_writes_a_csv(tmp_path):
+    with open(tmp_path / "r.csv", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="r.csv: another evaluation writes it"):
+            evaluation.open_results(tmp_path / "r.csv")
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path, capsys):
+    run = shutil.copytree(workplace / "run", tmp_path / "run")
+    os.truncate(run / "step8/model.safetensors", 100)
+    words = f"{run}/step8 damaged (python checkpoints.py verify {run} says what)"
+    for steps in ("last", "8", "0,8"):
+        with pytest.raises(ValueError) as error:
+            evaluation.find_all(str(run), steps)
+        assert str(error.value) == words
+    assert [entry[1] for entry in evaluation.find_all(str(run), "all")] == ["0", "2"]
+    assert capsys.readouterr().err == f"{words}; left out\n"
+
+
+def test_of_several_tasks_those_without_documents_are_left_out(tmp_path, capsys):
+    """CrowS-Pairs as first distributed has no bias_type "autre"."""
+    (tmp_path / "crows_pairs").mkdir()
+    (tmp_path / "crows_pairs/test.jsonl").write_text(json.dumps(
+        {"sent_more": "a", "sent_less": "b", "bias_type": "age"}))
+    config = evaluation.EvalConfig(model="", tasks="crows_pairs", docs=f"{tmp_path}")
+    assert [job.name for job in evaluation.prepare_all(config)] == [
+        "crows_pairs_english", "crows_pairs_english_age"]
+    words = "crows_pairs_english_autre: .*test.jsonl: holds no documents of this task"
+    assert re.search(f"{words}; left out\n", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=words):
+        evaluation.prepare_all(replace(config, tasks="crows_pairs,crows_pairs_english_autre"))
+
+
+def test_a_context_too_short_for_a_task_shows_before_any_other(workplace, tmp_path, capsys):
+    short = shutil.copytree(workplace / "run/step8", tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 256}))
+    with pytest.raises(SystemExit):
+        evaluate(workplace, "--tasks=heldout,triviaqa", f"--model={short}", output="short.csv")
+    assert "triviaqa: 256 tokens to generate leave no room" in capsys.readouterr().err
+    assert rows_of(workplace / "short.csv") == []
 
 
 def test_a_csv_that_cannot_be_written_shows_before_any_model():
@@ -194,7 +254,9 @@ def test_the_paper_s_style_leaves_white_space_with_the_context(workplace):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--tasks=hellaswagg"], "no task called hellaswagg in style v0.4; `python eval.py tasks`"),
+    (["--tasks=hellaswagg"], "no task called hellaswagg in style v0.4, did you mean hellaswag? "
+     "`python eval.py tasks"),
+    (["--tasks=xyz"], "no task called xyz in style v0.4; `python eval.py tasks"),
     (["--tasks=lambada_openai"], "lambada_openai/test.jsonl: no such file"),
     (["--tasks=wsc273"], "wsc273/test.jsonl, line 1: text is None, expected a str"),
     (["--tasks=heldout", "--steps=1,2,3"], "no checkpoint at step 1, 3; there are 0, 2, 8"),
@@ -219,6 +281,12 @@ def test_samples_start_with_the_prompt(workplace, capsys):
     evaluation.sample(config.parse(flags, evaluation.SampleConfig))
     said = capsys.readouterr().out
     assert said.count("In the beginning") == 2 and "--- run step 8" in said
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"n_tokens": -1}])
+def test_a_sample_of_less_than_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="temperature must be at least 0, and n_tokens"):
+        evaluation.SampleConfig("run", **wrong)
 
 
 def test_samples_hold_every_request(workplace):

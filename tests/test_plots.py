@@ -90,6 +90,7 @@ def test_curves_show_our_models_before_the_published_ones(files):
     assert [text.get_text() for text in piqa.texts] == ["gpt2", "70m"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["mine-14m", "mine-70m", "published"]
+    assert figure.get_suptitle() == "ours: v0.4"
 
 
 def test_a_band_stays_above_zero_on_a_log_axis_only(files):
@@ -173,6 +174,33 @@ def test_the_paper_s_figures(files):
     assert crows.get_title() == "crows_pairs_english_gender, 0-shot" and len(crows.lines) == 2
 
 
+def test_the_paper_s_figures_are_of_the_published_files_only(files):
+    (files / "bias.csv").write_text(BIAS)
+    for reference, bias, words in (("r", "bias", "r.csv: has no column deduped"),
+                                   ("bias", "bias", "bias.csv: has no column deduped"),
+                                   ("ref", "ref", "ref.csv: has no column suite or variant")):
+        with pytest.raises(ValueError, match=words):
+            plots.paper(plots.Paper(f"{files}/{reference}.csv", f"{files}/{bias}.csv",
+                                    f"{files}/figures"))
+
+
+def test_a_group_stands_for_its_members_unless_they_are_named():
+    curves = {(task, shots, "acc"): {} for task, shots in (
+        ("mmlu", 0), ("mmlu_stem", 0), ("mmlu_anatomy", 0), ("mmlu_anatomy", 5), ("piqa", 0))}
+    panels = plots.choose_panels(curves, None, None, None)
+    assert [panel[:2] for panel in panels] == [
+        ("mmlu", 0), ("mmlu_anatomy", 5), ("mmlu_stem", 0), ("piqa", 0)]
+    assert len(plots.choose_panels(curves, "mmlu_anatomy", None, None)) == 2
+
+
+def test_a_spreadsheet_s_csv_is_read_and_a_binary_file_named(files):
+    (files / "bom.csv").write_text(RESULTS, encoding="utf-8-sig")
+    assert plots.read_csv(files / "bom.csv") == plots.read_csv(files / "r.csv")
+    (files / "bom.csv").write_bytes(b"\x89PNG\n\xff")
+    with pytest.raises(ValueError, match="bom.csv: not a CSV file"):
+        plots.read_csv(files / "bom.csv")
+
+
 def test_training_shows_the_loss_and_each_subset(tmp_path):
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini/metrics.csv").write_text("step,tokens,loss\n0,0,9\n1,64,8\n2,128,nan\n")
@@ -244,7 +272,9 @@ def test_differences_have_their_intervals(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=piqua"], "no acc of piqua in the results; there are the tasks heldout, piqa"),
     (["--metrics=accuracy"], "the results have no accuracy"),
-    (["--tasks=piqa", "--metrics=em"], "no em of piqa in the results; there are acc"),
+    (["--tasks=piqa", "--metrics=em"], "no em of piqa in the results; there are acc at 0 "),
+    (["--tasks=piqa", "--shots=5"], "no acc of piqa at 5 shots in the results; there are acc at 0"),
+    (["--shots=5"], "the results have no evaluation at 5 shots; there are those at 0 shots"),
     (["--results=plots.py"], "plots.py, line 2: neither results of eval.py nor the published CSV"),
     (["--results=/nowhere.csv"], "/nowhere.csv: No such file")])
 def test_a_mistake_is_one_line(files, flags, words):

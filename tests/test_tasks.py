@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import statistics
 
@@ -224,3 +225,11 @@ def test_a_wrong_document_is_named(tmp_path, task, document, words):
     with pytest.raises(ValueError, match="line 1|holds no documents") as error:
         prompts(TASKS[task], tmp_path)
     assert words in str(error.value)
+
+
+def test_documents_from_a_pipe_are_refused(tmp_path):
+    """Instead of waited for without end."""
+    (tmp_path / "piqa").mkdir()
+    os.mkfifo(tmp_path / "piqa/validation.jsonl")
+    with pytest.raises(ValueError, match="validation.jsonl: not a regular file"):
+        prompts(TASKS["piqa"], tmp_path)
