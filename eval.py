@@ -355,8 +355,8 @@ def lock(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"{path}: another evaluation writes it; wait for it or name another "
-                         "--output") from None
+        raise ValueError(f"{path}: another evaluation writes it; wait for it or name another file"
+                         ) from None
     except OSError:  # a file system without locks
         pass
 

@@ -41,7 +41,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import checkpoints
 from config import command, replacing
@@ -118,26 +117,32 @@ def measure(options):
     if not measures:
         folders = sorted({folder for *_, folder in MEASURES.values()})
         raise ValueError(f"{docs}: none of {', '.join(folders)} is there")
-    open_results(Path(options.output) / "measure.json", {
-        name: getattr(options, name) for name in ("docs", "branches", "pairs")})
+    documents = {}
+    for name in measures:
+        read, _, needs = MEASURES[name]
+        try:
+            if not (found := read(docs)):
+                raise ValueError("there are none")
+            documents[name] = found
+        except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
+            raise ValueError(f"{docs / needs}: documents of the measure {name} are not as "
+                             f"distributed ({type(error).__name__}: {error})") from None
     todo = [(f"{options.output}/{name}/{side}_step{step or 0}", folder)
             for name, pair in pairs.items() for side, model in zip(("branch", "twin"), pair)
             for _, step, _, folder in find(model, options.steps)]
-    for path, folder in tqdm(todo, unit="checkpoint", disable=None):
+    open_results(Path(options.output) / "measure.json", {  # last: a mistake must not pin a folder
+        name: getattr(options, name) for name in ("docs", "branches", "pairs")})
+    for i, (path, folder) in enumerate(todo, 1):
         missing = [name for name in measures if not Path(f"{path}_{name}.npy").exists()]
         model = checkpoints.load_model(folder, device) if missing else None
         for name in missing:
-            read, ask, needs = MEASURES[name]
-            try:
-                documents = read(docs)
-            except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
-                raise ValueError(f"{docs / needs}: documents of the measure {name} are not as "
-                                 f"distributed ({type(error).__name__}: {error})") from None
-            values = ask(model, tokenizer, documents)
+            _, ask, needs = MEASURES[name]
+            values = ask(model, tokenizer, documents[name])
             if not values:
                 raise ValueError(f"{docs / needs}: nothing there for the measure {name}")
             with replacing(f"{path}_{name}.npy") as file:
                 np.save(file, np.array(values))
+        print(f"{path}: {i} of {len(todo)} checkpoints", flush=True)
     print(f"{options.output}: {len(pairs)} pairs, {len(todo)} checkpoints, measures "
           f"{', '.join(measures)}")
 

@@ -112,9 +112,9 @@ class Score:
                              f"{UNKNOWN}")
 
 
-def training_order(models, data):
+def training_order(models, data, control=False):
     """Return the one Order that these runs were trained in, Pythia's without a run's config."""
-    orders = {model: order_of(model, data) for model in models.split(",")}
+    orders = {model: order_of(model, data, control) for model in models.split(",")}
     (first, order), *others = orders.items()
     for model, other in others:
         if other != order:
@@ -123,7 +123,7 @@ def training_order(models, data):
     return order
 
 
-def order_of(model, data):
+def order_of(model, data, control):
     folder = Path(model)
     path = next((p for p in (folder / "config.json", folder.parent / "config.json")
                  if p.exists() and "batch_size" in read_json(p)), None)
@@ -131,6 +131,10 @@ def order_of(model, data):
     if not (data or settings.get("data")):
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")
+    if control and (not data or os.path.realpath(data) == os.path.realpath(
+            settings.get("data") or "")):
+        raise ValueError(f"{model}: was trained on {settings.get('data')}; --control needs the "
+                         "--data=PREFIX of something else")
     try:
         return Order(data or settings["data"], **{name: settings[name] for name in (
             "steps", "batch_size", "seq_length", "seed") if name in settings})
@@ -143,14 +147,14 @@ def score(options):
     rank = set_up_processes()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     folders = find_all(options.model, options.steps)
-    order = training_order(options.model, options.data)
+    order = training_order(options.model, options.data, options.control)
     data = ordered(order)
     width = options.context + options.continuation
     if width > data.seq_length + 1:
         raise ValueError(f"context + continuation = {width}, but a row has {data.seq_length + 1} "
                          "tokens")
     first, last = (0, len(data)) if options.rows == "all" else _range(options.rows, len(data))
-    output = Path(options.output)
+    output, device = Path(options.output), pick_device(options.device)
     open_results(output / "memorization.json", {
         "first_row": first, "last_row": last - 1, "context": options.context,
         "continuation": options.continuation, "order": asdict(order), "control": options.control})
@@ -158,7 +162,6 @@ def score(options):
         path = output / f"{name}_model.json"
         open_results(path, {"model": str(folder.parent if step else folder)},
                      f"name another --output or, if the model was moved, delete {path}")
-    device = pick_device(options.device)
     kinds = {"": matched_lengths} | ({"_generated": generated_matches} if options.generate else {})
     blocks = range(first + rank * options.batch, last, world_size * options.batch)  # this process's
     for name, step, _, folder in folders:

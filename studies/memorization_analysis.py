@@ -52,7 +52,11 @@ def analyse(options):
     """Print and write rates by subset, tests of counts and place, and how early predicts late."""
     folder = Path(options.results)
     settings, order, runs = read_results(folder)
-    length, data, tables = options.length or settings["continuation"], ordered(order), {}
+    length = settings["continuation"] if options.length is None else options.length
+    if not 1 <= length <= settings["continuation"]:
+        raise ValueError(f"length = {length}, expected 1 to {settings['continuation']}, the tokens "
+                         f"that {folder} decides")
+    data, tables = ordered(order), {}
     n = {len(lengths) for by_step in runs.values() for lengths in by_step.values()}
     if len(n) > 1 or max(n) > len(data):
         raise ValueError(f"{folder}: results of {sorted(n)} rows, of an order of {len(data):,}")

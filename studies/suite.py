@@ -180,6 +180,8 @@ def term_stages(options):
 
 
 def main(options):
+    if options.docs and not Path(options.docs).is_dir():  # or it would show in half an hour
+        raise ValueError(f"docs = {options.docs}: not a folder")
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "done.json"

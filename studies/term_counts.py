@@ -1,7 +1,9 @@
 """How often each number, each question with its answer, was trained on up to each checkpoint.
 
-    python -m studies.term_frequency count --data=PREFIX --output=counts \\
+    python -m studies.term_frequency count --data=PREFIX ORDER --output=counts \\
         [--questions=triviaqa.jsonl]
+
+ORDER: --steps, --batch_size, --seq_length and --seed as in RUN/config.json; Pythia's if left out.
 
 OUTPUT/0000512_0001000.npy holds what stood in the rows of steps 512 to 999: int64 (2, n), keys in
 ascending order above, their counts below. Checkpoint 1000 has seen the sum of the files up to that
@@ -136,16 +138,14 @@ def count(options):
     from checkpoints import checkpoint_steps
     at = map(int, options.at.split(",")) if options.at else checkpoint_steps(options.steps)
     steps = sorted({0, *at})
+    if steps[-1] > options.steps:
+        raise ValueError(f"at = {options.at}: step {steps[-1]:,} is beyond --steps={options.steps}")
     data = ordered(options)
     if steps[-1] * options.batch_size > len(data):
         raise ValueError(f"step {steps[-1]:,} wants {steps[-1] * options.batch_size:,} rows "
                          f"({options.batch_size} a step), {options.data} has {len(data):,}")
     load_tokenizer(options.tokenizer)
     questions = read_questions(options.questions) if options.questions else []
-    settings = {field.name: getattr(options, field.name) for field in fields(Order)}
-    open_results(Path(options.output) / "counts.json",
-                 settings | {"questions": [question.id for question in questions],
-                             "questions_hash": hash_of(questions) if questions else None})
     chunks, done = list(itertools.pairwise(steps)), counted(options.output)
     if others := sorted(done.keys() - chunks):
         raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to "
@@ -161,6 +161,10 @@ def count(options):
         pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker,
                                    (options, questions))
         in_order = pool.map
+    settings = {field.name: getattr(options, field.name) for field in fields(Order)}
+    open_results(Path(options.output) / "counts.json",
+                 settings | {"questions": [question.id for question in questions],
+                             "questions_hash": hash_of(questions) if questions else None})
     with tqdm(total=rows, unit="row", unit_scale=True, disable=None) as bar, pool:
         list(in_order(count_rows, (0,), (0,)))  # starting up is no part of the rate
         began = time.perf_counter()

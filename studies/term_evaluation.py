@@ -17,13 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-from eval import find_all, pick_device
+from eval import find_all, lock, pick_device
 from harness.scoring import generate_until, loglikelihood
 from studies.term_questions import OPERATIONS, arithmetic, given_answer, read_questions, trivia
 from tokenizer import load_tokenizer
 
 HEADER = ("model", "step", "tokens", "task", "shots", "term", "item", "correct", "logprob")
 KEY = ("model", "step", "task", "shots", "term", "item")
+ANSWER_TOKENS = {"times": 16, "plus": 16, "triviaqa": 32}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def evaluate(options):
     prompts = all_prompts(options)
     folders = find_all(options.model, options.steps)
     tokenizer, device = load_tokenizer(options.tokenizer), pick_device(options.device)
+    lock(options.results)
     rows = read_rows(options.results, mend=True)
     for (task, _), asked in prompts.items():
         if task == "triviaqa" and any(row["task"] == task and row["item"] != asked[0].item
@@ -60,6 +62,10 @@ def evaluate(options):
             bar.set_description(f"{name} step {step} {task} {shots}-shot")
             if folder != loaded:
                 loaded, model = folder, checkpoints.load_model(folder, device)
+            L, n_tokens = model.config.seq_length, ANSWER_TOKENS[task]
+            if cut := sum(len(tokenizer.encode(prompt.text)) > L - n_tokens for prompt in asked):
+                tqdm.write(f"{cut:,} of {len(asked):,} prompts are longer than the model's {L:,} "
+                           f"tokens less {n_tokens} for an answer, and lose their beginning")
             correct, logprobs = [], []
             for piece in (asked[i:i + 1000] for i in range(0, len(asked), 1000)):
                 results = answer_all(model, tokenizer, task, piece)
@@ -101,7 +107,7 @@ def all_prompts(options):
 def answer_all(model, tokenizer, task, prompts):
     """Return (right, log-probability of the right answer) of each prompt."""
     texts = generate_until(model, tokenizer, [prompt.text for prompt in prompts],
-                           n_tokens=16 if task in OPERATIONS else 32)
+                           n_tokens=ANSWER_TOKENS[task])
     logprobs = iter(loglikelihood(model, tokenizer, [
         (prompt.text, continuation)
         for prompt in prompts for continuation in prompt.continuations]))
@@ -115,9 +121,9 @@ def read_rows(path, mend=False):
 
     mend: cut that off the file too, which is only for who writes it: a reader may see it half done.
     """
-    if not os.path.exists(path):
+    found = Path(path).read_bytes() if os.path.exists(path) else b""
+    if not found:  # new, or locked and nothing else yet
         return []
-    found = Path(path).read_bytes()
     if not found.startswith(f"{','.join(HEADER)}\n".encode()):
         raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another "
                          "--results")
@@ -128,9 +134,8 @@ def read_rows(path, mend=False):
 
 
 def append_rows(path, rows):
-    new = not os.path.exists(path)
     with open(path, "a", newline="", encoding="utf8") as file:
-        csv.writer(file, lineterminator="\n").writerows([HEADER, *rows] if new else rows)
+        csv.writer(file, lineterminator="\n").writerows(rows if file.tell() else [HEADER, *rows])
 
 
 def grouped(path):

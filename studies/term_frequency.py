@@ -6,13 +6,17 @@ correlation from 2.8B parameters and about step 65,000 on, hardly any arithmetic
 between frequent and rare operands that grows with training. That is an observation; `compare` is
 the experiment.
 
-    python -m studies.term_frequency count --data=PREFIX --output=counts --questions=QUESTIONS
+    python -m studies.term_frequency count --data=PREFIX ORDER --output=counts \\
+        --questions=QUESTIONS
     python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus \\
         --results=terms.csv
     python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 \\
         --questions=QUESTIONS
     python -m studies.term_frequency analyse --counts=counts --results=terms.csv --output=terms
     python -m studies.figures term_frequency --bins=terms_bins.csv --output=terms.png
+
+ORDER: --steps, --batch_size, --seq_length and --seed as in RUN/config.json; the defaults are
+Pythia's. `analyse` refuses counts of another number of tokens a step, but cannot see another seed.
 
 The experiment: two branches of one checkpoint, of which one sees the rows with some terms more
 often, for each of several seeds. A row has a term where it stands as a whole word, in an answer
@@ -64,6 +68,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import command
+from data import read_json
 from studies.results import paired_bootstrap, write_csv
 from studies.term_counts import NEAR, PLAIN, Count, count, number_frequencies, question_frequencies
 from studies.term_evaluation import Evaluate, evaluate, grouped
@@ -91,12 +96,17 @@ def analyse(options):
     frequencies = {task: (question_frequencies(options.counts) if task == "triviaqa" else
                           number_frequencies(options.counts, number))
                    for task in {key[3] for key in groups}}
-    bins, gaps = [], []
+    bins, gaps, order = [], [], read_json(os.path.join(options.counts, "counts.json"))
+    a_step = order["batch_size"] * order["seq_length"]
     for (model, step, tokens, task, shots), answers in groups.items():
         if int(step or -1) not in frequencies[task]:
             raise ValueError(f"{options.counts}: does not count up to step {step or '(none)'} of "
                              f"{model}, only to {', '.join(map(str, frequencies[task]))}; see "
                              "`count --at`")
+        if tokens and int(tokens) != int(step) * a_step:
+            raise ValueError(f"{options.counts}: counts {int(step) * a_step:,} tokens up to step "
+                             f"{step}, {model} has seen {int(tokens):,}; count in the order of its "
+                             "config.json")
         before = frequencies[task][int(step)]
         means = np.array([(before.get(term, 0), *np.mean(values, axis=0))  # (terms, 3)
                           for term, values in by_term(answers).items()])
@@ -108,9 +118,10 @@ def analyse(options):
     print("most frequent tenth minus least frequent tenth of the terms, 95 % bootstrap interval "
           "over terms")
     for model, step, _, task, shots, n, low, high, *numbers in gaps:
-        print(f"{model} step {step:>6} | {task:8} {shots:>2}-shot | seen {high:,.0f} and "
-              f"{low:,.0f} times | acc x 100 {interval([100 * value for value in numbers[:3]])} | "
-              f"log-probability {interval(numbers[3:])} (n {n})")
+        found = "all terms were seen equally often" if low == high else (
+            f"acc x 100 {interval(numbers[:3], 100)} | log-probability {interval(numbers[3:])}")
+        print(f"{model} step {step:>6} | {task:8} {shots:>2}-shot | seen {high:,.1f} and "
+              f"{low:,.1f} times | {found} (n {n})")
 
 
 BINS = ("model", "step", "tokens", "task", "shots", "bins", "from", "to", "frequency", "n",
@@ -119,8 +130,9 @@ GAPS = ("model", "step", "tokens", "task", "shots", "n", "least_frequency", "mos
         "acc_gap", "acc_low", "acc_high", "logprob_gap", "logprob_low", "logprob_high")
 
 
-def interval(numbers):
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+def interval(numbers, scale=1):
+    mean, *ends = (scale * number for number in numbers if number is not None)
+    return f"{mean:+.2f}" + (" [{:+.2f}, {:+.2f}]".format(*ends) if ends else "")
 
 
 def by_term(answers):
@@ -154,7 +166,7 @@ def gap(means):
     """Return GAPS behind the first five, of (terms, 3): frequency, accuracy, log-probability.
 
     With 100 operands a tenth is the paper's 10. The bootstrap draws terms, with all their prompts,
-    anew within each tenth.
+    anew within each tenth; of one term there is no interval, and of equal frequencies no gap.
     """
     # Equally frequent terms (never seen, in a small corpus) must not stand by size, which itself
     # matters.
@@ -163,7 +175,10 @@ def gap(means):
     least, most = means[order[:tenth]], means[order[-tenth:]]
     acc, logprob = (paired_bootstrap(most[None, :, column], least[None, :, column])
                     for column in (1, 2))
-    return len(means), least[:, 0].mean(), most[:, 0].mean(), *acc, *logprob
+    if tenth == 1:
+        acc, logprob = (acc[0], None, None), (logprob[0], None, None)
+    low, high = least[:, 0].mean(), most[:, 0].mean()
+    return len(means), low, high, *((None,) * 6 if low == high else (*acc, *logprob))
 
 
 # ---------------------------------------------------------------------------- the experiment

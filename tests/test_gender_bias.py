@@ -153,7 +153,7 @@ def run(*argv, expect=0):
     return done
 
 
-def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path, docs):
+def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path, docs, capsys):
     monkeypatch.chdir(ROOT)  # branch calls train.py
     ids = tokenizer.encode("And he said unto him, his day is come; and he went. " * 400)
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
@@ -164,7 +164,9 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     child = tmp_path / "branches" / "seed1_pronouns_to_feminine"
     options = Measure(str(docs), f"{tmp_path}/out", f"{tmp_path}/branches", steps="last",
                       tokenizer=str(tokenizer_path))
+    capsys.readouterr()
     measure(options)
+    assert "twin_step8: 2 of 2 checkpoints\n" in capsys.readouterr().out
     compare(Compare(f"{tmp_path}/out", samples=200))
     with open(tmp_path / "out" / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
@@ -174,6 +176,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
 
     (tmp_path / "heldout").mkdir()  # other documents
+    (tmp_path / "heldout" / "test.jsonl").write_text('{"text": "he"}\n')
     with pytest.raises(ValueError, match="docs was .* name another --output"):
         measure(replace(options, docs=str(tmp_path)))
     # A published pair is two checkpoint folders: its name is the model's, not the step's.
@@ -191,6 +194,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     with pytest.raises(ValueError,
                        match="docs/winobias: documents of the measure choice are not as dist"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
+    assert not (tmp_path / "out2").exists()  # a mistake does not pin it to these documents
     read, _, folder = MEASURES["cost"]  # what a model does wrong is not the documents' fault
     monkeypatch.setitem(MEASURES, "cost", (read, lambda *_: [][0], folder))
     with pytest.raises(IndexError):

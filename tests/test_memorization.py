@@ -156,6 +156,9 @@ def test_scoring_goes_on(scored, tmp_path):
     assert lengths(tmp_path, "run_step1") == lengths(scored.output, "run_step1")
     with pytest.raises(ValueError, match="context was 8, is 4; name another --output"):
         score(replace(scored, output=str(tmp_path), context=4))
+    with pytest.raises(ValueError):  # what failed before it began leaves its folder to others
+        score(replace(scored, output=f"{tmp_path}/failed", device="none"))
+    assert not (tmp_path / "failed").exists()
 
 
 def test_another_run_of_the_same_name_does_not_go_on(trained, scored, tmp_path):
@@ -195,6 +198,9 @@ def test_analysis_by_hand(scored):
     row = counts["64", "8", "dispersion"]
     assert (row["n"], row["mean"], row["binomial"], row["statistic"]) == ("32", "4", "0.5", "0")
     assert counts["1", "8", "dispersion"]["mean"] == ""  # four rows are no window
+    for length in (0, 9):
+        with pytest.raises(ValueError, match=f"length = {length}, expected 1 to 8"):
+            analyse(Analyse(scored.output, length=length))
 
 
 def test_fewer_rows_than_a_window_are_no_window(scored, tmp_path):
@@ -208,6 +214,9 @@ def test_fewer_rows_than_a_window_are_no_window(scored, tmp_path):
 def test_control_rows_were_never_trained_on(trained, scored, tmp_path):
     generator = np.random.RandomState(1)
     write(tmp_path / "other", [generator.randint(96, size=17) for _ in range(280)])
+    for data in (None, f"{trained}/rows"):
+        with pytest.raises(ValueError, match="was trained on .*; --control needs the --data"):
+            score(replace(scored, output=f"{tmp_path}/out", data=data, control=True))
     score(replace(scored, output=f"{tmp_path}/out", data=f"{tmp_path}/other", control=True,
                   rows="0:40", steps="64", generate=False))
     analyse(Analyse(f"{tmp_path}/out"))

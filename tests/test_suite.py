@@ -40,6 +40,7 @@ def test_how_often_an_operand_comes_does_not_tell_its_size():
 
 @pytest.mark.parametrize("module, flags, words", [
     ("suite", ["--steps=100"], "steps = 100, expected a multiple of 16"),
+    ("suite", ["--docs=nope"], "docs = nope: not a folder"),
     ("report", ["--suite=nowhere"], "nowhere/done.json")])
 def test_a_mistake_is_one_line(module, flags, words):
     done = subprocess.run([sys.executable, "-m", f"studies.{module}", *flags], cwd=ROOT,

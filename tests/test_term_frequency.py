@@ -1,6 +1,7 @@
 """python -m pytest tests/test_term_frequency.py"""
 
 import csv
+import fcntl
 import json
 import math
 import random
@@ -107,6 +108,10 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
 def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, capsys):
     options = Evaluate(str(run), tasks="plus", shots="0", x1="5:7", results=str(tmp_path / "r.csv"),
                        tokenizer=str(tokenizer_path))
+    with open(tmp_path / "r.csv", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another evaluation writes it"):
+            evaluate(options)
     evaluate(options)
     whole = (tmp_path / "r.csv").read_text()
     rows = list(csv.DictReader(whole.splitlines()))
@@ -135,7 +140,7 @@ def test_only_who_writes_the_results_mends_them(tmp_path):
         assert (tmp_path / "r.csv").read_bytes() == left
 
 
-def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path):
+def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
     ask = Evaluate(str(run), "2", "triviaqa", "1", questions=str(tmp_path / "q.jsonl"),
                    results=str(tmp_path / "r.csv"), tokenizer=str(tokenizer_path))
 
@@ -145,8 +150,9 @@ def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path):
         }) + "\n" for id_, value in (("a", "Ann"), ("b", answer))))
         read_jsonl.cache_clear()
 
-    write("Bob")
+    write("Bob " * 40)  # more than the model's window
     evaluate(ask)
+    assert "1 of 2 prompts are longer than the model's 64 tokens" in capsys.readouterr().out
     before = (tmp_path / "r.csv").read_text()
     evaluate(ask)
     write("Bert")
@@ -189,7 +195,8 @@ def counts_folder(tmp_path, tables, questions=()):
     for (first, last), counts in tables.items():
         np.save(folder / f"{first:07}_{last:07}.npy",
                 np.array(sorted(counts.items()), dtype=np.int64).T)
-    (folder / "counts.json").write_text(json.dumps({"questions": list(questions)}))
+    (folder / "counts.json").write_text(json.dumps({
+        "questions": list(questions), "batch_size": 3, "seq_length": 5}))
     return str(folder)
 
 
@@ -199,24 +206,32 @@ def results_file(tmp_path, rows):
     return str(tmp_path / "r.csv")
 
 
-def test_analysis_takes_frequencies_up_to_the_checkpoint(tmp_path):
+def test_analysis_takes_frequencies_up_to_the_checkpoint(tmp_path, capsys):
     counts = counts_folder(tmp_path, {(0, 2): {NEAR + 5: 10, NEAR + 6: 1}, (2, 4): {NEAR + 6: 100}})
-    results = results_file(tmp_path, [("m", step, 0, "plus", 0, term, 1, 0, -int(term))
+    row = lambda step, tokens, term: ("m", step, tokens, "plus", 0, term, 1, 0, -int(term))
+    results = results_file(tmp_path, [row(step, 15 * step, term)
                                       for step in (2, 4) for term in "56"])
     analyse(Analyse(counts, results, str(tmp_path / "out")))
     rows = list(csv.DictReader((tmp_path / "out_gaps.csv").open()))
     columns = "least_frequency", "most_frequency", "logprob_gap"
     assert [tuple(float(row[name]) for name in columns) for row in rows] == [
         (1, 10, 1), (10, 101, -1)]
+    assert {row["logprob_low"] for row in rows} == {""}  # a tenth of one term has no interval
     with pytest.raises(ValueError, match="does not count up to step 3 of m, only to 0, 2, 4"):
-        analyse(Analyse(counts, results_file(tmp_path, [("m", 3, 0, "plus", 0, 5, 1, 0, -1.0)])))
+        analyse(Analyse(counts, results_file(tmp_path, [row(3, 45, 5)])))
+    with pytest.raises(ValueError, match="counts 30 tokens up to step 2, m has seen 32; count in"):
+        analyse(Analyse(counts, results_file(tmp_path, [row(2, 32, 5)])))
+    analyse(Analyse(counts, results_file(tmp_path, [row(2, 30, 7), row(2, 30, 8)]),
+                    str(tmp_path / "out")))
+    assert (tmp_path / "out_gaps.csv").read_text().endswith(",2,0,0,,,,,,\n")
+    assert "0.0 and 0.0 times | all terms were seen equally often (n 2)" in capsys.readouterr().out
 
 
 def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
     key = lambda question, term: QUESTION * 10**10 + question * NUMBERS + term
     tables = {(0, 2): {key(0, 0): 3, key(0, 1): 2}, (2, 4): {key(0, 1): 5, key(1, 0): 4}}
     counts = counts_folder(tmp_path, tables, ["a", "b"])
-    results = results_file(tmp_path, [("m", step, 0, "triviaqa", 4, term, "", 0, -1.0)
+    results = results_file(tmp_path, [("m", step, "", "triviaqa", 4, term, "", 0, -1.0)
                                       for step in (2, 4) for term in "ab"])
     analyse(Analyse(counts, results, str(tmp_path / "out")))
     rows = list(csv.DictReader((tmp_path / "out_gaps.csv").open()))
