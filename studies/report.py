@@ -73,9 +73,12 @@ def beside(paper, ours):
 
 
 def interval(row):
-    """Say a difference with its interval, and whether it can be told from nothing."""
+    """Say a difference with its interval, and whether that tells it from zero; "-" if not there."""
+    if not row["low"]:
+        return "-"
     low, high = float(row["low"]), float(row["high"])
-    verdict = ("different from zero" if low > 0 or high < 0 else
+    verdict = ("of one seed: another run may differ as much" if row.get("seeds") == "1" else
+               "different from zero" if low > 0 or high < 0 else
                "not to be told from zero at this scale")
     return f"{float(row['difference']):+.3g} [{low:+.3g}, {high:+.3g}], {verdict}"
 
