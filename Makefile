@@ -1,8 +1,8 @@
 # make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw the curves
-# make suite  the paper in miniature: three sizes, two corpora, all studies, one report (about 40 minutes)
+# make suite  the paper in miniature: three sizes, two corpora, all studies, one report (about 45 minutes)
 # make test   run the test suite
 # make proofs run the long proofs and the benchmarks
-# make parity ask lm-evaluation-harness itself again (10 minutes; real documents if PYTHIA_DATA is their folder) and compare
+# make parity ask lm-evaluation-harness itself again (6 minutes; real documents if PYTHIA_DATA is their folder) and compare
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter.
 
 PYTHON ?= python3
