@@ -231,21 +231,21 @@ def encoded(tasks, options):
         for chunk, at, advance in tasks:
             yield encode_chunk(chunk, options.append_eod), chunk[0], at, advance
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker,
-                             (options.tokenizer,)) as pool:
-        waiting = deque()
-        try:
-            for chunk, at, advance in tasks:
-                waiting.append((pool.submit(encode_chunk, chunk, options.append_eod),
-                                chunk[0], at, advance))
-                if len(waiting) > 3 * workers:
-                    future, *rest = waiting.popleft()
-                    yield future.result(), *rest
-            while waiting:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options.tokenizer,))
+    waiting = deque()
+    try:
+        for chunk, at, advance in tasks:
+            waiting.append((pool.submit(encode_chunk, chunk, options.append_eod),
+                            chunk[0], at, advance))
+            if len(waiting) > 3 * workers:
                 future, *rest = waiting.popleft()
                 yield future.result(), *rest
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            future, *rest = waiting.popleft()
+            yield future.result(), *rest
+    finally:
+        # Waits for the chunks at work: Python's exit, coming first, can hit a closed pipe.
+        pool.shutdown(cancel_futures=True)
 
 
 def serve_parent():
