@@ -1,6 +1,6 @@
 # make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw the curves
 # make suite  the paper in miniature: three sizes, two corpora, all studies, one report (about 45 minutes)
-# make test   run the test suite
+# make test   run the test suite in two processes (about 4 minutes)
 # make proofs run the long proofs and the benchmarks
 # make parity ask lm-evaluation-harness itself again (6 minutes; real documents if PYTHIA_DATA is their folder) and compare
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter.
@@ -27,7 +27,7 @@ suite: .venv/requirements-dev
 	$(PY) -m studies.suite
 
 test: .venv/requirements-dev 20B_tokenizer.json
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile tests
 
 proofs: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pytest -q tests -m proof
