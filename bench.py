@@ -18,6 +18,8 @@ train: a full optimizer step (forward, backward, clip, fused AdamW) of our model
 start: seconds from the command to the end of the first step, and reading a batch beside computing
     it.
 growth: time and memory of a step as width, depth, length and batch double, beside what is expected.
+    Two cores: from width 256 up a token's time follows its FLOPs within 25 %; memory is 2.5 times
+    the plan's at width 64 and 1.26 times at 512 (at 14m and 70m within 15 %: tests).
 tokenize: documents to ids on one core, ours and the tokenizers library's, whose ids must be the
     same.
 find: a text searched in a token file of --gigabytes, the given one over and over.

@@ -132,7 +132,7 @@ def growth(options):
     rows = read_csv(options.csv)
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     figure, panels = plt.subplots(2, len(axes_names), figsize=(14, 6), layout="constrained",
-                                  squeeze=False)
+                                  squeeze=False, sharey="row")  # so slopes can be compared
     for column, name in enumerate(axes_names):
         mine = [{key: float(value) for key, value in row.items() if key != "axis"} for row in rows
                 if row["axis"] == name]
@@ -150,7 +150,10 @@ def growth(options):
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label if column == 0 else "")
             axes.set_xticks(x, [f"{value:g}" for value in x])
             axes.set_xticks([], minor=True)
-    panels[0, 0].legend(frameon=False)
+            axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(plt.NullFormatter())
+    panels[0, 0].legend(frameon=False, loc="upper left")
     return finish(figure, options.output)
 
 
