@@ -15,6 +15,8 @@ train: a full optimizer step (forward, backward, clip, fused AdamW) of our model
     machine is noisy to all. Ours keep freed memory, as train.py has them do; transformers runs as
     one gets it. glibc gives all the same with
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 python bench.py train
+    With it, at 14m and 70m, ours is 1.01 to 1.09 times as fast in 0.26 to 0.55 of the memory: both
+    spend 94 % of a 70m's step in the same matmuls and attention.
 start: seconds from the command to the end of the first step, and reading a batch beside computing
     it.
 growth: time and memory of a step as width, depth, length and batch double, beside what is expected.
