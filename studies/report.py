@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; p
 h1 { font-size: 1.6rem; } h3 { overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-.table { overflow-x: auto; }
+.table, pre { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
 th, td { border-bottom: 1px solid var(--line); }
