@@ -47,6 +47,14 @@ def pyplot():
     return pyplot
 
 
+def label_125(axis, formatter):
+    """Label 1, 2 and 5 of every decade of a log axis, nothing between."""
+    plt = pyplot()
+    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(plt.NullFormatter())
+
+
 def finish(figure, output):
     """Write the figure to a file and return it."""
     for axes in figure.axes:
@@ -150,9 +158,8 @@ def growth(options):
             axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label if column == 0 else "")
             axes.set_xticks(x, [f"{value:g}" for value in x])
             axes.set_xticks([], minor=True)
-            axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(plt.NullFormatter())
+    for axes in panels[:, 0]:  # the others of a row share its axis
+        label_125(axes.yaxis, "{x:g}")
     panels[0, 0].legend(frameon=False, loc="upper left")
     return finish(figure, options.output)
 
@@ -320,10 +327,8 @@ def draw(curves, panels, output, reference=None, title=None, xscale="log"):
         draw_models(axes, curves.get(panel, {}), look, handles)
         left, right = axes.get_xlim()
         if xscale == "log" and right < 100 * left:  # so short that the labels of all ticks overlap
-            axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(plt.matplotlib.ticker.LogFormatterSciNotation(
+            label_125(axes.xaxis, plt.matplotlib.ticker.LogFormatterSciNotation(
                 minor_thresholds=(math.inf, math.inf)))  # all of them
-            axes.xaxis.set_minor_formatter(plt.NullFormatter())
     for axes in list(grid.flat)[len(panels):]:
         axes.set_visible(False)
     for column in range(columns):
