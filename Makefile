@@ -19,7 +19,7 @@ demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
 	@echo
 	@echo "The corpus is data/demo/train.jsonl, its tokens data/demo/train.bin, the checkpoints runs/mini/step*,"
 	@echo "the log runs/mini/metrics.csv, the evaluations runs/mini/results.csv, the curves runs/mini/curves.png. Try:"
-	@echo "  $(PY) data.py view --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256 --step=100"
+	@echo "  $(PY) batch_viewer.py view --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256 --step=100"
 	@echo "  $(PY) eval.py sample --model=runs/mini --prompt='In the beginning'"
 	@echo "  $(PY) train.py configs/mini.py --out_dir=runs/wide --d_model=128 --learning_rate=3e-3"
 
@@ -51,7 +51,7 @@ data/demo/train.jsonl: | .venv/requirements-dev
 	$(PY) -m studies.corpus demo
 
 data/demo/train.idx: data/demo/train.jsonl 20B_tokenizer.json
-	$(PY) data.py tokenize --input=data/demo/train.jsonl --output=data/demo/train
+	$(PY) prepare.py tokenize --input=data/demo/train.jsonl --output=data/demo/train
 
 .venv/requirements-dev: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

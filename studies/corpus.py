@@ -20,7 +20,7 @@ A corpus for the paper in miniature, about 400,000 tokens: chapters of the World
 Python, sums as the Pile has them in DM Mathematics, some operands up to 100 times as often as
 others, whatever their size, and passages of the American Standard Version that come 8, 32, 128 or
 256 times, as the Pile repeats some of its documents. Their subsets are called "repeated 8 times"
-and so on; `data.py dedup` leaves one of each.
+and so on; `prepare.py dedup` leaves one of each.
 """
 
 import ast

@@ -44,14 +44,15 @@ import numpy as np
 
 import checkpoints
 from config import command, replacing
-from data import load_npy, read_json
+from config import read_json
+from data import load_npy
 from eval import find, pick_device
 from model import ModelConfig
 from studies.gender_measures import MEASURES
 from studies.results import open_results, paired_bootstrap, write_table
 from tokenizer import load_tokenizer
 from train import TrainConfig
-from training.parallel import LaunchConfig
+from train import LaunchConfig
 
 # ---------------------------------------------------------------------------- branch
 
@@ -200,8 +201,8 @@ def compare(options):
     write_table(Path(options.results) / "gender_bias.csv", (
         "measure", "step", "seeds", "items", "twin", "branch", "difference", "low", "high"), rows)
     if options.plot:
-        from studies import figures  # here: they need matplotlib
-        figures.differences(Path(options.results) / "gender_bias.csv", options.plot)
+        import plots
+        plots.differences(Path(options.results) / "gender_bias.csv", options.plot)
 
 
 COMMANDS = {"branch": (Branch, branch), "measure": (Measure, measure),

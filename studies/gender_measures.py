@@ -22,8 +22,8 @@ import re
 import numpy as np
 import torch
 
-from harness.prompts import read_jsonl, text
-from harness.scoring import loglikelihood, loglikelihood_rolling
+from tasks import read_jsonl, text
+from eval import loglikelihood, loglikelihood_rolling
 
 
 def heldout_texts(docs):

@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 import checkpoints
 from config import command
-from data import Order, ordered, read_json
+from config import read_json
+from data import Order, ordered
 from eval import find_all, pick_device, set_up_processes
 from model import Cache, head_blocks
 from studies.memorization_analysis import Analyse, analyse

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Order, load_npy, ordered, read_json
-from pile.viewer import Provenance
+from config import read_json
+from data import load_npy, Order, ordered
+from batch_viewer import Provenance
 from studies.poisson import poisson_tests, position_test, window_counts
 from studies.results import write_csv, write_table
 
@@ -104,8 +105,8 @@ def analyse(options):
         write = write_csv if name == "windows.csv" else write_table
         write(folder / name, ("model", "step", *TABLES[name]), found)
     if options.plot:
-        from studies import figures  # here: they need matplotlib
-        figures.memorization(folder, options.plot)
+        import plots
+        plots.memorization(folder, options.plot)
 
 
 def read_results(folder):

@@ -55,13 +55,6 @@ def position_test(rows, lengths):
     return float(slope), error, normal_p(slope / error) if error else 0.0
 
 
-def poisson_quantiles(n, mean):
-    """Return the n quantiles (i + 1/2) / n of a Poisson distribution, (n,) int64."""
-    k = torch.arange(int(mean + 10 * math.sqrt(mean)) + 30, dtype=torch.float64)
-    below = torch.special.gammaincc(k + 1, torch.full_like(k, mean))  # at most k
-    return np.searchsorted(below.numpy(), (np.arange(n) + 0.5) / n)
-
-
 def chi2_sf(x, degrees):
     return float(torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64),
                                          torch.tensor(float(x) / 2, dtype=torch.float64)))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import parse, replacing, run
-from data import TokenFile, read_json
+from config import read_json
+from data import TokenFile
 from plots import read_csv
 from studies.corpus import PROSE
-from studies.figures import count, natural
+from plots import count, natural
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -103,12 +104,12 @@ def training(out, steps, done):
             rows.append((name, L * (12 * D * D + 13 * D) + 2 * D, 2 * V * D, tokens,
                          f"{passes:.2f}", found["0"], found[str(steps)]))
         # done.json has the commands that ended well: `verify` does not if there is a problem.
-        if any("checkpoints.py verify " in line and line.endswith(f"/{name}") for line in done):
+        if any("verify.py verify " in line and line.endswith(f"/{name}") for line in done):
             steps_read = {row["step"] for row in read_csv(folder.parent / "verify.csv")}
             checked.append(f"{name} {len(steps_read)}")
     return table(("run", "parameters", "+ embeddings", "tokens", "passes over its corpus",
                   "bits/byte at 0", "at the end"), rows) + (
-        "<p>No problem was found by <code>checkpoints.py verify</code> (hashes, duplicates, "
+        "<p>No problem was found by <code>verify.py verify</code> (hashes, duplicates, "
         f"weights that belong to another step) in the checkpoints of: {', '.join(checked)}.</p>")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from config import replacing
-from data import read_json
+from config import read_json
 
 
 def open_results(path, settings, remedy="name another --output"):

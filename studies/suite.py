@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import parse, replacing, run
-from data import read_json
+from config import read_json
 
 SIZES = {  # name: layers, width, heads, peak learning rate, minutes on two cores
     "d32": (2, 32, 4, 5e-3, 1.6), "d64": (3, 64, 4, 5e-3, 2.4), "d128": (4, 128, 8, 3e-3, 4.5)}
@@ -79,9 +79,9 @@ def corpus_stages(options):
     return [
         ("the tokenizer", 0.1, study("corpus", "tokenizer", f"--output={options.tokenizer}")),
         ("the corpus", 0.3, study("corpus", "suite", f"--output={data}")),
-        ("duplicates", 0.1, ["data.py", "dedup", f"--input={data}/standard.jsonl",
+        ("duplicates", 0.1, ["prepare.py", "dedup", f"--input={data}/standard.jsonl",
                              f"--output={data}/deduped.jsonl"]),
-        *((f"tokenize {name}", 0.1, ["data.py", "tokenize", f"--input={path}",
+        *((f"tokenize {name}", 0.1, ["prepare.py", "tokenize", f"--input={path}",
                                      f"--output={data}/{name}", tokenizer])
           for name, path in texts.items()),
         *((f"order {corpus}", 0.1, ["data.py", "order", f"--data={data}/{corpus}",
@@ -95,7 +95,7 @@ def training_stages(options):
         *((f"train {name}", SIZES[size][4] * options.steps / 384,
            train_command(options, f"{out}/{name}", corpus, size, seed))
           for name, corpus, size, seed in (*RUNS, *SEEDS[1:])),
-        *((f"verify {name}", 0.2, ["checkpoints.py", "verify", f"{out}/{name}"])
+        *((f"verify {name}", 0.2, ["verify.py", "verify", f"{out}/{name}"])
           for name, *_ in (*RUNS, *SEEDS[1:])),
         ("evaluate", 3, ["eval.py", f"--model={names}", f"--docs={options.data}/docs",
                          "--tasks=heldout", "--limit=16", f"--output={out}/results.csv",
@@ -175,8 +175,8 @@ def term_stages(options):
         ("terms, experiment", 0.1, study("term_frequency", "compare", f"--branch={branches}",
                                          f"--terms={terms}", theirs,
                                          f"--output={out}/terms_compare.csv")),
-        ("terms, figure", 0.1, study("figures", "term_frequency", f"--bins={out}/terms_bins.csv",
-                                     "--model=standard_d128", f"--output={out}/terms.png"))]
+        ("terms, figure", 0.1, ["plots.py", "term_frequency", f"--bins={out}/terms_bins.csv",
+                                     "--model=standard_d128", f"--output={out}/terms.png"])]
 
 
 def main(options):

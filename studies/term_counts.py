@@ -41,11 +41,12 @@ import numpy as np
 from tqdm import tqdm
 
 from config import replacing
-from data import Order, load_npy, ordered, read_json
-from pile.prepare import serve_parent
+from config import read_json
+from data import load_npy, Order, ordered
+from prepare import serve_parent
 from studies.results import open_results
-from studies.term_questions import QuestionIndex, hash_of, read_questions
-from tokenizer import SPECIAL, load_tokenizer
+from studies.term_questions import hash_of, QuestionIndex, read_questions
+from tokenizer import load_tokenizer, SPECIAL
 
 NEAR, PLAIN, UNIT, QUESTION, PAIR = range(5)
 KIND = 10**10

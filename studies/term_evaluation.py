@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import checkpoints
 from eval import find_all, lock, pick_device
-from harness.scoring import generate_until, loglikelihood
-from studies.term_questions import OPERATIONS, arithmetic, given_answer, read_questions, trivia
+from eval import generate_until, loglikelihood
+from studies.term_questions import arithmetic, given_answer, OPERATIONS, read_questions, trivia
 from tokenizer import load_tokenizer
 
 HEADER = ("model", "step", "tokens", "task", "shots", "term", "item", "correct", "logprob")

@@ -13,7 +13,7 @@ the experiment.
     python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 \\
         --questions=QUESTIONS
     python -m studies.term_frequency analyse --counts=counts --results=terms.csv --output=terms
-    python -m studies.figures term_frequency --bins=terms_bins.csv --output=terms.png
+    python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
 ORDER: --steps, --batch_size, --seq_length and --seed as in RUN/config.json; the defaults are
 Pythia's. `analyse` refuses counts of another number of tokens a step, but cannot see another seed.
@@ -68,10 +68,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import command
-from data import read_json
+from config import read_json
 from studies.results import paired_bootstrap, write_csv
-from studies.term_counts import NEAR, PLAIN, Count, count, number_frequencies, question_frequencies
-from studies.term_evaluation import Evaluate, evaluate, grouped
+from studies.term_counts import count, Count, NEAR, number_frequencies, PLAIN, question_frequencies
+from studies.term_evaluation import evaluate, Evaluate, grouped
 from studies.term_questions import read_questions, words_of
 
 # ---------------------------------------------------------------------------- analysis

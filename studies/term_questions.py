@@ -22,8 +22,8 @@ import random
 import re
 from dataclasses import astuple, dataclass
 
-from harness.metrics import without_articles
-from harness.prompts import digest, read_jsonl, text, texts
+from tasks import without_articles
+from tasks import digest, read_jsonl, text, texts
 
 OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
 MOST_QUESTIONS = 10**5

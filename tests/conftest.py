@@ -4,6 +4,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = {"tokenize": "prepare.py", "dedup": "prepare.py", "shuffle": "prepare.py",
+            "order": "data.py", "view": "batch_viewer.py", "find": "batch_viewer.py"}
+
+
+def script_of(argv):
+    """Return the file that has the command argv[0]."""
+    return COMMANDS.get(str(argv[0]), "data.py")
 
 
 @pytest.fixture(scope="session")

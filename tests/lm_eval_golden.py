@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402
 from checkpoints import save  # noqa: E402
 from model import ModelConfig, Pythia  # noqa: E402
-from harness.scoring import encode  # noqa: E402
-from harness.tasks import TASKS  # noqa: E402
+from eval import encode  # noqa: E402
+from tasks import TASKS  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from train import TrainConfig, make_optimizer  # noqa: E402
+from train import make_optimizer, TrainConfig  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # 5 shots are cut on the left.

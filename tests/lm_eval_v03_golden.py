@@ -23,7 +23,7 @@ from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from harness.tasks import V03_TASKS  # noqa: E402
+from tasks import V03_TASKS  # noqa: E402
 from lm_eval_golden import CASES, documents  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import checkpoint_steps, load_model, load_training, save, saved_steps
 from model import ModelConfig, Pythia
-from train import TrainConfig, make_optimizer
+from train import make_optimizer, TrainConfig
 
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=50304, seq_length=32)
 TRAIN = TrainConfig(data="", out_dir="", learning_rate=1e-3)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from conftest import ROOT
-from data import OrderedData, TokenFile, batch_rows, build_order, order_paths, samples_needed
-from pile.writer import TokenWriter
+from conftest import ROOT, script_of
+from data import batch_rows, build_order, order_paths, OrderedData, samples_needed, TokenFile
+from data import TokenWriter
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
 # seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx
@@ -306,7 +306,7 @@ def test_batches_do_not_depend_on_what_was_read_before(corpus):
 
 
 def run(*argv):
-    return subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT,
+    return subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
                           capture_output=True, text=True)
 
 

@@ -21,10 +21,10 @@ import config
 import eval as evaluation
 from checkpoints import load_model, save
 from conftest import ROOT
-from harness.scoring import encode_pair, generate_until, loglikelihood, score
+from eval import encode_pair, generate_until, loglikelihood, score
 from model import ModelConfig, Pythia
 from tokenizer import Tokenizer
-from train import TrainConfig, make_optimizer
+from train import make_optimizer, TrainConfig
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=264)
 
@@ -141,7 +141,7 @@ def test_one_evaluation_writes_a_csv(tmp_path):
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path, capsys):
     run = shutil.copytree(workplace / "run", tmp_path / "run")
     os.truncate(run / "step8/model.safetensors", 100)
-    words = f"{run}/step8 damaged (python checkpoints.py verify {run} says what)"
+    words = f"{run}/step8 damaged (python verify.py verify {run} says what)"
     for steps in ("last", "8", "0,8"):
         with pytest.raises(ValueError) as error:
             evaluation.find_all(str(run), steps)

@@ -16,8 +16,8 @@ import config
 from checkpoints import load_model, load_training, lock, saved_steps, step_folders
 from conftest import ROOT
 from model import ModelConfig, Pythia
-from weights.tensors import read_small_json, sha256_of
-from train import TrainConfig, make_optimizer
+from checkpoints import read_small_json, sha256_of
+from train import make_optimizer, TrainConfig
 
 SAVER = """
 import os, random, signal, sys, time

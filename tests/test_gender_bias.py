@@ -15,8 +15,8 @@ from test_data import write
 
 from config import command
 from model import ModelConfig, Pythia
-from studies.gender_bias import (COMMANDS, Branch, Compare, Measure, branch, compare, measure,
-                                 pairs_of)
+from studies.gender_bias import (
+    Branch, branch, COMMANDS, compare, Compare, Measure, measure, pairs_of)
 from studies.gender_measures import MEASURES
 from studies.results import paired_bootstrap
 from tokenizer import Tokenizer

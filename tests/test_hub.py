@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints import checkpoint_steps, load_model, saved_steps
 from conftest import ROOT
 from test_huggingface import assert_equal, bits, legacy_buffers, published, weights
-from weights.huggingface import Export, Import, export, identify, import_, known_bad
-from weights.tensors import sha256_of
+from checkpoints import Export, export, identify, Import, import_, known_bad
+from checkpoints import sha256_of
 
 # ---------------------------------------------------------------------------- export
 

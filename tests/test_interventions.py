@@ -14,9 +14,9 @@ from test_data import write as write_tokens
 
 from config import command
 from data import MASKED, OrderedData
-from pile.viewer import View, view
-from studies.interventions import (INTERVENTIONS, TO_FEMININE, TO_MASCULINE, IntervenedData,
-                                   InterventionConfig, has_term)
+from batch_viewer import View, view
+from interventions import (
+    has_term, IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE)
 from tokenizer import Tokenizer
 
 

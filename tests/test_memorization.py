@@ -17,11 +17,12 @@ from conftest import ROOT
 from config import command
 from data import OrderedData
 from model import ModelConfig, Pythia
-from pile.writer import PROVENANCE
-from studies.memorization import (COMMANDS, Score, generated_matches, matched_lengths, score,
-                                  training_order)
+from data import PROVENANCE
+from studies.memorization import (
+    COMMANDS, generated_matches, matched_lengths, score, Score, training_order)
 from studies.memorization_analysis import Analyse, analyse, describe_rows, rate
-from studies.poisson import poisson_quantiles, poisson_tests, position_test, window_counts
+from plots import poisson_quantiles
+from studies.poisson import poisson_tests, position_test, window_counts
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=96, seq_length=40)
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from benchmarks.process import forked
+from bench import forked
 from config import parse
 from conftest import ROOT
 from model import HeadLoss, ModelConfig, Pythia
 from train import TrainConfig
-from training.parallel import LaunchConfig
-from weights.layout import hf_config, hf_name
+from train import LaunchConfig
+from checkpoints import hf_config, hf_name
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
 SHAPES = {

@@ -24,12 +24,11 @@ from config import parse
 from conftest import ROOT
 from launch import ENVIRONMENT, Launched
 from model import ModelConfig, Pythia
-from test_train import (SCHEMAS, SHAPE, assert_same_bits, command, data, losses,  # noqa: F401
-                        run_here, train)
-from train import TrainConfig, main, make_optimizer
-from training.parallel import (LaunchConfig, communicate, fill, forget_gradients, parallelize,
-                               rehearse)
-from training.plan import memory_per_process
+from test_train import assert_same_bits, command, data, losses, run_here, SCHEMAS, SHAPE, train
+from train import main, make_optimizer, TrainConfig
+from checkpoints import fill
+from train import communicate, forget_gradients, LaunchConfig, parallelize, rehearse
+from plan import memory_per_process
 
 RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
 

@@ -17,7 +17,7 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT
-from harness.tasks import TASKS
+from tasks import TASKS
 from lm_eval_golden import requests_hash, trained_model, write_documents
 from tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch
     model, tokenizer, docs = small
     task, shots = case.split()
     # As the golden file; more only take longer.
-    monkeypatch.setattr("harness.metrics.BOOTSTRAP", 1000)
+    monkeypatch.setattr("tasks.BOOTSTRAP", 1000)
     job = evaluation.prepare(task, docs, int(shots))
     texts = [request if isinstance(request, tuple) else (request,) for request in job.requests]
     assert requests_hash(texts) == GOLDEN[case]["requests"]

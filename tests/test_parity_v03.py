@@ -13,8 +13,8 @@ import pytest
 
 import eval as evaluation
 from conftest import ROOT
-from lm_eval_v03_golden import (BOOTSTRAP, LIMIT, answer, made_documents, question_hash,
-                                real_documents, write)
+from lm_eval_v03_golden import (
+    answer, BOOTSTRAP, LIMIT, made_documents, question_hash, real_documents, write)
 from tokenizer import Tokenizer
 
 GOLDEN = json.loads((ROOT / "tests" / "lm_eval_v03_golden.json").read_text())
@@ -26,7 +26,7 @@ def tokenizer(tokenizer_path):
 
 
 def check(tokenizer, case, splits, docs, monkeypatch):
-    monkeypatch.setattr("harness.metrics.BOOTSTRAP", BOOTSTRAP)
+    monkeypatch.setattr("tasks.BOOTSTRAP", BOOTSTRAP)
     _, name, shots = case.split()
     write(docs, name, splits)
     job = evaluation.prepare(name, docs, int(shots), "v0.3", LIMIT)

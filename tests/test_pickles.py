@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from weights.pickles import open_pickle
-from weights.tensors import JSON_LIMIT
-from weights.verify import Scan, check_files
+from checkpoints import open_pickle
+from checkpoints import JSON_LIMIT
+from verify import check_files, Scan
 
 
 class Run:

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-import plots
 from conftest import ROOT
-from studies import figures
+import plots
 
 RESULTS = """model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs
 mine-14m,0,0,piqa,0,acc,0.5,0.02,10,v0.4,float32,abc
@@ -244,7 +243,7 @@ def test_memorization_shows_lengths_and_counts_against_a_poissons(tmp_path):
         for n, subset in enumerate(("all", "once")) for rows in ("seen", "after this checkpoint")))
     (tmp_path / "windows.csv").write_text(  # of the last step and the first window, four counts
         "model,step,window,memorized,windows\nm,2,64,9,9\nm,4,64,0,2\nm,4,64,3,2\nm,4,32,9,9\n")
-    top, bottom = figures.memorization(tmp_path, tmp_path / "m.png").axes
+    top, bottom = plots.memorization(tmp_path, tmp_path / "m.png").axes
     for n, (line, _, bars) in enumerate(top.containers):
         assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [2 + n, 4 + n])
         assert bars[0].get_segments()[0].tolist() == [[2, 1.5 + n], [2, 2.5 + n]]
@@ -259,7 +258,7 @@ def test_differences_have_their_intervals(tmp_path):
     (tmp_path / "b.csv").write_text(
         "measure,step,seeds,items,difference,low,high\ncost,8,3,1200,0.5,0.25,1\n"
         "cost,4,3,1200,0,-1,1\nchoice,4,1,9,0.5,0,1\n")
-    figure = figures.differences(tmp_path / "b.csv", tmp_path / "b.png")
+    figure = plots.differences(tmp_path / "b.csv", tmp_path / "b.png")
     cost, choice = [axes for axes in figure.axes if axes.get_visible()]
     assert (cost.get_title(), choice.get_title()) == (
         "cost, 1,200 items, 3 seeds", "choice, 9 items, 1 seed")

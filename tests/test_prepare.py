@@ -12,16 +12,16 @@ import pytest
 import tokenizers
 import zstandard
 
-from conftest import ROOT
-from data import TokenFile, load_npy
-from pile.writer import TokenWriter
+from conftest import ROOT, script_of
+from data import load_npy, TokenFile
+from data import TokenWriter
 
 WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 1234",
          " <|endoftext|>", " \x00", "'s"]
 
 
 def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT,
+    done = subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == expect, done.stderr
     return done

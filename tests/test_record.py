@@ -12,10 +12,10 @@ import torch
 from checkpoints import load_model, saved_steps
 from data import OrderedData, samples_needed
 from test_train import assert_same_bits, data, losses, parent, run_here, table, train  # noqa: F401
-from studies.interventions import InterventionConfig
+from interventions import InterventionConfig
 from train import TrainConfig
-from training.parallel import Processes
-from training.record import Log, open_csv
+from config import Processes
+from train import Log, open_csv
 
 
 def opened(folder, start, may_overflow=False):

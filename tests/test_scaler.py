@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.scaler import LossScaler
+from train import LossScaler
 
 
 def test_loss_scaler_follows_deepspeeds_table():

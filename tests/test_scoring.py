@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as OriginalTokenizer
 
-from harness import scoring
+import eval as scoring
 from conftest import ROOT
 from model import ModelConfig, Pythia
 from test_model import randomized, transformers_twin

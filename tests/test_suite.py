@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from studies.corpus import operand_weights, sums
-from studies.suite import TERMS, SuiteConfig, stages
+from studies.suite import stages, SuiteConfig, TERMS
 
 
 def test_no_stage_is_there_twice():

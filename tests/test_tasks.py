@@ -8,10 +8,11 @@ import statistics
 
 import pytest
 
-from harness import metrics
-from harness.prompts import Document, Question, prompts
-from harness.tasks import (GROUPS, MMLU, SEVERAL, SUBJECTS, TASKS, V03_TASKS, mmlu_rows, winobias,
-                           winobias_rows, wsc_documents)
+import tasks as metrics
+from tasks import Document, prompts, Question
+from tasks import (
+    GROUPS, MMLU, mmlu_rows, SEVERAL, SUBJECTS, TASKS, V03_TASKS, winobias, winobias_rows,
+    wsc_documents)
 
 
 def test_bootstrap_draws_are_the_harness_draws():

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from weights.tensors import (DTYPES, JSON_LIMIT, Stored, open_file, open_folder, sha256_of,
-                             write_file, write_folder)
+from checkpoints import (
+    DTYPES, JSON_LIMIT, open_file, open_folder, sha256_of, Stored, write_file, write_folder)
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.full((5,), 0.1, dtype=torch.float16),
            "scalar": torch.tensor(3, dtype=torch.int64), "empty": torch.zeros(0, 7),

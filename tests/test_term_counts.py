@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_data import write as write_tokens
 
 from data import OrderedData
-from harness.prompts import read_jsonl
-from studies.term_counts import (NEAR, NUMBERS, PAIR, PLAIN, UNIT, UNITS, Count, count,
-                                 count_numbers, merge, seen, tidy)
+from tasks import read_jsonl
+from studies.term_counts import (
+    count, Count, count_numbers, merge, NEAR, NUMBERS, PAIR, PLAIN, seen, tidy, UNIT, UNITS)
 from studies.term_questions import Question, QuestionIndex, read_questions
 from tokenizer import Tokenizer
 

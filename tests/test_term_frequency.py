@@ -12,17 +12,16 @@ import torch
 
 from checkpoints import load_model, save
 from config import command
-from harness.prompts import read_jsonl
+from tasks import read_jsonl
 from model import ModelConfig, Pythia
-from studies import figures
+import plots
 from studies.results import write_csv
 from studies.term_counts import NEAR, NUMBERS, QUESTION
-from studies.term_evaluation import (HEADER, Evaluate, all_prompts, answer_all, evaluate,
-                                     read_rows)
-from studies.term_frequency import BINS, COMMANDS, Analyse, Compare, analyse, binned, compare, gap
-from studies.term_questions import Question, arithmetic, given_answer, trivia
+from studies.term_evaluation import all_prompts, answer_all, evaluate, Evaluate, HEADER, read_rows
+from studies.term_frequency import Analyse, analyse, binned, BINS, COMMANDS, compare, Compare, gap
+from studies.term_questions import arithmetic, given_answer, Question, trivia
 from tokenizer import Tokenizer
-from train import TrainConfig, make_optimizer
+from train import make_optimizer, TrainConfig
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=64)
 QUESTIONS = [Question(str(i), f"Who is {name}?", name, (name, f"The {name}!"))
@@ -274,7 +273,7 @@ def test_the_figure_is_drawn(tmp_path):
             for step in (2, 4)]
     write_csv(tmp_path / "bins.csv", BINS, rows)
     command(["term_frequency", f"--bins={tmp_path}/bins.csv", f"--output={tmp_path}/t.png"],
-            figures.COMMANDS)
+            {"term_frequency": (plots.TermFrequency, plots.term_frequency)})
     assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
 
 

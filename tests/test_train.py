@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,14 +27,14 @@ from conftest import ROOT
 from data import OrderedData, samples_needed
 from launch import Launched
 from model import Block, ModelConfig, Pythia
-from pile.writer import TokenWriter
-from studies.interventions import IntervenedData, InterventionConfig
+from data import TokenWriter
+from interventions import IntervenedData, InterventionConfig
 from test_model import transformers_twin
 from tokenizer import load_tokenizer
-from train import TrainConfig, learning_rate_at, make_optimizer
-from training.parallel import LaunchConfig
-from training.plan import PlanConfig, flops_per_token
-from training.scaler import LossScaler
+from train import learning_rate_at, make_optimizer, TrainConfig
+from train import LaunchConfig
+from plan import flops_per_token, PlanConfig
+from train import LossScaler
 
 PYTHIA = TrainConfig(data="", out_dir="", learning_rate=1e-3)
 SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig

@@ -16,15 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import (checkpoint_steps, is_whole, load_model, load_training, save, saved_steps,
-                         step_folders, write_manifest)
+from checkpoints import (
+    checkpoint_steps, is_whole, load_model, load_training, save, saved_steps, step_folders,
+    write_manifest)
 from conftest import ROOT
 from model import ModelConfig, Pythia
-from train import TrainConfig, learning_rate_at, make_optimizer
-from weights.huggingface import Export, export
-from weights.layout import hf_config, hf_name
-from weights.tensors import write_file, write_folder
-from weights.verify import Scan, check_files, check_path, scan
+from train import learning_rate_at, make_optimizer, TrainConfig
+from checkpoints import Export, export
+from checkpoints import hf_config, hf_name
+from checkpoints import write_file, write_folder
+from verify import check_files, check_path, scan, Scan
 
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=384, seq_length=32)
 TRAIN = TrainConfig(data="", out_dir="", learning_rate=1e-2, steps=128, checkpoint_every=16)
@@ -83,10 +84,11 @@ def run(honest, tmp_path):
 def checkpoints(monkeypatch, capsys):
     """Run the command line here; return (exit code, stdout)."""
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
+        script = "verify.py" if arguments[0] in ("verify", "diff") else "checkpoints.py"
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
         try:
-            runpy.run_path(str(ROOT / "checkpoints.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from test_verify import (checkpoints, honest, one_thread, problems,  # noqa: F401, fixtures
-                         verify)
+from test_verify import checkpoints, honest, one_thread, problems, verify
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float16], ids=str)

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from conftest import ROOT
-from data import MASKED, OrderedData, TokenFile, samples_needed, times_seen
-from pile.writer import TokenWriter
+from conftest import ROOT, script_of
+from data import MASKED, OrderedData, samples_needed, times_seen, TokenFile
+from data import TokenWriter
 from tokenizer import Tokenizer
-from pile.find import TextPattern, TokenPattern, rows_with, sample_counts, search
-from pile.viewer import Provenance
+from batch_viewer import rows_with, sample_counts, search, TextPattern, TokenPattern
+from batch_viewer import Provenance
 
 SEQ, STEPS, BATCH = 16, 40, 4
 FLAGS = [f"--seq_length={SEQ}", f"--steps={STEPS}", f"--batch_size={BATCH}"]
 
 
 def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, "data.py", *map(str, argv)], cwd=ROOT,
+    done = subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == expect, done.stderr
     return done

@@ -1,6 +1,6 @@
 """Which checkpoint is this really? Hashes, duplicates and breaks in the path that the weights took.
 
-    python checkpoints.py verify runs/mini             # or several folders, of any published form
+    python verify.py verify runs/mini             # or several folders, of any published form
 
 No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
 the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
@@ -15,6 +15,11 @@ steps to what is around them, over those after the exchange: honest up to 0.7, e
 Without a manifest not all can be seen: not a few values that changed by less than their tensor
 moves between two checkpoints anyway, as after a flipped bit that made one small, and not the biases
 and LayerNorms of the checkpoint beside.
+
+What two checkpoints differ in, and what a run holds.
+
+    python verify.py diff runs/mini/step512 OTHER
+    python checkpoints.py list runs/mini
 """
 
 import math
@@ -29,12 +34,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import checkpoint_steps, read_training, step_folders
-from config import replacing
+from checkpoints import (
+    checkpoint_steps, is_name, open_any, open_archive, read_training,
+    sha256_of, size_of, step_folders)
+from config import command, read_json, replacing
 from model import ModelConfig
-from weights.huggingface import open_any
-from weights.pickles import open_archive
-from weights.tensors import is_name, read_small_json, sha256_of, size_of
+
+
+# ------------------------------------------------------------ weights/verify.py
+
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -103,7 +111,7 @@ def check_files(found):
     if manifest.exists():
         found.hashed, entries = 0, None
         with noting(found, "manifest.json"):
-            entries = read_small_json(manifest)
+            entries = read_json(manifest)
         for name, entry in (entries or {}).items():
             shown, path = name if is_name(name) else repr(name[:50]), found.folder / name
             with noting(found, shown):
@@ -315,7 +323,7 @@ def find(folders):
 def scheduled_steps(run, expected):
     """Return the steps of a run's checkpoints that are to be there once it has ended."""
     if expected is None:
-        settings = read_small_json(run / "config.json") if (run / "config.json").exists() else {}
+        settings = read_json(run / "config.json") if (run / "config.json").exists() else {}
         steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
         for number in (steps, every):
             if type(number) is not int or not 1 <= number <= 1 << 30 or steps > 100_000 * every:
@@ -434,3 +442,58 @@ def write(rows, options, folder):
         plots.weights(plots.Weights(str(output), str(output.with_suffix(".png"))))
     except ValueError as error:  # matplotlib is an extra
         print(error)
+
+
+# ------------------------------------------------------------ weights/compare.py
+
+
+@dataclass(frozen=True)
+class Diff:
+    a: str  # a checkpoint folder of any published form
+    b: str
+
+
+def diff(options):
+    """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
+    (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
+    fields = asdict(config_a), asdict(config_b)
+    configs = [name for name in fields[0] if fields[0][name] != fields[1][name]]
+    for name in configs:
+        print(f"config: {name} is {fields[0][name]} and {fields[1][name]}")
+    print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
+    differing = sorted(a.keys() ^ b.keys())
+    for name in differing:
+        print(f"{name:50} only in {options.a if name in a else options.b}")
+    for name in tqdm([name for name in a if name in b], disable=None, leave=False):
+        line = f"{name:50} {'x'.join(map(str, a[name].shape)):>14}"
+        if a[name].shape != b[name].shape:
+            differing.append(name)
+            tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
+            continue
+        largest, total, square, norm, equal = torch.zeros(()).double(), 0.0, 0.0, 0.0, True
+        chunks = (stored.read().reshape(-1).split(1 << 20) for stored in (a[name], b[name]))
+        for x, y in zip(*chunks):
+            x, y = x.double(), y.double()
+            delta = (x - y).abs()
+            equal = equal and torch.equal(x, y)
+            largest = largest.maximum(delta.max())  # Python's max would lose a NaN
+            total += delta.sum().item()
+            square, norm = square + delta.square().sum().item(), norm + y.square().sum().item()
+        if not equal:
+            differing.append(name)
+        tqdm.write(f"{line} {largest:10.3g} {total / max(1, math.prod(a[name].shape)):10.3g} "
+                   + (f"{math.sqrt(square / norm):10.3g}" if norm else f"{'-':>10}"))
+    print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
+          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else "")
+          + (f"; configs differ: {', '.join(configs)}" if configs else ""))
+    if differing or configs:
+        sys.exit(1)
+
+
+def _dtypes(tensors):
+    names = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
+    return "/".join(sorted(names))
+
+
+if __name__ == "__main__":
+    command(sys.argv[1:], {"verify": (Verify, verify, "folders..."), "diff": (Diff, diff, "a b")})

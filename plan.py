@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+
 # Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets.
 GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12,
              "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "H100 PCIe": 756e12,

@@ -1,8 +1,8 @@
 """Interventions on the training data: functions (step, rows) -> rows, chosen by name in the config.
 
-    python train.py CONFIG --intervention=pronouns_to_feminine --intervention_from=133000 \\
+    python train.py CONFIG --intervention=pronouns_to_feminine --intervention_from=133000 \
         --out_dir=RUN
-    python data.py view --data=PREFIX --step=133000 --intervention=pronouns_to_feminine
+    python batch_viewer.py view --data=PREFIX --step=133000 --intervention=pronouns_to_feminine
 
 rows are all rows of the step, (batch_size, seq_length + 1) int64; as many come back, as long. An id
 of MASKED is padding: nothing is learnt there. Every changed row is noted in RUN/interventions.csv.
@@ -24,12 +24,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import MASKED, batch_rows
+from data import batch_rows, MASKED
 
 
 @dataclass(frozen=True)
 class InterventionConfig:
-    intervention: str | None = None  # a name of studies/interventions.py, or None
+    intervention: str | None = None  # a name of interventions.py, or None
     # the first step it applies to (0-based: what makes checkpoint step + 1)
     intervention_from: int = 0
     intervention_to: int | None = None  # the last one, None: to the end
