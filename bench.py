@@ -62,15 +62,17 @@ import batch_viewer as search
 import eval as scoring
 import prepare as preparing
 from checkpoints import hf_config, load_model, parameter_shapes, save, write_file
-from config import command, fail, parse, Processes
+from config import command, fail, parse
+from parallel import Processes
 from data import OrderedData, samples_needed, TokenFile, TokenWriter
 from eval import prepare
 from model import ModelConfig, Pythia
-from plan import flops_per_token, matmul_flops, memory_per_process
+from parallel import flops_per_token, matmul_flops, memory_per_process
 from plots import read_csv
 from studies.memorization import matched_lengths
 from tokenizer import load_tokenizer, Tokenizer
-from train import LaunchConfig, make_optimizer, parallelize, TrainConfig
+from train import make_optimizer, TrainConfig
+from parallel import LaunchConfig, parallelize
 
 
 # ------------------------------------------------------------ bench.py

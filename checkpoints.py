@@ -144,7 +144,7 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     exists = is_whole(folder) and not lost_moments(folder)
     _meet()  # nobody makes the folder before all have looked
     if exists:
-        return _WRITER.submit(lambda: None)
+        return
     parameters = dict(model.named_parameters())
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     # There are none before the first update.
@@ -183,18 +183,20 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
             make_room(run, step, state_every)
         _meet()
 
-    future = _WRITER.submit(finish)
+    finish_writing()
+    _PENDING.append(_WRITER.submit(finish))
     if not asynchronous:
-        future.result()
-    return future
+        finish_writing()
 
 
 _WRITER = ThreadPoolExecutor(1)
+_PENDING = []
 
 
 def finish_writing():
     """Wait until the checkpoint under way is on the disk; its processes still need each other."""
-    _WRITER.shutdown()
+    while _PENDING:
+        _PENDING.pop().result()
 
 
 @functools.cache

@@ -8,6 +8,7 @@ dataclasses, so `--help` simply prints their source. A user's mistake is one lin
 """
 
 import ast
+import csv
 import dataclasses
 import difflib
 import errno
@@ -31,107 +32,60 @@ def parse(argv, *schemas):
     All fields together form one flat namespace. Ends the program (see fail) on an unknown name, a
     value of the wrong type, an unreadable file or a missing setting without a default.
     """
-    owners = {field.name: schema for schema in schemas for field in dataclasses.fields(schema)}
-    allowed = {name: hint for schema in schemas
-               for name, hint in typing.get_type_hints(schema).items()}
-    assert len(owners) == sum(len(dataclasses.fields(schema)) for schema in schemas), (
-        "two schemas share a name")
     if "--help" in argv or "-h" in argv:
-        _print_help(schemas)
+        for kind in [kind for schema in schemas for kind in reversed(schema.__mro__[:-1])]:
+            # The fields with their comments are the manual; the methods behind them are not.
+            print(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() + "\n")
         sys.exit(0)
+    hints = {name: hint for schema in schemas
+             for name, hint in typing.get_type_hints(schema).items()}
     values = {}
     for argument in argv:
-        if argument.startswith("-"):
-            if allowed.get(argument[2:]) is bool:
-                argument += "=True"  # --push
-            where, settings = "command line", _read_flag(argument)
-        else:
-            where, settings = argument, _read_config(argument)
-        for name, value in settings.items():
-            if name not in owners:
-                near = difflib.get_close_matches(name, owners, n=1)
+        where = "command line" if argument.startswith("-") else argument
+        for name, value in _read(argument, hints).items():
+            if name not in hints:
+                near = difflib.get_close_matches(name, hints, n=1)
                 fail(f"{where}: no setting called {name}"
                      + (f", did you mean {near[0]}?" if near else "; --help lists them all"))
-            values[name] = _typed(where, name, value, allowed[name])
+            values[name] = _typed(where, name, value, hints[name])
     missing = [f"--{field.name}" for schema in schemas for field in dataclasses.fields(schema)
                if field.name not in values and field.default is dataclasses.MISSING]
     if missing:
         fail(f"missing: {', '.join(missing)} (--help explains every setting)")
-    try:
-        built = [schema(**{name: value for name, value in values.items() if owners[name] is schema})
-                 for schema in schemas]
-    except ValueError as error:  # a dataclass refuses a combination in __post_init__
-        fail(str(error))
+    built = []
+    for schema in schemas:
+        mine = {field.name for field in dataclasses.fields(schema)} & values.keys()
+        try:
+            built.append(schema(**{name: values[name] for name in mine}))
+        except ValueError as error:  # a dataclass refuses a value in __post_init__
+            fail(str(error))
     return built[0] if len(built) == 1 else built
 
 
-def command(argv, commands):
-    """Run `commands[argv[0]] = (schema, function)` on the rest: `prepare.py tokenize --input=a.txt`.
-
-    A third entry names the settings that may come without a flag: "source output" makes
-    `import A B` mean `import --source=A --output=B`, and "folders..." joins all with commas.
-    """
-    if not argv or argv[0] not in commands:
-        if argv and argv[0] in ("--help", "-h"):
-            print("commands (COMMAND --help lists its settings):")
-            for name, (_, function, *_) in commands.items():
-                print(f"  {name:10} {function.__doc__.strip().splitlines()[0]}")
-            sys.exit(0)
-        fail(f"command line: expected one of {', '.join(commands)}"
-             + (f", found {argv[0]}" if argv else "") + "; --help says what they do")
-    schema, function, *names = commands[argv[0]]
-    run(function, parse(_with_flags(argv[1:], *names), schema))
-
-
-def check(settings, expected, holds, *names):
-    """Raise ValueError unless holds(value) for each of these settings that is not None."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{name} = {value!r}, expected {expected}")
-
-
-def _print_help(schemas):
-    kinds = [kind for schema in schemas for kind in reversed(schema.__mro__) if kind is not object]
-    for kind in kinds:  # the fields with their comments, not the methods behind them
-        print(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() + "\n")
-
-
-def _with_flags(argv, names=""):
-    """Return `argv` with its positional arguments as flags, in the order of `names`."""
-    flags = [argument for argument in argv if argument.startswith("-")]
-    plain = [argument for argument in argv if not argument.startswith("-")]
-    if not names:
-        return argv
-    if names.endswith("...") and plain:
-        names, plain = names.removesuffix("..."), [",".join(plain)]
-    if len(plain) > len(names.split()):
-        fail(f"command line: found {' '.join(plain)}, expected {names}")
-    return flags + [f"--{name}={value}" for name, value in zip(names.split(), plain)]
+def _read(argument, hints):
+    """Return {name: value} of a flag or of a config file; a flag's value is still text."""
+    if argument.startswith("--"):
+        name, equals, text = argument[2:].partition("=")
+        if not equals and hints.get(name) is bool:
+            text = "True"  # --push
+        elif not equals:
+            fail(f"command line: found {argument}, expected --name=value")
+        return {name: _Text(text)}
+    if not argument.endswith(".py"):
+        fail(f"command line: found {argument}, expected --name=value or a config file ending in "
+             ".py")
+    if not os.path.exists(argument):
+        fail(f"{argument}: no such file")
+    try:
+        settings = runpy.run_path(argument)
+    except Exception as error:  # whatever a config file does wrong, the user reads one line
+        fail(f"{argument}: cannot read this config: {type(error).__name__}: {error}")
+    return {name: value for name, value in settings.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
 
 class _Text(str):
     """A flag's value before its type is known (a config file's values arrive typed)."""
-
-
-def _read_flag(argument):
-    name, equals, value = argument.removeprefix("--").partition("=")
-    if not argument.startswith("--") or not equals:
-        fail(f"command line: found {argument}, expected --name=value")
-    return {name: _Text(value)}
-
-
-def _read_config(path):
-    if not path.endswith(".py"):
-        fail(f"command line: found {path}, expected --name=value or a config file ending in .py")
-    if not os.path.exists(path):
-        fail(f"{path}: no such file")
-    try:
-        settings = runpy.run_path(path)
-    except Exception as error:  # whatever a config file does wrong, the user reads one line
-        fail(f"{path}: cannot read this config: {type(error).__name__}: {error}")
-    return {name: value for name, value in settings.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
 
 def _typed(where, name, value, hint):
@@ -145,17 +99,49 @@ def _typed(where, name, value, hint):
             value = text
         if str in kinds and not (value is None and types.NoneType in kinds):
             value = text  # a path may look like a number
-    if int in kinds and type(value) in (int, float) and abs(value) >= 2**63:
-        fail(f"{where}: {name} = {value!r} is too large")
     for kind in kinds:
-        if type(value) is kind:
+        if type(value) is kind and not (kind is int and abs(value) >= 2**63):
             return value
         if kind is float and type(value) is int:
             return float(value)
-        if kind is int and type(value) is float and value.is_integer():
+        if kind is int and type(value) is float and value.is_integer() and abs(value) < 2**63:
             return int(value)
     fail(f"{where}: {name} = {value!r} is not {' or '.join(kind.__name__ for kind in kinds)}"
          + (": write True or False" if bool in kinds else ""))
+
+
+def check(settings, expected, holds, *names):
+    """Raise ValueError unless holds(value) for each of these settings that is not None."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{name} = {value!r}, expected {expected}")
+
+
+def command(argv, commands):
+    """Run commands[argv[0]] = (schema, function) on the rest: `prepare.py tokenize --input=a.txt`.
+
+    A third entry names the settings that may come without a flag: "source output" makes
+    `import A B` mean `import --source=A --output=B`, and "folders..." joins all with commas.
+    """
+    if argv[:1] in (["--help"], ["-h"]):
+        print("commands (COMMAND --help lists its settings):")
+        for name, (_, function, *_) in commands.items():
+            print(f"  {name:10} {function.__doc__.strip().splitlines()[0]}")
+        sys.exit(0)
+    if not argv or argv[0] not in commands:
+        fail(f"command line: expected one of {', '.join(commands)}"
+             + (f", found {argv[0]}" if argv else "") + "; --help says what they do")
+    schema, function, *names = commands[argv[0]]
+    flags = [argument for argument in argv[1:] if argument.startswith("-")]
+    plain = [argument for argument in argv[1:] if not argument.startswith("-")]
+    if names and plain:
+        if names[0].endswith("..."):
+            names, plain = [names[0].removesuffix("...")], [",".join(plain)]
+        if len(plain) > len(names[0].split()):
+            fail(f"command line: found {' '.join(plain)}, expected {names[0]}")
+        plain = [f"--{name}={value}" for name, value in zip(names[0].split(), plain)]
+    run(function, parse(flags + plain, schema))
 
 
 # ---------------------------------------------------------------------------- errors
@@ -257,80 +243,19 @@ def file_size(path):
     return status.st_size
 
 
-# ---------------------------------------------------------------------------- processes
+def open_table(path, columns, start):
+    """Return a CSV file open at its end, and the rows that it keeps, [{column: cell}].
 
-
-class Processes:
-    """This process among those that torchrun started; alone, it is rank 0 of 1.
-
-    device: "auto", "cpu" or "cuda". timeout: a timedelta, how long a process may wait for another;
-    None is torch's default.
+    Its first column is a step; rows of step `start` and later go, for those steps run again.
     """
-
-    def __init__(self, device="auto", timeout=None):
-        import torch  # here, since commands that only read token files start faster without
-        import torch.distributed as dist
-        self.rank = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device = {device!r}, expected auto, cpu or cuda")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda', but this torch sees no GPU; "
-                             "--device=cpu computes without")
-        if device != "cpu" and torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        else:
-            self.device = torch.device("cpu")
-            if on_this_node > 1:  # torchrun leaves one thread to each
-                torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
-        if self.count > 1:
-            # What hosts exchange goes over gloo, past the GPUs, which need not stop for it.
-            backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=timeout)
-
-    def mean(self, values):
-        """Return the mean over processes of a tensor's values, as a list; waits for the device."""
-        import torch.distributed as dist
-        values = values.double()
-        if self.count > 1:
-            dist.all_reduce(values)
-        return (values / self.count).tolist()
-
-    def any(self, flag):
-        """Return whether the flag is true on one process at least."""
-        import torch
-        import torch.distributed as dist
-        if self.count == 1:
-            return bool(flag)
-        flag = torch.tensor(float(flag))  # on the host: over gloo
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def gather(self, value):
-        """Return a list of every process's value, any picklable object, by rank."""
-        import torch.distributed as dist
-        if self.count == 1:
-            return [value]
-        values = [None] * self.count
-        dist.all_gather_object(values, value)  # on the host, over gloo
-        return values
-
-    def together(self, act, first_alone=False):
-        """Return act() of this process, once all have done it; first_alone: the others only wait.
-
-        A user's mistake in one process ends all of them, and the first one tells it.
-        """
-        result = problem = None
-        try:
-            if self.rank == 0 or not first_alone:
-                result = act()
-        except (ValueError, OSError) as error:
-            problem = explain(error)
-        problems = [words for words in self.gather(problem) if words]
-        if problems and self.rank > 0:
-            sys.exit(2)
-        if problems:
-            raise ValueError("\n".join(dict.fromkeys(problems)))
-        return result
+    rows = []
+    if os.path.exists(path):
+        with open(path, newline="") as file:
+            # A full disk or a power failure can cut the last line anywhere, so it is whole only if
+            # its end is there. The step of a cut line runs again.
+            whole = csv.reader(line for line in file if line.endswith("\n"))
+            rows = [row for row in whole if len(row) == len(columns)
+                    and row[0].isdigit() and int(row[0]) < start]
+    with replacing(path) as file:
+        file.write("".join(",".join(line) + "\n" for line in (columns, *rows)).encode())
+    return open(path, "a", buffering=1), [dict(zip(columns, row)) for row in rows]

@@ -7,3 +7,4 @@ from configs.pythia import *
 n_layers, d_model, n_heads = 32, 2560, 32
 learning_rate = 1.6e-4
 micro_batch_size = 16
+sharding = "fsdp"  # where the original has ZeRO 1; with ddp it needs more than 40 GB a GPU

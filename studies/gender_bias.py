@@ -52,7 +52,7 @@ from studies.gender_measures import MEASURES
 from studies.results import open_results, paired_bootstrap, write_table
 from tokenizer import load_tokenizer
 from train import TrainConfig
-from train import LaunchConfig
+from parallel import LaunchConfig
 
 # ---------------------------------------------------------------------------- branch
 

@@ -84,7 +84,7 @@ def serve():
     import torch._dynamo  # noqa: F401  (so does every optimizer)
     import torch.distributed.fsdp  # noqa: F401
     import train  # noqa: F401
-    from plan import peak_flops
+    from parallel import peak_flops
     peak_flops(torch.device("cpu"))  # once for all
     for line in sys.stdin:
         request = json.loads(line)

@@ -20,7 +20,7 @@ from config import parse
 from conftest import ROOT
 from model import HeadLoss, ModelConfig, Pythia
 from train import TrainConfig
-from train import LaunchConfig
+from parallel import LaunchConfig
 from checkpoints import hf_config, hf_name
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
@@ -146,11 +146,11 @@ def test_loss_without_gradients_is_the_same_number():
 
 
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("suffix", ["", "_deduped"])
-def test_configs_give_the_published_sizes(size, suffix, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["configs/pile_deduped.py"]])
+def test_configs_give_the_published_sizes(size, more, monkeypatch):
     monkeypatch.chdir(ROOT)
     L, D, H, V, parameters = SHAPES[size]
-    config, training, _ = parse([f"configs/pythia_{size}{suffix}.py"],
+    config, training, _ = parse([f"configs/pythia_{size}.py", *more],
                                 ModelConfig, TrainConfig, LaunchConfig)
     with torch.device("meta"):
         model = Pythia(config)
@@ -158,7 +158,7 @@ def test_configs_give_the_published_sizes(size, suffix, monkeypatch):
     assert (config.n_layers, config.d_model, config.n_heads, config.vocab_size) == (L, D, H, V)
     assert parameters - 2 * V * D == L * (12 * D**2 + 13 * D) + 2 * D
     assert training.steps * training.batch_size * config.seq_length == 299_892_736_000
-    assert ("deduped" in training.data) == bool(suffix)
+    assert ("deduped" in training.data) == bool(more)
 
 
 @pytest.mark.parametrize("init, D, L, std, residual_std", [

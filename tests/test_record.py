@@ -14,8 +14,9 @@ from data import OrderedData, samples_needed
 from test_train import assert_same_bits, data, losses, parent, run_here, table, train  # noqa: F401
 from interventions import InterventionConfig
 from train import TrainConfig
-from config import Processes
-from train import Log, open_csv
+from parallel import Processes
+from train import Log
+from config import open_table
 
 
 def opened(folder, start, may_overflow=False):
@@ -55,7 +56,7 @@ def test_a_line_that_was_cut_anywhere_is_forgotten(tmp_path):
     whole = "step,tokens,loss\n8,2048,4.25\n9,2304,4.125\n"
     for cut in range(1, len("9,2304,4.125\n") + 1):
         path.write_text(whole[:-cut])
-        file, rows = open_csv(path, ("step", "tokens", "loss"), 12)
+        file, rows = open_table(path, ("step", "tokens", "loss"), 12)
         file.close()
         assert rows == [{"step": "8", "tokens": "2048", "loss": "4.25"}]
         assert path.read_text() == "step,tokens,loss\n8,2048,4.25\n"

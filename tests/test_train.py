@@ -24,17 +24,14 @@ import train as train_module
 from checkpoints import saved_steps
 from config import parse
 from conftest import ROOT
-from data import OrderedData, samples_needed
+from data import OrderedData, TokenWriter, samples_needed
 from launch import Launched
 from model import Block, ModelConfig, Pythia
-from data import TokenWriter
+from parallel import LaunchConfig, LossScaler, PlanConfig, flops_per_token
 from interventions import IntervenedData, InterventionConfig
 from test_model import transformers_twin
 from tokenizer import load_tokenizer
-from train import learning_rate_at, make_optimizer, TrainConfig
-from train import LaunchConfig
-from plan import flops_per_token, PlanConfig
-from train import LossScaler
+from train import TrainConfig, learning_rate_at, make_optimizer
 
 PYTHIA = TrainConfig(data="", out_dir="", learning_rate=1e-3)
 SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig
@@ -119,6 +116,36 @@ def test_flops_are_counted_from_the_matmuls():
     attention = 6 * config.n_layers * config.d_model * config.seq_length
     # The counter sees attention's whole square, of which a causal model needs half.
     assert counter.get_total_flops() / 128 == flops_per_token(config) + attention
+
+
+def test_loss_scaler_follows_deepspeeds_table():
+    scaler = LossScaler(enabled=True)
+    seen = []
+    for iteration in range(4002):
+        scaler.update(overflow=iteration in (1500, 1501, 1502, 3600))
+        seen.append((scaler.state["scale"], scaler.state["hysteresis"]))
+    assert seen[998] == (4096, 2) and seen[999] == (8192, 2)  # the 1000th good one doubles it
+    assert seen[1500:1503] == [(8192, 1), (4096, 1), (2048, 1)]  # one forgiven, then halved
+    assert seen[2501] == (2048, 1) and seen[2502] == (4096, 2)  # 1000 after the last overflow
+    assert seen[3502] == (8192, 2) and seen[3600] == (8192, 1) and seen[4001] == (8192, 1)
+
+
+def test_overflow_at_scale_one_stops():
+    scaler = LossScaler(enabled=True)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        for _ in range(20):
+            scaler.update(overflow=True)
+    assert scaler.scale == 1
+
+
+def test_a_scale_rests_while_it_is_not_needed():
+    """A run begun on a CPU or in bfloat16 goes on in float16 at 4096; the other way round at 1."""
+    plain = LossScaler(enabled=False)
+    plain.update(overflow=True)
+    assert plain.scale == 1
+    half = LossScaler(enabled=True)
+    half.state = plain.state
+    assert half.scale == 4096
 
 
 # ---------------------------------------------------------------------------- whole runs
@@ -232,7 +259,7 @@ def test_another_run_in_the_same_folder_is_refused(data, tmp_path):
     (dict(n_heads=3), "d_model = 32 is not a multiple of n_heads = 3"),
     (dict(stepz=3), "no setting called stepz, did you mean steps?"),
     (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
-    (dict(device="gpu"), "device = 'gpu', expected 'auto', 'cpu' or 'cuda'"),
+    (dict(device="gpu"), "device = 'gpu', expected auto, cpu or cuda"),
     (dict(steps=0), "steps = 0, expected at least 1")])
 def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
     done = train(data, tmp_path / "run", expect=2, **changes)
@@ -313,28 +340,16 @@ def test_replayed_batches_are_those_that_the_parent_saw(data, tmp_path, parent):
     assert [row[0] for row in child] == list(range(6, 12)) and child[:2] == twin[:2]
 
 
-READING = """
-import os, runpy, signal, time, data
-read = data.OrderedData.batch
-def batch(self, step, *arguments, **settings):
-    {}
-    return read(self, step, *arguments, **settings)
-data.OrderedData.batch = batch
-runpy.run_path("train.py", run_name="__main__")
-"""
-
-
 def test_a_signal_ends_a_replay_at_once(data, tmp_path, parent):
     """Nothing but the replay is lost: the same command begins it again. Its time is no step's."""
     settings = dict(branch_from=published(parent, 6, tmp_path), warm_moments=6)
-    (tmp_path / "slow.py").write_text(READING.format("time.sleep(0.2 * (step < 6))"))
-    (tmp_path / "signal.py").write_text(
-        READING.format("if step == 3: os.kill(os.getpid(), signal.SIGTERM)"))
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = Launched([tmp_path / "slow.py", *command(data, whole, **settings)[1:]]).finish()
+    flags = command(data, whole, **settings)[1:]
+    done = Launched([ROOT / "tests/odd_runs.py", "slow_replay", *flags]).finish()
     assert done.returncode == 0, done.stderr
     assert float(table(whole / "metrics.csv")[0]["seconds"]) < 0.2
-    done = Launched([tmp_path / "signal.py", *command(data, cut, **settings)[1:]]).finish()
+    flags = command(data, cut, **settings)[1:]
+    done = Launched([ROOT / "tests/odd_runs.py", "signal_in_replay", *flags]).finish()
     assert done.returncode == 128 + signal.SIGTERM and "begins the replay again" in done.stdout
     assert losses(cut) == [] and saved_steps(cut) == []
     train(data, cut, **settings)
@@ -401,7 +416,7 @@ def test_the_next_batch_is_read_before_the_host_waits(data, tmp_path, monkeypatc
         return read(self, step, *arguments, **settings)
 
     monkeypatch.setattr(OrderedData, "batch", batch)
-    with Watch(lambda names: events.append("wait") if "take_step" in names else None):
+    with Watch(lambda names: events.append("wait") if "update" in names else None):
         run_here(data, tmp_path, stop_at=4)
     assert events[events.index(1) - 1:] == [0, 1, "wait", 2, "wait", 3, "wait", "wait"]
 

@@ -1,0 +1,377 @@
+"""How a run is computed, never what: processes, sharding, precision, and what it costs.
+
+    python train.py configs/pythia_12b.py --plan=True --gpus=64 --gpu_memory=80
+
+--plan prints FLOPs, days, disk and memory before they are paid for, and the torchrun line that
+keeps the batches as they are. It reads no data. Source of the loss scale: DeeperSpeed,
+fp16/loss_scaler.py.
+"""
+
+import functools
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from config import check, explain
+
+# ---------------------------------------------------------------------------- processes
+
+
+class Processes:
+    """This process among those that torchrun started; alone, it is rank 0 of 1.
+
+    device: "auto", "cpu" or "cuda". timeout: a timedelta, how long a process may wait for another;
+    None is torch's default.
+    """
+
+    def __init__(self, device="auto", timeout=None):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device not in ("auto", "cpu") and not torch.cuda.is_available():
+            raise ValueError(f"device = {device!r}, but this torch sees no GPU; "
+                             "--device=cpu computes without")
+        if device != "cpu" and torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+            if on_this_node > 1:  # torchrun leaves one thread to each
+                torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
+        if self.count > 1:
+            # What hosts exchange goes over gloo, past the GPUs, which need not stop for it.
+            backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=timeout)
+
+    def mean(self, values):
+        """Return the mean over processes of a tensor's values, as a list; waits for the device."""
+        values = values.double()
+        if self.count > 1:
+            dist.all_reduce(values)
+        return (values / self.count).tolist()
+
+    def any(self, flag):
+        """Return whether the flag is true on one process at least."""
+        if self.count == 1:
+            return bool(flag)
+        return self.mean(torch.tensor(float(flag))) > 0  # on the host: over gloo
+
+    def gather(self, value):
+        """Return a list of every process's value, any picklable object, by rank."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)  # on the host, over gloo
+        return values
+
+    def together(self, act, first_alone=False):
+        """Return act() of this process, once all have done it; first_alone: the others only wait.
+
+        A user's mistake in one process ends all of them, and the first one tells it.
+        """
+        result = problem = None
+        try:
+            if self.rank == 0 or not first_alone:
+                result = act()
+        except (ValueError, OSError) as error:
+            problem = explain(error)
+        problems = [words for words in self.gather(problem) if words]
+        if problems and self.rank > 0:
+            sys.exit(2)
+        if problems:
+            raise ValueError("\n".join(dict.fromkeys(problems)))
+        return result
+
+
+class Interrupt:
+    """From `listen` on, notes a SIGINT or SIGTERM, on which the loop acts between steps."""
+
+    signal = 0
+
+    def listen(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signal = number
+
+    def exit(self):
+        """End as the signal would have; another process alone may have got it."""
+        sys.exit(128 + (self.signal or signal.SIGTERM))
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one launch computes a run. It may differ at every resume; only rounding changes."""
+    device: str = "auto"  # cuda where there is one, else cpu
+    micro_batch_size: int = 32  # sequences per forward pass of one process
+    sharding: str = "ddp"  # or fsdp: weights, gradients and moments spread over the processes
+    activation_checkpointing: bool = False  # keep each block's input only, compute the rest again
+    compile: bool = False  # torch.compile each block
+    deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
+
+    def __post_init__(self):
+        check(self, "auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__, "device")
+        check(self, "ddp or fsdp", ("ddp", "fsdp").__contains__, "sharding")
+        check(self, "at least 1", lambda value: value >= 1, "micro_batch_size")
+
+
+def parallelize(model, launch, dtype, processes):
+    """Return the module that training calls, whose every process takes its part.
+
+    model: a Pythia on the meta device. It gets its memory here, unfilled, on the processes' device.
+    DDP keeps every weight on every process and averages gradients. FSDP2 keeps 1/n of weights,
+    gradients and moments on each of n processes and gathers one block at a time. In float32 both
+    take the same steps (tests/test_parallel.py: 1e-6). At 16 bits FSDP rounds the blocks' LayerNorm
+    weights too, as Pythia's own fp16 weights were; autocast leaves them in float32.
+    """
+    for layer in model.layers:
+        # The forward function is replaced, not the module, so that no wrapper's prefix reaches a
+        # parameter's name. FSDP's hooks come outermost, then recomputation, the compiled block.
+        if launch.compile:
+            layer.forward = torch.compile(layer.forward)
+        if launch.activation_checkpointing:  # there is no dropout, hence no random state to keep
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
+                                              preserve_rng_state=False)
+    if processes.count > 1 and launch.sharding == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh  # takes a second
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        mesh = init_device_mesh(processes.device.type, (processes.count,))
+        # Blocks travel in the dtype of their matmuls, half the bytes. The root, embeddings and last
+        # norm, stays float32, and with it the residual stream, as under DDP and autocast.
+        half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                    cast_forward_inputs=False)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=half)
+        fully_shard(model, mesh=mesh)
+    model.to_empty(device=processes.device)
+    if processes.count > 1 and launch.sharding == "ddp":
+        # Every process fills in the same weights, so there is nothing to broadcast.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
+    return model
+
+
+def communicate(wrapped, last):
+    """Let the next backward pass send gradients only if it is its step's last."""
+    if isinstance(wrapped, DistributedDataParallel):
+        wrapped.require_backward_grad_sync = last  # what its no_sync() sets
+    elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP's
+        wrapped.set_requires_gradient_sync(last)
+
+
+def forget_gradients(wrapped, optimizer):
+    """Give the gradients' memory back; under DDP set them to zero instead.
+
+    DDP's gradients are views of its message buffers, which stay anyway. Set to None, the next
+    step's gradients would lie beside the buffers until the last micro-batch.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
+
+
+def rehearse(training, micro_batch_size, seq_length):
+    """Take two passes of a train.Training over rows of zeros and forget their gradients.
+
+    In its first pass DDP learns in which order gradients come, for the second it lays out its
+    messages in that order, and the layout decides how sums round. A run that goes on would have its
+    first pass where a run that never stopped had a later one, and so other bits.
+    """
+    communicate(training.wrapped, last=True)
+    for _ in range(2):
+        training.optimizer.zero_grad(set_to_none=True)  # the first layout goes before the second
+        training.loss(torch.zeros(micro_batch_size, seq_length + 1, dtype=torch.int64)).backward()
+    forget_gradients(training.wrapped, training.optimizer)
+
+
+def compute_dtype(name, device):
+    """Return the dtype of the matmuls: as named on a GPU, float32 on a CPU, slow at any other."""
+    return getattr(torch, name) if device.type == "cuda" else torch.float32
+
+
+class LossScaler:
+    """DeepSpeed's dynamic loss scale with Pythia's settings; its memory is `state`, a JSON object.
+
+    Only float16 needs one; otherwise the scale is 1 and the state does not change. On an overflow
+    the update is skipped and the learning rate does not advance, but the data does. The first
+    overflow is forgiven (hysteresis 2, restored only when the scale grows), later ones halve the
+    scale. 1000 iterations without an overflow double it.
+    """
+
+    def __init__(self, enabled):
+        self.enabled = enabled
+        self.state = {"scale": 4096.0, "hysteresis": 2, "iteration": 0, "last_overflow": -1}
+
+    @property
+    def scale(self):
+        return self.state["scale"] if self.enabled else 1.0
+
+    def update(self, overflow):
+        """Note one iteration. Raises FloatingPointError on an overflow at the smallest scale, 1."""
+        state = self.state
+        if not self.enabled:
+            return
+        if overflow and state["scale"] == 1:
+            raise FloatingPointError("overflow at loss scale 1, the smallest: the run has diverged;"
+                                     " branch from an earlier checkpoint with a lower rate or "
+                                     "--dtype=bfloat16")
+        if overflow and state["hysteresis"] > 1:
+            state["hysteresis"] -= 1
+        elif overflow:
+            state["scale"] /= 2
+        elif (state["iteration"] - state["last_overflow"]) % 1000 == 0:
+            state["scale"] *= 2
+            state["hysteresis"] = 2
+        if overflow:
+            state["last_overflow"] = state["iteration"]
+        state["iteration"] += 1
+
+
+# ---------------------------------------------------------------------------- what it costs
+
+# Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets.
+GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12,
+             "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "H100 PCIe": 756e12,
+             "H100": 989e12, "H200": 989e12}
+USABLE = 0.92  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragments
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    plan: bool = False  # print what the run needs and how to launch it, and end
+    gpus: int = 1
+    gpu: str = "A100"  # one of GPU_PEAKS
+    gpu_memory: float = 80.0  # GB (10^9 bytes) of each
+    mfu: float = 0.4  # fraction of the peak that the run will reach: measure yours on one GPU first
+
+    def __post_init__(self):
+        check(self, f"one of {', '.join(GPU_PEAKS)}", lambda value: value in GPU_PEAKS, "gpu")
+        check(self, "at least 1", lambda value: value >= 1, "gpus")
+        check(self, "more than 0", lambda value: value > 0, "gpu_memory")
+        check(self, "more than 0, at most 1", lambda value: 0 < value <= 1, "mfu")
+
+
+def flops_per_token(config):
+    """Return the matmul FLOPs of one token's forward and backward pass, attention causal."""
+    matrices = config.n_layers * 12 * config.d_model**2 + config.vocab_size * config.d_model
+    return 6 * matrices + 6 * config.n_layers * config.d_model * config.seq_length
+
+
+@functools.cache
+def peak_flops(device):
+    """Return the device's peak in FLOP/s: known for a GPU (else nan), measured once for a CPU."""
+    if device.type == "cpu":
+        return matmul_flops()
+    name = torch.cuda.get_device_name(device)
+    known = [peak for key, peak in GPU_PEAKS.items() if re.search(rf"\b{key}\b", name)]
+    return known[0] if known else math.nan
+
+
+def matmul_flops():
+    """Return the FLOP/s of the CPU's fastest matmul of five, float32."""
+    a, seconds = torch.randn(2048, 2048), []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * len(a)**3 / min(seconds)
+
+
+def parameter_counts(config):
+    """Return how many parameters a block has, and how many the embeddings and the last norm."""
+    D = config.d_model
+    return 12 * D**2 + 13 * D, 2 * (config.vocab_size + 1) * D
+
+
+def memory_per_process(config, launch, processes, micro_batch_size, accumulates, itemsize=2,
+                       head_rows=2048):
+    """Return {what: bytes} of one process, and under "peak" the most of it that is there at once.
+
+    itemsize: bytes of the matmuls' dtype, 4 or 2; head_rows: rows of logits in a block of the loss.
+    Counted from the tensors that autograd keeps; held to measured peaks at 14m and 70m in float32
+    on a CPU (tests/test_parallel.py, tests/test_model.py), not yet to any on a GPU.
+    """
+    D, V, L = config.d_model, config.vocab_size, config.n_layers
+    N = micro_batch_size * config.seq_length
+    block, embeddings = parameter_counts(config)
+    parameters, cast = L * block + embeddings, itemsize if itemsize < 4 else 0
+    if launch.sharding == "fsdp" and processes > 1:
+        # gathered: the root for the whole pass, blocks by twos
+        weights = 4 * parameters / processes + 4 * embeddings + 2 * itemsize * block
+        moments = 8 * parameters / processes
+        gradients = 4 * parameters / processes + 4 * embeddings + (4 + itemsize) * block
+        if accumulates:  # whole until the last micro-batch, which alone communicates
+            gradients += 4 * L * block
+    else:  # autograd keeps cast weights for the backward pass; what is computed again is cast again
+        cast_blocks = 1 if launch.activation_checkpointing else L
+        weights = 4 * parameters + cast * cast_blocks * block
+        moments, gradients = 8 * parameters, 4 * parameters
+    # A block keeps the residual stream (float32), both norms' outputs, q k v, rotated q and k,
+    # attention's output (2 + 3 + 2 + 1), and the MLP's hidden layer before and after GELU (4 + 4).
+    kept = N * D * (4 + 16 * itemsize)
+    activations = L * 4 * N * D + kept if launch.activation_checkpointing else L * kept
+    activations += 8 * N * D  # the last norm's input and the gradient of its output
+    # Cast: what comes from a matmul, and what goes into one. Or one block's backward pass is more.
+    logits = min(head_rows, N) * V * (4 + 2 * cast)
+    loss = 4 * V * D + max(logits + 2 * cast * V * D, 9 * itemsize * N * D)
+    if processes > 1 or accumulates:
+        peak = weights + moments + gradients + activations + loss
+    else:  # activations go while gradients come
+        peak = weights + moments + max(gradients, activations + loss)
+    return {"weights": weights, "gradients": gradients, "moments": moments,
+            "activations": activations, "loss blocks": loss, "peak": peak}
+
+
+def plan(config, training, launch, options, n_checkpoints):
+    """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batches."""
+    block, embeddings = parameter_counts(config)
+    parameters = config.n_layers * block + embeddings
+    tokens, peak = training.batch_size * config.seq_length, GPU_PEAKS[options.gpu]
+    flops = flops_per_token(config) * tokens
+    seconds = flops / (peak * options.mfu * options.gpus)
+    slower = "; float32 takes many times as long" if training.dtype == "float32" else ""
+    print(f"{parameters:,} parameters, {tokens:,} tokens a step, {training.steps:,} steps, "
+          f"{tokens * training.steps:,} tokens")
+    print(f"{flops:.3e} FLOPs a step, {flops * training.steps:.3e} in all: at {options.mfu:.0%} of "
+          f"{options.gpus} {options.gpu}'s {peak / 1e12:.0f} TFLOP/s (16 bits{slower}) "
+          f"{seconds:.2f} s a step, {seconds * training.steps / 86400:.1f} days")
+    print(f"{n_checkpoints} checkpoints: "
+          f"{n_checkpoints * 4 * parameters / 1e9:,.0f} GB of weights, "
+          f"{n_checkpoints * 12 * parameters / 1e9:,.0f} GB with the optimizer's state; "
+          f"{12 * parameters / 1e9:,.1f} GB to go on from the newest")
+    if training.batch_size % options.gpus:
+        raise ValueError(f"gpus = {options.gpus} does not divide batch_size = "
+                         f"{training.batch_size}: the batch would change")
+    share, room = training.batch_size // options.gpus, options.gpu_memory * 1e9 * USABLE
+    itemsize, fits = getattr(torch, training.dtype).itemsize, 0
+    print(f"\nGB a GPU with sharding={launch.sharding}, "
+          f"activation_checkpointing={launch.activation_checkpointing}:")
+    for size in range(1, share + 1):
+        if share % size == 0:
+            row = memory_per_process(config, launch, options.gpus, size, size < share, itemsize)
+            over = row["peak"] > room
+            print(f"micro-batch {size:3}: "
+                  + ", ".join(f"{what} {amount / 1e9:.2f}" for what, amount in row.items())
+                  + (f"  over {room / 1e9:.0f}" if over else ""))
+            fits = fits if over else size
+    if not fits:
+        raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB: try "
+                         "--sharding=fsdp, --activation_checkpointing=True, more or larger GPUs")
+    per_node = max(n for n in range(1, 9) if options.gpus % n == 0)
+    launcher = f"--standalone --nproc_per_node={options.gpus}"
+    if options.gpus > per_node:
+        launcher = (f"--nnodes={options.gpus // per_node} --nproc_per_node={per_node} "
+                    "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500")
+    given = [word for word in sys.argv[1:] if not word.startswith("--plan")]
+    print(f"\ntorchrun {launcher} --shutdown-timeout=600 train.py {shlex.join(given)} "
+          f"--micro_batch_size={fits}" + ("" if training.out_dir else " --out_dir=RUN"))
+    print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "
+          f"{training.batch_size} sequences a step, as ever")
