@@ -61,7 +61,8 @@ import torch.nn.functional as F
 import batch_viewer as search
 import eval as scoring
 import prepare as preparing
-from checkpoints import hf_config, load_model, parameter_shapes, save, write_file
+from checkpoints import load_model, save
+from model import hf_config, parameter_shapes
 from config import command, fail, parse
 from parallel import Processes
 from data import OrderedData, samples_needed, TokenFile, TokenWriter

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import fcntl
 import inspect
 import json
 import os
@@ -208,6 +209,21 @@ def replacing(path):
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def lock(path, busy):
+    """Hold the lock of a file until this process ends, or raise ValueError(busy)."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(busy) from None
+    except OSError:  # a file system without locks
+        pass
+    LOCKS.append(file)
+
+
+LOCKS = []  # files that stay open, and so locked, for as long as the process lives
 
 
 def write_json(path, value):

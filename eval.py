@@ -42,7 +42,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints import read_config
+from model import read_config
 from config import file_size, parse, read_json, run
 from model import Cache, head_blocks, Prefix
 from tasks import (

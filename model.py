@@ -12,10 +12,13 @@ V vocabulary.
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from config import read_json
 
 
 @dataclass(frozen=True)
@@ -348,3 +351,75 @@ class Pythia(nn.Module):
                         layer.kv = layer.kv[:, going]
             mask = unseen[rows, :, :, :end + 1]
         return out
+
+
+# ---------------------------------------------------------------------------- as published
+
+
+def hf_name(name):
+    """Return the published name of one of our parameters: the head has no prefix."""
+    return name if name.startswith("embed_out") else f"gpt_neox.{name}"
+
+
+def hf_config(config):
+    """Return the config.json that makes GPTNeoXForCausalLM compute what our model does."""
+    return {
+        "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox",
+        "hidden_size": config.d_model, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "intermediate_size": 4 * config.d_model,
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.seq_length,
+        "hidden_act": {"tanh": "gelu_pytorch_tanh", "erf": "gelu"}[config.gelu],
+        "layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+        "use_parallel_residual": True, "tie_word_embeddings": False, "initializer_range": 0.02,
+        "bos_token_id": 0, "eos_token_id": 0, "use_cache": True, "torch_dtype": "float32",
+    }
+
+
+def read_config(folder):
+    """Return the ModelConfig of folder/config.json: ours, or one of transformers 4.24 to 5.
+
+    Raises ValueError naming whatever makes it another architecture than Pythia's.
+    """
+    path = Path(folder) / "config.json"
+    spec = read_json(path)
+    rope = spec.get("rope_parameters") or {}  # transformers 5 keeps the rotary settings here
+    if type(rope) is not dict:
+        raise ValueError(f"{path}: rope_parameters is {repr(rope)[:100]}, expected an object")
+    found = spec | {"rotary_pct": rope.get("partial_rotary_factor", spec.get("rotary_pct", 0.25)),
+                    "rotary_emb_base": rope.get("rope_theta", spec.get("rotary_emb_base", 10000)),
+                    "rope_type": rope.get("rope_type", "default")}
+    pythias = {"model_type": "gpt_neox", "rotary_pct": 0.25, "rotary_emb_base": 10000,
+               "rope_type": "default", "rope_scaling": None, "use_parallel_residual": True,
+               "attention_bias": True, "tie_word_embeddings": False, "layer_norm_eps": 1e-5,
+               "quantization_config": None}
+    for name, value in pythias.items():
+        if found.get(name, value) != value or name == "model_type" not in spec:
+            raise ValueError(f"{path}: {name} is {repr(found.get(name))[:100]}, Pythia's is "
+                             f"{value!r}")
+    gelus = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+    if str(spec.get("hidden_act")) not in gelus:
+        raise ValueError(f"{path}: hidden_act is {repr(spec.get('hidden_act'))[:100]}, "
+                         f"expected one of {list(gelus)}")
+    sizes = {}
+    for ours, theirs, most in (  # the limits keep a hostile file from making a model of 2^60 layers
+            ("n_layers", "num_hidden_layers", 1 << 10), ("d_model", "hidden_size", 1 << 17),
+            ("n_heads", "num_attention_heads", 1 << 10), ("vocab_size", "vocab_size", 1 << 20),
+            ("seq_length", "max_position_embeddings", 1 << 20)):
+        sizes[ours] = spec.get(theirs)
+        if type(sizes[ours]) is not int or not 1 <= sizes[ours] <= most:
+            raise ValueError(f"{path}: {theirs} is {repr(sizes[ours])[:100]}, "
+                             f"expected a positive integer up to {most:,}")
+    wide = 4 * sizes["d_model"]
+    if spec.get("intermediate_size", wide) != wide:
+        raise ValueError(f"{path}: intermediate_size is {repr(spec['intermediate_size'])[:100]}, "
+                         f"expected 4 * hidden_size = {wide}")
+    try:
+        return ModelConfig(**sizes, gelu=gelus[spec["hidden_act"]])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def parameter_shapes(config):
+    """Return {published name: shape} of every parameter of a Pythia."""
+    with torch.device("meta"):
+        return {hf_name(name): tuple(p.shape) for name, p in Pythia(config).named_parameters()}

@@ -130,7 +130,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "b").exists()
     assert run_checkpoints(monkeypatch, "export", "--help") == 0
     said = capsys.readouterr().out
-    assert said.startswith("@dataclass(frozen=True)\nclass Export:") and "class Import" not in said
+    assert "class Export(Import):" in said
 
 
 # ---------------------------------------------------------------------------- known bad uploads
@@ -157,15 +157,9 @@ def test_86_of_154_steps_of_the_2_8b_are_wrong():
     assert len(bad) == 85  # the 86th, step143000, is where these weights belong
 
 
-def test_names_and_steps_are_found_in_paths(tmp_path):
+def test_names_and_steps_are_found_in_paths():
     assert identify("/data/pythia-2.8b/step1000") == ("pythia-2.8b", 1000)
     assert identify("neox-ckpt-pythia-70m-deduped-v1/global_step143000")[1] == 143000
-    cache = tmp_path / "models--EleutherAI--pythia-12b"
-    (cache / "snapshots/abc").mkdir(parents=True)
-    (cache / "refs").mkdir()
-    (cache / "refs/step58000").write_text("abc")
-    (cache / "refs/step59000").write_text("abd")
-    assert identify(cache / "snapshots/abc") == ("pythia-12b", 58000)
     assert identify("/somewhere/else") == ("", None)
 
 
@@ -221,11 +215,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 FETCH = """
 import json, sys, config
-from weights import huggingface
+import checkpoints
 for arguments in json.loads(sys.argv[1]):
     try:
         config.command(["fetch", *arguments],
-                       {"fetch": (huggingface.Fetch, huggingface.fetch, "name")})
+                       {"fetch": (checkpoints.Fetch, checkpoints.fetch, "name")})
     except SystemExit as end:
         print("exit", end.code, file=sys.stderr)
 """

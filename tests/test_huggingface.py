@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from checkpoints import load_model, saved_steps
 from model import ModelConfig
 from checkpoints import Import, import_, merge, open_any
-from checkpoints import parameter_shapes, read_config
+from model import parameter_shapes, read_config
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
 

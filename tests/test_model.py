@@ -21,7 +21,7 @@ from conftest import ROOT
 from model import HeadLoss, ModelConfig, Pythia
 from train import TrainConfig
 from parallel import LaunchConfig
-from checkpoints import hf_config, hf_name
+from model import hf_config, hf_name
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
 SHAPES = {

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
+import config
 import train as train_module
 from checkpoints import saved_steps
 from config import parse
@@ -371,7 +372,7 @@ def as_a_process():
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        checkpoints._LOCKS.clear()
+        config.LOCKS.clear()
 
 
 def run_here(data, out_dir, **changes):

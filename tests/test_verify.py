@@ -23,7 +23,7 @@ from conftest import ROOT
 from model import ModelConfig, Pythia
 from train import learning_rate_at, make_optimizer, TrainConfig
 from checkpoints import Export, export
-from checkpoints import hf_config, hf_name
+from model import hf_config, hf_name
 from checkpoints import write_file, write_folder
 from verify import check_files, check_path, scan, Scan
 
