@@ -1,6 +1,11 @@
-"""What the model saw at any step, as text, and where it comes from: `view` of data.py.
+"""What the model saw at any step, as text, where it comes from, and when any text was seen.
 
-Where any text or token sequence was seen, steps, rows and offsets: `find` of data.py.
+    python batch_viewer.py view --data=data/pile --step=71500 [--rows=0:4] [--save=batch.npy]
+    python batch_viewer.py find --data=data/pile --text="in the beginning"
+    python batch_viewer.py find --data=data/pile --tokens=249,253,5068
+
+The name is that of pythia's utils/batch_viewer.py. Steps count from 0: the update of step 0 makes
+checkpoint step1.
 """
 
 import os
@@ -8,26 +13,19 @@ import re
 import sys
 import time
 from bisect import bisect_left, bisect_right
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from tqdm import tqdm
 
 from config import command, read_json, replacing
-from data import (
-    batch_rows, load_npy, MASKED, Order, order_paths, ordered, OrderedData, PROVENANCE,
-    TokenFile)
+from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, batch_rows, load_npy,
+                  order_paths, ordered)
 from interventions import IntervenedData, InterventionConfig
-from prepare import serve_parent
+from prepare import in_workers
 from tokenizer import load_tokenizer
 
-
-# ------------------------------------------------------------ pile/viewer.py
-
-
-# --------------------------------------------------------------------------- where things come from
+# ---------------------------------------------------------------------------- where it comes from
 
 
 class Provenance:
@@ -40,16 +38,17 @@ class Provenance:
     def __init__(self, data):
         self.data = _baked_from(data) or data
         self.known = not self.data.preshuffled
-        self.names = None
+        self.names, self.inverses = None, {}
         prefix = self.data.tokens.prefix
         if self.known and os.path.exists(f"{prefix}_documents.npy"):
-            self.names, self.table = (
-                read_json(f"{prefix}.json"), load_npy(f"{prefix}_documents.npy"))
-            if (self.table.dtype != PROVENANCE
-                    or self.table.shape != (len(self.data.tokens),)
-                    or any(not isinstance(self.names.get(key), list)
-                           or len(self.names[key]) <= self.table[column].max()
-                           for key, column in (("subsets", "subset"), ("files", "file")))):
+            self.names = read_json(f"{prefix}.json")
+            self.table = load_npy(f"{prefix}_documents.npy")
+            fits = (self.table.dtype == PROVENANCE
+                    and self.table.shape == (len(self.data.tokens),))
+            for key, column in (("subsets", "subset"), ("files", "file")):
+                names = self.names.get(key)
+                fits = fits and type(names) is list and self.table[column].max() < len(names)
+            if not fits:
                 raise ValueError(f"{prefix}_documents.npy and {prefix}.json do not belong to "
                                  f"{prefix}.idx ({len(self.data.tokens):,} documents); tokenize "
                                  "again")
@@ -99,9 +98,8 @@ class Provenance:
 
         Made once, beside the order's own files, so that the next look takes no time.
         """
-        cache = self.__dict__.setdefault("_inverses", {})
-        if name in cache:
-            return cache[name]
+        if name in self.inverses:
+            return self.inverses[name]
         array = self.data.order[0 if name == "doc" else 2]
         path = self.data.order_path.replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
         if not os.path.exists(path):
@@ -119,7 +117,7 @@ class Provenance:
                 array[inverse[some].reshape(len(some), -1)] != some[:, None]).any():
             raise ValueError(f"{path}: does not belong to {self.data.order_path}; delete it to "
                              "rebuild")
-        cache[name] = inverse
+        self.inverses[name] = inverse
         return inverse
 
 
@@ -231,7 +229,7 @@ def _range(text, name, inclusive):
                      + ("" if inclusive else "+1"))
 
 
-# ------------------------------------------------------------ pile/find.py
+# ---------------------------------------------------------------------------- find
 
 
 @dataclass(frozen=True)
@@ -239,7 +237,6 @@ class Find(Order):
     text: str = ""  # found wherever its bytes stand, however they were cut into tokens
     tokens: str = ""  # or ids with commas: found as exactly these tokens
     limit: int = 100  # print so many places; all are counted
-    workers: int = 0  # processes; 0: one a core
     tokenizer: str = "20B_tokenizer.json"
 
 
@@ -267,8 +264,7 @@ def find(options):
         pattern = TextPattern(tokenizer.normalize(options.text).encode(),
                               tokenizer.token_bytes(), counts)
     began = time.perf_counter()
-    found = search(data.tokens.prefix, data.tokens.n_tokens, pattern,
-                   options.workers or os.cpu_count())
+    found = search(data.tokens.prefix, data.tokens.n_tokens, pattern)
     seconds = time.perf_counter() - began
     provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
     for first, length in tqdm(found, desc="rows", unit="place", disable=None):
@@ -390,35 +386,29 @@ def sample_counts(tokens, blocks=64, size=1 << 15):
                for start in starts)
 
 
-def search(prefix, n_tokens, pattern, workers, block=1 << 24):
+def search(prefix, n_tokens, pattern, workers=0, block=1 << 24):
     """Return the sorted (first token, length) of all matches within documents, on all cores."""
     ranges = [(start, min(start + block, n_tokens), block // 16)
               for start in range(0, n_tokens, block)]
     found = set()
+    workers = 1 if len(ranges) == 1 else workers
     with tqdm(total=n_tokens * 2, unit="B", unit_scale=True, disable=None) as bar:
-        if workers == 1 or len(ranges) == 1:
-            _start_searching(prefix, pattern)
-            for span in ranges:
-                found.update(search_range(*span))
-                bar.update(2 * (span[1] - span[0]))
-        else:
-            with ProcessPoolExecutor(workers, get_context("spawn"), _start_searching,
-                                     (prefix, pattern)) as pool:
-                for span, matches in zip(ranges, pool.map(search_range, *zip(*ranges))):
-                    found.update(matches)
-                    bar.update(2 * (span[1] - span[0]))
+        for matches in in_workers(search_range, ranges, workers, _start_searching, prefix, pattern):
+            found.update(matches)
+            bar.update(2 * block)
     return sorted(found)
 
 
 def _start_searching(prefix, pattern):
+    """Open the file, and make a table of which ids may stand at each offset from an anchor."""
     global _tokens, _pattern, _tables
-    serve_parent()
-    _tokens, _pattern = TokenFile(prefix), pattern
-    _tables = {offset: np.zeros(1 << 16, dtype=bool)
-               for offset in range(-len(pattern.left), len(pattern.right) + 1)}
-    for offset, ids in ((0, pattern.anchors), *((-i, ids) for i, ids in enumerate(pattern.left, 1)),
-                        *enumerate(pattern.right, 1)):
-        _tables[offset][ids] = True
+    _tokens, _pattern, _tables = TokenFile(prefix), pattern, {}
+    around = {0: pattern.anchors}
+    around |= {-i: ids for i, ids in enumerate(pattern.left, 1)}
+    around |= {i: ids for i, ids in enumerate(pattern.right, 1)}
+    for offset in sorted(around):
+        _tables[offset] = np.zeros(1 << 16, dtype=bool)
+        _tables[offset][around[offset]] = True
 
 
 def search_range(start, stop, block):

@@ -212,7 +212,7 @@ def replacing(path):
 
 
 def lock(path, busy):
-    """Hold the lock of a file until this process ends, or raise ValueError(busy)."""
+    """Hold a file's lock until it is closed or this process ends, or raise ValueError(busy)."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,6 +221,7 @@ def lock(path, busy):
     except OSError:  # a file system without locks
         pass
     LOCKS.append(file)
+    return file
 
 
 LOCKS = []  # files that stay open, and so locked, for as long as the process lives

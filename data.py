@@ -1,12 +1,6 @@
 """The Pile's order: Megatron token files, gpt-neox's shuffle, batches as functions of the step.
 
-    python prepare.py tokenize --input=a.jsonl,b.txt --output=data/train
     python data.py order --data=data/train --steps=143000 --batch_size=1024 [--report=71500]
-    python prepare.py shuffle  --data=data/train --output=data/preshuffled --steps=143000
-    python batch_viewer.py view     --data=data/train --step=0
-    python batch_viewer.py find     --data=data/train --text="in the beginning"
-    python data.py verify   --data=data/pile/document --hashes=shard_hashes.txt
-    python prepare.py dedup    --input=a.jsonl --output=b.jsonl
 
 PREFIX.bin holds the tokens of all documents, little-endian, one after the other, with no header;
 or, as published, in pieces PREFIX-00000-of-000NN.bin, of which there are NN + 1.
@@ -22,15 +16,12 @@ PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_datas
     34+4S    8 S    int64 pointers, byte offset of each sequence in PREFIX.bin
     34+12S   8 Dn   int64 doc_idx, first sequence of each document: 0, 1, ..., S
 
-Beside them `tokenize` leaves PREFIX.json (names, counts) and PREFIX_documents.npy (each document's
-subset, source file and line). `shuffle` bakes the order into a token file of its own, whose every
-sequence is one row of seq_length + 1 tokens, already in training order, as the published
-"preshuffled" Pile. The files of pile/ write these and look into them; this one reads them.
-
-Token files written whole or not at all, by jobs that go on where they were killed.
+Beside them `prepare.py tokenize` leaves PREFIX.json (names, counts) and PREFIX_documents.npy (each
+document's subset, source file and line). `prepare.py shuffle` bakes the order into a token file
+whose every sequence is one row of seq_length + 1 tokens, already in training order, as the
+published "preshuffled" Pile.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -46,46 +37,41 @@ from pathlib import Path
 
 import numpy as np
 
-from config import command, read_json, replacing
-
-
-# ------------------------------------------------------------ data.py
-
+from config import check, command, lock, read_json, replacing, write_json
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER_BYTES = 34
-MASKED = -100  # the id of padding in a row that an intervention made: no input, nothing to learn
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+MASKED = -100  # the id of padding in a row that an intervention made: no input, nothing to learn
+# What PREFIX_documents.npy holds of each document: names of subsets and files are in PREFIX.json.
+PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
 
-
-# ---------------------------------------------------------------------------- token files
+# ---------------------------------------------------------------------------- reading token files
 
 
 class TokenFile:
     """Memory-mapped reader of PREFIX.idx and .bin: len() documents, read(document, start, stop).
 
-    Raises ValueError, naming the file and what is wrong with it, OSError if it cannot be opened.
+    scattered: reads will jump about the file. Raises ValueError, naming the file and what is wrong
+    with it, or OSError if it cannot be opened.
     """
 
     def __init__(self, prefix):
-        self.scattered = False  # whether reads will jump about the file: see _map
+        self.scattered, self.maps = False, {}
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
         idx = f"{self.prefix}.idx"
-        idx_bytes = os.path.getsize(idx)
         with open(idx, "rb") as file:
             header = file.read(HEADER_BYTES)
-        if len(header) < HEADER_BYTES or header[:9] != MAGIC:
-            raise ValueError(f"{idx}: not a Megatron index (it starts with {header[:9]!r}, "
-                             f"expected {MAGIC!r})")
         version, count, doc_count = (int.from_bytes(header[a:b], "little")
                                      for a, b in ((9, 17), (18, 26), (26, 34)))
-        if version != 1:
-            raise ValueError(f"{idx}: version {version}, expected 1")
+        if len(header) < HEADER_BYTES or header[:9] != MAGIC or version != 1:
+            raise ValueError(f"{idx}: not a Megatron index of version 1 (it starts with "
+                             f"{header[:17]!r}, expected {MAGIC!r} and 1)")
         if header[17] not in DTYPES:
             raise ValueError(f"{idx}: dtype code {header[17]}, expected one of {sorted(DTYPES)}")
-        expected = HEADER_BYTES + 12 * count + 8 * doc_count
-        if idx_bytes != expected:
-            raise ValueError(f"{idx}: {idx_bytes:,} bytes, but its header ({count:,} sequences, "
+        found, expected = os.path.getsize(idx), HEADER_BYTES + 12 * count + 8 * doc_count
+        if found != expected:
+            raise ValueError(f"{idx}: {found:,} bytes, but its header ({count:,} sequences, "
                              f"{doc_count:,} doc_idx entries) wants {expected:,}: truncated or "
                              "damaged")
         if count == 0:
@@ -94,40 +80,40 @@ class TokenFile:
         self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
         # Python ints and int64 throughout: 600 GB of tokens are beyond 2^31 and 2^32.
-        self.n_tokens = ((int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize)
-                         // self.dtype.itemsize)
+        self.n_tokens = int(self.pointers[-1]) // self.dtype.itemsize + int(self.sizes[-1])
         if self.n_tokens <= 0:
             raise ValueError(f"{idx}: describes no tokens")
-        self.shards, self.shard_paths = self._open_shards()
+        self.bounds, self.shard_paths = self._find_shards()
 
-    def _open_shards(self):
-        """Return each shard's first token (and the end); {shard number: path} of those present."""
-        expected = self.n_tokens * self.dtype.itemsize
-        single = f"{self.prefix}.bin"
-        pieces = {}
+    def _find_shards(self):
+        """Return where shards begin and the last one ends, in tokens; {shard: path} of those there.
+
+        The published pieces are called 00000-of-000NN to 000NN-of-000NN. All but the last are
+        equally long, so a piece that is not there need not be: its tokens alone are out of reach.
+        """
+        n_bytes, itemsize = self.n_tokens * self.dtype.itemsize, self.dtype.itemsize
+        single, paths, lasts = f"{self.prefix}.bin", {}, set()
         for path in glob(f"{escape(self.prefix)}-*-of-*.bin"):
-            if match := re.fullmatch(r"-(\d{5})-of-(\d{5})\.bin", path[len(self.prefix):]):
-                pieces[int(match[1])] = path, int(match[2])
-        if os.path.exists(single) or not pieces:
-            self._check_size(single, expected)
+            match = re.fullmatch(r"-(\d{5})-of-(\d{5})\.bin", path[len(self.prefix):])
+            if match:
+                paths[int(match[1])] = path
+                lasts.add(int(match[2]))
+        if os.path.exists(single) or not paths:
+            self._check_size(single, n_bytes)
             return [0, self.n_tokens], {0: single}
-        lasts = {last for _, last in pieces.values()}
-        if len(lasts) > 1 or max(pieces) > max(lasts):
+        last = max(lasts)
+        if len(lasts) > 1 or max(paths) > last:
             raise ValueError(f"{self.prefix}-*-of-*.bin: pieces of {len(lasts)} different sets")
-        # "of" is the number of the last piece. All are equally long but the last, so that a piece
-        # that is not there need not be: its tokens alone are out of reach.
-        [last] = lasts
-        some = min(pieces)
-        length = os.path.getsize(pieces[some][0])
-        if some == last > 0:
-            length = (expected - length) // last
-        bounds = [min(i * length, expected) for i in range(last + 1)] + [expected]
-        for number, (path, _) in pieces.items():
+        some = min(paths)
+        length = os.path.getsize(paths[some])
+        if some == last > 0:  # only the last, shorter piece is there
+            length = (n_bytes - length) // last
+        if length % itemsize:
+            raise ValueError(f"{paths[some]}: {length:,} bytes do not hold whole tokens")
+        bounds = [min(i * length, n_bytes) for i in range(last + 1)] + [n_bytes]
+        for number, path in paths.items():
             self._check_size(path, bounds[number + 1] - bounds[number])
-        if length % self.dtype.itemsize:
-            raise ValueError(f"{pieces[some][0]}: {length:,} bytes do not hold whole tokens")
-        return ([bound // self.dtype.itemsize for bound in bounds],
-                {n: path for n, (path, _) in pieces.items()})
+        return [bound // itemsize for bound in bounds], paths
 
     def _check_size(self, path, expected):
         found = os.path.getsize(path)
@@ -157,26 +143,129 @@ class TokenFile:
 
     def slice(self, first, stop):
         """Return tokens first..stop of the whole file, whatever shards they lie in."""
-        shard = bisect_right(self.shards, first, hi=len(self.shards) - 1) - 1
-        if stop <= self.shards[shard + 1]:
-            return self._map(shard)[first - self.shards[shard]:stop - self.shards[shard]]
-        middle = self.shards[shard + 1]
-        return np.concatenate((self.slice(first, middle), self.slice(middle, stop)))
+        shard = bisect_right(self.bounds, first, hi=len(self.bounds) - 1) - 1
+        begin, end = self.bounds[shard], self.bounds[shard + 1]
+        if shard not in self.maps:
+            self.maps[shard] = self._map(shard)
+        if stop <= end:
+            return self.maps[shard][first - begin:stop - begin]
+        return np.concatenate((self.slice(first, end), self.slice(end, stop)))
 
     def _map(self, shard):
-        maps = self.__dict__.setdefault("_maps", {})
-        if shard not in maps:
-            if shard not in self.shard_paths:
-                raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.shards) - 2:05}.bin: not "
-                                 "there, and what was asked for lies in it")
-            with open(self.shard_paths[shard], "rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if self.scattered and hasattr(memory, "madvise"):
-                # Otherwise every row makes the system read 128 KB around it: with a file larger
-                # than memory a step of 1024 rows took 14 s instead of 0.04.
-                memory.madvise(mmap.MADV_RANDOM)
-            maps[shard] = np.frombuffer(memory, self.dtype)
-        return maps[shard]
+        if shard not in self.shard_paths:
+            raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.bounds) - 2:05}.bin: not "
+                             "there, and what was asked for lies in it")
+        with open(self.shard_paths[shard], "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self.scattered and hasattr(memory, "madvise"):
+            # Otherwise every row makes the system read 128 KB around it: with a file larger than
+            # memory a step of 1024 rows took 14 s instead of 0.04.
+            memory.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(memory, self.dtype)
+
+
+# ---------------------------------------------------------------------------- writing token files
+
+
+class TokenWriter:
+    """Builds PREFIX.bin, .idx, .json and _documents.npy in PREFIX.partial.
+
+    job: a JSON object that says what is being written. What PREFIX.partial holds of another job is
+    thrown away; the same job is continued from `position`, what its last commit was given (None at
+    first).
+    """
+
+    PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
+
+    def __init__(self, prefix, job):
+        self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
+        if not os.path.basename(self.prefix):
+            raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a "
+                             "folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder / "lock", f"{self.folder}: another process is writing there")
+        self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
+        state = self._committed()
+        if state is None:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
+        self.position = state["position"]
+        self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
+        for name, file in self.files.items():
+            file.truncate(state["bytes"][name])
+
+    def _committed(self):
+        """Return what the last commit of this very job noted, None if all of it is not there."""
+        try:
+            state = read_json(self.folder / "progress.json")
+            whole = all((self.folder / name).stat().st_size >= state["bytes"][name]
+                        for name in self.PARTS)
+            return state if whole and state["job"] == self.job else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def close(self):
+        """Leave what was committed to whoever goes on with this job."""
+        for file in (*self.files.values(), self.lock):
+            file.close()
+
+    def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE)):
+        """Add documents: tokens one after the other, size of each, PROVENANCE of each or none."""
+        for (name, dtype), values in zip(self.PARTS.items(), (tokens, sizes, documents)):
+            self.files[name].write(np.ascontiguousarray(values, dtype=dtype).data)
+
+    def commit(self, position):
+        """Make what was appended survive a kill, with a JSON note of where in the input it ends."""
+        self.position = position
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(self.folder / "progress.json", {
+            "job": self.job, "position": position,
+            "bytes": {name: file.tell() for name, file in self.files.items()}})
+
+    def finish(self, summary):
+        """Write the index, move all into place, the index last: then the token file exists."""
+        self.commit(self.position)
+        sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
+        if not len(sizes):
+            shutil.rmtree(self.folder)
+            raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
+        summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
+        with open(self.folder / "idx", "wb") as file:
+            write_index(file, sizes)
+            file.flush()
+            os.fsync(file.fileno())
+        # What was made from a file of the same name before does not belong to this one.
+        stale = glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")
+        for path in [f"{self.prefix}.idx", *stale]:
+            Path(path).unlink(missing_ok=True)
+        if os.path.getsize(self.folder / "documents"):
+            with replacing(f"{self.prefix}_documents.npy") as file:
+                np.save(file, np.fromfile(self.folder / "documents", dtype=PROVENANCE))
+        write_json(f"{self.prefix}.json", summary)
+        os.replace(self.folder / "bin", f"{self.prefix}.bin")
+        os.replace(self.folder / "idx", f"{self.prefix}.idx")
+        shutil.rmtree(self.folder)
+        self.close()
+        return summary
+
+
+def write_index(file, sizes, block=1 << 24):
+    """Write the .idx of consecutive uint16 documents (data.py draws its bytes)."""
+    n = len(sizes)
+    for part in (MAGIC, (1).to_bytes(8, "little"), bytes([8]), n.to_bytes(8, "little"),
+                 (n + 1).to_bytes(8, "little"), np.asarray(sizes, dtype="<i4").data):
+        file.write(part)
+    pointer = 0
+    for start in range(0, n, block):
+        ends = pointer + 2 * np.cumsum(sizes[start:start + block], dtype="<i8")
+        file.write(np.concatenate(([pointer], ends[:-1])).astype("<i8").data)
+        pointer = int(ends[-1])
+    for start in range(0, n + 1, block):
+        file.write(np.arange(start, min(start + block, n + 1), dtype="<i8").data)
 
 
 # ---------------------------------------------------------------------------- the order
@@ -237,7 +326,8 @@ def load_order(tokens, seq_length, num_samples, seed):
         for path, array in zip(paths, build_order(tokens.sizes, seq_length, num_samples, seed)):
             with replacing(path) as file:
                 np.save(file, array)
-    order = doc_idx, sample_idx, shuffle_idx = tuple(load_npy(path) for path in paths)
+    order = tuple(load_npy(path) for path in paths)
+    doc_idx, sample_idx, shuffle_idx = order
     epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
     if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
             or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples
@@ -307,19 +397,19 @@ class OrderedData:
     def __init__(self, prefix, seq_length, num_samples, seed):
         self.tokens = TokenFile(prefix)
         self.seq_length = seq_length
-        rows_of = self._tokens_a_row()
-        self.preshuffled = rows_of == seq_length + 1
-        if rows_of and not self.preshuffled:
+        length = self._row_length()
+        self.preshuffled = length == seq_length + 1
+        if length and not self.preshuffled:
             raise ValueError(f"{self.tokens.prefix}: in training order already, in rows of "
-                             f"{rows_of} tokens; found seq_length = {seq_length}, expected "
-                             f"{rows_of - 1}")
+                             f"{length} tokens; found seq_length = {seq_length}, expected "
+                             f"{length - 1}")
         if not self.preshuffled:
             self.tokens.scattered = True
             self.order = load_order(self.tokens, seq_length, num_samples, seed)
             self.order_path = order_paths(self.tokens.prefix, seq_length, num_samples, seed)[0]
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
 
-    def _tokens_a_row(self):
+    def _row_length(self):
         """Return how long the rows of a file in training order are, or 0: documents differ in size.
 
         By the sum and 1000 of the sizes, since 147 million would take a second. A handful of
@@ -338,7 +428,11 @@ class OrderedData:
         return len(self.order[2]) - 1  # gpt-neox never serves the last shuffled sample
 
     def pieces(self, row):
-        """Return [(document, start, stop)]: the documents' tokens that make up a row."""
+        """Return [(document, start, stop)]: the documents' tokens that make up a row.
+
+        With seq_length 6, a row that begins at token 3 of document 8 (5 tokens long), goes through
+        document 2 (4 tokens) and ends in document 9:  [(8, 3, 5), (2, 0, 4), (9, 0, 1)].
+        """
         if not 0 <= row < len(self):
             raise ValueError(f"row {row:,} of {len(self):,} (the first is 0)")
         if self.preshuffled:
@@ -352,8 +446,13 @@ class OrderedData:
         except (ValueError, IndexError):
             raise ValueError(f"{self.order_path}: damaged, or one of its two siblings, at row "
                              f"{row:,}; delete them to rebuild") from None
-        begins, ends = [start] + [0] * (last - first), sizes[:-1] + [stop + 1]
-        return [piece for piece in zip(documents, begins, ends) if piece[1] < piece[2]]
+        sizes[-1] = stop + 1  # the next sample begins on this one's last token
+        pieces = []
+        for document, size in zip(documents, sizes):
+            if start < size:  # not of an empty document
+                pieces.append((document, start, size))
+            start = 0
+        return pieces
 
     def rows(self, numbers):
         """Return the rows (n, seq_length + 1) of these numbers, in the file's dtype."""
@@ -364,7 +463,7 @@ class OrderedData:
         return out
 
     def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
-        """This rank's micro-batches of a step, (A, micro_batch_size, seq_length + 1) int64."""
+        """Return a rank's micro-batches of a step, (A, micro_batch_size, seq_length + 1) int64."""
         numbers = batch_rows(step, batch_size, rank, world_size, micro_batch_size)
         return self.rows(numbers.ravel()).astype(np.int64).reshape(*numbers.shape, -1)
 
@@ -409,15 +508,10 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
-        if not self.data:
-            raise ValueError("data is empty, expected the PREFIX of a token file")
-        for name in ("steps", "batch_size", "seq_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"num_samples = {self.num_samples}, expected at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed = {self.seed}, expected 0 to {2**32 - 1:,}")
+        check(self, "the PREFIX of a token file", bool, "data")
+        check(self, "at least 1", lambda value: value >= 1,
+              "steps", "batch_size", "seq_length", "num_samples")
+        check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
 
 
 @dataclass(frozen=True)
@@ -436,136 +530,19 @@ def order(options):
     data = ordered(options)
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
-    doc_idx, _, shuffle_idx = data.order
-    print(f"{len(data.tokens):,} documents, {len(doc_idx) // len(data.tokens)} epochs, "
+    n_documents, (doc_idx, _, shuffle_idx) = len(data.tokens), data.order
+    print(f"{n_documents:,} documents, {len(doc_idx) // n_documents} epochs, "
           f"{len(shuffle_idx):,} samples of {options.seq_length + 1} tokens")
     for path in order_paths(data.tokens.prefix, **data.settings):
         print(path)
     if options.report is not None:
-        if not 0 <= options.report * options.batch_size <= len(data):
+        n_rows = options.report * options.batch_size
+        if not 0 <= n_rows <= len(data):
             raise ValueError(f"report = {options.report}, expected a step from 0 to "
                              f"{len(data) // options.batch_size}")
-        print(f"before step {options.report:,} ({options.report * options.batch_size:,} rows):")
-        for times, documents in enumerate(times_seen(data, options.report * options.batch_size)):
-            print(f"{documents:12,} documents seen {times} times "
-                  f"({documents / len(data.tokens):.1%})")
-
-
-# ------------------------------------------------------------ pile/writer.py
-
-
-# What PREFIX_documents.npy holds of each document: names of subsets and files are in PREFIX.json.
-PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
-
-
-class TokenWriter:
-    """Builds PREFIX.bin, .idx, .json and _documents.npy in PREFIX.partial.
-
-    job: a JSON object that says what is being written; another one found in PREFIX.partial is
-    thrown away, the same one is continued from `position`, what the last commit was given (None at
-    first).
-    """
-
-    PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
-
-    def __init__(self, prefix, job):
-        self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
-        if not os.path.basename(self.prefix):
-            raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a "
-                             "folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Let go of when the process ends, however it ends.
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.folder}: another process is writing there") from None
-        self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-        state = self._committed()
-        if state is None:
-            for path in self.folder.iterdir():
-                path.unlink()
-            state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
-        self.position = state["position"]
-        self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
-        for name, file in self.files.items():
-            file.truncate(state["bytes"][name])
-
-    def _committed(self):
-        """Return what the last commit of this very job noted, None if all of it is not there."""
-        try:
-            state = read_json(self.folder / "progress.json")
-            whole = all((self.folder / name).stat().st_size >= state["bytes"][name]
-                        for name in self.PARTS)
-            return state if whole and state["job"] == self.job else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def close(self):
-        """Leave what was committed to whoever goes on with this job."""
-        for file in self.files.values():
-            file.close()
-        os.close(self.lock)
-
-    def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE)):
-        """Add documents: tokens one after the other, size of each, PROVENANCE of each or none."""
-        for (name, dtype), values in zip(self.PARTS.items(), (tokens, sizes, documents)):
-            self.files[name].write(np.ascontiguousarray(values, dtype=dtype).data)
-
-    def commit(self, position):
-        """Make what was appended survive a kill, with a JSON note of where in the input it ends."""
-        self.position = position
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        state = {"job": self.job, "position": position,
-                 "bytes": {name: file.tell() for name, file in self.files.items()}}
-        with replacing(self.folder / "progress.json") as file:
-            file.write(json.dumps(state).encode())
-
-    def finish(self, summary):
-        """Write the index, move all into place, the index last: then the token file exists."""
-        self.commit(self.position)
-        for file in self.files.values():
-            file.close()
-        sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
-        if not len(sizes):
-            shutil.rmtree(self.folder)
-            raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
-        summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
-        with open(self.folder / "idx", "wb") as file:
-            write_index(file, sizes)
-            file.flush()
-            os.fsync(file.fileno())
-        # What was made from a file of the same name before does not belong to this one.
-        for stale in [f"{self.prefix}.idx",
-                      *glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")]:
-            Path(stale).unlink(missing_ok=True)
-        if os.path.getsize(self.folder / "documents"):
-            with replacing(f"{self.prefix}_documents.npy") as file:
-                np.save(file, np.fromfile(self.folder / "documents", dtype=PROVENANCE))
-        with replacing(f"{self.prefix}.json") as file:
-            file.write(json.dumps(summary, indent=2).encode())
-        os.replace(self.folder / "bin", f"{self.prefix}.bin")
-        os.replace(self.folder / "idx", f"{self.prefix}.idx")
-        shutil.rmtree(self.folder)
-        os.close(self.lock)
-        return summary
-
-
-def write_index(file, sizes, block=1 << 24):
-    """Write the .idx of consecutive uint16 documents (data.py draws its bytes)."""
-    n = len(sizes)
-    for part in (MAGIC, (1).to_bytes(8, "little"), bytes([8]), n.to_bytes(8, "little"),
-                 (n + 1).to_bytes(8, "little"), np.asarray(sizes, dtype="<i4").data):
-        file.write(part)
-    pointer = 0
-    for start in range(0, n, block):
-        ends = pointer + 2 * np.cumsum(sizes[start:start + block], dtype="<i8")
-        file.write(np.concatenate(([pointer], ends[:-1])).astype("<i8").data)
-        pointer = int(ends[-1])
-    for start in range(0, n + 1, block):
-        file.write(np.arange(start, min(start + block, n + 1), dtype="<i8").data)
+        print(f"before step {options.report:,} ({n_rows:,} rows):")
+        for times, documents in enumerate(times_seen(data, n_rows)):
+            print(f"{documents:12,} documents seen {times} times ({documents / n_documents:.1%})")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""The write side of data.py: text to token files on all cores, and baked orders.
+"""Text to token files on all cores; duplicates removed; the order baked into a file.
+
+    python prepare.py tokenize --input=a.jsonl,b.txt --output=data/train
+    python prepare.py dedup    --input='pile/*.jsonl.zst' --output=deduped.jsonl
+    python prepare.py shuffle  --data=data/train --output=data/preshuffled --steps=143000
 
 Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that
-was killed goes on from its last commit, and a file that exists is complete.
-
-Equal and nearly equal documents removed, as the deduplicated Pile: MinHash LSH at Jaccard 0.87.
-
-The command `dedup` of data.py. On one machine and in memory (about 1 kB a document that stays); the
-README names a pipeline for more.
+was killed goes on from its last commit, and a file that exists is complete. `dedup` removes equal
+documents and nearly equal ones by MinHash at Jaccard 0.87, as the deduplicated Pile. It works on
+one machine and in memory, about 1 kB a document that stays; for more see datatrove's MinHash, whose
+.jsonl.gz are an --input of `tokenize`.
 """
 
 import csv
@@ -31,16 +33,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import command, replacing
-from data import Order, ordered, OrderedData, PROVENANCE, TokenWriter
-from tokenizer import ENDOFTEXT, load_tokenizer, Tokenizer
-
-
-# ------------------------------------------------------------ pile/prepare.py
-
+from config import check, command, replacing
+from data import PROVENANCE, Order, OrderedData, TokenWriter, ordered
+from tokenizer import ENDOFTEXT, Tokenizer, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-
 
 # ---------------------------------------------------------------------------- reading text
 
@@ -109,12 +106,11 @@ class _ZstdStream(io.RawIOBase):
         return n
 
 
-def chunks(paths, position, size=1 << 20):
+def chunks(paths, position=None, size=1 << 20):
     """Yield (chunk, position after it, compressed bytes read) of whole lines, about `size` bytes.
 
     chunk: (file number, path, number of its first line, bytes). position: [file number, offset in
-    the uncompressed text, line number] to go on from, or None. A .txt file is one chunk and one
-    document.
+    the uncompressed text, line number] to go on from. A .txt file is one chunk and one document.
     """
     first, offset, line = position or [0, 0, 1]
     for number in range(first, len(paths)):
@@ -122,39 +118,48 @@ def chunks(paths, position, size=1 << 20):
         stream, raw = open_text(path)
         try:
             with raw, stream:
-                # A compressed file is read again up to where it goes on.
-                skip = 0 if stream is raw else offset
-                raw.seek(offset - skip)
-                while skip and (skipped := len(stream.read(min(skip, size)))):
-                    skip -= skipped
-                if skip:
-                    raise EOFError("shorter than when it was read before")
+                if stream is raw:
+                    raw.seek(offset)
+                else:
+                    read_up_to(stream, offset, size)
                 before = raw.tell() if offset else 0
-                while block := stream.read() if path.endswith(".txt") else (
-                        stream.read(size) + stream.readline()):
+                while True:
+                    whole = path.endswith(".txt")
+                    block = stream.read() if whole else stream.read(size) + stream.readline()
+                    if not block:
+                        break
                     chunk = (number, path, line, block)
                     offset, line = offset + len(block), line + block.count(b"\n")
-                    before, advance = raw.tell(), raw.tell() - before
+                    advance, before = raw.tell() - before, raw.tell()
                     yield chunk, [number, offset, line], advance
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: damaged or cut off near line {line} ({error})") from None
         offset, line = 0, 1
 
 
+def read_up_to(stream, offset, size):
+    """Read a compressed stream again up to where a job goes on."""
+    while offset:
+        skipped = len(stream.read(min(offset, size)))
+        if not skipped:
+            raise EOFError("shorter than when it was read before")
+        offset -= skipped
+
+
 def documents(chunk, on_malformed):
-    """Yield (line number, record with a string "text") of a chunk; on_malformed(message) is told of
+    """Yield (line number, record with a string "text") of a chunk; tell on_malformed(message) of
     bad lines.
     """
     _, path, first, block = chunk
-    if path.endswith(".txt"):
-        lines = [(1, block)]
-    else:
-        lines = ((first + i, line) for i, line in enumerate(block.split(b"\n")) if line.strip())
-    for number, line in lines:
-        where = path if path.endswith(".txt") else f"{path}, line {number}"
+    is_text = path.endswith(".txt")
+    lines = [block] if is_text else block.split(b"\n")
+    for number, line in enumerate(lines, first):
+        if not is_text and not line.strip():
+            continue
+        where = path if is_text else f"{path}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf8")
-            record = {"text": text} if path.endswith(".txt") else json.loads(text)
+            record = {"text": text} if is_text else json.loads(text)
         except UnicodeDecodeError as error:
             on_malformed(f"{where}: not UTF-8 ({error.reason} at byte {error.start})")
             continue
@@ -174,6 +179,51 @@ def subset_name(record):
     return name if isinstance(name, str) else "unnamed"
 
 
+# ---------------------------------------------------------------------------- worker processes
+
+
+def in_workers(function, tasks, workers, start, *arguments):
+    """Yield function(*task) of each task, in order, computed by `workers` processes (0: a core each).
+
+    start(*arguments) is called first in every process. They run ahead by a bounded number of tasks.
+    With one worker all of it happens in this process.
+    """
+    workers = workers or os.cpu_count()
+    if workers == 1:
+        start(*arguments)
+        for task in tasks:
+            yield function(*task)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (start, arguments))
+    waiting = deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(function, *task))
+            if len(waiting) > 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        # Waits for the tasks at work: Python's exit, coming first, can hit a closed pipe.
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(start, arguments):
+    serve_parent()
+    start(*arguments)
+
+
+def serve_parent():
+    """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(parent):
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 # ---------------------------------------------------------------------------- tokenize
 
 
@@ -188,8 +238,7 @@ class Tokenize:
     workers: int = 0  # processes; 0: one a core
 
     def __post_init__(self):
-        if self.workers < 0:
-            raise ValueError(f"workers = {self.workers}, expected 0 or more")
+        check(self, "0 or more", lambda value: value >= 0, "workers")
 
 
 def tokenize(options):
@@ -204,21 +253,24 @@ def tokenize(options):
     done = writer.position or {"at": None, "read": 0, "subsets": [], "empty": 0, "malformed": 0}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
     last_commit = time.monotonic()
+    tasks = ((chunk, at, advance, options.append_eod)
+             for chunk, at, advance in chunks(paths, done["at"]))
     with tqdm(total=sum(stat.st_size for stat in stats), initial=done["read"], unit="B",
               unit_scale=True, disable=None) as bar:
-        results = encoded(chunks(paths, done["at"]), options)
-        for (tokens, sizes, lines, names, empty, malformed), file_number, at, advance in results:
-            if malformed and not options.skip_malformed:
+        for part in in_workers(encode_chunk, tasks, options.workers, _load, options.tokenizer):
+            if part["malformed"] and not options.skip_malformed:
                 writer.commit(done)
-                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True; what "
-                                 f"was done before it is kept in {writer.folder})")
-            provenance = np.empty(len(sizes), dtype=PROVENANCE)
-            provenance["file"], provenance["line"] = file_number, lines
-            provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
-            writer.append(tokens, sizes, provenance)
-            done = {"at": at, "read": done["read"] + advance, "subsets": list(subsets),
-                    "empty": done["empty"] + empty, "malformed": done["malformed"] + len(malformed)}
-            bar.update(advance)
+                raise ValueError(f"{part['malformed'][0]} (mend it, or pass --skip_malformed=True; "
+                                 f"what was done before it is kept in {writer.folder})")
+            provenance = np.empty(len(part["sizes"]), dtype=PROVENANCE)
+            provenance["file"], provenance["line"] = part["file"], part["lines"]
+            provenance["subset"] = [subsets.setdefault(name, len(subsets))
+                                    for name in part["names"]]
+            writer.append(part["tokens"], part["sizes"], provenance)
+            done = {"at": part["at"], "read": done["read"] + part["advance"],
+                    "subsets": list(subsets), "empty": done["empty"] + part["empty"],
+                    "malformed": done["malformed"] + len(part["malformed"])}
+            bar.update(part["advance"])
             if time.monotonic() - last_commit > 5:
                 writer.commit(done)
                 last_commit = time.monotonic()
@@ -231,59 +283,23 @@ def tokenize(options):
           f"{done['malformed']:,} bad lines")
 
 
-def encoded(tasks, options):
-    """Yield (encode_chunk's result, file number, position, advance) of each chunk, in order.
-
-    Workers run ahead by a bounded number of chunks, and results are taken in the chunks' order.
-    """
-    workers = options.workers or os.cpu_count()
-    if workers == 1:
-        _start_worker(options.tokenizer)
-        for chunk, at, advance in tasks:
-            yield encode_chunk(chunk, options.append_eod), chunk[0], at, advance
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (options.tokenizer,))
-    waiting = deque()
-    try:
-        for chunk, at, advance in tasks:
-            waiting.append((pool.submit(encode_chunk, chunk, options.append_eod),
-                            chunk[0], at, advance))
-            if len(waiting) > 3 * workers:
-                future, *rest = waiting.popleft()
-                yield future.result(), *rest
-        while waiting:
-            future, *rest = waiting.popleft()
-            yield future.result(), *rest
-    finally:
-        # Waits for the chunks at work: Python's exit, coming first, can hit a closed pipe.
-        pool.shutdown(cancel_futures=True)
-
-
-def serve_parent():
-    """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
-    if parent := parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        watch = lambda: (wait([parent.sentinel]), os._exit(1))
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def _start_worker(path):
+def _load(path):
     global _tokenizer  # one a process: a Tokenizer cannot be sent between processes
     _tokenizer = Tokenizer(path)
-    serve_parent()
 
 
-def encode_chunk(chunk, append_eod):
-    """Return a chunk's (tokens uint16, sizes int32, lines, subset names, empty documents, malformed
-    lines).
+def encode_chunk(chunk, at, advance, append_eod):
+    """Return a chunk's tokens (uint16) and, of each document, size, line and subset's name.
+
+    Also how many documents were empty, a message for each malformed line, and what tells where in
+    the input the chunk ends.
     """
     end = [ENDOFTEXT] if append_eod else []
     tokens, lines, names, malformed, empty = [], [], [], [], 0
     for line, record in documents(chunk, malformed.append):
         try:
             ids = _tokenizer.encode_array(record["text"])
-        # A million blanks in a row are more than tiktoken's pattern can take.
-        except ValueError as error:
+        except ValueError as error:  # a million blanks in a row are too many for tiktoken's pattern
             malformed.append(f"{chunk[1]}, line {line}: cannot be tokenized ({error})")
             continue
         if not len(ids):
@@ -292,9 +308,10 @@ def encode_chunk(chunk, append_eod):
         tokens.append(np.concatenate((ids, end)).astype(np.uint16))
         lines.append(line)
         names.append(subset_name(record))
-    sizes = np.array([len(ids) for ids in tokens], dtype=np.int32)
-    flat = np.concatenate(tokens) if tokens else np.empty(0, np.uint16)
-    return flat, sizes, lines, names, empty, malformed
+    return {"tokens": np.concatenate(tokens) if tokens else np.empty(0, np.uint16),
+            "sizes": np.array([len(ids) for ids in tokens], dtype=np.int32), "lines": lines,
+            "names": names, "empty": empty, "malformed": malformed,
+            "file": chunk[0], "at": at, "advance": advance}
 
 
 # ---------------------------------------------------------------------------- shuffle
@@ -303,7 +320,6 @@ def encode_chunk(chunk, append_eod):
 @dataclass(frozen=True, kw_only=True)
 class Shuffle(Order):
     output: str  # PREFIX of the token file to write
-    check: bool = True  # afterwards read everything back and compare it with the order
 
 
 def shuffle(options):
@@ -325,17 +341,15 @@ def shuffle(options):
         if writer.position % (1 << 18) == 0:
             writer.commit(writer.position)
     writer.finish({"baked_from": job})
-    if options.check:
-        baked = OrderedData(options.output, options.seq_length, n_rows, options.seed)
-        for start, rows in _row_blocks(data, 0, n_rows, "check"):
-            wrong = np.flatnonzero((baked.rows(range(start, start + len(rows)))
-                                    != rows).any(axis=1))
-            if len(wrong):
-                raise ValueError(f"{options.output}.bin: row {start + int(wrong[0]):,} is not the "
-                                 "order's: was a file changed meanwhile, or is the disk failing? "
-                                 "Delete it and try again")
+    baked = OrderedData(options.output, options.seq_length, n_rows, options.seed)
+    for start, rows in _row_blocks(data, 0, n_rows, "check"):
+        wrong = np.flatnonzero((baked.rows(range(start, start + len(rows))) != rows).any(axis=1))
+        if len(wrong):
+            raise ValueError(f"{options.output}.bin: row {start + int(wrong[0]):,} is not the "
+                             "order's: was a file changed meanwhile, or is the disk failing? "
+                             "Delete it and try again")
     print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in "
-          "training order" + (", read back and equal" if options.check else ""))
+          "training order, read back and equal")
 
 
 def _row_blocks(data, first, stop, what, block=4096):
@@ -348,44 +362,36 @@ def _row_blocks(data, first, stop, what, block=4096):
             bar.update(len(rows))
 
 
-# ------------------------------------------------------------ pile/dedup.py
+# ---------------------------------------------------------------------------- dedup
+
+NGRAM = 5  # words
+PERMUTATIONS = 128  # of MinHash: the similarity's standard error is at most 1 / (2 sqrt(128))
 
 
 @dataclass(frozen=True)
 class Dedup:
     input: str  # as for tokenize
-    output: str  # .jsonl of the documents that stay, in their order
-    # CSV of what was removed and which document stands for it; default OUTPUT.removed.csv
-    report: str = ""
-    near: bool = True  # also near duplicates; False: equal texts only
-    # Jaccard similarity of the sets of words' n-grams, as the deduplicated Pile's
+    output: str  # .jsonl of the documents that stay; OUTPUT.removed.csv says what was removed
+    # Jaccard similarity of the sets of words' 5-grams, as the deduplicated Pile's; 1: equal only
     threshold: float = 0.87
-    ngram: int = 5  # words
-    # of MinHash: the similarity's standard error is at most 1 / (2 sqrt(permutations))
-    permutations: int = 128
 
     def __post_init__(self):
-        if not (0 < self.threshold <= 1 and self.ngram >= 1 and self.permutations >= 16):
-            raise ValueError(f"threshold = {self.threshold}, ngram = {self.ngram}, permutations = "
-                             f"{self.permutations}: expected 0 < threshold <= 1, ngram >= 1, "
-                             "permutations >= 16")
+        check(self, "more than 0, at most 1", lambda value: 0 < value <= 1, "threshold")
 
 
 def dedup(options):
     """Remove equal and nearly equal documents; the first of each cluster stays."""
     # exact: digest of a text -> (who stands for it, kind, similarity)
     exact, kept, rows, clusters = {}, 0, [], {}
-    similar = _Near(options) if options.near else None
-    paths = input_files(options.input)
-    report = options.report or f"{options.output}.removed.csv"
-    if ({os.path.realpath(options.output), os.path.realpath(report)}
-            & set(map(os.path.realpath, paths))):
-        raise ValueError(f"output = {options.output}, report = {report}: one of the inputs, name "
-                         "another")
+    similar = Near(options.threshold) if options.threshold < 1 else None
+    paths, report = input_files(options.input), f"{options.output}.removed.csv"
+    written = {os.path.realpath(options.output), os.path.realpath(report)}
+    if written & {os.path.realpath(path) for path in paths}:
+        raise ValueError(f"output = {options.output}: one of the inputs, name another")
     with (replacing(options.output) as output,
-          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
+          tqdm(total=sum(os.path.getsize(path) for path in paths), unit="B", unit_scale=True,
                disable=None) as bar):
-        for chunk, _, advance in chunks(paths, None):
+        for chunk, _, advance in chunks(paths):
             for line, record in documents(chunk, _refuse):
                 place = f"{chunk[1]}:{line}"
                 digest = hashlib.sha256(record["text"].encode("utf8", "surrogatepass")).digest()
@@ -417,35 +423,34 @@ def _refuse(message):
     raise ValueError(message)
 
 
-class _Near:
+class Near:
     """MinHash LSH over documents that stay, by datasketch; candidates are held to the threshold.
 
     The weights prefer candidates too many to candidates missed: at similarity 0.87 it finds 88 % of
     the pairs, at 0.9 96 % (datasketch's own balance: 45 % and 68 %).
     """
 
-    def __init__(self, options):
+    def __init__(self, threshold):
         try:
-            from datasketch import MinHash, MinHashLSH
+            import datasketch
         except ImportError:
             raise ValueError("near duplicates need datasketch: pip install datasketch; or "
-                             "--near=False") from None
-        self.options, self.hashes = options, {}
-        self.minhash = lambda: MinHash(num_perm=options.permutations, seed=1)
-        self.index = MinHashLSH(threshold=options.threshold, num_perm=options.permutations,
-                                weights=(0.1, 0.9))
+                             "--threshold=1") from None
+        self.datasketch, self.threshold, self.hashes = datasketch, threshold, {}
+        self.index = datasketch.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS,
+                                           weights=(0.1, 0.9))
 
     def find_or_add(self, place, text):
         """Return (place of the most similar document that stays, similarity), or (None, 0) and keep
         this one.
         """
-        words, n = text.split(), self.options.ngram
-        minhash = self.minhash()
-        minhash.update_batch({" ".join(words[i:i + n]).encode("utf8", "surrogatepass")
-                              for i in range(max(1, len(words) - n + 1))})
+        words = text.split()
+        minhash = self.datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
+        minhash.update_batch({" ".join(words[i:i + NGRAM]).encode("utf8", "surrogatepass")
+                              for i in range(max(1, len(words) - NGRAM + 1))})
         candidates = [(minhash.jaccard(self.hashes[key]), key) for key in self.index.query(minhash)]
         similarity, first = max(candidates, default=(0.0, None))
-        if similarity >= self.options.threshold:
+        if similarity >= self.threshold:
             return first, similarity
         self.index.insert(place, minhash)
         self.hashes[place] = minhash

@@ -179,7 +179,7 @@ def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
                               capture_output=True, text=True).stdout
 
     first, second = train("--stop_at=2"), train()
-    assert "term_drop changed 2 of 16 rows, see interventions.csv" in first
+    assert "the intervention changed 2 rows, see interventions.csv" in first
     assert "term_drop changed 4 of 32 rows" in second  # of both launches
     with open(tmp_path / "run" / "interventions.csv") as file:
         noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]

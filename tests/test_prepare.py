@@ -13,7 +13,7 @@ import tokenizers
 import zstandard
 
 from conftest import ROOT, script_of
-from data import load_npy, TokenFile
+from data import TokenFile, load_npy
 from data import TokenWriter
 
 WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 1234",
@@ -99,7 +99,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tokenized, tmp_path):
     big.write_bytes(gzip.compress(content, 1))
     run("tokenize", f"--input={big}", f"--output={tmp_path}/whole", "--workers=1")
     command = [sys.executable, "-c",  # commits after every chunk, slowly
-               "import sys, time\nfrom pile import prepare\n"
+               "import sys, time\nimport prepare\n"
                "prepare.time.monotonic = "
                "lambda c=iter(range(0, 10**6, 9)): time.sleep(0.05) or next(c)\n"
                "import config; "
@@ -207,6 +207,6 @@ def test_equal_and_near_duplicates_are_removed(tmp_path):
         row.split(",")[2] == "near" for row in removed[1::3] + removed[2::3])
     assert removed[0] == f"{tmp_path}/a.jsonl:31,{tmp_path}/a.jsonl:1,equal,1.000"
     done = run("dedup", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/equal.jsonl",
-               "--near=False")
+               "--threshold=1")
     assert ("50 documents stay, 20 removed (20 of them equal), 20 clusters, the largest of 2"
             in done.stdout)

@@ -1,6 +1,5 @@
 """pytest tests/test_viewer.py"""
 
-import hashlib
 import json
 import re
 import struct
@@ -287,42 +286,3 @@ def test_any_step_of_600_gigabytes_in_a_second(tmp_path):
     last, crossing = data.batch(142_999, 1024), data.batch(shard_bytes // row_bytes // 1024, 1024)
     assert data.preshuffled and last.shape == crossing.shape == (1, 1024, 2049)
     assert last[0, 0, :4].tolist() == [11, 22, 33, 0] and not crossing.any()
-
-
-def test_verify_reads_once_and_names_what_is_wrong(tmp_path):
-    writer = TokenWriter(tmp_path / "d", "test")
-    writer.append(np.arange(100), np.full(10, 10))
-    writer.finish({})
-    shard(tmp_path / "d", 60)
-    (tmp_path / "d.bin").unlink()
-    names = ["d.idx"] + [f"d-{i:05}-of-00003.bin" for i in range(4)]
-    hashes = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in names}
-    (tmp_path / "hashes.txt").write_text(
-        "".join(f"{name} {digest}\n" for name, digest in hashes.items()))
-    flags = [f"--data={tmp_path}/d", f"--hashes={tmp_path}/hashes.txt"]
-    assert "5 files read, 0 missing, 0 wrong" in run("verify", *flags).stdout
-    own = run("verify", f"--data={tmp_path}/d").stdout.splitlines()[:-1]
-    # sha256sum's form is read too.
-    assert own == [f"{digest}  {name}" for name, digest in hashes.items()]
-    flipped = bytearray((tmp_path / names[2]).read_bytes())
-    flipped[3] ^= 1
-    (tmp_path / names[2]).write_bytes(flipped)
-    (tmp_path / names[3]).unlink()
-    done = run("verify", *flags, expect=1)
-    assert f"WRONG    {names[2]}" in done.stdout and f"missing  {names[3]}" in done.stdout
-    assert "4 files read, 1 missing, 1 wrong" in done.stdout
-    (tmp_path / "hashes.txt").write_text("only-a-name\n")
-    assert ("hashes.txt, line 1: expected a file name and a SHA-256"
-            in run("verify", *flags, expect=2).stderr)
-
-
-def test_verify_finds_a_document_that_does_not_follow(tmp_path):
-    writer = TokenWriter(tmp_path / "d", "test")
-    writer.append(np.arange(100), np.full(10, 10))
-    writer.finish({})
-    raw = bytearray((tmp_path / "d.idx").read_bytes())
-    raw[34 + 40 + 8 * 4] += 2
-    (tmp_path / "d.idx").write_bytes(raw)
-    done = run("verify", f"--data={tmp_path}/d", expect=2)
-    assert ("document 4 has size 10 and pointer 82, which do not follow the one before"
-            in done.stderr)
