@@ -1,83 +1,70 @@
-"""Which checkpoint is this really? Hashes, duplicates and breaks in the path that the weights took.
+"""Which checkpoint is this really? Hashes, duplicates and breaks in the path the weights took.
 
     python verify.py verify runs/mini             # or several folders, of any published form
+    python verify.py diff runs/mini/step512 OTHER
 
 No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
 the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
 tensor in every checkpoint (within about 2 %), and no distance is less than the difference of norms.
 
-Training moves through weight space in small steps, so a checkpoint lies between its neighbours: its
-distance to the nearer one, over theirs to each other, is about a half; noise alone would make it 1.
-Weights that belong elsewhere are far from both, and often near to where they belong. Two neighbours
-in each other's place stay near: there the path gets shorter once they are exchanged (its squared
-steps to what is around them, over those after the exchange: honest up to 0.7, exchanged from 1.5).
+Training moves through weight space in small steps, so a checkpoint lies between its neighbours:
+
+    step 64 ----- step 128 ----- step 256        its distance to the nearer one, over theirs to each
+                                                 other, is about 1/2; noise alone would make it 1
+    step 64 ------------------- step 256         weights that belong elsewhere are far from both,
+              step 128, of another run           and often near to where they belong
+
+Two neighbours in each other's place stay near; there the path gets shorter once both are exchanged.
 
 Without a manifest not all can be seen: not a few values that changed by less than their tensor
 moves between two checkpoints anyway, as after a flipped bit that made one small, and not the biases
 and LayerNorms of the checkpoint beside.
-
-What two checkpoints differ in, and what a run holds.
-
-    python verify.py diff runs/mini/step512 OTHER
-    python checkpoints.py list runs/mini
 """
 
 import math
 import re
 import sys
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoints import (
-    checkpoint_steps, is_name, open_any, open_archive, read_training,
-    sha256_of, size_of, step_folders)
-from config import command, read_json, replacing
-from model import ModelConfig
-
-
-# ------------------------------------------------------------ weights/verify.py
-
+from checkpoints import (checkpoint_steps, manifest_of, one_line, open_any, read_training,
+                         sha256_of, size_of, step_folders)
+from config import command, read_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
-RATIO = 1.5  # by which a distance must be too large
+RATIO = 1.5  # a distance over the neighbours' to each other that no honest matrix has
+VECTOR_RATIO = 3.0  # biases and LayerNorms are noisier
 FAR = 0.1  # relative distance that no matrix at either end has from its neighbour by accident
+VECTOR_FAR = 3.0  # biases grow from 0 at first
 SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones have less than 0.01
+EXCHANGED = 1.25  # squared steps of the path over those after an exchange; honest up to 0.7
 
 
-@dataclass(frozen=True)
-class Verify:
-    folders: str  # a run (its step0, step1, ... are checked) or checkpoints, separated by commas
-    steps: str | None = None  # expected: 0,1,512 or any; default: the run's, else Pythia's 154
-    # CSV of every tensor, plot beside it; default: RUN/verify.csv; None: no
-    output: str | None = ""
-
-
-@dataclass(eq=False)
 class Scan:
     """What is known of a checkpoint after its bytes have been read."""
-    step: int
-    folder: Path
-    updates: int  # successful ones; the first has learning rate 0
-    config: ModelConfig | None = None  # None: the tensors are not those of any Pythia
-    bytes: int = 0
-    hashed: int | None = None  # files that agree with the manifest; None: there is no manifest
-    norms: dict = field(default_factory=dict)  # tensor -> L2 norm
-    samples: dict = field(default_factory=dict)  # tensor -> some of its entries, float32
-    shapes: dict = field(default_factory=dict)
-    files: dict = field(default_factory=dict)  # tensor -> name of its file
-    problems: list = field(default_factory=list)
+
+    def __init__(self, step, folder):
+        self.step, self.folder = step, folder
+        self.updates = step  # successful ones; the first has learning rate 0
+        self.config = None  # the ModelConfig; None: the tensors are not those of any Pythia
+        self.bytes = 0
+        self.hashed = None  # files that agree with the manifest; None: there is no manifest
+        self.norms, self.shapes = {}, {}  # of each tensor
+        self.samples, self.files = {}, {}  # some of its entries in float32, its file's name
+        self.problems = []
 
 
 def scan(step, folder, bar):
     """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
-    found = Scan(step, folder, step)
+    found = Scan(step, folder)
     with noting(found, "training.json"):
         found.updates = read_training(folder, step).get("updates", step)
     with ThreadPoolExecutor(1) as hasher:  # while this thread measures: the disk is read once
@@ -106,37 +93,41 @@ def noting(found, name=""):
 
 
 def check_files(found):
-    """Compare every file with the manifest, and PyTorch's archives with their own checksums."""
-    manifest = found.folder / "manifest.json"
-    if manifest.exists():
-        found.hashed, entries = 0, None
-        with noting(found, "manifest.json"):
-            entries = read_json(manifest)
-        for name, entry in (entries or {}).items():
-            shown, path = name if is_name(name) else repr(name[:50]), found.folder / name
-            with noting(found, shown):
-                if Path(name).name != name or type(entry) is not dict or not path.is_file():
-                    found.problems.append(f"{shown}: in the manifest but not there")
-                elif path.stat().st_size != entry.get("bytes"):
-                    found.problems.append(f"{shown}: {path.stat().st_size:,} bytes, "
-                                          f"the manifest says {entry.get('bytes')!r}")
-                elif sha256_of(path) != entry.get("sha256"):
-                    found.problems.append(f"{shown}: its SHA-256 is not the manifest's")
-                else:
-                    found.hashed += 1
-        found.problems += [f"{path.name}: not in the manifest"
-                           for path in sorted(found.folder.iterdir()) if entries is not None
-                           if path.name not in (*entries, "manifest.json") and path.name[0] != "."]
-    elif (found.folder / "training.json").exists():
-        found.problems.append("manifest.json is not there")
+    """Compare every file with the manifest, and torch.save's archives with their own checksums."""
+    with noting(found, "manifest.json"):
+        if (found.folder / "manifest.json").exists():
+            entries, found.hashed = manifest_of(found.folder), 0
+            for name, entry in entries.items():
+                check_file(found, name, entry)
+            for path in sorted(found.folder.iterdir()):
+                if path.name not in (*entries, "manifest.json") and path.name[0] != ".":
+                    found.problems.append(f"{path.name}: not in the manifest")
+        elif (found.folder / "training.json").exists():
+            found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
         try:
-            with open_archive(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"checksum of {damaged} is wrong")
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"checksum of {damaged} is wrong")
         except Exception as error:  # a broken archive raises whatever it likes
-            words = str(error).removeprefix(f"{path}: ") or type(error).__name__
-            found.problems.append(f"{path.name}: {' '.join(words.split())[:200]}")
+            found.problems.append(f"{path.name}: {one_line(error)}")
+
+
+def check_file(found, name, entry):
+    """Compare one file with its entry in the manifest, {"bytes": N, "sha256": HEX}."""
+    shown = name if name.isprintable() and len(name) < 200 else repr(name[:50])
+    path = found.folder / name
+    with noting(found, shown):
+        if Path(name).name != name or type(entry) is not dict or not path.is_file():
+            found.problems.append(f"{shown}: in the manifest but not there")
+        elif path.stat().st_size != entry.get("bytes"):
+            found.problems.append(f"{shown}: {path.stat().st_size:,} bytes, the manifest says "
+                                  f"{entry.get('bytes')!r}")
+        elif sha256_of(path) != entry.get("sha256"):
+            found.problems.append(f"{shown}: its SHA-256 is not the manifest's")
+        else:
+            found.hashed += 1
 
 
 def measure(found, name, stored):
@@ -189,46 +180,41 @@ def distances(scans, name):
 def check_path(scans):
     """Note every checkpoint whose tensors do not belong where it stands; return {step: ratio}.
 
-    scans: of one model.
+    scans: of one model, in order. ratio: the largest distance of a tensor to the nearer neighbour,
+    over the neighbours' distance to each other.
     """
-    names = list(scans[0].samples) if scans else []
     if len(scans) < 2:
         return {}
+    names = list(scans[0].samples)
     sizes, apart = map(torch.stack, zip(*(distances(scans, name) for name in names)))
     matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in names])
-    # Vectors are noisier, and at first biases grow from 0.
-    limit, far_off = torch.where(matrix, RATIO, 2 * RATIO), torch.where(matrix, FAR, 3)
+    # float16 rounds early steps away: a smaller distance means nothing. Biases begin at 0.
+    floors = (1e-3 * sizes).clamp_min(1e-30)
+    ratios, noted = {}, set()
 
-    def note(i, far, words):
-        far = [name for name, is_far in zip(names, far.tolist()) if is_far]
+    def note(i, which, words):
+        far = [name for name, is_far in zip(names, which.tolist()) if is_far]
         if far:
             noted.add(i)
             scans[i].problems.append(f"{_tensors(scans[i], far)} {words}")
 
-    ratios, noted = {}, set()
-    # float16 rounds early steps away: a smaller distance means nothing. Biases begin at 0.
-    floors = (1e-3 * sizes).clamp_min(1e-30)
     for i in range(len(scans)):
         for j, equal in duplicates(scans, apart, matrix, floors, i):
             note(i, equal, f"equal to step {scans[j].step}'s")
     noted.clear()
     for i, here in enumerate(scans):
-        floor = floors[:, i]
         if 0 < i < len(scans) - 1:
             nearer = apart[:, i, [i - 1, i + 1]].amin(1)
-            ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floor)
+            ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floors[:, i])
+            far = ratio > torch.where(matrix, RATIO, VECTOR_RATIO)
             ratios[here.step] = ratio.max().item()
-            most = ratio.where(ratio > limit, 0).max()
-            note(i, ratio > limit, f"up to {most:.1f} times as far from steps "
+            note(i, far, f"up to {ratio.where(far, 0).max():.1f} times as far from steps "
                  f"{scans[i - 1].step} and {scans[i + 1].step} as these are apart")
         elif len(scans) > 2:
-            one, two = (1, 2) if i == 0 else (i - 1, i - 2)
-            gap = abs(here.step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
-            far = apart[:, i, one] > (far_off * sizes[:, one]).maximum(
-                3 * max(1, gap) * apart[:, one, two])
-            far &= apart[:, one, two] > floors[:, one]  # after equal steps 0 and 1 all is far
-            note(i, far, f"too far from step {scans[one].step} to stand beside it")
-        other, belongs = elsewhere(apart, i, floor)
+            beside = 1 if i == 0 else i - 1
+            note(i, too_far(scans, sizes, apart, matrix, floors, i),
+                 f"too far from step {scans[beside].step} to stand beside it")
+        other, belongs = elsewhere(apart, i, floors[:, i])
         if belongs.any():
             note(i, belongs, f"nearer to step {scans[other].step} and its neighbour than to "
                              "their own")
@@ -238,13 +224,27 @@ def check_path(scans):
         if not {i, i + 1} & noted and swapped.sum() >= 0.9 * moved.sum():  # noise is in single ones
             note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter "
                              "with both exchanged")
-    first = scans[1]
-    cosine = _mean([torch.cosine_similarity(scans[0].samples[name], first.samples[name], dim=0)
-                    for name, is_matrix in zip(names, matrix) if is_matrix])
-    if scans[0].step == 0 and first.step <= 2000 and cosine < SAME_INIT:
-        scans[0].problems.append(f"step {first.step} does not descend from it: their cosine is "
-                                 f"{cosine:.3f}")
+    check_descent(scans, [name for name, is_matrix in zip(names, matrix) if is_matrix])
     return ratios
+
+
+def too_far(scans, sizes, apart, matrix, floors, i):
+    """Return which tensors of the first or last checkpoint are far from the one beside it, (M,)."""
+    one, two = (1, 2) if i == 0 else (i - 1, i - 2)
+    gap = abs(scans[i].step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
+    limit = torch.where(matrix, FAR, VECTOR_FAR) * sizes[:, one]
+    far = apart[:, i, one] > limit.maximum(3 * max(1, gap) * apart[:, one, two])
+    return far & (apart[:, one, two] > floors[:, one])  # after equal steps 0 and 1 all is far
+
+
+def check_descent(scans, matrices):
+    """Note a step 0 from which the next checkpoint does not descend."""
+    start, first = scans[0], scans[1]
+    cosine = mean([torch.cosine_similarity(start.samples[name], first.samples[name], dim=0)
+                   for name in matrices])
+    if start.step == 0 and first.step <= 2000 and cosine < SAME_INIT:
+        start.problems.append(f"step {first.step} does not descend from it: their cosine is "
+                              f"{cosine:.3f}")
 
 
 def elsewhere(apart, i, floor):
@@ -274,7 +274,7 @@ def exchanged(apart, i):
         keep, swap = keep + square[:, i - 1, i], swap + square[:, i - 1, j]
     if j + 1 < apart.shape[1]:
         keep, swap = keep + square[:, j, j + 1], swap + square[:, i, j + 1]
-    return keep > 1.25 * swap
+    return keep > EXCHANGED * swap
 
 
 def duplicates(scans, apart, matrix, floors, i):
@@ -300,6 +300,15 @@ def _tensors(found, names):
         return f"all {len(names)} tensors are"
     example = min(names) + ", ..." * (len(names) > 1)
     return f"{len(names)} of {len(found.samples)} tensors{where} ({example}) are"
+
+
+# ---------------------------------------------------------------------------- verify
+
+
+@dataclass(frozen=True)
+class Verify:
+    folders: str  # a run (its step0, step1, ... are checked) or checkpoints, separated by commas
+    steps: str | None = None  # expected: 0,1,512 or any; default: the run's, else Pythia's 154
 
 
 def find(folders):
@@ -344,9 +353,8 @@ def scheduled_steps(run, expected):
 def verify(options):
     """Check a run: hashes, steps, duplicates, NaN, weights that do not belong where they stand."""
     run, found = find(options.folders)
-    problems, there = [], [step for step, _ in found]
+    problems, there, extent = [], [step for step, _ in found], ""
     wanted = scheduled_steps(run, options.steps) if run or options.steps else []
-    extent = ""
     ours = options.steps is None and run and (run / "config.json").exists()
     if ours and wanted[-1:] > there[-1:]:  # a run may be under way; a download is meant to be whole
         extent = f" up to step {there[-1]} of {wanted[-1]}"
@@ -356,22 +364,18 @@ def verify(options):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
-    scans = []
     total = sum(weights_size(folder) for _, folder in found)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for step, folder in found:
-            scans.append(scan(step, folder, bar))
+        scans = [scan(step, folder, bar) for step, folder in found]
     usual = one_model(scans)
     ratios = check_path(usual)
-    rows = [row for here in scans for row in tensor_rows(here, usual)]
-    print_table(scans, rows, ratios)
+    print_table(scans, usual, ratios)
     problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
     for problem in problems:
         print(problem)
     if bare := sum(here.hashed is None for here in scans):
         print(f"{bare} have no manifest: their files cannot be compared with what was saved")
     print(f"{len(scans)} checkpoints{extent}, {len(problems)} problem{'s' * (len(problems) != 1)}")
-    write(rows, options, run or found[0][1].parent)
     if problems:
         sys.exit(1)
 
@@ -385,66 +389,40 @@ def weights_size(folder):
         return 0
 
 
-HEADER = ("step", "tensor", "norm", "distance_from_first", "cosine_to_previous")
+def print_table(scans, usual, ratios):
+    """Print a line a checkpoint: its matrices' mean distance and cosine and their largest ratio.
 
-
-def tensor_rows(here, usual):
-    """Return the CSV's rows of a checkpoint.
-
-    usual: the run's checkpoints to compare with. Distances are relative to the first one's norm.
+    usual: the checkpoints of one model. Distances are relative to the first one's norm.
     """
-    rows, place = [], usual.index(here) if here in usual else 0
-    for name, norm in here.norms.items():
-        distance = cosine = math.nan
-        if len(here.shapes[name]) == 2 and here in usual:
-            first = usual[0].samples[name]
-            distance = (here.samples[name] - first).norm() / first.norm()
-            if place:
-                before = usual[place - 1].samples[name]
-                cosine = torch.cosine_similarity(here.samples[name], before, dim=0)
-        rows.append((here.step, name, norm, float(distance), float(cosine)))
-    return rows
-
-
-def print_table(scans, rows, ratios):
-    """Print a line a checkpoint: its matrices' mean distance and cosine and their largest ratio."""
     print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
           f"{'to previous':>11} {'between':>7}  problems")
     for here in scans:
-        own = [row for row in rows if row[0] == here.step]
-        norm = math.sqrt(sum(row[2]**2 for row in own)) if own else math.nan
-        means = [_mean([row[i] for row in own if not math.isnan(row[i])]) for i in (3, 4)]
+        norm = math.sqrt(sum(norm**2 for norm in here.norms.values())) if here.norms else math.nan
+        matrices = [name for name, shape in here.shapes.items() if len(shape) == 2]
+        distance = cosine = math.nan
+        if here in usual:
+            place, first = usual.index(here), usual[0].samples
+            distance = mean([(here.samples[name] - first[name]).norm() / first[name].norm()
+                             for name in matrices])
+            if place:
+                before = usual[place - 1].samples
+                cosine = mean([torch.cosine_similarity(here.samples[name], before[name], dim=0)
+                               for name in matrices])
         hashed = "-" if here.hashed is None else f"{here.hashed} ok"
-        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {_number(norm, 9, 3)} "
-              f"{_number(means[0], 10, 4)} {_number(means[1], 11, 5)} "
-              f"{_number(ratios.get(here.step, math.nan), 7, 2)}  {len(here.problems) or '-'}")
+        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {number(norm, 9, 3)} "
+              f"{number(distance, 10, 4)} {number(cosine, 11, 5)} "
+              f"{number(ratios.get(here.step, math.nan), 7, 2)}  {len(here.problems) or '-'}")
 
 
-def _mean(values):
-    return sum(values) / len(values) if values else math.nan
+def mean(values):
+    return float(sum(values) / len(values)) if values else math.nan
 
 
-def _number(value, width, digits):
+def number(value, width, digits):
     return f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
 
 
-def write(rows, options, folder):
-    """Write the CSV and draw it, unless the user wants neither."""
-    if options.output is None or not rows:
-        return
-    output = Path(options.output or folder / "verify.csv")
-    with replacing(output) as file:
-        lines = [HEADER, *rows]
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-    print(output)
-    try:
-        import plots
-        plots.weights(plots.Weights(str(output), str(output.with_suffix(".png"))))
-    except ValueError as error:  # matplotlib is an extra
-        print(error)
-
-
-# ------------------------------------------------------------ weights/compare.py
+# ---------------------------------------------------------------------------- diff
 
 
 @dataclass(frozen=True)
