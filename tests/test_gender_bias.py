@@ -167,7 +167,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     capsys.readouterr()
     measure(options)
     assert "twin_step8: 2 of 2 checkpoints\n" in capsys.readouterr().out
-    compare(Compare(f"{tmp_path}/out", samples=200))
+    compare(Compare(f"{tmp_path}/out"))
     with open(tmp_path / "out" / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
     assert set(rows) == set(MEASURES) - {"lambada"}
@@ -209,7 +209,7 @@ def test_no_interval_where_a_pair_is_missing(tmp_path):
     (tmp_path / "seed2" / "twin_step8_cost.npy").unlink()  # `measure` was stopped
     with pytest.raises(ValueError, match=r"cost at step 8 is there for both sides of 1 of 2 pairs; "
                                          "run `measure` again"):
-        compare(Compare(str(tmp_path), samples=100))
+        compare(Compare(str(tmp_path)))
 
 
 @pytest.mark.parametrize("flags, words", [
