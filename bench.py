@@ -8,9 +8,9 @@
     python bench.py memorization               # rows scored, beside transformers' generate
     python bench.py eval --docs=DIR            # beside lm_eval; pip install lm_eval accelerate
 
-Times are medians, and a ratio is the median of the rounds' ratios. `train` and `checkpoints` give
-each contender a process of its own, for peak memory is a process's. All of them, ours and theirs,
-start with the variables of ALLOCATOR, so that glibc keeps freed memory for all or for none.
+Times are medians, and a ratio is the median of the rounds' ratios. `train` gives each contender a
+process of its own, for peak memory is a process's. All of them, ours and theirs, start with the
+variables of ALLOCATOR, so that glibc keeps freed memory for all or for none.
 """
 
 import json
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import eval as harness
-from checkpoints import hf_config, hf_name, load_model, save
+from checkpoints import hf_config, load_model, save
 from config import command, parse, Processes, write_json
 from data import OrderedData, samples_needed, TokenFile, TokenWriter
 from model import ModelConfig, Pythia
@@ -51,7 +51,7 @@ class Bench:
     rounds: int = 5
     threads: int = 2
     batch: int = 4  # train, start: sequences a step
-    seq_length: int = 512  # train, start: tokens of a sequence
+    seq_length: int = 512  # train, start: tokens of a sequence; of the model
     data: str = "data/demo/train"  # start, find: PREFIX of token files; tokenize: of .jsonl
     docs: str = ""  # eval: folder of evaluation sets, as for eval.py
     documents: int = 48  # eval: of each task
@@ -102,14 +102,15 @@ def report(amount, unit, seconds, memory=None):
         print(f"  {who:24} {amount / median(taken):10,.2f} {unit}/s, ours is {ratio:.2f}x{used}")
 
 
-def configs(options, *flags):
+def flags_of(options):
+    """Return train.py's arguments for a size and this sequence length."""
+    return [f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf",
+            f"--seq_length={options.seq_length}"]
+
+
+def configs(options):
     """Return the ModelConfig and TrainConfig of a size."""
-    return parse([config_file(options), "--gelu=erf", *flags],
-                 ModelConfig, TrainConfig, LaunchConfig)[:2]
-
-
-def config_file(options):
-    return f"configs/pythia_{options.size.replace('.', '_')}.py"
+    return parse(flags_of(options), ModelConfig, TrainConfig, LaunchConfig)[:2]
 
 
 # ---------------------------------------------------------------------------- training
@@ -118,7 +119,7 @@ def config_file(options):
 def training_step(who, options):
     """Return a function that takes an optimizer step: forward, backward, clip, fused AdamW."""
     torch.set_num_threads(options.threads)
-    config, training = configs(options, f"--seq_length={options.seq_length}")
+    config, training = configs(options)
     tokens = torch.randint(50277, (options.batch, options.seq_length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     compiled = "compiled" in who
@@ -157,37 +158,32 @@ def train(options):
         who: (training_step, who, options) for who in (
             "ours", "ours compiled", "ours, plain loss", "transformers", "transformers compiled")})
     report(tokens, "tokens", seconds, memory)
-    config, _ = configs(options, f"--seq_length={options.seq_length}")
+    config, _ = configs(options)
     share = tokens / median(seconds["ours"]) * flops_per_token(config) / peak
     print(f"  ours is at {share:.0%} of {peak / 1e9:.0f} GFLOP/s, this machine's own matmul")
 
 
 def start(options):
     """Time train.py from the command to its first step, and the reading of a batch."""
-    command = [sys.executable, "train.py", config_file(options), f"--data={options.data}",
-               f"--seq_length={options.seq_length}", f"--batch_size={options.batch}",
-               f"--micro_batch_size={options.batch}", "--steps=100", "--stop_at=8", "--log_every=1"]
+    command = [sys.executable, "train.py", *flags_of(options), f"--data={options.data}",
+               f"--batch_size={options.batch}", f"--micro_batch_size={options.batch}",
+               "--steps=100", "--stop_at=8", "--log_every=1"]
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             process = subprocess.Popen([*command, f"--out_dir={folder}/run"], text=True,
                                        env=os.environ | ALLOCATOR, stdout=subprocess.PIPE)
-            first = None
             for line in process.stdout:
-                if line.startswith("step") and first is None:
-                    first = time.perf_counter() - began
-            if process.wait():
-                raise ValueError(f"{' '.join(command)}: ended with {process.returncode}")
+                if line.startswith("step"):
+                    print(f"first step after {time.perf_counter() - began:.1f} s", end="; ")
+                    break
+            process.communicate()
             step = median(float(row["seconds"]) for row in read_csv(f"{folder}/run/metrics.csv"))
-        data = OrderedData(options.data, options.seq_length, samples_needed(100, options.batch),
-                           1234)
+        n = samples_needed(100, options.batch)
+        data = OrderedData(options.data, options.seq_length, n, 1234)
         seconds, _ = in_turn(100, {"read": lambda: data.batch(7, options.batch)})
         batch = median(seconds["read"])
-        print(f"first step after {first:.1f} s; a batch is read in {batch * 1e3:.2f} ms, "
-              f"{batch / step:.2%} of a step")
-
-
-# ---------------------------------------------------------------------------- texts and tokens
+        print(f"a batch is read in {batch * 1e3:.2f} ms, {batch / step:.2%} of a step")
 
 
 def tokenize(options):
@@ -224,68 +220,54 @@ def find(options):
 # ---------------------------------------------------------------------------- models
 
 
-def saving(who, options, folder):
-    """Return a function that writes a model's float32 weights to the disk; ours hashes them too."""
-    config, training = configs(options)
-    model, out = Pythia(config), f"{folder}/{who}"
-    optimizer = make_optimizer(model, training)
-    write = save_file if who == "safetensors" else torch.save
-
-    def ours():
-        shutil.rmtree(out, ignore_errors=True)  # the others overwrite their file
-        os.mkdir(out)
-        save(out, 0, model, optimizer, {"updates": 0, "tokens": 0})
-
-    def theirs():
-        write(model.state_dict(), out)
-        with open(out, "rb") as file:
-            os.fsync(file.fileno())
-
-    return ours if who == "ours" else theirs
-
-
-def loading(who, options, folder):
-    """Return a function that reads published float16 weights into a float32 model."""
-    config, _ = configs(options)
-
-    def theirs():
-        with torch.device("meta"):
-            model = Pythia(config)
-        tensors = (load_file(f"{folder}/model.safetensors") if who == "safetensors" else
-                   torch.load(f"{folder}/pytorch_model.bin"))
-        model.load_state_dict({name.removeprefix("gpt_neox."): tensor.float()
-                               for name, tensor in tensors.items()}, assign=True)
-
-    return (lambda: load_model(folder)) if who == "ours" else theirs
-
-
-def checkpoints(options):
-    """Time saving and loading, beside safetensors.torch and torch.save; print peak memory."""
-    config, _ = configs(options)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        half = {hf_name(name): p.half() for name, p in Pythia(config).state_dict().items()}
-        save_file(half, f"{folder}/model.safetensors", metadata={"format": "pt"})
-        torch.save(half, f"{folder}/pytorch_model.bin")
-        write_json(f"{folder}/config.json", hf_config(config))
-        megabytes = sum(tensor.numel() for tensor in half.values()) * 4 / 1e6
-        for act in (saving, loading):
-            print(f"{act.__name__} {options.size}, {megabytes:,.0f} MB in float32")
-            report(megabytes, "MB", *in_processes(options.rounds, {
-                who: (act, who, options, folder) for who in ("ours", "safetensors", "torch")}))
-
-
 def saved(options, folder):
     """Return our model of a size, freshly initialised, and save it as FOLDER/step0."""
     config, training = configs(options)
+    torch.set_num_threads(options.threads)
     model = Pythia(config).eval()
     save(folder, 0, model, make_optimizer(model, training), {"updates": 0, "tokens": 0}, TOKENIZER)
     return model
 
 
+def checkpoints(options):
+    """Time float32 weights to the disk, ours also hashed, and float16 ones into a model."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        model, tensors = saved(options, folder), load_file(f"{folder}/step0/model.safetensors")
+        half, out = {name: tensor.half() for name, tensor in tensors.items()}, f"{folder}/out"
+        save_file(half, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        torch.save(half, f"{folder}/pytorch_model.bin")
+        write_json(f"{folder}/config.json", hf_config(model.config))
+
+        def write_ours():
+            shutil.rmtree(f"{folder}/step0", ignore_errors=True)  # the others overwrite their file
+            save(folder, 0, model, torch.optim.AdamW(model.parameters()), {"updates": 0,
+                                                                           "tokens": 0})
+
+        def write(function):
+            function(tensors, out)
+            with open(out, "rb") as file:
+                os.fsync(file.fileno())
+
+        def fill(tensors):
+            with torch.device("meta"):
+                loaded = Pythia(model.config)
+            loaded.load_state_dict({name.removeprefix("gpt_neox."): tensor.float()
+                                    for name, tensor in tensors.items()}, assign=True)
+
+        megabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
+        for act, contenders in {"save": {
+                "ours": write_ours, "safetensors.torch": lambda: write(save_file),
+                "torch.save": lambda: write(torch.save)}, "load": {
+                "ours": lambda: load_model(folder),
+                "safetensors.torch": lambda: fill(load_file(f"{folder}/model.safetensors")),
+                "torch.load": lambda: fill(torch.load(f"{folder}/pytorch_model.bin"))}}.items():
+            print(f"{act} {options.size}, {megabytes:,.0f} MB in float32")
+            report(megabytes, "MB", in_turn(options.rounds, contenders)[0])
+
+
 def memorization(options):
     """Time the scoring of 64 rows for (32, 32), beside transformers' greedy generation."""
     from transformers import GPTNeoXForCausalLM  # pip install transformers
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model = saved(options, folder)
         theirs = GPTNeoXForCausalLM.from_pretrained(f"{folder}/step0", dtype=torch.float32)
@@ -306,7 +288,6 @@ def evaluation(options):
     """Time the same requests with ours and lm_eval's HFLM (batches of 8), and generation."""
     from lm_eval.api.instance import Instance  # pip install lm_eval accelerate
     from lm_eval.models.huggingface import HFLM
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = saved(options, folder), load_tokenizer(TOKENIZER)
         theirs = HFLM(f"{folder}/step0", dtype="float32", device="cpu", batch_size=8)
