@@ -8,6 +8,10 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
+# glibc keeps freed memory, so that a training step does not wait for the kernel to clear pages.
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 2147483647
+
 .PHONY: demo suite test proofs parity tokenizer
 
 demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
