@@ -71,9 +71,6 @@ def test_given_answers(task, generated, answer):
     assert given_answer(task, generated) == answer
 
 
-# ---------------------------------------------------------------------------- evaluation
-
-
 @torch.no_grad()
 def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
     model, tokenizer = load_model(run / "step2", "cpu"), Tokenizer(tokenizer_path)
@@ -238,9 +235,6 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
     results_file(tmp_path, [row for row in rows if row[0] != "more2" or row[5] != "31"])
     with pytest.raises(ValueError, match="not the same terms for all of more, more2 at step 8"):
         compare(options)
-
-
-# ---------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize("flags, words", [
