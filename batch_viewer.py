@@ -237,6 +237,7 @@ class Find(Order):
     text: str = ""  # found wherever its bytes stand, however they were cut into tokens
     tokens: str = ""  # or ids with commas: found as exactly these tokens
     limit: int = 100  # print so many places; all are counted
+    workers: int = 0  # processes; 0: one a core
     tokenizer: str = "20B_tokenizer.json"
 
 
@@ -264,7 +265,7 @@ def find(options):
         pattern = TextPattern(tokenizer.normalize(options.text).encode(),
                               tokenizer.token_bytes(), counts)
     began = time.perf_counter()
-    found = search(data.tokens.prefix, data.tokens.n_tokens, pattern)
+    found = search(data.tokens.prefix, data.tokens.n_tokens, pattern, options.workers)
     seconds = time.perf_counter() - began
     provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
     for first, length in tqdm(found, desc="rows", unit="place", disable=None):
@@ -386,7 +387,7 @@ def sample_counts(tokens, blocks=64, size=1 << 15):
                for start in starts)
 
 
-def search(prefix, n_tokens, pattern, workers=0, block=1 << 24):
+def search(prefix, n_tokens, pattern, workers, block=1 << 24):
     """Return the sorted (first token, length) of all matches within documents, on all cores."""
     ranges = [(start, min(start + block, n_tokens), block // 16)
               for start in range(0, n_tokens, block)]

@@ -24,7 +24,7 @@ The published intervention models, beside the models they were made from:
 A published model comes without Adam's moments, and without a run to take settings from: it is
 branched by train.py itself, which first rebuilds the moments, the same for the twin.
 
-    torchrun --nproc_per_node=8 train.py configs/pythia_1_4b_deduped.py --data=PREFIX --twin=True \\
+    torchrun --nproc_per_node=8 train.py configs/pythia_1_4b.py --data=PREFIX --twin=True \\
         --branch_from=pythia-1.4b-deduped/step133000 --warm_moments=64 \\
         --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=BRANCHES/1.4b
 
@@ -43,16 +43,15 @@ from pathlib import Path
 import numpy as np
 
 import checkpoints
-from config import command, replacing
-from config import read_json
+from config import command, read_json, replacing
 from data import load_npy
-from eval import find, pick_device
+from eval import find
 from model import ModelConfig
+from parallel import LaunchConfig, Processes
 from studies.gender_measures import MEASURES
-from studies.results import open_results, paired_bootstrap, write_table
+from studies.results import Checkpoints, open_results, paired_bootstrap, write_table
 from tokenizer import load_tokenizer
 from train import TrainConfig
-from parallel import LaunchConfig
 
 # ---------------------------------------------------------------------------- branch
 
@@ -71,15 +70,14 @@ OWN = {"out_dir", "branch_from", "twin", "warm_moments", "stop_at"}
 
 def branch(options):
     """Train each parent on, with the intervention and without; goes on where it was stopped."""
-    begins = {parent: re.fullmatch(r"step(\d+)", Path(parent).name)
-              for parent in options.parents.split(",")}
-    for parent, begin in begins.items():
-        if not begin:
+    parents = options.parents.split(",")
+    for parent in parents:
+        if not re.fullmatch(r"step\d+", Path(parent).name):
             raise ValueError(f"parents = {parent}, expected RUN/stepN")
     names = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig)
              for field in fields(schema)} - OWN
-    for parent, begin in begins.items():
-        run = Path(parent).parent
+    for parent in parents:
+        run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
         settings = read_json(run / "config.json")
         if options.checkpoint_every:
             settings["checkpoint_every"] = options.checkpoint_every
@@ -90,7 +88,7 @@ def branch(options):
             sys.executable, "train.py",
             *(f"--{name}={settings[name]}" for name in sorted(names & set(settings))),
             f"--branch_from={parent}", f"--out_dir={child}", "--twin=True",
-            f"--intervention={options.intervention}", f"--intervention_from={begin[1]}"])
+            f"--intervention={options.intervention}", f"--intervention_from={begin}"])
         if done.returncode:
             sys.exit(done.returncode)
         print(f"{child} and {child}_twin")
@@ -100,38 +98,30 @@ def branch(options):
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(Checkpoints):
     docs: str  # folder of heldout, winogender, winobias, crows_pairs, lambada_openai, or some
     output: str  # folder of the results, one a size
     branches: str = ""  # folder that branch wrote: every X beside an X_twin is a pair
     pairs: str = ""  # or CHILD:TWIN with commas, run or checkpoint folders
-    steps: str = "all"
     tokenizer: str = "20B_tokenizer.json"
-    device: str = "auto"
 
 
 def measure(options):
     """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy, a number an item; goes on if stopped."""
-    docs, device = Path(options.docs), pick_device(options.device)
+    docs, device = Path(options.docs), Processes(options.device).device
     tokenizer, pairs = load_tokenizer(options.tokenizer), pairs_of(options)
     measures = [name for name, (*_, folder) in MEASURES.items() if (docs / folder).is_dir()]
     if not measures:
         folders = sorted({folder for *_, folder in MEASURES.values()})
         raise ValueError(f"{docs}: none of {', '.join(folders)} is there")
-    documents = {}
-    for name in measures:
-        read, _, needs = MEASURES[name]
-        try:
-            if not (found := read(docs)):
-                raise ValueError("there are none")
-            documents[name] = found
-        except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
-            raise ValueError(f"{docs / needs}: documents of the measure {name} are not as "
-                             f"distributed ({type(error).__name__}: {error})") from None
-    todo = [(f"{options.output}/{name}/{side}_step{step or 0}", folder)
-            for name, pair in pairs.items() for side, model in zip(("branch", "twin"), pair)
-            for _, step, _, folder in find(model, options.steps)]
-    open_results(Path(options.output) / "measure.json", {  # last: a mistake must not pin a folder
+    documents = {name: read_documents(name, docs) for name in measures}
+    todo = []  # (results' path without the measure, checkpoint folder)
+    for name, pair in pairs.items():
+        for side, model in zip(("branch", "twin"), pair):
+            todo += [(f"{options.output}/{name}/{side}_step{step or 0}", folder)
+                     for _, step, _, folder in find(model, options.steps)]
+    # From here on the folder belongs to these settings, so all that can be wrong comes before.
+    open_results(Path(options.output) / "measure.json", {
         name: getattr(options, name) for name in ("docs", "branches", "pairs")})
     for i, (path, folder) in enumerate(todo, 1):
         missing = [name for name in measures if not Path(f"{path}_{name}.npy").exists()]
@@ -146,6 +136,19 @@ def measure(options):
         print(f"{path}: {i} of {len(todo)} checkpoints", flush=True)
     print(f"{options.output}: {len(pairs)} pairs, {len(todo)} checkpoints, measures "
           f"{', '.join(measures)}")
+
+
+def read_documents(name, docs):
+    """Return what the measure `name` reads of DOCS, or raise ValueError naming the folder."""
+    read, _, needs = MEASURES[name]
+    try:
+        documents = read(docs)
+        if not documents:
+            raise ValueError("there are none")
+    except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
+        raise ValueError(f"{docs / needs}: documents of the measure {name} are not as distributed "
+                         f"({type(error).__name__}: {error})") from None
+    return documents
 
 
 def pairs_of(options):
@@ -171,7 +174,6 @@ def pairs_of(options):
 @dataclass(frozen=True)
 class Compare:
     results: str  # folder that measure wrote
-    samples: int = 10000  # of the bootstrap
     plot: str = ""  # PNG
 
 
@@ -183,7 +185,7 @@ def compare(options):
             side, step, name = match.groups()
             pairs = values.setdefault((name, int(step)), {})
             pairs.setdefault(path.parent.name, {})[side] = load_npy(path)
-    rows, n = [], len({pair for pairs in values.values() for pair in pairs})
+    n, rows = len({pair for pairs in values.values() for pair in pairs}), []
     for (name, step), pairs in sorted(values.items()):
         pairs = [sides for sides in pairs.values() if len(sides) == 2]
         if len(pairs) < n:  # or an interval over items would pass for one over seeds
@@ -194,7 +196,7 @@ def compare(options):
                              "it and run `measure` again")
         twin, changed = (np.array([sides[side] for sides in pairs]) for side in ("twin", "branch"))
         rows.append((name, step, *twin.shape, float(twin.mean()), float(changed.mean()),
-                     *paired_bootstrap(changed - twin, samples=options.samples)))
+                     *paired_bootstrap(changed - twin)))
     if not rows:
         raise ValueError(f"{options.results}: no PAIR/branch_stepN_MEASURE.npy there; "
                          "`measure` makes them")

@@ -22,8 +22,8 @@ import re
 import numpy as np
 import torch
 
-from tasks import read_jsonl, text
 from eval import loglikelihood, loglikelihood_rolling
+from tasks import read_jsonl, text
 
 
 def heldout_texts(docs):
@@ -69,8 +69,9 @@ def winogender_pairs(docs):
 
 def differences(model, tokenizer, pairs):
     """Return log p(first) - log p(second) of each pair of texts, nats."""
-    lls = iter(loglikelihood(model, tokenizer, [("", side) for pair in pairs for side in pair]))
-    return [next(lls)[0] - next(lls)[0] for _ in pairs]
+    texts = [side for pair in pairs for side in pair]  # the two of a pair next to each other
+    lls = [ll for ll, _ in loglikelihood(model, tokenizer, [("", side) for side in texts])]
+    return [first - second for first, second in zip(lls[::2], lls[1::2])]
 
 
 def winobias_pairs(docs):

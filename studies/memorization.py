@@ -29,6 +29,7 @@ What `analyse` makes of it, and which of it answers the question: studies/memori
 import os
 import sys
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import command
-from config import read_json
+from config import command, read_json
 from data import Order, ordered
-from eval import find_all, pick_device, set_up_processes
+from eval import find_all
 from model import Cache, head_blocks
+from parallel import Processes
 from studies.memorization_analysis import Analyse, analyse
-from studies.results import open_results
+from studies.results import Checkpoints, first_and_last, open_results
 
 UNKNOWN = 255  # in a .npy that is being made
 
@@ -93,10 +94,9 @@ def generated_matches(model, rows, context):
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Checkpoints):
     model: str  # run folder, or checkpoint folders named stepN, with commas
     output: str  # folder of the results
-    steps: str = "all"  # of a run folder: all, last, or numbers with commas
     data: str | None = None  # PREFIX; None: what the run was trained on
     control: bool = False  # the models never saw any of the data
     rows: str = "all"  # of the training order, first:last+1; all: as many as the order has
@@ -104,7 +104,6 @@ class Score:
     continuation: int = 32  # l
     generate: bool = False  # also the score of the model's own generation
     batch: int = 256  # rows at a time
-    device: str = "auto"
 
     def __post_init__(self):
         if not (self.context > 0 and 0 < self.continuation < UNKNOWN and self.batch > 0):
@@ -145,8 +144,8 @@ def order_of(model, data, control):
 
 def score(options):
     """Score rows of the training order at each checkpoint; goes on where it was stopped."""
-    rank = set_up_processes()
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    # The first process to finish may wait for the last one longer than gloo's 30 minutes.
+    processes = Processes(options.device, timedelta(days=30))
     folders = find_all(options.model, options.steps)
     order = training_order(options.model, options.data, options.control)
     data = ordered(order)
@@ -154,8 +153,10 @@ def score(options):
     if width > data.seq_length + 1:
         raise ValueError(f"context + continuation = {width}, but a row has {data.seq_length + 1} "
                          "tokens")
-    first, last = (0, len(data)) if options.rows == "all" else _range(options.rows, len(data))
-    output, device = Path(options.output), pick_device(options.device)
+    first, last = 0, len(data)
+    if options.rows != "all":
+        first, last = first_and_last("rows", options.rows, len(data))
+    output = Path(options.output)
     open_results(output / "memorization.json", {
         "first_row": first, "last_row": last - 1, "context": options.context,
         "continuation": options.continuation, "order": asdict(order), "control": options.control})
@@ -164,28 +165,18 @@ def score(options):
         open_results(path, {"model": str(folder.parent if step else folder)},
                      f"name another --output or, if the model was moved, delete {path}")
     kinds = {"": matched_lengths} | ({"_generated": generated_matches} if options.generate else {})
-    blocks = range(first + rank * options.batch, last, world_size * options.batch)  # this process's
     for name, step, _, folder in folders:
         # A file is there only once every process is through with it, so all find the same.
-        todo = {output / f"{name}_step{step}{kind}.npy": kind for kind in kinds}
-        todo = {path: kind for path, kind in todo.items() if not path.exists()}
-        model = checkpoints.load_model(folder, device) if todo else None
-        for path, kind in todo.items():
+        paths = {output / f"{name}_step{step}{kind}.npy": act for kind, act in kinds.items()}
+        paths = {path: act for path, act in paths.items() if not path.exists()}
+        model = checkpoints.load_model(folder, processes.device) if paths else None
+        for path, act in paths.items():
             results = open_partial(path, last - first)
-            bar = tqdm(total=last - first, desc=path.stem, unit="row", unit_scale=True,
-                       disable=rank or None)
-            for start in blocks:
-                stop = min(start + options.batch, last)
-                if UNKNOWN in results[start - first:stop - first]:
-                    rows = data.rows(range(start, stop))[:, :width].astype(np.int64)
-                    found = kinds[kind](model, torch.from_numpy(rows).to(device), options.context)
-                    results[start - first:stop - first] = found.cpu().numpy()
-                bar.update((stop - start) * world_size)
-            bar.close()
+            score_rows(lambda rows: act(model, rows, options.context), data, width, results,
+                       range(first, last), options.batch, processes, path.stem)
             results.flush()
-            if dist.is_initialized():
-                dist.barrier()
-            if rank == 0:
+            processes.gather(None)  # wait for all
+            if processes.rank == 0:
                 os.replace(f"{path}.partial", path)
                 whole = np.mean(results == options.continuation)
                 print(f"{path}: {len(results):,} rows, {whole:.3%} of which whole, "
@@ -194,11 +185,22 @@ def score(options):
         dist.destroy_process_group()
 
 
-def _range(text, n):
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) < int(last) <= n):
-        raise ValueError(f"rows = {text!r}, expected first:last+1 within 0:{n}")
-    return int(first), int(last)
+def score_rows(act, data, width, results, rows, batch, processes, title):
+    """Fill `results`, of these rows, where it is UNKNOWN with what act says of their first tokens.
+
+    The processes take blocks of `batch` rows in turn.
+    """
+    blocks = range(rows.start + processes.rank * batch, rows.stop, processes.count * batch)
+    with tqdm(total=len(rows), desc=title, unit="row", unit_scale=True,
+              disable=processes.rank or None) as bar:
+        for start in blocks:
+            stop = min(start + batch, rows.stop)
+            here = slice(start - rows.start, stop - rows.start)
+            if UNKNOWN in results[here]:
+                tokens = data.rows(range(start, stop))[:, :width].astype(np.int64)
+                found = act(torch.from_numpy(tokens).to(processes.device))
+                results[here] = found.cpu().numpy()
+            bar.update((stop - start) * processes.count)
 
 
 def open_partial(path, n):

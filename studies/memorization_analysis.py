@@ -11,7 +11,7 @@ and where a repeat stands says nothing on when it was learnt. So position is tes
 comes once, in position.csv: does the matched length of a subset's rows change with their place?
 
 early.csv: of what a checkpoint has memorized, how much has the last one (precision), and how much
-of the last one's had it (recall)? An empty cell has nothing to be of.
+of the last one's had it (recall)? Where there is none to take a share of, the cell is empty.
 """
 
 import math
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from batch_viewer import Provenance
 from config import read_json
 from data import load_npy, Order, ordered
-from batch_viewer import Provenance
 from studies.poisson import poisson_tests, position_test, window_counts
 from studies.results import write_csv, write_table
 

@@ -9,12 +9,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import parse, replacing, run
-from config import read_json
+from config import parse, read_json, replacing, run
 from data import TokenFile
-from plots import read_csv
+from plots import count, natural, read_csv
 from studies.corpus import PROSE
-from plots import count, natural
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
@@ -24,7 +22,8 @@ h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line); p
 img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 .table, pre { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
+th, td { padding: .2rem .5rem; text-align: right; }
+th { vertical-align: bottom; }
 th, td { border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1rem; }
@@ -86,7 +85,8 @@ def interval(row):
 
 def with_error(row):
     """Say a mean matched length, its standard error over passages (one has none), and its rows."""
-    error = f" ± {float(row['stderr']):.2f}" if row["stderr"] else ""
+    # The spaces around ± do not break, so that a narrow column only moves the rows down a line.
+    error = f"\u00a0±\u00a0{float(row['stderr']):.2f}" if row["stderr"] else ""
     return f"{float(row['mean_length']):.2f}{error} ({int(row['n']):,})"
 
 

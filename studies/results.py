@@ -1,23 +1,27 @@
-"""What the studies share: folders of results that go on, tables as CSV, and 95 % intervals."""
+"""What the studies share: settings, folders of results that go on, tables, 95 % intervals."""
 
 import csv
 import io
-import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from config import replacing
-from config import read_json
+from config import read_json, replacing, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    steps: str = "all"  # of a run folder: all, last, or numbers with commas
+    device: str = "auto"  # or cpu, cuda
 
 
 def open_results(path, settings, remedy="name another --output"):
     """Write the settings of a results folder, or raise ValueError naming what differs there."""
     path = Path(path)
     if not path.exists():
-        with replacing(path) as file:
-            file.write(json.dumps(settings, indent=2).encode())
+        write_json(path, settings)
         return
     before, differences = read_json(path), []
     for name, value in settings.items():
@@ -27,6 +31,14 @@ def open_results(path, settings, remedy="name another --output"):
                                else f"{name} is another")
     if differences:
         raise ValueError(f"{path.parent} holds other results: {'; '.join(differences)}; {remedy}")
+
+
+def first_and_last(name, text, n):
+    """Return the numbers of a setting "first:last", 0 <= first < last <= n, or raise ValueError."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= n):
+        raise ValueError(f"{name} = {text!r}, expected FIRST:LAST+1 within 0:{n}")
+    return int(first), int(last)
 
 
 def write_csv(path, header, rows):
@@ -53,18 +65,21 @@ def write_table(path, header, rows):
 def paired_bootstrap(differences, others=None, samples=10_000, seed=0):
     """Return (mean, low, high) of differences (seeds, items), less the mean of `others` if given.
 
-    low to high is a 95 % interval. Items are drawn anew, the same for all seeds, `others` apart. A
-    few seeds are too few to draw from: their spread is added to every draw, as a Student's t.
+    low to high is a 95 % interval. Each of the `samples` draws takes as many items as there are,
+    with replacement and the same ones for all seeds; those of `others` are drawn apart. A few seeds
+    are too few to draw from: their spread is added to every draw, as a Student's t.
     """
     generator = np.random.RandomState(seed)
-    by_seed, means = np.zeros(len(differences)), np.zeros(samples)
-    for sign, part in ((1, differences), (-1, others)):
-        if part is not None:
-            by_item, n = part.mean(axis=0), part.shape[1]
-            by_seed = by_seed + sign * part.mean(axis=1)
-            means += sign * np.array([by_item[generator.randint(n, size=n)].mean()
-                                      for _ in range(samples)])
-    if (n_seeds := len(by_seed)) > 1:
+
+    def drawn_means(part):
+        by_item, n = part.mean(axis=0), part.shape[1]
+        return np.array([by_item[generator.randint(n, size=n)].mean() for _ in range(samples)])
+
+    by_seed, means = differences.mean(axis=1), drawn_means(differences)
+    if others is not None:
+        by_seed, means = by_seed - others.mean(axis=1), means - drawn_means(others)
+    n_seeds = len(by_seed)
+    if n_seeds > 1:
         error = by_seed.std(ddof=1) / math.sqrt(n_seeds)
         means += generator.standard_t(n_seeds - 1, samples) * error
     return float(by_seed.mean()), *np.percentile(means, [2.5, 97.5]).tolist()

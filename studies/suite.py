@@ -12,7 +12,6 @@ deduplicated twin has one copy of each, and is about half as long: as the runs a
 over it almost twice. Budgets are what two cores can do: nothing was tuned to look like the paper.
 """
 
-import json
 import shlex
 import subprocess
 import sys
@@ -20,8 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import parse, replacing, run
-from config import read_json
+from config import parse, read_json, run, write_json
 
 SIZES = {  # name: layers, width, heads, peak learning rate, minutes on two cores
     "d32": (2, 32, 4, 5e-3, 1.6), "d64": (3, 64, 4, 5e-3, 2.4), "d128": (4, 128, 8, 3e-3, 4.5)}
@@ -207,8 +205,7 @@ def main(options):
                              f"{output}/log.txt); the same command goes on from here")
         worked += minutes
         done[line] = round(time.monotonic() - start, 1)
-        with replacing(path) as file:
-            file.write(json.dumps(done, indent=2).encode())
+        write_json(path, done)
     print(f"{output}/report.html")
 
 

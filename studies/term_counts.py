@@ -9,13 +9,9 @@ OUTPUT/0000512_0001000.npy holds what stood in the rows of steps 512 to 999: int
 ascending order above, their counts below. Checkpoint 1000 has seen the sum of the files up to that
 one (`seen`). A key is kind * 10**10 + a * 10**5 + b:
 
-    kind 0  NEAR      b = number: how many windows of "number near number" it is in; twice if
-                      twice in one
-    kind 1  PLAIN     b = number: every run of at most five digits, wherever it stands ("3.14" is
-                      3 and 14)
-    kind 2  UNIT      a = index in UNITS, b = number: windows of a number near a unit of time
-    kind 3  QUESTION  a = question, b = which of its terms: rows that have that term and the answer
-    kind 4  PAIR      a <= b, numbers of one window of kind 0
+    kind 0  NEAR      a = 0, b = number: how many windows of "number near number" it is in; twice if
+                      it is in one twice
+    kind 1  QUESTION  a = question, b = which of its terms: rows that have that term and the answer
 
 Windows are those of the paper's code (EleutherAI/pythia,
 case-studies/term_frequency/run_freq_count.py): the text of a row with a space before it; from every
@@ -40,18 +36,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import replacing
-from config import read_json
+from config import read_json, replacing
 from data import load_npy, Order, ordered
 from prepare import serve_parent
 from studies.results import open_results
 from studies.term_questions import hash_of, QuestionIndex, read_questions
 from tokenizer import load_tokenizer, SPECIAL
 
-NEAR, PLAIN, UNIT, QUESTION, PAIR = range(5)
+NEAR, QUESTION = range(2)
 KIND = 10**10
 NUMBERS = 10**5  # a number has at most five digits
-UNITS = ("minute", "hour", "day", "week", "month", "year", "decade")
 PILE_ROWS = 143000 * 1024
 BLOCK_ROWS = 256  # what a worker counts at a time
 
@@ -61,21 +55,12 @@ BLOCK_ROWS = 256  # what a worker counts at a time
 # Possessive quantifiers: white space is no part of a word, so going back into one never helps.
 _WORD = rf"[\w{re.escape(string.punctuation)}]++\s++"
 _NUMBER = re.compile(r"\d{1,5}")
-_UNIT = re.compile("|".join(UNITS))
-_NEAR_NUMBER = re.compile(rf" \d{{1,5}} (?:{_WORD}){{1,3}}\d{{1,5}}")
-_NEAR_UNIT = re.compile(rf" \d{{1,5}} (?:{_WORD}){{0,3}}?(?:{_UNIT.pattern})")
-_UNIT_NEAR = re.compile(rf" (?:{_UNIT.pattern}) (?:{_WORD}){{0,3}}?\d{{1,5}}")
+_WINDOW_START = re.compile(r" \d{1,5}(?= )")  # leaves the second space to the next number
+_WINDOW = re.compile(rf" \d{{1,5}} (?:{_WORD}){{1,3}}\d{{1,5}}")
 
 # transformers 4, PreTrainedTokenizerBase.clean_up_tokenization, which decode called unless told not
 # to.
 _TIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
-
-# The value of every character that is a decimal digit in Unicode (what \d means), 255 for all
-# others.
-_DIGIT = np.full(0x110000, 255, dtype=np.uint8)
-for _code in range(0x110000):
-    if chr(_code).isdecimal():
-        _DIGIT[_code] = int(chr(_code))
 
 
 def tidy(text):
@@ -84,39 +69,14 @@ def tidy(text):
     return text
 
 
-def count_numbers(text, keys):
-    """Append the keys of every number, pair and unit of time in the text of one row to a list."""
-    text = " " + tidy(text)
-    digit = _DIGIT[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
-    edges = np.flatnonzero(np.diff(digit < 10, prepend=False, append=False))  # of runs of digits
-    starts, lengths = edges[::2], edges[1::2] - edges[::2]
-    short = lengths <= 5
-    starts, lengths = starts[short], lengths[short]
-    values = np.zeros(len(starts), dtype=np.int64)
-    for i in range(5):
-        more = lengths > i
-        values[more] = values[more] * 10 + digit[starts[more] + i]
-    keys.extend((values + PLAIN * KIND).tolist())
-    for start, length in zip(starts.tolist(), lengths.tolist()):
-        if text[start - 1] == " " and text[start + length:start + length + 1] == " ":
-            if window := _NEAR_NUMBER.match(text, start - 1):
-                numbers = sorted(map(int, _NUMBER.findall(window[0])))
-                keys.extend(NEAR * KIND + number for number in numbers)
-                keys.extend(PAIR * KIND + a * NUMBERS + b
-                            for a, b in itertools.combinations(numbers, 2))
-            if window := _NEAR_UNIT.match(text, start - 1):
-                _count_units(window[0], keys)
-    for unit in UNITS:
-        at = -1
-        while (at := text.find(f" {unit} ", at + 1)) >= 0:
-            if window := _UNIT_NEAR.match(text, at):
-                _count_units(window[0], keys)
-
-
-def _count_units(window, keys):
-    numbers = [int(number) for number in _NUMBER.findall(window)]
-    keys.extend(UNIT * KIND + UNITS.index(unit) * NUMBERS + number
-                for number in numbers for unit in _UNIT.findall(window))
+def numbers_near_numbers(text):
+    """Return the numbers of every window in the text of one row; windows may overlap."""
+    text, numbers = " " + tidy(text), []
+    for start in _WINDOW_START.finditer(text):
+        window = _WINDOW.match(text, start.start())
+        if window:
+            numbers += map(int, _NUMBER.findall(window[0]))
+    return numbers
 
 
 # -------------------------------------------------------------------------- over the training order
@@ -153,8 +113,8 @@ def count(options):
                          f"{others[0][1]:,}, which are not next to each other in --at; name "
                          "another --output")
     todo = [chunk for chunk in chunks if chunk not in done]
-    rows, workers = (sum(b - a for a, b in todo) * options.batch_size,
-                     options.workers or os.cpu_count())
+    rows = sum(b - a for a, b in todo) * options.batch_size
+    workers = options.workers or os.cpu_count()
     if workers == 1:
         _start_worker(options, questions)
         pool, in_order = nullcontext(), map
@@ -186,9 +146,12 @@ def count(options):
 
 def counted(folder):
     """Return {(first step, step after the last): path} of the files of counts in a folder."""
-    matches = ((re.fullmatch(r"(\d+)_(\d+)\.npy", path.name), path)
-               for path in Path(folder).glob("*_*.npy"))
-    return {(int(match[1]), int(match[2])): path for match, path in matches if match}
+    files = {}
+    for path in Path(folder).glob("*_*.npy"):
+        match = re.fullmatch(r"(\d+)_(\d+)\.npy", path.name)
+        if match:
+            files[int(match[1]), int(match[2])] = path
+    return files
 
 
 def count_chunk(first, last, in_order, bar):
@@ -198,7 +161,8 @@ def count_chunk(first, last, in_order, bar):
     tables = [np.empty((2, 0), dtype=np.int64)]
     for start, stop, table in zip(starts, stops, in_order(count_rows, starts, stops)):
         tables.append(table)
-        if sum(t.shape[1] for t in tables[1:]) > tables[0].shape[1]:  # so that merging stays cheap
+        # Merged only once they are as large as what they are merged into, so that it stays cheap.
+        if sum(t.shape[1] for t in tables[1:]) > tables[0].shape[1]:
             tables = [merge(tables)]
         bar.update(stop - start)
     return merge(tables)
@@ -218,7 +182,7 @@ def count_rows(start, stop):
     keys = []
     for row in _data.rows(range(start, stop)).tolist():
         text = b"".join([_token_bytes[id_] for id_ in row]).decode("utf8", "replace")
-        count_numbers(text, keys)
+        keys.extend(NEAR * KIND + number for number in numbers_near_numbers(text))
         if _index.filed:
             keys.extend(QUESTION * KIND + question * NUMBERS + term
                         for question, term in _index.found(text))
@@ -252,10 +216,10 @@ def seen(folder, kind):
         yield reached, *total
 
 
-def number_frequencies(folder, kind):
-    """Return {step: {number as text: how often it was seen before}}, of kind NEAR or PLAIN."""
+def number_frequencies(folder):
+    """Return {step: {number as text: how often it was seen before}}."""
     return {step: dict(zip(map(str, keys.tolist()), counts.tolist()))
-            for step, keys, counts in seen(folder, kind)}
+            for step, keys, counts in seen(folder, NEAR)}
 
 
 def question_frequencies(folder):

@@ -17,8 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-from eval import find_all, lock, pick_device
-from eval import generate_until, loglikelihood
+from eval import find_all, generate_until, lock, loglikelihood
+from studies.results import Checkpoints, first_and_last
+from parallel import Processes
 from studies.term_questions import arithmetic, given_answer, OPERATIONS, read_questions, trivia
 from tokenizer import load_tokenizer
 
@@ -28,23 +29,21 @@ ANSWER_TOKENS = {"times": 16, "plus": 16, "triviaqa": 32}
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Checkpoints):
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
-    steps: str = "all"  # of a run folder: all, last, or numbers with commas
     tasks: str = "times,plus"  # times, plus, triviaqa
     shots: str = "0,2,4,8,16"
     x1: str = "0:100"  # first:last+1 of the arithmetic's first operands
     questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
     results: str = "term_frequency.csv"  # rows are appended; what it holds is not computed again
     tokenizer: str = "20B_tokenizer.json"
-    device: str = "auto"
 
 
 def evaluate(options):
     """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
     prompts = all_prompts(options)
     folders = find_all(options.model, options.steps)
-    tokenizer, device = load_tokenizer(options.tokenizer), pick_device(options.device)
+    tokenizer, device = load_tokenizer(options.tokenizer), Processes(options.device).device
     lock(options.results)
     rows = read_rows(options.results, mend=True)
     for (task, _), asked in prompts.items():
@@ -53,48 +52,55 @@ def evaluate(options):
             raise ValueError(f"{options.results}: holds answers to other questions than "
                              f"{options.questions} has now; name another --results")
     done = {tuple(row[name] for name in KEY) for row in rows}
-    todo = [(entry, group, rest)
-            for entry in folders for group, asked in prompts.items() if (rest := [
-        p for p in asked if (*entry[:2], group[0], str(group[1]), p.term, p.item) not in done])]
+    todo = []  # (checkpoint, (task, shots), prompts without an answer)
+    for entry in folders:
+        for (task, shots), asked in prompts.items():
+            key = (entry[0], entry[1], task, str(shots))
+            rest = [prompt for prompt in asked if (*key, prompt.term, prompt.item) not in done]
+            if rest:
+                todo.append((entry, (task, shots), rest))
     total, loaded = sum(len(asked) for *_, asked in todo), None
     with tqdm(total=total, unit="prompt", disable=None) as bar:
-        for (name, step, tokens, folder), (task, shots), asked in todo:
-            bar.set_description(f"{name} step {step} {task} {shots}-shot")
-            if folder != loaded:
-                loaded, model = folder, checkpoints.load_model(folder, device)
-            L, n_tokens = model.config.seq_length, ANSWER_TOKENS[task]
-            if cut := sum(len(tokenizer.encode(prompt.text)) > L - n_tokens for prompt in asked):
-                tqdm.write(f"{cut:,} of {len(asked):,} prompts are longer than the model's {L:,} "
-                           f"tokens less {n_tokens} for an answer, and lose their beginning")
-            correct, logprobs = [], []
-            for piece in (asked[i:i + 1000] for i in range(0, len(asked), 1000)):
-                results = answer_all(model, tokenizer, task, piece)
-                append_rows(options.results, [
-                    (name, step, tokens, task, shots, prompt.term, prompt.item, int(right),
-                     f"{logprob:.6g}")
-                    for prompt, (right, logprob) in zip(piece, results)])
-                correct += [right for right, _ in results]
-                logprobs += [logprob for _, logprob in results]
-                bar.update(len(piece))
-            tqdm.write(f"{name} step {step:>6} | {task} {shots:>2}-shot | "
-                       f"acc {np.mean(correct):.4f} | "
-                       f"log-probability {np.mean(logprobs):.4f} (n {len(asked):,})")
+        for entry, group, asked in todo:
+            if entry != loaded:
+                loaded, model = entry, checkpoints.load_model(entry[3], device)
+            ask(model, tokenizer, entry, group, asked, options.results, bar)
     print(f"{options.results}: {total:,} prompts answered, "
           f"{len(folders) * sum(map(len, prompts.values())) - total:,} were there")
 
 
+def ask(model, tokenizer, entry, group, prompts, path, bar):
+    """Append a checkpoint's answers to the prompts of one task and number of shots to the CSV."""
+    (name, step, tokens, _), (task, shots) = entry, group
+    bar.set_description(f"{name} step {step} {task} {shots}-shot")
+    L, n_tokens = model.config.seq_length, ANSWER_TOKENS[task]
+    cut = sum(len(tokenizer.encode(prompt.text)) > L - n_tokens for prompt in prompts)
+    if cut:
+        tqdm.write(f"{cut:,} of {len(prompts):,} prompts are longer than the model's {L:,} "
+                   f"tokens less {n_tokens} for an answer, and lose their beginning")
+    results = []
+    for start in range(0, len(prompts), 1000):
+        some = prompts[start:start + 1000]
+        answers = answer_all(model, tokenizer, task, some)
+        append_rows(path, [(name, step, tokens, task, shots, prompt.term, prompt.item, int(right),
+                            f"{logprob:.6g}") for prompt, (right, logprob) in zip(some, answers)])
+        results += answers
+        bar.update(len(some))
+    accuracy, logprob = np.mean(results, axis=0)
+    tqdm.write(f"{name} step {step:>6} | {task} {shots:>2}-shot | acc {accuracy:.4f} | "
+               f"log-probability {logprob:.4f} (n {len(prompts):,})")
+
+
 def all_prompts(options):
     """Return {(task, shots): prompts}, or raise ValueError about the settings."""
-    first, colon, last = options.x1.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last) <= 100):
-        raise ValueError(f"x1 = {options.x1!r}, expected FIRST:LAST+1 within 0:100")
+    first, last = first_and_last("x1", options.x1, 100)
     if not re.fullmatch(r"\d+(,\d+)*", options.shots):
         raise ValueError(f"shots = {options.shots!r}, expected numbers with commas")
     prompts = {}
     for task, shots in itertools.product(options.tasks.split(","),
                                          map(int, options.shots.split(","))):
         if task in OPERATIONS:
-            prompts[task, shots] = [prompt for x1 in range(int(first), int(last))
+            prompts[task, shots] = [prompt for x1 in range(first, last)
                                     for prompt in arithmetic(task, shots, x1)]
         elif task == "triviaqa" and options.questions:
             prompts[task, shots] = trivia(read_questions(options.questions), shots)
@@ -108,12 +114,15 @@ def answer_all(model, tokenizer, task, prompts):
     """Return (right, log-probability of the right answer) of each prompt."""
     texts = generate_until(model, tokenizer, [prompt.text for prompt in prompts],
                            n_tokens=ANSWER_TOKENS[task])
-    logprobs = iter(loglikelihood(model, tokenizer, [
-        (prompt.text, continuation)
-        for prompt in prompts for continuation in prompt.continuations]))
-    return [(given_answer(task, text) in prompt.answers,
-             float(np.logaddexp.reduce([next(logprobs)[0] for _ in prompt.continuations])))
-            for prompt, text in zip(prompts, texts)]
+    requests = [(prompt.text, words) for prompt in prompts for words in prompt.continuations]
+    logprobs = [logprob for logprob, _ in loglikelihood(model, tokenizer, requests)]
+    answers, first = [], 0  # the first of a prompt's own log-probabilities
+    for prompt, text in zip(prompts, texts):
+        last = first + len(prompt.continuations)
+        answers.append((given_answer(task, text) in prompt.answers,
+                        float(np.logaddexp.reduce(logprobs[first:last]))))
+        first = last
+    return answers
 
 
 def read_rows(path, mend=False):

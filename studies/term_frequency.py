@@ -64,13 +64,13 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from config import command
-from config import read_json
+from config import command, read_json
 from studies.results import paired_bootstrap, write_csv
-from studies.term_counts import count, Count, NEAR, number_frequencies, PLAIN, question_frequencies
+from studies.term_counts import count, Count, number_frequencies, question_frequencies
 from studies.term_evaluation import evaluate, Evaluate, grouped
 from studies.term_questions import read_questions, words_of
 
@@ -82,19 +82,13 @@ class Analyse:
     counts: str  # folder of `count`
     results: str = "term_frequency.csv"  # of `evaluate`
     output: str = "term_frequency"  # OUTPUT_bins.csv and OUTPUT_gaps.csv are written
-    frequency: str = "near"  # of arithmetic's x1: near another number, as the paper, or plain
-
-    def __post_init__(self):
-        if self.frequency not in ("near", "plain"):
-            raise ValueError(f"frequency = {self.frequency!r}, expected near or plain")
 
 
 def analyse(options):
     """Compare what models do with how often they saw it: bins, and most frequent minus least."""
     groups = grouped(options.results)
-    number = {"near": NEAR, "plain": PLAIN}[options.frequency]
     frequencies = {task: (question_frequencies(options.counts) if task == "triviaqa" else
-                          number_frequencies(options.counts, number))
+                          number_frequencies(options.counts))
                    for task in {key[3] for key in groups}}
     bins, gaps, order = [], [], read_json(os.path.join(options.counts, "counts.json"))
     a_step = order["batch_size"] * order["seq_length"]
@@ -186,9 +180,8 @@ def gap(means):
 
 @dataclass(frozen=True)
 class Compare:
-    branch: str  # runs that saw the terms more (or less) often, one a seed, with commas
+    branch: str  # runs that saw the terms more (or less) often; each beside its BRANCH_twin
     terms: str  # numbers or words; the branches' own --terms may be phrases around them
-    twin: str = ""  # their controls in the same order; empty: each BRANCH_twin
     results: str = "term_frequency.csv"  # of `evaluate`, all models
     questions: str = ""  # for triviaqa: its questions, to know which have a term
     output: str = "term_compare.csv"
@@ -197,13 +190,8 @@ class Compare:
 def compare(options):
     """Compare branches with their control twins: chosen terms, other terms, the difference."""
     groups, chosen = grouped(options.results), terms_of(options)
-    name = lambda path: os.path.basename(os.path.normpath(path))
-    branches = [name(path) for path in options.branch.split(",")]
-    twins = [name(path) for path in options.twin.split(",")] if options.twin else [
-        f"{branch}_twin" for branch in branches]
-    if len(branches) != len(twins):
-        raise ValueError(f"branch = {options.branch}, twin = {options.twin}: expected as many of "
-                         "each")
+    branches = [Path(path).name for path in options.branch.split(",")]
+    twins = [f"{branch}_twin" for branch in branches]
     rows = []
     print("log-probability of the right answer, branch minus twin; 95 % over terms and seeds")
     for where in dict.fromkeys(key[1:] for key in groups):

@@ -20,10 +20,9 @@ training order, as in the paper, and the salient term is chosen in the same way,
 
 import random
 import re
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
-from tasks import without_articles
-from tasks import digest, read_jsonl, text, texts
+from tasks import digest, read_jsonl, text, texts, without_articles
 
 OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
 MOST_QUESTIONS = 10**5
@@ -31,8 +30,7 @@ MOST_QUESTIONS = 10**5
 # ---------------------------------------------------------------------------- questions
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     id: str
     text: str
     value: str  # the answer as the data set prefers it
@@ -75,7 +73,7 @@ def read_questions(path):
 
 def hash_of(questions):
     """Return what tells these questions from others: the shots are drawn from all of them."""
-    return digest([astuple(question) for question in questions])
+    return digest(questions)
 
 
 class QuestionIndex:
@@ -84,31 +82,33 @@ class QuestionIndex:
     def __init__(self, questions):
         self.filed = {}  # one or two words: {phrase: [(question, term number or -1 for an answer)]}
         for q, question in enumerate(questions):
-            for b, phrase in (*enumerate(question.terms),
-                              *((-1, answer) for answer in question.answers)):
-                under = self.filed.setdefault(" ".join(phrase.split(" ")[:2]), {})
-                under.setdefault(phrase, []).append((q, b))
+            phrases = [*enumerate(question.terms), *((-1, answer) for answer in question.answers)]
+            for number, phrase in phrases:
+                start = " ".join(phrase.split(" ")[:2])
+                self.filed.setdefault(start, {}).setdefault(phrase, []).append((q, number))
 
     def found(self, row):
         """Return the (question, term) pairs whose term and answer are both in the text of a row."""
         joined = words_of(row)
-        words, padded, terms, answered = joined.split(" "), f" {joined} ", [], set()
-        present = {*words, *map(" ".join, zip(words, words[1:]))}
+        words = joined.split(" ")
+        pairs = [f"{words[i]} {words[i + 1]}" for i in range(len(words) - 1)]
+        present, padded = {*words, *pairs}, f" {joined} "
+        terms, answered = [], set()
         for start in self.filed.keys() & present:
             for phrase, places in self.filed[start].items():
-                # Few phrases have all their words in the text, and searching it is dear.
-                if (phrase == start or present.issuperset(phrase.split(" "))
-                        and f" {phrase} " in padded):
-                    terms += [place for place in places if place[1] >= 0]
-                    answered.update(q for q, b in places if b < 0)
+                # Most phrases miss a word here, which is found sooner than by searching the text.
+                if phrase != start and not (present.issuperset(phrase.split(" "))
+                                            and f" {phrase} " in padded):
+                    continue
+                terms += [place for place in places if place[1] >= 0]
+                answered.update(question for question, term in places if term < 0)
         return [place for place in terms if place[0] in answered]
 
 
 # ---------------------------------------------------------------------------- prompts
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     term: str  # what is counted: x1, or the question's id
     item: str  # x2, or the hash of all questions
     text: str
@@ -119,16 +119,16 @@ class Prompt:
 def arithmetic(operation, shots, x1):
     """Return the 50 prompts of an x1, behind `shots` others each."""
     answer = OPERATIONS[operation]
-    ask = lambda problem: f"Q:What is {problem[0]} {operation} {problem[1]}? A:"
+    ask = lambda a, b: f"Q:What is {a} {operation} {b}? A:"
     pool = [(a, b) for a in range(100) if a != x1 for b in range(1, 51)]
-    problems, generator, prompts = [(x1, x2) for x2 in range(1, 51)], random.Random(42), []
-    generator.shuffle(problems)
-    for problem in problems:
+    second, generator, prompts = list(range(1, 51)), random.Random(42), []
+    generator.shuffle(second)
+    for x2 in second:
         examples = generator.sample(pool, shots + 1)[:shots] if shots else []
-        right = str(answer(*problem))
-        prompts.append(Prompt(str(x1), str(problem[1]), "".join(
-            f"{ask(example)}{answer(*example)}\n\n" for example in examples) + ask(problem),
-            (right,), (right, " " + right)))
+        solved = "".join(f"{ask(a, b)}{answer(a, b)}\n\n" for a, b in examples)
+        right = str(answer(x1, x2))
+        prompts.append(Prompt(str(x1), str(x2), solved + ask(x1, x2), (right,),
+                              (right, " " + right)))
     return prompts
 
 
@@ -140,10 +140,10 @@ def trivia(questions, shots):
     for question in questions:
         examples = [other for other in generator.sample(questions, shots + 1)
                     if other != question][:shots]
-        prompts.append(Prompt(question.id, item, "".join(
-            f"Q:{other.text} A: {other.value}\n\n" for other in examples) + f"Q:{question.text} A:",
-            tuple(map(without_articles, (question.value, *question.aliases))),
-            (" " + question.value,)))
+        solved = "".join(f"Q:{other.text} A: {other.value}\n\n" for other in examples)
+        accepted = tuple(map(without_articles, (question.value, *question.aliases)))
+        prompts.append(Prompt(question.id, item, f"{solved}Q:{question.text} A:", accepted,
+                              (" " + question.value,)))
     return prompts
 
 

@@ -13,10 +13,8 @@ import torch
 from conftest import ROOT
 from test_data import write
 
-from config import command
 from model import ModelConfig, Pythia
-from studies.gender_bias import (
-    Branch, branch, COMMANDS, compare, Compare, Measure, measure, pairs_of)
+from studies.gender_bias import Branch, branch, compare, Compare, Measure, measure, pairs_of
 from studies.gender_measures import MEASURES
 from studies.results import paired_bootstrap
 from tokenizer import Tokenizer
@@ -141,11 +139,6 @@ def test_the_interval_covers_the_mean_as_often_as_it_says(n_seeds, seed_sd, item
     assert 0.91 <= covered / 200 <= 0.995  # 95 %, less and more 2.6 standard deviations
 
 
-def test_equal_differences_have_no_interval():
-    assert paired_bootstrap(np.full((3, 5), 0.5), samples=100) == (0.5, 0.5, 0.5)
-    assert paired_bootstrap(np.full((3, 5), 0.5), np.full((3, 4), 0.25), samples=100) == (0.25,) * 3
-
-
 def run(*argv, expect=0):
     done = subprocess.run([sys.executable, "-m", *map(str, argv)], cwd=ROOT, capture_output=True,
                           text=True)
@@ -167,7 +160,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     capsys.readouterr()
     measure(options)
     assert "twin_step8: 2 of 2 checkpoints\n" in capsys.readouterr().out
-    compare(Compare(f"{tmp_path}/out", samples=200))
+    compare(Compare(f"{tmp_path}/out"))
     with open(tmp_path / "out" / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
     assert set(rows) == set(MEASURES) - {"lambada"}
@@ -175,30 +168,18 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     with open(child / "interventions.csv") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
 
-    (tmp_path / "heldout").mkdir()  # other documents
-    (tmp_path / "heldout" / "test.jsonl").write_text('{"text": "he"}\n')
     with pytest.raises(ValueError, match="docs was .* name another --output"):
-        measure(replace(options, docs=str(tmp_path)))
+        measure(replace(options, docs=f"{docs}/."))
     # A published pair is two checkpoint folders: its name is the model's, not the step's.
     at = lambda step: f"{child}/step{step}:{child}_twin/step{step}"
     assert list(pairs_of(replace(options, branches="", pairs=at(8)))) == [child.name]
     with pytest.raises(ValueError, match=f"would both be called {child.name}"):
         pairs_of(replace(options, branches="", pairs=f"{at(4)},{at(8)}"))
-    (tmp_path / "docs" / "winobias").mkdir(parents=True)
-    (tmp_path / "docs" / "winobias" / "winobias.jsonl").write_text("".join(
-        json.dumps({"file": f"{kind}_stereotyped_type{n}.txt.test",
-                    "sentence": "The nurse [he]"}) + "\n"
-        for n in (1, 2) for kind in ("pro", "anti")))
-    for kind in ("male", "female"):
-        (tmp_path / "docs" / "winobias" / f"{kind}_occupations.txt").write_text("nurse\n")
-    with pytest.raises(ValueError,
-                       match="docs/winobias: documents of the measure choice are not as dist"):
+    (tmp_path / "docs" / "heldout").mkdir(parents=True)
+    (tmp_path / "docs" / "heldout" / "test.jsonl").write_text("")
+    with pytest.raises(ValueError, match="docs/heldout: documents of the measure heldout are not"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
     assert not (tmp_path / "out2").exists()  # a mistake does not pin it to these documents
-    read, _, folder = MEASURES["cost"]  # what a model does wrong is not the documents' fault
-    monkeypatch.setitem(MEASURES, "cost", (read, lambda *_: [][0], folder))
-    with pytest.raises(IndexError):
-        measure(replace(options, output=f"{tmp_path}/out3"))
 
 
 def test_no_interval_where_a_pair_is_missing(tmp_path):
@@ -209,16 +190,4 @@ def test_no_interval_where_a_pair_is_missing(tmp_path):
     (tmp_path / "seed2" / "twin_step8_cost.npy").unlink()  # `measure` was stopped
     with pytest.raises(ValueError, match=r"cost at step 8 is there for both sides of 1 of 2 pairs; "
                                          "run `measure` again"):
-        compare(Compare(str(tmp_path), samples=100))
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["measure", "--docs=.", "--output=x"], "no CHILD beside a CHILD_twin"),
-    (["compare", "--results=nowhere"], "no PAIR/branch_stepN_MEASURE.npy"),
-    (["branch", "--parents=nowhere/final", "--output=x"], "nowhere/final, expected RUN/stepN"),
-    (["branch", "--parents=nowhere/step3", "--output=x"], "nowhere/config.json")])
-def test_a_mistake_is_one_line(flags, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command(flags, COMMANDS)
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and words in error and error.count("\n") == 1
+        compare(Compare(str(tmp_path)))

@@ -27,8 +27,7 @@ from model import ModelConfig, Pythia
 from test_train import assert_same_bits, command, data, losses, run_here, SCHEMAS, SHAPE, train
 from train import main, make_optimizer, TrainConfig
 from checkpoints import fill
-from parallel import (LaunchConfig, communicate, forget_gradients, memory_per_process, parallelize,
-                      rehearse)
+from parallel import LaunchConfig, communicate, forget_gradients, parallelize, rehearse
 
 RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
 

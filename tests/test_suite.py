@@ -11,20 +11,7 @@ import pytest
 from conftest import ROOT
 
 from studies.corpus import operand_weights, sums
-from studies.suite import stages, SuiteConfig, TERMS
-
-
-def test_no_stage_is_there_twice():
-    commands = [" ".join(command) for _, _, command in stages(SuiteConfig())]
-    assert len(commands) == len(set(commands)) and "studies.report" in commands[-1]
-
-
-def test_own_documents_are_measured_beside_the_held_out_ones():
-    flags = [command for title, _, command in stages(SuiteConfig(docs="mine"))
-             if title.startswith("measure pronouns_to_feminine")]
-    docs, outputs = zip(*([next(f for f in command if f.startswith(name))
-                           for name in ("--docs", "--output")] for command in flags))
-    assert docs == ("--docs=data/suite/docs", "--docs=mine") and len(set(outputs)) == 2
+from studies.suite import TERMS
 
 
 def test_how_often_an_operand_comes_does_not_tell_its_size():
@@ -36,16 +23,6 @@ def test_how_often_an_operand_comes_does_not_tell_its_size():
     seen = Counter(itertools.chain(*sums()))  # as counted: what is near another number
     rank = np.array([seen[x1] for x1 in range(100)]).argsort().argsort()
     assert abs(np.corrcoef(rank, np.arange(100))[0, 1]) < 0.2
-
-
-@pytest.mark.parametrize("module, flags, words", [
-    ("suite", ["--steps=100"], "steps = 100, expected a multiple of 16"),
-    ("suite", ["--docs=nope"], "docs = nope: not a folder"),
-    ("report", ["--suite=nowhere"], "nowhere/done.json")])
-def test_a_mistake_is_one_line(module, flags, words):
-    done = subprocess.run([sys.executable, "-m", f"studies.{module}", *flags], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.proof

@@ -1,7 +1,6 @@
 """python -m pytest tests/test_term_frequency.py"""
 
 import csv
-import fcntl
 import json
 import math
 import random
@@ -12,14 +11,12 @@ import torch
 
 from checkpoints import load_model, save
 from config import command
-from tasks import read_jsonl
 from model import ModelConfig, Pythia
-import plots
-from studies.results import write_csv
 from studies.term_counts import NEAR, NUMBERS, QUESTION
-from studies.term_evaluation import all_prompts, answer_all, evaluate, Evaluate, HEADER, read_rows
-from studies.term_frequency import Analyse, analyse, binned, BINS, COMMANDS, compare, Compare, gap
+from studies.term_evaluation import answer_all, evaluate, Evaluate, HEADER
+from studies.term_frequency import Analyse, analyse, binned, COMMANDS, compare, Compare, gap
 from studies.term_questions import arithmetic, given_answer, Question, trivia
+from tasks import read_jsonl
 from tokenizer import Tokenizer
 from train import make_optimizer, TrainConfig
 
@@ -42,14 +39,6 @@ def run(tmp_path_factory, tokenizer_path):
 # ---------------------------------------------------------------------------- prompts
 
 
-def test_prompts_without_shots_are_the_papers():
-    prompts = {prompt.item: prompt for prompt in arithmetic("times", 0, 7)}
-    assert sorted(map(int, prompts)) == list(range(1, 51))
-    assert prompts["12"].text == "Q:What is 7 times 12? A:"
-    assert prompts["12"].answers == ("84",) and prompts["12"].continuations == ("84", " 84")
-    assert {prompt.item: prompt for prompt in arithmetic("plus", 0, 99)}["50"].answers == ("149",)
-
-
 def test_shots_are_drawn_as_lm_eval_drew_them():
     documents = [f"Q:What is 24 plus {x2}? A:" for x2 in range(1, 51)]
     pool = [f"Q:What is {a} plus {b}? A:{a + b}\n\n"
@@ -59,6 +48,8 @@ def test_shots_are_drawn_as_lm_eval_drew_them():
     expected = ["".join(generator.sample(pool, 3)[:2]) + document for document in documents]
     assert [prompt.text for prompt in arithmetic("plus", 2, 24)] == expected
     assert not any("What is 24 " in shot for text in expected for shot in text.split("\n\n")[:-1])
+    without = {prompt.item: prompt for prompt in arithmetic("times", 0, 7)}
+    assert without["12"] == ("7", "12", "Q:What is 7 times 12? A:", ("84",), ("84", " 84"))
 
 
 def test_trivia_prompts_never_show_their_own_question():
@@ -78,9 +69,6 @@ def test_trivia_prompts_never_show_their_own_question():
     ("triviaqa", " The Beatles!", "beatles"), ("triviaqa", "an  A. B.", "b")])
 def test_given_answers(task, generated, answer):
     assert given_answer(task, generated) == answer
-
-
-# ---------------------------------------------------------------------------- evaluation
 
 
 @torch.no_grad()
@@ -105,12 +93,8 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
 
 
 def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, capsys):
-    options = Evaluate(str(run), tasks="plus", shots="0", x1="5:7", results=str(tmp_path / "r.csv"),
+    options = Evaluate(str(run), "plus", "0", x1="5:7", results=str(tmp_path / "r.csv"),
                        tokenizer=str(tokenizer_path))
-    with open(tmp_path / "r.csv", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another evaluation writes it"):
-            evaluate(options)
     evaluate(options)
     whole = (tmp_path / "r.csv").read_text()
     rows = list(csv.DictReader(whole.splitlines()))
@@ -128,19 +112,8 @@ def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, caps
         assert before == after
 
 
-def test_only_who_writes_the_results_mends_them(tmp_path):
-    row = ("m\u2028", "2", "0", "plus", "0", "5", "1", "0", "-1.5")
-    path = results_file(tmp_path, [row])
-    whole = (tmp_path / "r.csv").read_bytes()
-    (tmp_path / "r.csv").write_bytes(whole + "m\u2028".encode()[:2])  # half a letter
-    torn = (tmp_path / "r.csv").read_bytes()
-    for mend, left in ((False, torn), (True, whole)):
-        assert [tuple(found.values()) for found in read_rows(path, mend)] == [row]
-        assert (tmp_path / "r.csv").read_bytes() == left
-
-
 def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
-    ask = Evaluate(str(run), "2", "triviaqa", "1", questions=str(tmp_path / "q.jsonl"),
+    ask = Evaluate(str(run), "triviaqa", "1", steps="2", questions=str(tmp_path / "q.jsonl"),
                    results=str(tmp_path / "r.csv"), tokenizer=str(tokenizer_path))
 
     def write(answer):  # of the question that is the other's shot
@@ -173,8 +146,7 @@ def test_the_gap_by_hand():
     n, least, most, acc, acc_low, acc_high, logprob, logprob_low, logprob_high = gap(means)
     assert ((n, least, most) == (20, 1.5, 8500)
             and acc == pytest.approx(0.5) and logprob == pytest.approx(6.5))
-    # Of two terms a bootstrap draws each mean with 1/4, 1/2, 1/4: its 2.5 % point is the smallest
-    # of all.
+    # Of two terms a bootstrap draws each mean with 1/4, 1/2, 1/4: its 2.5 % point is the smallest.
     assert (acc_low, acc_high, logprob_low, logprob_high) == pytest.approx((0.2, 0.8, 5, 8))
 
 
@@ -239,8 +211,7 @@ def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
 
 
 def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
-    # Two seeds. The chosen 24 gains 3 and 1 with its two prompts, so 2, and 4; 30 gains 0, 31 gains
-    # 2.
+    # Two seeds. The chosen 24 gains 3 and 1 with its two prompts, so 2, and 4; 30 gains 0, 31 2.
     gains = {("more", "24", 1): 3, ("more", "24", 2): 1, ("more", "30", 1): 0,
              ("more", "31", 1): 2, ("more2", "24", 1): 4, ("more2", "24", 2): 4,
              ("more2", "30", 1): 0, ("more2", "31", 1): 2}
@@ -255,41 +226,22 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
         ("more+more2", "chosen", "2", "1"), ("more+more2", "others", "2", "2"),
         ("more+more2", "chosen minus others", "2", "")]
     assert [float(row["difference"]) for row in found] == [3, 1, 2]
-    # One term has no spread: what is left is that of two seeds, of standard error 1, as a t of 1
-    # degree.
+    # One term has no spread; what is left is that of two seeds, as a t of 1 degree.
     assert float(found[0]["low"]) < 3 - 10 and float(found[0]["high"]) > 3 + 10
     # Seeds that agree leave the terms': half of 0 and 2.
     assert (float(found[1]["low"]), float(found[1]["high"])) == (0, 2)
-    with pytest.raises(ValueError, match="no checkpoint of all of more, none has answers"):
-        compare(Compare("more", "24", twin="none", results=results))
+    with pytest.raises(ValueError, match="no checkpoint of all of more, none, .* has answers"):
+        compare(Compare("more,none", "24", results=results))
     results_file(tmp_path, [row for row in rows if row[0] != "more2" or row[5] != "31"])
     with pytest.raises(ValueError, match="not the same terms for all of more, more2 at step 8"):
         compare(options)
 
 
-def test_the_figure_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [("m", step, 0, "plus", 0, "quantile", 0, 9, 3.5, 10, 0.1, "", -2.0, 0.5)
-            for step in (2, 4)]
-    write_csv(tmp_path / "bins.csv", BINS, rows)
-    command(["term_frequency", f"--bins={tmp_path}/bins.csv", f"--output={tmp_path}/t.png"],
-            {"term_frequency": (plots.TermFrequency, plots.term_frequency)})
-    assert (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
-
-
-# ---------------------------------------------------------------------------- mistakes
-
-
 @pytest.mark.parametrize("flags, words", [
     (["evaluate", "--model=RUN", "--tasks=minus"],
      "no task called minus; there are times, plus, triviaqa"),
-    (["evaluate", "--model=RUN", "--tasks=triviaqa"], "triviaqa needs --questions=FILE"),
     (["evaluate", "--model=RUN", "--x1=0:101"], "x1 = '0:101', expected FIRST:LAST+1 within 0:100"),
-    (["evaluate", "--model=RUN", "--shots=many"], "shots = 'many', expected numbers with commas"),
-    (["evaluate", "--model=/nowhere"], "/nowhere: neither a run folder"),
     (["analyse", "--counts=/nowhere", "--results=/nowhere"], "/nowhere: holds no answers"),
-    (["analyse", "--counts=c", "--frequency=far"], "frequency = 'far', expected near or plain"),
-    (["count", "--data=/nowhere"], "/nowhere.idx: No such file"),
     (["compare", "--branch=b", "--terms=1", "--results=BAD"],
      "its first line is not model,step,tokens,")])
 def test_a_mistake_is_one_line(run, tmp_path, flags, words, capsys):
@@ -300,11 +252,3 @@ def test_a_mistake_is_one_line(run, tmp_path, flags, words, capsys):
         command(flags, COMMANDS)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and words in error and error.count("\n") == 1
-
-
-def test_all_prompts_of_the_paper():
-    prompts = all_prompts(Evaluate("m"))
-    assert list(prompts) == [(task, shots) for task in ("times", "plus")
-                             for shots in (0, 2, 4, 8, 16)]
-    assert all(len({(prompt.term, prompt.item) for prompt in group}) == len(group) == 5000
-               for group in prompts.values())

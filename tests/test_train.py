@@ -19,7 +19,6 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoints
 import config
 import train as train_module
 from checkpoints import saved_steps
