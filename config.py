@@ -211,8 +211,14 @@ def replacing(path):
         Path(temporary).unlink(missing_ok=True)
 
 
+LOCKS = {}  # path: a file that stays open, and so locked, for as long as the process lives
+
+
 def lock(path, busy):
     """Hold a file's lock until it is closed or this process ends, or raise ValueError(busy)."""
+    held = LOCKS.get(os.path.realpath(path))
+    if held and not held.closed:
+        return held
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,11 +226,8 @@ def lock(path, busy):
         raise ValueError(busy) from None
     except OSError:  # a file system without locks
         pass
-    LOCKS.append(file)
+    LOCKS[os.path.realpath(path)] = file
     return file
-
-
-LOCKS = []  # files that stay open, and so locked, for as long as the process lives
 
 
 def write_json(path, value):

@@ -1,6 +1,6 @@
 """Evaluate checkpoints over training, with exactly lm-evaluation-harness's numbers.
 
-    python eval.py --model=RUN --steps=all --tasks=lambada_openai,piqa --docs=DIR \
+    python eval.py --model=RUN --steps=all --tasks=lambada_openai,piqa --docs=DIR \\
         --output=results.csv
     torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
     python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
@@ -10,23 +10,17 @@
 layout. --docs holds a folder for each task with its documents as distributed, for instance
 DIR/piqa/validation.jsonl. What the CSV already holds is skipped, so the same command goes on.
 
-harness/ has the rules: tasks.py the tasks, prompts.py the shots, metrics.py, scoring.py the model's
-part.
-
-Log-likelihoods and greedy texts by lm-evaluation-harness's rules, several times faster.
-
-Rows that begin alike (the choices of a question, all questions behind the same shots) share the
-work on what they share, logits are computed only where a token is scored, and rows of like length
-are batched by tokens. None of it changes a number by more than rounding (tests/test_scoring.py:
-1e-4).
+tasks.py has the tasks, their prompts and metrics; here is what the model does with them.
+Log-likelihoods and greedy texts follow lm_eval's rules, several times faster: rows that begin alike
+(the choices of a question, all questions behind the same shots) share the work on what they share,
+logits are computed only where a token is scored, and rows of like length are batched by tokens.
+None of it changes a number by more than rounding (tests/test_scoring.py: 1e-4).
 """
 
 import csv
-import fcntl
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import sys
@@ -42,447 +36,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from model import read_config
-from config import file_size, parse, read_json, run
-from model import Cache, head_blocks, Prefix
-from tasks import (
-    digest, GROUPS, named_tasks, NoDocuments, prompts, read_split, SEVERAL, STYLES, tasks_of)
-from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
-
-
-# ------------------------------------------------------------ eval.py
-
-
-# ---------------------------------------------------------------------------- one task, one model
-
-
-@dataclass
-class Job:
-    """A task or a group's tasks, their documents made into requests; for any number of models."""
-    name: str
-    members: list  # (task's name, Task, its Questions)
-    requests: list  # of all, shots included: (context, continuation), prompts or whole texts
-    documents: dict  # task or group -> hash of the documents used
-    shots: int
-    style: str
-    # (context length, scoring.plan, number of rows, owners of rolling rows)
-    batches: tuple | None = None
-
-
-def prepare(name, docs, shots=0, style="v0.4", limit=None):
-    """Return the Job of a task or group, or raise ValueError about its documents."""
-    members, requests, hashes = [], [], {}
-    for member in GROUPS[name][0] if name in GROUPS else [name]:
-        task = tasks_of(style)[member]
-        if shots and not task.pool:
-            raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
-                             "to draw")
-        try:
-            prompted, documents = prompts(task, docs, shots, style, limit)
-        except NoDocuments as error:
-            raise NoDocuments(f"{member}: {error}") from None
-        for prefix, question in prompted:
-            requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
-                         else prefix + request for request in question.requests]
-        members.append((member, task, [question for _, question in prompted]))
-        hashes[member] = documents
-    if name in GROUPS:
-        hashes[name] = digest(list(hashes.values()))
-    return Job(name, members, requests, hashes, shots, style)
-
-
-def token_rows(tokenizer, job):
-    """Return scoring.encode_pair's (tokens, n) of the job's (context, continuation) requests."""
-    return [encode_pair(tokenizer, *request, job.style) for request in job.requests]
-
-
-def answer(model, tokenizer, job, progress=None):
-    """Return a result for each request: (log-likelihood, is_greedy), text, or log-likelihood."""
-    task, L = job.members[0][1], model.config.seq_length
-    if task.kind == "generate":
-        return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
-                              progress=progress)
-    if job.batches is None or job.batches[0] != L:  # the same for every checkpoint of a run
-        if task.kind == "rolling":
-            rows, owners = rolling_rows(tokenizer, job.requests, L)
-        else:
-            rows, owners = token_rows(tokenizer, job), None
-        job.batches = L, plan(rows, L, tokens_per_batch(model)), len(rows), owners
-    _, batches, n_rows, owners = job.batches
-    results = run_plan(model, batches, n_rows, progress)
-    return results if owners is None else totals(results, owners, len(job.requests))
-
-
-def measure(job, results):
-    """Return [(task, metric, value, stderr, n)] from the results of a job, a group's own last."""
-    rows, results = [], iter(results)
-    for name, task, questions in job.members:
-        own = [[next(results) for _ in question.requests] for question in questions]
-        rows += [(name + suffix, metric, *numbers)
-                 for suffix, metric, *numbers in task.measure(questions, own, job.style)]
-    return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
-
-
-def documents_of(job, task):
-    """Return the hash of a row's documents: a member's own, as if alone, or the whole group's."""
-    return job.documents.get(task.partition(":")[0], job.documents[job.name])
-
-
-# ---------------------------------------------------------------------------- over training
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    # Other commands: `eval.py tasks --help` (what there is), `eval.py sample --help` (texts).
-    model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
-    tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
-    docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
-    # Rows are appended; what it holds is not computed again. A model is known by its folder's name
-    # alone: two models of one name need two files.
-    output: str = "results.csv"
-    # JSON Lines file that gets every request computed now and its result; twice if a kill fell
-    # between the two files. What the CSV already holds is not computed, so it gets no lines.
-    samples: str | None = None
-    steps: str = "all"  # of a run folder: all, last, or numbers with commas
-    shots: int = 0  # solved examples before each question
-    style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
-    dtype: str = "float32"  # as the paper; lm_eval, unasked, takes float16 for the published files
-    limit: int | None = None  # only so many documents of each task
-    tokenizer: str = "20B_tokenizer.json"
-    device: str = "auto"
-
-    def __post_init__(self):
-        if self.style not in STYLES:
-            raise ValueError(f"style = {self.style!r}, expected {' or '.join(STYLES)}")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"dtype = {self.dtype!r}, expected float32, float16 or bfloat16")
-        if self.shots < 0 or self.limit is not None and self.limit < 1:
-            raise ValueError("shots must be at least 0, and limit at least 1")
-
-
-HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n",
-          "style", "dtype", "docs")
-_LOCKS = {}  # of lock: open for as long as the process lives, however it ends
-
-
-def main(config):
-    rank = set_up_processes()
-    jobs = prepare_all(config)
-    tokenizer = load_tokenizer(config.tokenizer)
-    folders = find_all(config.model, config.steps)
-    done = open_results(config.output) if rank == 0 else None
-    if config.samples and rank == 0:
-        open_samples(config.samples)
-    if dist.is_initialized():  # what rank 0 found: it may soon write more
-        done = [done]
-        dist.broadcast_object_list(done)
-        done = done[0]
-    todo = [(entry, job) for entry in folders for job in jobs
-            if key(config, entry, job) not in done]
-    for entry, job in todo:  # not after hours of other tasks
-        task = job.members[0][1]
-        if task.kind == "generate" and task.n_tokens >= (L := read_config(entry[3]).seq_length):
-            raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
-                             f"prompt in {L} tokens of context ({entry[3]})")
-    device = pick_device(config.device)
-    load = lambda folder: checkpoints.load_model(folder, device).to(getattr(torch, config.dtype))
-    wanted = list(dict.fromkeys(entry for entry, _ in todo))
-    with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
-          tqdm(total=sum(len(job.requests) for _, job in todo), unit="request",
-               disable=rank or None) as bar):
-        loading = loader.submit(load, wanted[0][3]) if wanted else None
-        for i, entry in enumerate(wanted):
-            model = loading.result()
-            loading = loader.submit(load, wanted[i + 1][3]) if i + 1 < len(wanted) else None
-            for job in (job for its, job in todo if its == entry):
-                bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
-                before = bar.n
-                results = answer(model, tokenizer, job, bar.update)
-                bar.update(before + len(job.requests) - bar.n)  # the other processes' share
-                if rank == 0:
-                    record(config, entry, job, results)
-            del model  # before the one after the next is loaded
-    if rank == 0:
-        print(f"{config.output}: {len(todo)} evaluations done, "
-              f"{len(folders) * len(jobs) - len(todo)} were there")
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def prepare_all(config):
-    """Return the Jobs of config.tasks; of a name for several tasks, those that have documents."""
-    jobs = []
-    for name in named_tasks(config.tasks, config.style):
-        try:
-            jobs.append(prepare(name, config.docs, config.shots, config.style, config.limit))
-        except NoDocuments as error:
-            if name in config.tasks.split(","):
-                raise
-            note(f"{error}; left out")  # first of all CrowS-Pairs without bias_type "autre"
-    if not jobs:
-        raise ValueError(f"{config.tasks}: none of these tasks has documents in {config.docs}")
-    return jobs
-
-
-def note(words):
-    """Print what is no mistake but must be seen; under torchrun the first process does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(words, file=sys.stderr)
-
-
-def record(config, entry, job, results):
-    """Append a job's rows to the CSV, its requests to the samples, and print what matters."""
-    name, step, tokens, _ = entry
-    if config.samples:
-        append_samples(config.samples, name, step, job, results)
-    rows = measure(job, results)
-    append_results(config.output, [(name, step, tokens, task, job.shots, metric, value, stderr, n,
-                                    job.style, config.dtype, documents_of(job, task))
-                                   for task, metric, value, stderr, n in rows])
-    within = lambda stderr: "" if stderr is None else f" ± {stderr:.4f}"
-    tqdm.write(f"{name} step {step:>6} | " + " | ".join(
-        f"{task} {metric} {value:.4f}{within(stderr)} (n {n:,})"
-        for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
-
-
-def key(config, entry, job):
-    """What tells one evaluation from another, as the CSV has it."""
-    return (entry[0], entry[1], job.name, str(job.shots), job.style, config.dtype,
-            job.documents[job.name])
-
-
-def set_up_processes():
-    """Join the processes of torchrun, if it started this one; return the rank."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0
-    local = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-    else:  # torchrun sets 1
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    # Only results travel; the first to finish may wait for the last longer than gloo's 30 minutes.
-    dist.init_process_group("gloo", timeout=timedelta(days=30))
-    return dist.get_rank()
-
-
-def pick_device(device):
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device = {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def find_all(models, steps):
-    """Return find's entries of comma-separated models; two of the same name are an error."""
-    entries = [entry for model in models.split(",") for entry in find(model, steps)]
-    names = {}
-    for name, step, _, folder in entries:
-        if names.setdefault((name, step), folder) != folder:
-            raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step "
-                             f"{step}; rename a folder")
-    return list(dict.fromkeys(entries))
-
-
-def find(model, steps):
-    """Return [(name, step, tokens seen, folder)] of the checkpoints `model` and `steps` name.
-
-    A damaged one raises ValueError; among `all` it is left out, with a line that says so.
-    """
-    path = Path(os.path.abspath(model))  # "." has a name too
-    saved = checkpoints.saved_steps(path)
-    damaged = [step for step, _ in checkpoints.step_folders(path) if step not in saved]
-    if not saved and not damaged:
-        if not (path / "config.json").exists():
-            raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
-                             "checkpoint's folder (config.json)")
-        match = re.fullmatch(r"step(\d+)", path.name)
-        name = path.parent.name if match else path.name
-        return [(name, match[1] if match else "", _tokens(path), path)]
-    if steps == "last":
-        wanted = [max(saved + damaged)]
-    elif steps == "all":
-        wanted = saved + damaged
-    elif re.fullmatch(r"\d+(,\d+)*", steps):
-        wanted = list(dict.fromkeys(int(step) for step in steps.split(",")))
-    else:
-        raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
-    if ill := [str(Path(model) / f"step{step}") for step in damaged if step in wanted]:
-        words = f"{', '.join(ill)} damaged (python verify.py verify {model} says what)"
-        if steps != "all" or not saved:
-            raise ValueError(words)
-        note(f"{words}; left out")
-        wanted = saved
-    missing = [str(step) for step in wanted if step not in saved]
-    if missing:
-        raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
-                         f"there are {', '.join(map(str, saved))}")
-    return [(path.name, str(step), _tokens(path / f"step{step}"), path / f"step{step}")
-            for step in wanted]
-
-
-def _tokens(folder):
-    """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
-    if (folder / "training.json").exists():
-        return read_json(folder / "training.json").get("tokens", "")
-    match = re.fullmatch(r"step(\d+)", folder.name)
-    return int(match[1]) << 21 if match and folder.parent.name.startswith("pythia-") else ""
-
-
-def open_results(path):
-    """Make the CSV if there is none, drop what a kill has torn, return the key of every evaluation.
-
-    The rows before a torn one go too if they are of the same evaluation: it is computed again.
-    """
-    if there := os.path.exists(path):
-        file_size(path)  # a device has no end
-    lock(path)  # a path that cannot be written shows now, not in an hour
-    text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
-    header = ",".join(HEADER) + "\n"
-    # A full disk or a kill leaves less than a header. Not of a link: /dev/stdout is one.
-    if header.startswith(text) and not (there and os.path.islink(path)):
-        os.truncate(path, 0)
-        append_results(path, [HEADER])
-        text = header
-    if text.partition("\n")[0] != ",".join(HEADER):
-        raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
-    *lines, torn = text.split("\n")
-    beginning = lambda line: ",".join(line.split(",")[:5])  # model, step, tokens, task, shots
-    last = beginning(lines[-1])
-    if torn:
-        while len(lines) > 1 and beginning(lines[-1]) == last and last.startswith(beginning(torn)):
-            lines.pop()
-        os.truncate(path, sum(len(line.encode(errors="surrogateescape")) + 1 for line in lines))
-    return {tuple(row[name] for name in (
-                "model", "step", "task", "shots", "style", "dtype", "docs"))
-            for row in csv.DictReader(lines)}
-
-
-def lock(path):
-    """Keep other evaluations from a CSV, new or not, until this process ends: ValueError."""
-    file = _LOCKS.setdefault(os.path.realpath(path), open(path, "a"))
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"{path}: another evaluation writes it; wait for it or name another file"
-                         ) from None
-    except OSError:  # a file system without locks
-        pass
-
-
-def append_results(path, rows):
-    with open(path, "a", newline="", encoding="utf8") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            ["" if cell is None else repr(cell) if isinstance(cell, float) else cell
-             for cell in row]
-            for row in rows)
-
-
-def open_samples(path):
-    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
-    open(path, "a").close()  # a path that cannot be written shows now, not in an hour
-    if path.startswith("/dev/") or not os.path.isfile(path) or not os.path.getsize(path):
-        return  # /dev/stdout may be a file, but not ours
-    with open(path, "r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:  # reads only the end
-            whole = text.rfind(b"\n") + 1
-            first, torn, beginning = text[:10], text[whole:whole + 10], b'{"model": '
-        if not (beginning.startswith(first) and beginning.startswith(torn)):
-            raise ValueError(f"{path}: its first or last line is no sample; name another --samples")
-        if torn:
-            file.truncate(whole)
-
-
-def append_samples(path, name, step, job, results):
-    """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
-    finite = lambda value: value if math.isfinite(value) else None
-    results, lines = iter(zip(job.requests, results)), []
-    for task, _, questions in job.members:
-        for doc_id, question in enumerate(questions):
-            for _ in question.requests:
-                request, result = next(results)
-                context, continuation = request if isinstance(request, tuple) else (request, None)
-                line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
-                            doc_id=doc_id, context=context)
-                if isinstance(result, str):
-                    line |= dict(generated=result)
-                elif isinstance(result, tuple):
-                    line |= dict(continuation=continuation, loglikelihood=finite(result[0]),
-                                 is_greedy=result[1])
-                else:
-                    line |= dict(loglikelihood=finite(result))
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    with open(path, "a", encoding="utf8", errors="surrogatepass") as file:
-        file.writelines(lines)
-
-
-# ---------------------------------------------------------------------------- the other commands
-
-
-@dataclass(frozen=True)
-class TasksConfig:
-    docs: str | None = None  # folder of documents; without it only the names
-    style: str = "v0.4"  # or v0.3
-
-    def __post_init__(self):
-        if self.style not in STYLES:
-            raise ValueError(f"style = {self.style!r}, expected {' or '.join(STYLES)}")
-        if self.docs is not None and not os.path.isdir(self.docs):
-            raise ValueError(f"{self.docs}: no such folder")
-
-
-def list_tasks(config):
-    """Print every task, how many of its documents are there, and which file is missing."""
-    for name, task in tasks_of(config.style).items():
-        line = f"{name:46} {task.kind:14} {task.split:11} shots from {task.pool or 'nowhere':11}"
-        if config.docs:
-            counts = []
-            for split in dict.fromkeys((task.split, *([task.pool] if task.pool else []))):
-                try:
-                    found = f"{len(read_split(config.docs, task, split)):,}"
-                except (ValueError, OSError) as error:
-                    found = str(error).split(";")[0].replace(": no such file", " missing")
-                whole = f" of {task.n:,}" if task.n and split == task.split else ""
-                counts.append(f"{split} {found}{whole}")
-            line += ", ".join(counts)
-        print(line.rstrip())
-    several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
-    print("all of a kind: " + ", ".join(
-        f"{name} ({len(members)})" for name, members in several.items()
-        if all(member in tasks_of(config.style) for member in members)))
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    model: str  # as for evaluation
-    prompt: str = ""  # empty: from <|endoftext|>
-    steps: str = "last"
-    n_tokens: int = 48
-    temperature: float = 0.8  # 0 is greedy
-    seed: int = 1234
-    tokenizer: str = "20B_tokenizer.json"
-    device: str = "auto"
-
-    def __post_init__(self):
-        if not self.temperature >= 0 or self.n_tokens < 1:
-            raise ValueError("temperature must be at least 0, and n_tokens at least 1")
-
-
-def sample(config):
-    """Print a continuation of the prompt at each step."""
-    tokenizer, device = load_tokenizer(config.tokenizer), pick_device(config.device)
-    prompt = torch.tensor([tokenizer.encode(config.prompt) or [ENDOFTEXT]], device=device)
-    for name, step, _, folder in find_all(config.model, config.steps):
-        model = checkpoints.load_model(folder, device)
-        generator = torch.Generator(device).manual_seed(config.seed)
-        tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
-        print(f"--- {name} step {step}\n{tokenizer.decode(tokens[0].tolist())}")
-
-
-# ------------------------------------------------------------ harness/scoring.py
-
+from config import check, file_size, lock, parse, read_json, run
+from model import Cache, Prefix, head_blocks, read_config
+from parallel import Processes
+from tasks import (GROUPS, SEVERAL, STYLES, NoDocuments, digest, named_tasks, prompts, read_split,
+                   tasks_of)
+from tokenizer import ENDOFTEXT, N_TOKENS, load_tokenizer
 
 # ---------------------------------------------------------------------------- shared beginnings
 
@@ -490,8 +49,14 @@ def sample(config):
 class Pack:
     """Rows of tokens as a tree: what they begin with in common is there once.
 
-    A node is a token; its position is its depth, it sees its ancestors and itself. `branches` are
-    the chains it is made of, (first node, end, ancestors of the first).
+    The rows "the cat sat" and "the cat ran on" are the nodes
+
+        0 the - 1 cat - 2 sat
+                      \\ 3 ran - 4 on        positions 0 1 2 2 3
+
+    A node is a token; its position is its depth, and it sees its ancestors and itself. `branches`
+    are the chains that the tree is made of, (first node, end, ancestors of the first): here
+    (0, 3, []) and (3, 5, [0, 1]). `path` has the nodes of the row that was added last.
     """
 
     def __init__(self):
@@ -517,29 +82,37 @@ def tokens_per_batch(model):
     return 2048 if model.embed_in.weight.device.type == "cpu" else 32768
 
 
+JOINS = 4  # a row joins the pack before it if they share this part of it, a quarter
+PACK_GROWS = 1.5  # a pack may be so many times as long as the row that joins it, and
+PACK_SLACK = 256  # so many tokens longer: attention looks at the whole tree
+PREFIX = 32  # tokens that packs must share to be one group
+PREFIX_PAYS = 512  # tokens that a group must save for its prefix to be computed apart
+
+
 def plan(rows, L, batch_tokens):
     """Return batches [(prefix tokens, packs)] of all rows (tokens, n), cut on the left to L + 1.
 
     Rows next to each other in alphabetical order share most. A row joins the pack of the one before
-    if they share a quarter of it and the tree stays small (attention looks at the whole tree);
-    packs that share a long beginning have it computed once, as a prefix of their batches.
+    if they share much of it and the tree stays small. Packs that share a long beginning (the shots)
+    are a group, whose beginning is computed once, as a prefix of its batches.
     """
     cut = [np.array(tokens[-(L + 1):]) for tokens, _ in rows]
     for row, (_, n) in zip(cut, rows):
         if not 0 < n < len(row):
             raise ValueError(f"a continuation of {n} tokens does not fit in {L} tokens of context")
     order = sorted(range(len(rows)), key=lambda i: cut[i].astype(">u4").tobytes())
-    groups, before = [], None  # [packs, tokens that all of them share]
+    groups, before = [], None  # [packs, how many tokens all of them share]
     for i in order:
         row, n = cut[i], rows[i][1]
         shared = 0 if before is None else _common(before[:-1], row[:-1])
         own = len(row) - 1 - n  # a scored position is no part of a prefix
         packs, P = groups[-1] if groups else ([], 0)
         still = min(P, shared, own)  # what the group would share with this row in it
-        if packs and 4 * shared >= len(row) and (len(packs) == 1 or still >= P // 2) and (
-                len(packs[-1].tokens) + len(row) - shared <= max(len(row), 256) * 3 // 2 + 256):
+        small = packs and (len(packs[-1].tokens) + len(row) - shared
+                           <= int(max(len(row), PACK_SLACK) * PACK_GROWS) + PACK_SLACK)
+        if small and JOINS * shared >= len(row) and (len(packs) == 1 or still >= P // 2):
             groups[-1][1] = still
-        elif packs and still >= max(32, P // 2):
+        elif packs and still >= max(PREFIX, P // 2):
             packs.append(Pack())
             groups[-1][1], shared = still, 0
         else:
@@ -547,12 +120,13 @@ def plan(rows, L, batch_tokens):
             shared = 0
         groups[-1][0][-1].add(i, row.tolist(), n, shared)
         before = row
-    alone = [pack for packs, P in groups if (len(packs) - 1) * P < 512 for pack in packs]
-    batches = _batches(alone, 0, batch_tokens)
+    alone, batches = [], []
     for packs, P in groups:
-        if (len(packs) - 1) * P >= 512:
+        if (len(packs) - 1) * P < PREFIX_PAYS:
+            alone += packs
+        else:
             batches += _batches(packs, P, batch_tokens)
-    return batches
+    return _batches(alone, 0, batch_tokens) + batches
 
 
 def _common(a, b):
@@ -803,6 +377,411 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
         if progress:
             progress(len(chosen))
     return _gather(results)
+
+# ---------------------------------------------------------------------------- one task, one model
+
+
+class Job:
+    """A task or a group's tasks, their documents made into requests; for any number of models.
+
+    members: (task's name, Task, its Questions). requests, of all, shots included: (context,
+    continuation), prompts or whole texts. documents: {task or group: hash of its documents}.
+    """
+
+    def __init__(self, name, members, requests, documents, shots, style):
+        self.name, self.members, self.requests = name, members, requests
+        self.documents, self.shots, self.style = documents, shots, style
+        self.batches = None  # (context length, plan's batches, rows, owners of rolling rows)
+
+
+def prepare(name, docs, shots=0, style="v0.4", limit=None):
+    """Return the Job of a task or group, or raise ValueError about its documents."""
+    members, requests, hashes = [], [], {}
+    for member in GROUPS[name][0] if name in GROUPS else [name]:
+        task = tasks_of(style)[member]
+        if shots and not task.pool:
+            raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
+                             "to draw")
+        try:
+            prompted, documents = prompts(task, docs, shots, style, limit)
+        except NoDocuments as error:
+            raise NoDocuments(f"{member}: {error}") from None
+        for prefix, question in prompted:
+            requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
+                         else prefix + request for request in question.requests]
+        members.append((member, task, [question for _, question in prompted]))
+        hashes[member] = documents
+    if name in GROUPS:
+        hashes[name] = digest(list(hashes.values()))
+    return Job(name, members, requests, hashes, shots, style)
+
+
+def token_rows(tokenizer, job):
+    """Return encode_pair's (tokens, n) of the job's (context, continuation) requests."""
+    return [encode_pair(tokenizer, *request, job.style) for request in job.requests]
+
+
+def answer(model, tokenizer, job, progress=None):
+    """Return a result for each request: (log-likelihood, is_greedy), text, or log-likelihood."""
+    task, L = job.members[0][1], model.config.seq_length
+    if task.kind == "generate":
+        return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
+                              progress=progress)
+    if job.batches is None or job.batches[0] != L:  # the same for every checkpoint of a run
+        if task.kind == "rolling":
+            rows, owners = rolling_rows(tokenizer, job.requests, L)
+        else:
+            rows, owners = token_rows(tokenizer, job), None
+        job.batches = L, plan(rows, L, tokens_per_batch(model)), len(rows), owners
+    _, batches, n_rows, owners = job.batches
+    results = run_plan(model, batches, n_rows, progress)
+    return results if owners is None else totals(results, owners, len(job.requests))
+
+
+def measure(job, results):
+    """Return [(task, metric, value, stderr, n)] from the results of a job, a group's own last."""
+    rows, results = [], iter(results)
+    for name, task, questions in job.members:
+        own = [[next(results) for _ in question.requests] for question in questions]
+        rows += [(name + suffix, metric, *numbers)
+                 for suffix, metric, *numbers in task.measure(questions, own, job.style)]
+    return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
+
+
+def documents_of(job, task):
+    """Return the hash of a row's documents: a member's own, as if alone, or the whole group's."""
+    return job.documents.get(task.partition(":")[0], job.documents[job.name])
+
+# ---------------------------------------------------------------------------- over training
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    # Other commands: `eval.py tasks --help` (what there is), `eval.py sample --help` (texts).
+    model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
+    tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
+    docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
+    # Rows are appended; what it holds is not computed again. A model is known by its folder's name
+    # alone: two models of one name need two files.
+    output: str = "results.csv"
+    # JSON Lines file that gets every request computed now and its result; twice if a kill fell
+    # between the two files. What the CSV already holds is not computed, so it gets no lines.
+    samples: str | None = None
+    steps: str = "all"  # of a run folder: all, last, or numbers with commas
+    shots: int = 0  # solved examples before each question
+    style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
+    dtype: str = "float32"  # as the paper; lm_eval, unasked, takes float16 for the published files
+    limit: int | None = None  # only so many documents of each task
+    tokenizer: str = "20B_tokenizer.json"
+    device: str = "auto"
+
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ValueError(f"style = {self.style!r}, expected {' or '.join(STYLES)}")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype = {self.dtype!r}, expected float32, float16 or bfloat16")
+        if self.shots < 0 or self.limit is not None and self.limit < 1:
+            raise ValueError("shots must be at least 0, and limit at least 1")
+
+
+HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n",
+          "style", "dtype", "docs")
+
+
+def main(config):
+    # Only results travel; the first to finish may wait for the last longer than gloo's 30 minutes.
+    processes = Processes(config.device, timeout=timedelta(days=30))
+    jobs = prepare_all(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    folders = find_all(config.model, config.steps)
+
+    def open_outputs():
+        done = open_results(config.output)
+        if config.samples:
+            open_samples(config.samples)
+        return done
+
+    # What the first process found, for all: it may soon write more.
+    done = processes.gather(processes.together(open_outputs, first_alone=True))[0]
+    todo = [(entry, job) for entry in folders for job in jobs
+            if key(config, entry, job) not in done]
+    for entry, job in todo:  # not after hours of other tasks
+        task = job.members[0][1]
+        if task.kind == "generate" and task.n_tokens >= (L := read_config(entry[3]).seq_length):
+            raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
+                             f"prompt in {L} tokens of context ({entry[3]})")
+
+    def load(folder):
+        return checkpoints.load_model(folder, processes.device).to(getattr(torch, config.dtype))
+
+    wanted = list(dict.fromkeys(entry for entry, _ in todo))
+    with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
+          tqdm(total=sum(len(job.requests) for _, job in todo), unit="request",
+               disable=processes.rank > 0 or None) as bar):
+        loading = loader.submit(load, wanted[0][3]) if wanted else None
+        for i, entry in enumerate(wanted):
+            model = loading.result()
+            loading = loader.submit(load, wanted[i + 1][3]) if i + 1 < len(wanted) else None
+            for job in [job for its, job in todo if its == entry]:
+                bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
+                before = bar.n
+                results = answer(model, tokenizer, job, bar.update)
+                bar.update(before + len(job.requests) - bar.n)  # the other processes' share
+                if processes.rank == 0:
+                    record(config, entry, job, results)
+            del model  # before the one after the next is loaded
+    if processes.rank == 0:
+        print(f"{config.output}: {len(todo)} evaluations done, "
+              f"{len(folders) * len(jobs) - len(todo)} were there")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def prepare_all(config):
+    """Return the Jobs of config.tasks; of a name for several tasks, those that have documents."""
+    jobs = []
+    for name in named_tasks(config.tasks, config.style):
+        try:
+            jobs.append(prepare(name, config.docs, config.shots, config.style, config.limit))
+        except NoDocuments as error:
+            if name in config.tasks.split(","):
+                raise
+            note(f"{error}; left out")  # first of all CrowS-Pairs without bias_type "autre"
+    if not jobs:
+        raise ValueError(f"{config.tasks}: none of these tasks has documents in {config.docs}")
+    return jobs
+
+
+def note(words):
+    """Print what is no mistake but must be seen; under torchrun the first process does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(words, file=sys.stderr)
+
+
+def record(config, entry, job, results):
+    """Append a job's rows to the CSV, its requests to the samples, and print what matters."""
+    name, step, tokens, _ = entry
+    if config.samples:
+        append_samples(config.samples, name, step, job, results)
+    rows = measure(job, results)
+    append_results(config.output, [(name, step, tokens, task, job.shots, metric, value, stderr, n,
+                                    job.style, config.dtype, documents_of(job, task))
+                                   for task, metric, value, stderr, n in rows])
+    within = lambda stderr: "" if stderr is None else f" ± {stderr:.4f}"
+    tqdm.write(f"{name} step {step:>6} | " + " | ".join(
+        f"{task} {metric} {value:.4f}{within(stderr)} (n {n:,})"
+        for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
+
+
+def key(config, entry, job):
+    """What tells one evaluation from another, as the CSV has it."""
+    return (entry[0], entry[1], job.name, str(job.shots), job.style, config.dtype,
+            job.documents[job.name])
+
+
+def find_all(models, steps):
+    """Return find's entries of comma-separated models; two of the same name are an error."""
+    entries = [entry for model in models.split(",") for entry in find(model, steps)]
+    names = {}
+    for name, step, _, folder in entries:
+        if names.setdefault((name, step), folder) != folder:
+            raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step "
+                             f"{step}; rename a folder")
+    return list(dict.fromkeys(entries))
+
+
+def find(model, steps):
+    """Return [(name, step, tokens seen, folder)] of the checkpoints `model` and `steps` name.
+
+    A damaged one raises ValueError; among `all` it is left out, with a line that says so.
+    """
+    path = Path(os.path.abspath(model))  # "." has a name too
+    saved = checkpoints.saved_steps(path)
+    damaged = [step for step, _ in checkpoints.step_folders(path) if step not in saved]
+    if not saved and not damaged:
+        if not (path / "config.json").exists():
+            raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
+                             "checkpoint's folder (config.json)")
+        match = re.fullmatch(r"step(\d+)", path.name)
+        name = path.parent.name if match else path.name
+        return [(name, match[1] if match else "", _tokens(path), path)]
+    if steps == "last":
+        wanted = [max(saved + damaged)]
+    elif steps == "all":
+        wanted = saved + damaged
+    elif re.fullmatch(r"\d+(,\d+)*", steps):
+        wanted = list(dict.fromkeys(int(step) for step in steps.split(",")))
+    else:
+        raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
+    if ill := [str(Path(model) / f"step{step}") for step in damaged if step in wanted]:
+        words = f"{', '.join(ill)} damaged (python verify.py verify {model} says what)"
+        if steps != "all" or not saved:
+            raise ValueError(words)
+        note(f"{words}; left out")
+        wanted = saved
+    missing = [str(step) for step in wanted if step not in saved]
+    if missing:
+        raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
+                         f"there are {', '.join(map(str, saved))}")
+    return [(path.name, str(step), _tokens(path / f"step{step}"), path / f"step{step}")
+            for step in wanted]
+
+
+def _tokens(folder):
+    """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
+    if (folder / "training.json").exists():
+        return read_json(folder / "training.json").get("tokens", "")
+    match = re.fullmatch(r"step(\d+)", folder.name)
+    return int(match[1]) << 21 if match and folder.parent.name.startswith("pythia-") else ""
+
+
+# ---------------------------------------------------------------------------- the files written
+
+
+def open_results(path):
+    """Make the CSV if there is none, drop what a kill has torn, return the key of every evaluation.
+
+    The rows before a torn one go too if they are of the same evaluation: it is computed again.
+    """
+    if there := os.path.exists(path):
+        file_size(path)  # a device has no end
+    lock(path, f"{path}: another evaluation writes it; wait for it or name another file")
+    text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
+    header = ",".join(HEADER) + "\n"
+    # A full disk or a kill leaves less than a header. Not of a link: /dev/stdout is one.
+    if header.startswith(text) and not (there and os.path.islink(path)):
+        os.truncate(path, 0)
+        append_results(path, [HEADER])
+        text = header
+    if text.partition("\n")[0] != ",".join(HEADER):
+        raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
+    *lines, torn = text.split("\n")
+    if torn:
+        last = evaluation_of(lines[-1])
+        while (len(lines) > 1 and evaluation_of(lines[-1]) == last
+               and last.startswith(evaluation_of(torn))):
+            lines.pop()
+        os.truncate(path, sum(len(line.encode(errors="surrogateescape")) + 1 for line in lines))
+    columns = ("model", "step", "task", "shots", "style", "dtype", "docs")
+    return {tuple(row[name] for name in columns) for row in csv.DictReader(lines)}
+
+
+def evaluation_of(line):
+    """Return the beginning of a line of the CSV: model, step, tokens, task, shots."""
+    return ",".join(line.split(",")[:5])
+
+
+def append_results(path, rows):
+    with open(path, "a", newline="", encoding="utf8") as file:
+        csv.writer(file, lineterminator="\n").writerows(
+            ["" if cell is None else repr(cell) if isinstance(cell, float) else cell
+             for cell in row]
+            for row in rows)
+
+
+def open_samples(path):
+    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
+    open(path, "a").close()  # a path that cannot be written shows now, not in an hour
+    if path.startswith("/dev/") or not os.path.isfile(path):
+        return  # /dev/stdout may be a file, but not ours
+    whole, torn, beginning = 0, b"", b'{"model": '
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                whole += len(line)
+            else:
+                torn = line
+            if not beginning.startswith(line[:10]) and not line.startswith(beginning):
+                raise ValueError(f"{path}: holds a line that is no sample; name another --samples")
+    if torn:
+        os.truncate(path, whole)
+
+
+def append_samples(path, name, step, job, results):
+    """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
+    def finite(value):
+        return value if math.isfinite(value) else None
+
+    results, lines = iter(zip(job.requests, results)), []
+    for task, _, questions in job.members:
+        for doc_id, question in enumerate(questions):
+            for _ in question.requests:
+                request, result = next(results)
+                context, continuation = request if isinstance(request, tuple) else (request, None)
+                line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
+                            doc_id=doc_id, context=context)
+                if isinstance(result, str):
+                    line |= dict(generated=result)
+                elif isinstance(result, tuple):
+                    line |= dict(continuation=continuation, loglikelihood=finite(result[0]),
+                                 is_greedy=result[1])
+                else:
+                    line |= dict(loglikelihood=finite(result))
+                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    with open(path, "a", encoding="utf8", errors="surrogatepass") as file:
+        file.writelines(lines)
+
+
+# ---------------------------------------------------------------------------- the other commands
+
+
+@dataclass(frozen=True)
+class TasksConfig:
+    docs: str | None = None  # folder of documents; without it only the names
+    style: str = "v0.4"  # or v0.3
+
+    def __post_init__(self):
+        check(self, " or ".join(STYLES), STYLES.__contains__, "style")
+        if self.docs is not None and not os.path.isdir(self.docs):
+            raise ValueError(f"{self.docs}: no such folder")
+
+
+def list_tasks(config):
+    """Print every task, how many of its documents are there, and which file is missing."""
+    for name, task in tasks_of(config.style).items():
+        line = f"{name:46} {task.kind:14} {task.split:11} shots from {task.pool or 'nowhere':11}"
+        if config.docs:
+            counts = []
+            for split in dict.fromkeys((task.split, *([task.pool] if task.pool else []))):
+                try:
+                    found = f"{len(read_split(config.docs, task, split)):,}"
+                except (ValueError, OSError) as error:
+                    found = str(error).split(";")[0].replace(": no such file", " missing")
+                whole = f" of {task.n:,}" if task.n and split == task.split else ""
+                counts.append(f"{split} {found}{whole}")
+            line += ", ".join(counts)
+        print(line.rstrip())
+    several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
+    print("all of a kind: " + ", ".join(
+        f"{name} ({len(members)})" for name, members in several.items()
+        if all(member in tasks_of(config.style) for member in members)))
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: str  # as for evaluation
+    prompt: str = ""  # empty: from <|endoftext|>
+    steps: str = "last"
+    n_tokens: int = 48
+    temperature: float = 0.8  # 0 is greedy
+    seed: int = 1234
+    tokenizer: str = "20B_tokenizer.json"
+    device: str = "auto"
+
+    def __post_init__(self):
+        check(self, "at least 0", lambda value: value >= 0, "temperature")
+        check(self, "at least 1", lambda value: value >= 1, "n_tokens")
+
+
+def sample(config):
+    """Print a continuation of the prompt at each step."""
+    tokenizer, device = load_tokenizer(config.tokenizer), Processes(config.device).device
+    prompt = torch.tensor([tokenizer.encode(config.prompt) or [ENDOFTEXT]], device=device)
+    for name, step, _, folder in find_all(config.model, config.steps):
+        model = checkpoints.load_model(folder, device)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
+        print(f"--- {name} step {step}\n{tokenizer.decode(tokens[0].tolist())}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import config
 import eval as evaluation
@@ -111,7 +109,7 @@ def test_a_torn_sample_is_dropped(tmp_path, torn):
 def test_nothing_is_dropped_of_a_file_that_holds_no_samples(tmp_path):
     for text in ('{"text": "documents"}\n', "one\ntwo"):
         (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(ValueError, match="notes.txt: its first or last line is no sample"):
+        with pytest.raises(ValueError, match="notes.txt: holds a line that is no sample"):
             evaluation.open_samples(f"{tmp_path}/notes.txt")
     os.mkfifo(tmp_path / "pipe")
     with open(os.open(tmp_path / "pipe", os.O_RDWR)):  # or nobody reads
@@ -186,18 +184,6 @@ def test_a_csv_that_cannot_be_written_shows_before_any_model():
                 evaluation.open_results(file.name)
         finally:
             os.seteuid(user)
-
-
-def test_a_process_waits_days_for_the_others(monkeypatch):
-    """Each computes its share of a long study before they meet."""
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    given = {}
-    monkeypatch.setattr(torch, "set_num_threads", given.get)
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(dist, "init_process_group", lambda _, **settings: given.update(settings))
-    assert evaluation.set_up_processes() == 1
-    assert given["timeout"] > timedelta(days=7)
 
 
 def test_two_processes_write_the_same_file(workplace):
@@ -285,7 +271,7 @@ def test_samples_start_with_the_prompt(workplace, capsys):
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"n_tokens": -1}])
 def test_a_sample_of_less_than_nothing_is_refused(wrong):
-    with pytest.raises(ValueError, match="temperature must be at least 0, and n_tokens"):
+    with pytest.raises(ValueError, match="expected at least [01]"):
         evaluation.SampleConfig("run", **wrong)
 
 

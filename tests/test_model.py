@@ -5,9 +5,6 @@ random, biases and LayerNorms too, so that nothing hides behind a zero.
 """
 
 import math
-import subprocess
-import sys
-import tempfile
 
 import pytest
 import torch
@@ -15,13 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from bench import forked
 from config import parse
 from conftest import ROOT
-from model import HeadLoss, ModelConfig, Pythia
-from train import TrainConfig
+from model import HeadLoss, ModelConfig, Pythia, hf_config, hf_name
 from parallel import LaunchConfig
-from model import hf_config, hf_name
+from train import TrainConfig
 
 # pythia.md's table: layers, d, heads, padded vocabulary, parameters
 SHAPES = {
@@ -223,24 +218,3 @@ def test_generation_leaves_out_padding_and_ended_rows():
 def test_generation_beyond_the_context_is_refused():
     with pytest.raises(ValueError, match="10 tokens and 7 new ones, but seq_length is 16"):
         randomized(SMALL).generate(torch.zeros(1, 10, dtype=torch.int64), 7)
-
-
-def test_a_measurement_that_fails_ends_in_its_own_process(tmp_path, capfd):
-    """A fork that unwinds would go on as a second parent, and remove what the first one needs."""
-    with tempfile.TemporaryDirectory(dir=tmp_path):
-        with pytest.raises(ChildProcessError):
-            forked(lambda: 1 / 0)
-        assert len(list(tmp_path.iterdir())) == 1
-    assert "ZeroDivisionError" in capfd.readouterr().err
-    seconds, _ = forked(lambda: None)
-    assert seconds < 1
-
-
-@pytest.mark.proof
-def test_a_14m_step_needs_at_most_half_of_transformers_memory():
-    def peak(who):
-        command = [sys.executable, "bench.py", "worker", f"--who={who}", "--size=14m", "--batch=8"]
-        two_steps = subprocess.run(command, cwd=ROOT, input="\n\n", capture_output=True, text=True,
-                                   check=True)
-        return int(two_steps.stdout.split()[-1])
-    assert peak("ours") <= 0.5 * peak("transformers")
