@@ -1,19 +1,10 @@
-"""What a task's results come to: metrics and standard errors as lm-evaluation-harness has them.
+"""The Pythia paper's tasks: documents, prompts with their shots, metrics, and the table of tasks.
 
-A measure is a function (questions, results of each, style) -> [(suffix of the row's task name,
-metric, value, stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or a rolling
-log-likelihood.
-
-What all evaluation tasks share: documents, prompts with their shots. No model, no single task.
-
-Style "v0.4" is lm-evaluation-harness 0.4 (api/task.py, api/samplers.py); style "v0.3" is the
-harness of early 2023, with which the paper's files were made. Both are exact, down to the draws of
-the shots.
-
-The Pythia paper's tasks, rule by rule: how a document becomes requests and what metric they get.
-
-Prompts are those of lm-evaluation-harness 0.4 (lm_eval/tasks/*); what the paper's harness (0.3) did
-otherwise stands in V03. Documents are the data sets' own JSON lines; `eval.py tasks` lists them.
+A task is a function from a document to a Question and one row of the table TASKS; to add one, write
+both. Prompts are those of lm-evaluation-harness 0.4 (lm_eval/tasks/*; api/task.py, api/samplers.py,
+api/metrics.py): style "v0.4". Style "v0.3" is the harness of early 2023, with which the paper's
+files were made; what it did otherwise stands in V03. Both are exact, down to the draws of the
+shots. Documents are the data sets' own JSON lines; `python eval.py tasks` lists them.
 """
 
 import difflib
@@ -26,168 +17,26 @@ import re
 import statistics
 import string
 from collections import defaultdict
-from dataclasses import dataclass, field as default, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
-
-
-# ------------------------------------------------------------ harness/metrics.py
-
-
-def mean(values):
-    """Return (mean, standard error); one value has no error."""
-    error = deviation(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
-
-
-def deviation(values):
-    """Return the sample standard deviation; nan, where statistics fails, if one is not finite."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-BOOTSTRAP = 100_000  # draws, as in the paper's files and by default in lm_eval
-
-
-def perplexity(logprobs, iterations=None):
-    """Return exp(-mean) and its bootstrap standard error, with lm_eval's own draws.
-
-    lm_eval/api/metrics.py, bootstrap_stderr: 1000 resamples from each of random.Random(0), (1), ...
-    numpy's RandomState([i]) is the same generator; its numbers are drawn a block at a time.
-    """
-    values, n, draws = np.array(logprobs), len(logprobs), []
-    for seed in range((iterations or BOOTSTRAP) // 1000 if n > 1 else 0):
-        generator = np.random.RandomState([seed])
-        for _ in range(10):
-            picked = values[(generator.random_sample((100, n)) * n).astype(np.int64)]
-            with np.errstate(over="ignore"):
-                draws += np.exp(-picked.mean(axis=1)).tolist()
-    return _exp(-statistics.fmean(logprobs)), deviation(draws) if draws else None
-
-
-def _exp(x):
-    return math.inf if x > 700 else math.exp(x)
-
-
-def pooled(rows):
-    """Return the size-weighted mean of rows (value, stderr, n), its stderr, and the whole n.
-
-    lm_eval/api/metrics.py, pooled_sample_stderr; without it if a row has none.
-    """
-    total = sum(n for _, _, n in rows)
-    value = sum(value * n for value, _, n in rows) / total
-    if any(stderr is None for _, stderr, _ in rows):
-        return value, None, total
-    variance = sum((n - 1) * n * stderr**2 for _, stderr, n in rows) / (total - len(rows))
-    return value, math.sqrt(variance / total), total
-
-
-def row(metric, values, suffix=""):
-    return (suffix, metric, *mean(values), len(values))
-
-
-def unless_nan(result, right):
-    """Return `right` as a number; nan if a log-likelihood is: argmax takes NaN for the largest."""
-    return math.nan if any(math.isnan(ll) for ll, _ in result) else float(right)
-
-
-def accuracy(questions, results, style):
-    """acc: the likeliest request is the right one; the first of equals wins."""
-    return [row("acc", [unless_nan(result, np.argmax([ll for ll, _ in result]) == question.gold)
-                        for question, result in zip(questions, results)])]
-
-
-def both_accuracies(questions, results, style):
-    """acc, and acc_norm: by log-likelihood per character (code point, without the space before)."""
-    # An empty choice is infinitely unlikely a character, as in lm_eval.
-    with np.errstate(divide="ignore"):
-        normed = [np.array([ll for ll, _ in result]) / question.lengths
-                  for question, result in zip(questions, results)]
-    return [*accuracy(questions, results, style),
-            row("acc_norm", [unless_nan(result, np.argmax(lls) == question.gold)
-                             for question, result, lls in zip(questions, results, normed)])]
-
-
-def greedy(questions, results, style):
-    """acc: some request of the document is what greedy decoding would say."""
-    return [row("acc", [unless_nan(result, any(is_greedy for _, is_greedy in result))
-                        for result in results])]
-
-
-def last_word(questions, results, style):
-    """acc, and perplexity per target word, not per token."""
-    return [*greedy(questions, results, style),
-            ("", "ppl" if style == "v0.3" else "perplexity",
-             *perplexity([ll for [(ll, _)] in results]), len(results))]
-
-
-def stereotype(questions, results, style):
-    """How far apart two sentences are, and how often the more stereotypical one is likelier."""
-    return [row("likelihood_difference" if style == "v0.3" else "likelihood_diff",
-                [abs(more - less) for (more, _), (less, _) in results]),
-            row("pct_stereotype", [unless_nan(result, result[0][0] > result[1][0])
-                                   for result in results])]
-
-
-def exact_match(questions, results, style):
-    """The generated text is one of the accepted ones, but for case and punctuation."""
-    return [row("exact_match", [float(bare(generated.strip()) in map(bare, question.gold))
-                                for question, [generated] in zip(questions, results)])]
-
-
-def bare(answer):
-    return answer.lower().translate(str.maketrans("", "", string.punctuation))
-
-
-def without_articles(answer):
-    """Return an answer without case, punctuation, articles and extra white space (SQuAD)."""
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
-
-
-def rolled(questions, results, style):
-    """Bits per UTF-8 byte, and perplexity per byte and per word: ratios of sums, so without error.
-
-    A row for each subset too (question.gold), the whole last.
-    """
-    members = defaultdict(list)
-    for question, [ll] in zip(questions, results):
-        counted = question.shot  # a detokenised page is scored, the original counted
-        for subset in {question.gold or "", ""}:
-            members[subset].append((ll, len(counted.encode()), len(re.split(r"\s+", counted))))
-    rows = []
-    for subset in sorted(members, reverse=True):
-        ll, n_bytes, n_words = map(sum, zip(*members[subset]))
-        if not n_bytes:
-            raise ValueError(f"held-out documents{subset and ' of ' + subset}: all empty")
-        measured = {"bits_per_byte": -ll / n_bytes / math.log(2)}
-        if not subset:
-            measured |= {"byte_perplexity": _exp(-ll / n_bytes),
-                         "word_perplexity": _exp(-ll / n_words)}
-        rows += [(subset and f":{subset}", metric, value, None, len(members[subset]))
-                 for metric, value in measured.items()]
-    return rows
-
-
-# ------------------------------------------------------------ harness/prompts.py
-
 
 STYLES = ("v0.4", "v0.3")
 
 
-@dataclass
-class Question:
+class Question(NamedTuple):
     """What one document asks of a model, before any shots."""
     # (context, continuation) texts; contexts if the task generates, texts if it rolls
     requests: list
     shot: str = ""  # the document with its answer, as an example for another
     gold: object = None  # position of the right choice, accepted answers, or a subset's name
-    lengths: list = default(default_factory=list)  # of the choices, in code points
+    lengths: list = []  # of the choices, in code points
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
+    """One row of the table below: where a task's documents lie and what is done with them."""
     folder: str  # below DOCS
     question: Callable  # document -> Question
     measure: Callable  # (questions, results of each, style) -> rows
@@ -362,7 +211,147 @@ def fill(beginnings, rest, gold):
     return Question([(beginning, rest) for beginning in beginnings], beginnings[gold] + rest, gold)
 
 
-# ------------------------------------------------------------ harness/tasks.py
+# ---------------------------------------------------------------------------- metrics
+
+# A measure is a function (questions, results of each, style) -> [(suffix of the row's task name,
+# metric, value, stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or a rolling
+# log-likelihood.
+
+
+def mean(values):
+    """Return (mean, standard error); one value has no error."""
+    error = deviation(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def deviation(values):
+    """Return the sample standard deviation; nan, where statistics fails, if one is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
+BOOTSTRAP = 100_000  # draws, as in the paper's files and by default in lm_eval
+
+
+def perplexity(logprobs, iterations=None):
+    """Return exp(-mean) and its bootstrap standard error, with lm_eval's own draws.
+
+    lm_eval/api/metrics.py, bootstrap_stderr: 1000 resamples from each of random.Random(0), (1), ...
+    numpy's RandomState([i]) is the same generator; its numbers are drawn a block at a time.
+    """
+    values, n, draws = np.array(logprobs), len(logprobs), []
+    for seed in range((iterations or BOOTSTRAP) // 1000 if n > 1 else 0):
+        generator = np.random.RandomState([seed])
+        for _ in range(10):
+            picked = values[(generator.random_sample((100, n)) * n).astype(np.int64)]
+            with np.errstate(over="ignore"):
+                draws += np.exp(-picked.mean(axis=1)).tolist()
+    return _exp(-statistics.fmean(logprobs)), deviation(draws) if draws else None
+
+
+def _exp(x):
+    return math.inf if x > 700 else math.exp(x)
+
+
+def pooled(rows):
+    """Return the size-weighted mean of rows (value, stderr, n), its stderr, and the whole n.
+
+    lm_eval/api/metrics.py, pooled_sample_stderr; without it if a row has none.
+    """
+    total = sum(n for _, _, n in rows)
+    value = sum(value * n for value, _, n in rows) / total
+    if any(stderr is None for _, stderr, _ in rows):
+        return value, None, total
+    variance = sum((n - 1) * n * stderr**2 for _, stderr, n in rows) / (total - len(rows))
+    return value, math.sqrt(variance / total), total
+
+
+def row(metric, values, suffix=""):
+    return (suffix, metric, *mean(values), len(values))
+
+
+def unless_nan(result, right):
+    """Return `right` as a number; nan if a log-likelihood is: argmax takes NaN for the largest."""
+    return math.nan if any(math.isnan(ll) for ll, _ in result) else float(right)
+
+
+def accuracy(questions, results, style):
+    """acc: the likeliest request is the right one; the first of equals wins."""
+    return [row("acc", [unless_nan(result, np.argmax([ll for ll, _ in result]) == question.gold)
+                        for question, result in zip(questions, results)])]
+
+
+def both_accuracies(questions, results, style):
+    """acc, and acc_norm: by log-likelihood per character (code point, without the space before)."""
+    # An empty choice is infinitely unlikely a character, as in lm_eval.
+    with np.errstate(divide="ignore"):
+        normed = [np.array([ll for ll, _ in result]) / question.lengths
+                  for question, result in zip(questions, results)]
+    return [*accuracy(questions, results, style),
+            row("acc_norm", [unless_nan(result, np.argmax(lls) == question.gold)
+                             for question, result, lls in zip(questions, results, normed)])]
+
+
+def greedy(questions, results, style):
+    """acc: some request of the document is what greedy decoding would say."""
+    return [row("acc", [unless_nan(result, any(is_greedy for _, is_greedy in result))
+                        for result in results])]
+
+
+def last_word(questions, results, style):
+    """acc, and perplexity per target word, not per token."""
+    return [*greedy(questions, results, style),
+            ("", "ppl" if style == "v0.3" else "perplexity",
+             *perplexity([ll for [(ll, _)] in results]), len(results))]
+
+
+def stereotype(questions, results, style):
+    """How far apart two sentences are, and how often the more stereotypical one is likelier."""
+    return [row("likelihood_difference" if style == "v0.3" else "likelihood_diff",
+                [abs(more - less) for (more, _), (less, _) in results]),
+            row("pct_stereotype", [unless_nan(result, result[0][0] > result[1][0])
+                                   for result in results])]
+
+
+def exact_match(questions, results, style):
+    """The generated text is one of the accepted ones, but for case and punctuation."""
+    return [row("exact_match", [float(bare(generated.strip()) in map(bare, question.gold))
+                                for question, [generated] in zip(questions, results)])]
+
+
+def bare(answer):
+    return answer.lower().translate(str.maketrans("", "", string.punctuation))
+
+
+def without_articles(answer):
+    """Return an answer without case, punctuation, articles and extra white space (SQuAD)."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
+
+
+def rolled(questions, results, style):
+    """Bits per UTF-8 byte, and perplexity per byte and per word: ratios of sums, so without error.
+
+    A row for each subset too (question.gold), the whole last.
+    """
+    members = defaultdict(list)
+    for question, [ll] in zip(questions, results):
+        counted = question.shot  # a detokenised page is scored, the original counted
+        for subset in {question.gold or "", ""}:
+            members[subset].append((ll, len(counted.encode()), len(re.split(r"\s+", counted))))
+    rows = []
+    for subset in sorted(members, reverse=True):
+        ll, n_bytes, n_words = map(sum, zip(*members[subset]))
+        if not n_bytes:
+            raise ValueError(f"held-out documents{subset and ' of ' + subset}: all empty")
+        measured = {"bits_per_byte": -ll / n_bytes / math.log(2)}
+        if not subset:
+            measured |= {"byte_perplexity": _exp(-ll / n_bytes),
+                         "word_perplexity": _exp(-ll / n_words)}
+        rows += [(subset and f":{subset}", metric, value, None, len(members[subset]))
+                 for metric, value in measured.items()]
+    return rows
+
+
+# ---------------------------------------------------------------------------- tasks
 
 
 def lambada(doc, shot_delimiter="  "):
@@ -485,7 +474,9 @@ def logiqa_documents(documents):
     if (sum(option[1:2] == "." for doc in documents for option in texts(doc, "options"))
             < 2 * len(documents)):
         return documents  # prepared before
-    spaced = lambda passage: passage.replace(".", ". ").strip()
+    def spaced(passage):
+        return passage.replace(".", ". ").strip()
+
     for doc in documents:
         changed = Document(doc, context=spaced(text(doc, "context")),
                            question=spaced(text(doc, "question")),
@@ -630,9 +621,14 @@ def winobias_documents(kind, documents):
     return [doc for doc in documents if doc.get("file", stem) == stem]
 
 
-def where(name, accepts):
-    """Return a filter of documents by one of their fields."""
-    return lambda documents: [doc for doc in documents if accepts(text(doc, name))]
+def of_subject(subject):
+    """Return a filter of MMLU's documents by their subject."""
+    return lambda documents: [doc for doc in documents if text(doc, "subject") == subject]
+
+
+def of_bias(kind):
+    """Return a filter of CrowS-Pairs' documents by their kind of bias."""
+    return lambda documents: [doc for doc in documents if text(doc, "bias_type").startswith(kind)]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -686,13 +682,12 @@ TASKS = {
 }
 TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
     "crows_pairs", crows_pairs, stereotype, pool="test", files=CROWS_FILES,
-    prepare=where("bias_type", lambda found, kind=kind: found.startswith(kind)))
-    for kind in CROWS_TYPES}
+    prepare=of_bias(kind)) for kind in CROWS_TYPES}
 TASKS |= {f"arithmetic_{name}": Task(
     "arithmetic", arithmetic, greedy, "validation", "validation", 2000, files=(f"{file}.jsonl",))
     for name, file in ARITHMETIC.items()}
 TASKS |= {f"mmlu_{subject}": Task(
-    "mmlu", mmlu, accuracy, pool="dev", prepare=where("subject", subject.__eq__),
+    "mmlu", mmlu, accuracy, pool="dev", prepare=of_subject(subject),
     description="The following are multiple choice questions (with answers) about "
                 f"{subject.replace('_', ' ')}.\n\n") for subject in SUBJECTS}
 TASKS |= {f"wino_bias_{kind}": Task(
@@ -710,13 +705,13 @@ V03 = {
     "triviaqa": dict(question=triviaqa_likelihood, measure=greedy, kind="loglikelihood",
                      n=11313),  # unfiltered
 }
-V03_TASKS = {name: replace(task, **V03.get(name, {})) for name, task in TASKS.items()
+V03_TASKS = {name: task._replace(**V03.get(name, {})) for name, task in TASKS.items()
              if not name.startswith("mmlu")}
-V03_TASKS |= {name: replace(task, pool=None) for name, task in V03_TASKS.items()
+V03_TASKS |= {name: task._replace(pool=None) for name, task in V03_TASKS.items()
               if task.folder == "crows_pairs"}
 V03_TASKS |= {f"hendrycksTest-{subject}": Task(
     "mmlu", hendrycks_test, both_accuracies, pool="validation",
-    prepare=where("subject", subject.__eq__))
+    prepare=of_subject(subject))
     for subject in SUBJECTS}
 
 
