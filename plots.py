@@ -1,21 +1,18 @@
-"""Figures from the CSV files that training and evaluation write; only this file needs matplotlib.
+"""Figures from the CSV files that training, evaluation and studies write; only this file draws.
 
-    python plots.py training --run=runs/mini --results=runs/mini/results.csv \
+    python plots.py training --run=runs/mini --results=runs/mini/results.csv \\
         --output=runs/mini/curves.png
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
     python plots.py table --results=results.csv
-    python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv \
+    python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv \\
         --output=figures
-
-The reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,
-value,stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study
-(suite,variant,model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals.
-
-The figures of the studies, from the CSV files that they write.
-
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
-The others are drawn by the studies themselves: `analyse` and `compare` with --plot=PNG.
+The other studies draw their figures themselves: `analyse` and `compare` with --plot=PNG. The
+reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
+stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study
+(suite,variant,model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals.
+matplotlib is an extra: pip install matplotlib.
 """
 
 import csv
@@ -31,9 +28,6 @@ import torch
 
 from config import command
 from tasks import GROUPS
-
-
-# ------------------------------------------------------------ plots.py
 
 
 def read_csv(path):
@@ -57,14 +51,6 @@ def pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     return pyplot
-
-
-def label_125(axis, formatter):
-    """Label 1, 2 and 5 of every decade of a log axis, nothing between."""
-    plt = pyplot()
-    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(formatter)
-    axis.set_minor_formatter(plt.NullFormatter())
 
 
 def finish(figure, output):
@@ -114,69 +100,7 @@ def training(options):
     return finish(figure, options.output)
 
 
-@dataclass(frozen=True)
-class Weights:
-    csv: str  # of verify.py verify
-    output: str = "verify.png"
-
-
-def weights(options):
-    """Draw each matrix's norm, distance from the first and cosine to the previous, over steps."""
-    plt = pyplot()
-    rows = [row for row in read_csv(options.csv) if row["distance_from_first"] != "nan"]
-    names = list(dict.fromkeys(row["tensor"] for row in rows))
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for axes, column, label in zip(panels, ("norm", "distance_from_first", "cosine_to_previous"), (
-            "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before")):
-        for i, name in enumerate(names):
-            points = sorted((int(row["step"]), float(row[column]))
-                            for row in rows if row["tensor"] == name)
-            axes.plot(*zip(*points), color=plt.cm.viridis(i / len(names)), linewidth=1, marker=".",
-                      markersize=3)
-        axes.set(xlabel="step", ylabel=label)
-        axes.set_xscale("symlog", linthresh=1)
-    panels[0].set_yscale("log")
-    figure.suptitle(f"{len(names)} matrices, embedding (dark) to head (light)")
-    return finish(figure, options.output)
-
-
-@dataclass(frozen=True)
-class Growth:
-    csv: str = "growth.csv"  # of bench.py growth
-    output: str = "growth.png"
-
-
-def growth(options):
-    """Draw a step's time and memory a token, and the expected, over width, depth, length, batch."""
-    plt = pyplot()
-    rows = read_csv(options.csv)
-    axes_names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure, panels = plt.subplots(2, len(axes_names), figsize=(14, 6), layout="constrained",
-                                  squeeze=False, sharey="row")  # so slopes can be compared
-    for column, name in enumerate(axes_names):
-        mine = [{key: float(value) for key, value in row.items() if key != "axis"} for row in rows
-                if row["axis"] == name]
-        x = [row["value"] for row in mine]
-        # FLOPs have another unit: their curve is laid through the largest model's time.
-        scale = mine[-1]["seconds_per_token"] / mine[-1]["flops_per_token"]
-        for axes, measured, expected, label in (
-                (panels[0, column], [row["seconds_per_token"] * 1e6 for row in mine],
-                 [row["flops_per_token"] * scale * 1e6 for row in mine], "time (us per token)"),
-                (panels[1, column], [row["bytes_per_token"] / 1e3 for row in mine],
-                 [row["expected_bytes_per_token"] / 1e3 for row in mine], "memory (kB per token)")):
-            axes.plot(x, expected, color="grey", linestyle="--",
-                      label="expected: FLOPs, train.py --plan")
-            axes.plot(x, measured, color="tab:blue", marker="o", label="measured")
-            axes.set(xscale="log", yscale="log", xlabel=name, ylabel=label if column == 0 else "")
-            axes.set_xticks(x, [f"{value:g}" for value in x])
-            axes.set_xticks([], minor=True)
-    for axes in panels[:, 0]:  # the others of a row share its axis
-        label_125(axes.yaxis, "{x:g}")
-    panels[0, 0].legend(frameon=False, loc="upper left")
-    return finish(figure, options.output)
-
-
-# ------------------------------------------------------------------------- evaluation over training
+# ---------------------------------------------------------------------- evaluation over training
 
 # The paper's harness had other names for two metrics.
 METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
@@ -264,6 +188,14 @@ def size(model):
     return name_parts(model)[0]
 
 
+def label_125(axis, formatter):
+    """Label 1, 2 and 5 of every decade of a log axis, nothing between."""
+    plt = pyplot()
+    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(plt.NullFormatter())
+
+
 def looks(models, colours):
     """Return {model: (colour, line)}, in order: a colour a size, a line for the rest of the name.
 
@@ -278,12 +210,15 @@ def looks(models, colours):
     others = list(dict.fromkeys(number or model for model, (number, _) in parts.items()
                                 if number not in places))
     places |= {name: i / max(1, len(others) - 1) for i, name in enumerate(others)}
-    # None: names without a size, alike.
+    # Names without a size get the last line, which no rest of a name has.
     rests = sorted({rest for number, rest in parts.values() if number},
                    key=lambda rest: ("deduped" in rest, rest)) + [None]
-    lines = dict(zip(rests, ("-", "--", ":", *(  # then a dash and ever more dots
-        (0, (6, 1.5) + (1, 1.5) * n) for n in range(1, len(rests))))))
-    return {model: (colours(0.08 + 0.92 * places[number or model]), lines[rest if number else None])
+    lines = ["-", "--", ":"]
+    for dots in range(1, len(rests)):  # then a dash and ever more dots: lengths of on, off, on, ...
+        lines.append((0, (6, 1.5) + (1, 1.5) * dots))
+    styles = dict(zip(rests, lines))
+    return {model: (colours(0.08 + 0.92 * places[number or model]),
+                    styles[rest if number else None])
             for model, (number, rest) in parts.items()}
 
 
@@ -486,7 +421,7 @@ def paper(options):
     return figures
 
 
-# ------------------------------------------------------------ studies/figures.py
+# ---------------------------------------------------------------------------- the studies
 
 
 @dataclass(frozen=True)
@@ -618,10 +553,7 @@ def count(n, noun):
     return f"{int(n):,} {noun}" + "s" * (int(n) != 1)
 
 
-
-
 if __name__ == "__main__":
     command(sys.argv[1:], {
-        "training": (Training, training), "weights": (Weights, weights), "growth": (Growth, growth),
-        "curves": (Curves, curves), "table": (Table, table), "paper": (Paper, paper),
-        "term_frequency": (TermFrequency, term_frequency)})
+        "training": (Training, training), "curves": (Curves, curves), "table": (Table, table),
+        "paper": (Paper, paper), "term_frequency": (TermFrequency, term_frequency)})

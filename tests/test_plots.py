@@ -215,28 +215,6 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
                                "books (n = 3)": ([64, 128], [2, 1])}
 
 
-def test_weights_have_a_line_a_matrix(tmp_path):
-    (tmp_path / "v.csv").write_text(
-        "step,tensor,norm,distance_from_first,cosine_to_previous\n" + "".join(
-            f"{step},{name},{step + 1},{step / 2},nan\n"
-            for step in (0, 1, 2) for name in ("embed_in", "embed_out")))
-    figure = plots.weights(plots.Weights(f"{tmp_path}/v.csv", f"{tmp_path}/v.png"))
-    assert [axes.get_ylabel() for axes in figure.axes] == [
-        "L2 norm", "distance from the first / its norm", "cosine to the checkpoint before"]
-    assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[0, 0.5, 1]] * 2
-
-
-def test_growth_lays_the_flops_through_the_largest_model(tmp_path):
-    (tmp_path / "g.csv").write_text(
-        "axis,value,seconds_per_token,flops_per_token,bytes_per_token,expected_bytes_per_token\n"
-        "d_model,64,1e-6,50,1000,900\nd_model,128,4e-6,400,4000,3900\n")
-    time, memory = plots.growth(plots.Growth(f"{tmp_path}/g.csv", f"{tmp_path}/g.png")).axes
-    assert contents(time) == {
-        "expected: FLOPs, train.py --plan": ([64, 128], [pytest.approx(0.5), pytest.approx(4)]),
-        "measured": ([64, 128], [1, 4])}
-    assert contents(memory)["measured"] == ([64, 128], [1, 4]) and memory.get_xlabel() == "d_model"
-
-
 def test_memorization_shows_lengths_and_counts_against_a_poissons(tmp_path):
     (tmp_path / "rates.csv").write_text("model,step,subset,rows,mean_length,stderr\n" + "".join(
         f"m,{step},{subset},{rows},{step + n},0.5\n" for step in (4, 2)
