@@ -3,7 +3,6 @@
     python plots.py training --run=runs/mini --results=runs/mini/results.csv \\
         --output=runs/mini/curves.png
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
-    python plots.py table --results=results.csv
     python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv \\
         --output=figures
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
@@ -100,7 +99,7 @@ def training(options):
     return finish(figure, options.output)
 
 
-# ---------------------------------------------------------------------- evaluation over training
+# ------------------------------------------------------------------ evaluation over training
 
 # The paper's harness had other names for two metrics.
 METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
@@ -188,14 +187,6 @@ def size(model):
     return name_parts(model)[0]
 
 
-def label_125(axis, formatter):
-    """Label 1, 2 and 5 of every decade of a log axis, nothing between."""
-    plt = pyplot()
-    axis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(formatter)
-    axis.set_minor_formatter(plt.NullFormatter())
-
-
 def looks(models, colours):
     """Return {model: (colour, line)}, in order: a colour a size, a line for the rest of the name.
 
@@ -223,34 +214,30 @@ def looks(models, colours):
 
 
 def choose_panels(curves, tasks, metrics, shots):
-    """Return the (task, shots, metric) to draw, or raise ValueError naming what is not there.
+    """Return the (task, shots, metric) to draw, or raise ValueError saying what there is.
 
-    Without `tasks`, a group stands for its members: MMLU has 57.
+    Without `tasks`, a group stands for its members: MMLU has 57. Without `metrics`, each task is
+    drawn by its main one.
     """
-    there = {panel for panel in curves if shots in (None, panel[1])}
+    there = sorted(panel for panel in curves if shots in (None, panel[1]))
     if not tasks:
         members = {(member, n) for task, n, _ in there if task in GROUPS
                    for member in GROUPS[task][0]}
-        there = {panel for panel in there if (panel[0].partition(":")[0], panel[1]) not in members}
-    names = tasks.split(",") if tasks else sorted({task for task, _, _ in there})
-    panels, at = [], "" if shots is None else f" at {shots} shots"
-    for name in names:
-        own = sorted(panel for panel in there if panel[0] == name)
-        wanted = metrics.split(",") if metrics else [
-            next((metric for metric in MAIN_METRICS
-                  if any(metric == panel[2] for panel in own)), "acc")]
-        found = [panel for panel in own if panel[2] in wanted]
+        there = [panel for panel in there if (panel[0].partition(":")[0], panel[1]) not in members]
+    wanted, panels = tasks.split(",") if tasks else sorted({task for task, _, _ in there}), []
+    for name in wanted:
+        own = [panel for panel in there if panel[0] == name]
+        main = [metric for metric in MAIN_METRICS if any(metric == panel[2] for panel in own)]
+        kept = metrics.split(",") if metrics else main[:1]
+        found = [panel for panel in own if panel[2] in kept]
         if not found and (tasks or not metrics):
-            raise ValueError(f"no {' or '.join(wanted)} of {name}{at} in the results; there are "
-                             + (", ".join(sorted({
-                                 f"{metric} at {n} shots" for task, n, metric in curves
-                                 if task == name}))
-                                or "the tasks " + ", ".join(sorted({
-                                    task for task, _, _ in curves}))))
+            raise ValueError(f"no {' or '.join(kept) or 'result'} of {name} (shots: {shots}); "
+                             f"there are {sorted(panel for panel in curves if panel[0] == name)} "
+                             f"of the tasks {sorted({task for task, _, _ in curves})}")
         panels += found
     if not panels:
-        raise ValueError(f"the results have no {metrics or 'evaluation'}{at}; there are those at "
-                         f"{', '.join(map(str, sorted({n for _, n, _ in curves})))} shots")
+        raise ValueError(f"no {metrics or 'evaluation'} at {shots} shots; there are "
+                         f"{sorted({n for _, n, _ in curves})} shots")
     return panels
 
 
@@ -272,10 +259,6 @@ def draw(curves, panels, output, reference=None, title=None, xscale="log"):
         axes.xaxis.get_offset_text().set_fontsize(7)
         draw_published(axes, (reference or {}).get(panel, {}), handles)
         draw_models(axes, curves.get(panel, {}), look, handles)
-        left, right = axes.get_xlim()
-        if xscale == "log" and right < 100 * left:  # so short that the labels of all ticks overlap
-            label_125(axes.xaxis, plt.matplotlib.ticker.LogFormatterSciNotation(
-                minor_thresholds=(math.inf, math.inf)))  # all of them
     for axes in list(grid.flat)[len(panels):]:
         axes.set_visible(False)
     for column in range(columns):
@@ -343,41 +326,6 @@ def curves(options):
                      for row in read_csv(path) if row.get("style")} if reference else ())
     title = f"ours: {', '.join(styles)}" if styles else None
     return draw(results, panels, options.output, reference, title)
-
-
-@dataclass(frozen=True)
-class Table:
-    results: str  # CSV of eval.py or of the published results; several with commas
-    tasks: str | None = None
-    metrics: str | None = None
-    shots: int | None = None
-
-
-def table(options):
-    """Print the last checkpoint of every model: a row a model, a column a task."""
-    results = evaluations(options.results)
-    panels = choose_panels(results, options.tasks, options.metrics, options.shots)
-    models = sorted({model for panel in panels for model in results[panel]},
-                    key=lambda model: (size(model), model))
-    heads = [(f"{task} ({shots})", metric) for task, shots, metric in panels]
-    cells = {model: [_cell(results[panel].get(model)) for panel in panels] for model in models}
-    widths = [max(len(text) for text in (*head, *(row[i] for row in cells.values())))
-              for i, head in enumerate(heads)]
-    first = max(map(len, models))
-    for line in (0, 1):
-        print(" " * first + "".join(f"  {head[line]:>{width}}"
-                                    for head, width in zip(heads, widths)))
-    for model in models:
-        print(f"{model:{first}}" + "".join(
-            f"  {cell:>{width}}" for cell, width in zip(cells[model], widths)))
-
-
-def _cell(points):
-    if not points:
-        return "-"
-    _, value, error = points[-1]
-    digits = 4 if abs(value) < 10 else 2
-    return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error is not None else "")
 
 
 @dataclass(frozen=True)
@@ -555,5 +503,5 @@ def count(n, noun):
 
 if __name__ == "__main__":
     command(sys.argv[1:], {
-        "training": (Training, training), "curves": (Curves, curves), "table": (Table, table),
-        "paper": (Paper, paper), "term_frequency": (TermFrequency, term_frequency)})
+        "training": (Training, training), "curves": (Curves, curves), "paper": (Paper, paper),
+        "term_frequency": (TermFrequency, term_frequency)})
