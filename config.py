@@ -216,6 +216,9 @@ LOCKS = {}  # path: a file that stays open, and so locked, for as long as the pr
 
 def lock(path, busy):
     """Hold a file's lock until it is closed or this process ends, or raise ValueError(busy)."""
+    held = LOCKS.get(os.path.realpath(path))
+    if held and not held.closed:
+        return held
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import LOCKS, check, file_size, lock, parse, read_json, run
+from config import check, file_size, lock, parse, read_json, run
 from model import Cache, Prefix, head_blocks, read_config
 from parallel import Processes
 from tasks import (GROUPS, SEVERAL, STYLES, NoDocuments, digest, named_tasks, prompts, read_split,
@@ -645,8 +645,7 @@ def open_results(path):
     """
     if there := os.path.exists(path):
         file_size(path)  # a device has no end
-    if os.path.realpath(path) not in LOCKS:
-        lock(path, f"{path}: another evaluation writes it; wait for it or name another file")
+    lock(path, f"{path}: another evaluation writes it; wait for it or name another file")
     text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
     header = ",".join(HEADER) + "\n"
     # A full disk or a kill leaves less than a header. Not of a link: /dev/stdout is one.

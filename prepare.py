@@ -183,7 +183,7 @@ def subset_name(record):
 
 
 def in_workers(function, tasks, workers, start, *arguments):
-    """Yield function(*task) of each task, in order, computed by `workers` processes (0: a core each).
+    """Yield function(*task) of each task, in order, from `workers` processes (0: one a core).
 
     start(*arguments) is called first in every process. They run ahead by a bounded number of tasks.
     With one worker all of it happens in this process.
@@ -215,8 +215,9 @@ def _start_worker(start, arguments):
 
 def serve_parent():
     """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    if parent_process():  # else there is one process alone
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 
 
 def _end_with(parent):

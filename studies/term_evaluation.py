@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-from eval import find_all, generate_until, lock, loglikelihood
+from config import lock
+from eval import find_all, generate_until, loglikelihood
 from studies.results import Checkpoints, first_and_last
 from parallel import Processes
 from studies.term_questions import arithmetic, given_answer, OPERATIONS, read_questions, trivia
@@ -44,7 +45,8 @@ def evaluate(options):
     prompts = all_prompts(options)
     folders = find_all(options.model, options.steps)
     tokenizer, device = load_tokenizer(options.tokenizer), Processes(options.device).device
-    lock(options.results)
+    lock(options.results, f"{options.results}: another evaluation writes it; wait for it or name "
+         "another file")
     rows = read_rows(options.results, mend=True)
     for (task, _), asked in prompts.items():
         if task == "triviaqa" and any(row["task"] == task and row["item"] != asked[0].item

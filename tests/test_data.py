@@ -1,5 +1,6 @@
 """pytest tests/test_data.py"""
 
+import fcntl
 import hashlib
 import json
 import struct
@@ -133,9 +134,11 @@ def test_another_job_starts_anew(tmp_path):
     writer = TokenWriter(tmp_path / "d", "job")
     writer.append([1, 2], [2])
     writer.commit(1)
-    with pytest.raises(ValueError, match="another process is writing there"):
-        TokenWriter(tmp_path / "d", "another")
     writer.close()
+    with open(tmp_path / "d.partial/lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing there"):
+            TokenWriter(tmp_path / "d", "another")
     assert TokenWriter(tmp_path / "d", "another").position is None
 
 
