@@ -24,6 +24,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from config import check
 from data import batch_rows, MASKED
 
 
@@ -32,33 +33,27 @@ class InterventionConfig:
     intervention: str | None = None  # a name of interventions.py, or None
     # the first step it applies to (0-based: what makes checkpoint step + 1)
     intervention_from: int = 0
-    intervention_to: int | None = None  # the last one, None: to the end
     terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
     copies: int = 1  # term_duplicate: how many more times a row comes
 
     def __post_init__(self):
-        if self.intervention is not None and self.intervention not in INTERVENTIONS:
-            raise ValueError(f"no intervention called {self.intervention}; there are "
-                             f"{', '.join(INTERVENTIONS)}")
+        check(self, f"one of {', '.join(INTERVENTIONS)}", INTERVENTIONS.__contains__,
+              "intervention")
+        check(self, "at least 0", lambda value: value >= 0, "intervention_from")
+        check(self, "at least 1", lambda value: value >= 1, "copies")
+        if self.intervention is None and self.intervention_from:
+            raise ValueError(f"intervention_from = {self.intervention_from}: of no use without "
+                             "--intervention=NAME")
         if bool(self.terms) != bool(self.intervention and self.intervention.startswith("term_")):
             raise ValueError(f"intervention = {self.intervention} with terms = {self.terms!r}: "
                              "the term_ ones need --terms=WORD,WORD, the others take none")
         if self.terms and not all(term.strip() for term in self.terms.split(",")):
             raise ValueError(f"terms = {self.terms!r}: an empty word among them")
-        first, last = self.intervention_from, self.intervention_to
-        if self.intervention is None and (first, last) != (0, None):
-            raise ValueError(f"intervention_from = {first}, intervention_to = {last}: of no use "
-                             "without --intervention=NAME")
-        if self.copies < 1 or (self.copies > 1 and self.intervention != "term_duplicate"):
-            raise ValueError(f"copies = {self.copies}, expected at least 1, and "
-                             "--intervention=term_duplicate: the others make none")
-        if first < 0 or (last is not None and last < first):
-            raise ValueError(f"intervention_from = {first}, intervention_to = {last}: expected "
-                             "0 <= from <= to")
+        if self.copies > 1 and self.intervention != "term_duplicate":
+            raise ValueError(f"copies = {self.copies} without --intervention=term_duplicate")
 
     def covers(self, step):
-        return self.intervention_from <= step and (
-            self.intervention_to is None or step <= self.intervention_to)
+        return self.intervention_from <= step
 
 
 class IntervenedData:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import read_json
+from config import check, read_json
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,17 @@ class ModelConfig:
     init: str = "small"
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected at least 1")
+        check(self, "at least 1", lambda value: value >= 1,
+              "n_layers", "d_model", "n_heads", "vocab_size", "seq_length")
+        check(self, "'tanh' (as trained) or 'erf' (as published)", ("tanh", "erf").__contains__,
+              "gelu")
+        check(self, "'small' or 'normal'", ("small", "normal").__contains__, "init")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = "
                              f"{self.n_heads}")
         if self.rotary_dims < 2 or self.rotary_dims % 2:
             raise ValueError(f"d_head = {self.d_head} leaves {self.rotary_dims} rotary dimensions, "
                              "expected an even number: make d_model / n_heads a multiple of 8")
-        if self.gelu not in ("tanh", "erf"):
-            raise ValueError(f"gelu = {self.gelu!r}, expected 'tanh' (as trained) or 'erf' "
-                             "(as published)")
-        if self.init not in ("small", "normal"):
-            raise ValueError(f"init = {self.init!r}, expected 'small' or 'normal'")
 
     @property
     def d_head(self):
@@ -163,9 +160,6 @@ class HeadLoss(torch.autograd.Function):
     at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
     are made on the way forward (the loss is the last node, so its incoming gradient is a number).
 
-    Where its time goes at d_model 128 on two AVX-512 threads: the three matmuls 84 %, softmax 8 %,
-    the two maxima 8 %. Gradients of the weight kept transposed, (D, V), were no faster at D 512.
-
     A negative target (padding) adds nothing to the sum, but the mean is still over all N: a token
     weighs the same whatever padding shares its micro-batch, on any number of processes.
     """
@@ -194,7 +188,8 @@ class HeadLoss(torch.autograd.Function):
             if needs_grad:  # d loss / d logits = softmax - one_hot(target), times 1/N in backward
                 grad = probabilities.scatter_add_(1, target, torch.full_like(target_logit, -1))
                 grad = grad.to(dtype)
-                # Masking the (n, D) factors spares a pass over the (n, V) gradient.
+                # Padding has no gradient. It is taken out of the narrow factors (n, D), which is
+                # cheaper than setting rows of the wide (n, V) gradient to zero.
                 grad_hidden[rows] = (grad @ weight) * kept
                 if dtype is wide:
                     grad_weight.addmm_(grad.T, hidden[rows] * kept)
@@ -318,28 +313,23 @@ class Pythia(nn.Module):
         if T + n_tokens > L:
             raise ValueError(f"{T} tokens and {n_tokens} new ones, but seq_length is {L}")
         padding = torch.zeros(B, dtype=torch.int64, device=device) if padding is None else padding
-        out = F.pad(tokens, (0, n_tokens))
         columns = torch.arange(T + n_tokens, device=device)
+        # What is added to attention's scores: nothing sees padding, (B, 1, 1, T + n_tokens), ...
         unseen = torch.zeros(B, 1, 1, T + n_tokens, device=device, dtype=self.embed_in.weight.dtype)
         unseen.masked_fill_((columns < padding[:, None])[:, None, None], -torch.inf)
-        # A padding token sees itself, for a softmax of nothing would be NaN.
-        ahead = unseen[..., :T].masked_fill(columns[:T] > columns[:T, None], -torch.inf)
-        ahead = ahead.masked_fill(columns[:T] == columns[:T, None], 0)
+        # ... and the prompt sees only itself and what is before it. A padding token sees itself,
+        # for a softmax of nothing would be NaN.
+        mask = unseen[..., :T].masked_fill(columns[:T] > columns[:T, None], -torch.inf)
+        mask = mask.masked_fill(columns[:T] == columns[:T, None], 0)
         cache = [Cache(self.config, B, T + n_tokens, self.embed_in.weight) for _ in self.layers]
-        rows, start, mask = torch.arange(B, device=device), 0, ahead
-        # Remembered, for finished may look at the last tokens only.
+        out, start = F.pad(tokens, (0, n_tokens)), 0
+        rows = torch.arange(B, device=device)  # those that are still generated
+        # Remembered, for `finished` may look at the last tokens only.
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for end in range(T, T + n_tokens):
             positions = (columns[start:end] - padding[rows, None]).clamp(min=0)
             x = self.hidden(out[rows, start:end], positions, mask, cache)[:, -1]  # (n, D)
-            # (V, D) @ (D, n) is twice as fast on a CPU as the head's own product for so few rows.
-            logits = (self.embed_out.weight @ x.T).T.float()  # (n, V)
-            if temperature == 0:
-                out[rows, end] = logits.argmax(-1)
-            else:
-                probabilities = (logits / temperature).softmax(-1)
-                out[rows, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            start = end
+            out[rows, end] = self._next_token(x, temperature, generator)
             if finished is not None:
                 ended[rows] |= finished(out[rows, T:end + 1]).to(device)
                 going = ~ended[rows]
@@ -349,8 +339,17 @@ class Pythia(nn.Module):
                     rows = rows[going]
                     for layer in cache:
                         layer.kv = layer.kv[:, going]
-            mask = unseen[rows, :, :, :end + 1]
+            start, mask = end, unseen[rows, :, :, :end + 1]
         return out
+
+    def _next_token(self, x, temperature, generator):
+        """Return a token for each of the hidden states x (n, D)."""
+        # (V, D) @ (D, n) is twice as fast on a CPU as the head's own product for so few rows.
+        logits = (self.embed_out.weight @ x.T).T.float()  # (n, V)
+        if temperature == 0:
+            return logits.argmax(-1)
+        probabilities = (logits / temperature).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 # ---------------------------------------------------------------------------- as published

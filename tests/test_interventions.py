@@ -151,15 +151,12 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--intervention=pronoun"], "no intervention called pronoun; there are pronouns_to_feminine"),
+    (["--intervention=pronoun"], "intervention = 'pronoun', expected one of pronouns_to_feminine"),
     (["--intervention=term_drop"], "need --terms=WORD"),
     (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
     (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
-    (["--intervention=term_drop", "--terms=a", "--intervention_from=9", "--intervention_to=3"],
-     "expected 0 <= from <= to"),
-    (["--intervention_to=9"], "of no use without --intervention=NAME"),
-    (["--intervention=term_drop", "--terms=a", "--copies=3"],
-     "copies = 3, expected at least 1, and")])
+    (["--intervention_from=9"], "of no use without --intervention=NAME"),
+    (["--intervention=term_drop", "--terms=a", "--copies=3"], "copies = 3 without")])
 def test_a_mistake_is_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as ended:
         command(["view", "--data=none", *flags], {"view": (View, view)})
@@ -173,16 +170,16 @@ def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
              "--steps=4", "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3",
              f"--data={tmp_path}/rows", f"--tokenizer={tokenizer_path}",
              "--intervention=term_drop", "--terms=Egypt",
-             "--intervention_from=1", "--intervention_to=2", f"--out_dir={tmp_path}/run"]
+             "--intervention_from=1", f"--out_dir={tmp_path}/run"]
     def train(*more):
         return subprocess.run([sys.executable, "train.py", *flags, *more], check=True, cwd=ROOT,
                               capture_output=True, text=True).stdout
 
     first, second = train("--stop_at=2"), train()
     assert "the intervention changed 2 rows, see interventions.csv" in first
-    assert "term_drop changed 4 of 32 rows" in second  # of both launches
+    assert "changed 6 rows" in second  # of both launches
     with open(tmp_path / "run" / "interventions.csv") as file:
         noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]
     rows = data.rows(range(64)).reshape(4, 16, 7)
-    assert noted == [(step, row) for step in (1, 2) for row in range(16)
+    assert noted == [(step, row) for step in (1, 2, 3) for row in range(16)
                      if n_egypt(tokenizer, rows[step, row:row + 1])]
