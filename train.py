@@ -56,9 +56,9 @@ from config import check, fail, open_table, parse, read_json, run, write_json
 from data import OrderedData, TokenFile, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
-from parallel import (Interrupt, LaunchConfig, PlanConfig, Processes, communicate, compute_dtype,
-                      LossScaler, flops_per_token, forget_gradients, parallelize, peak_flops, plan,
-                      rehearse)
+from parallel import (Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes, communicate,
+                      compute_dtype, flops_per_token, forget_gradients, parallelize, peak_flops,
+                      plan, rehearse)
 from tokenizer import load_tokenizer
 
 
@@ -155,16 +155,14 @@ class Training:
         self.updates = 0  # that were not skipped: the learning rate goes by them
 
     def loss(self, rows):
-        """Return the mean loss of rows (B, T + 1) on the host, a tensor on the device.
-
-        A negative id is padding that an intervention made: it is no target, and as an input it is
-        replaced by any token.
-        """
+        """Return the mean loss of rows (B, T + 1) on the host, a tensor on the device."""
         if self.device.type == "cuda":  # pinned, so that the host does not wait for the copy
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         # Each weight is used once a pass, so a cache of cast weights would only cost memory.
         with torch.autocast(self.device.type, self.dtype, cache_enabled=False,
                             enabled=self.dtype != torch.float32):
+            # A negative id is padding that an intervention made. It is no target, and as an input
+            # any token does in its place.
             return self.wrapped(rows[:, :-1].clamp(min=0), rows[:, 1:])
 
     def gradients(self, batch):
@@ -244,14 +242,12 @@ class Batches:
         self.order, self.vocab_size = order, model_config.vocab_size
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
+        # Replayed steps lie before `intervene_from`: their batches come as the parent saw them.
         self.intervened, self.intervene_from = None, 0
         processes.together(lambda: self.read(0))  # a mistake shows before anything is computed
 
     def read(self, step):
-        """Return micro-batches (A, B, T + 1) int64 on the host, and the rows that were changed.
-
-        Replayed steps lie before `intervene_from`: their batches come as the parent saw them.
-        """
+        """Return micro-batches (A, B, T + 1) int64 on the host, and the rows that were changed."""
         if self.intervened and step >= self.intervene_from:
             batch, changed = self.intervened.batch(step, **self.share), self.intervened.changed
         else:
@@ -264,8 +260,7 @@ class Batches:
 
 def find_start(config):
     """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
-    saved = checkpoints.saved_steps(config.out_dir, state=True)
-    if saved:
+    if saved := checkpoints.saved_steps(config.out_dir, state=True):
         return os.path.join(config.out_dir, f"step{saved[-1]}"), saved[-1]
     if not config.branch_from:
         return None, 0
@@ -424,6 +419,11 @@ def describe_launch(launch, processes):
                 if processes.device.type == "cuda" else None), "cuda": torch.version.cuda}
 
 
+def rows_of(step, config):
+    first = step * config.batch_size
+    return f"rows {first:,} to {first + config.batch_size - 1:,}"
+
+
 METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds")
 
 
@@ -435,11 +435,10 @@ class Log:
     """
 
     def __init__(self, config, start, tokens_per_step, may_overflow, intervention, processes):
-        """config: the run's TrainConfig; start: the step it goes on from."""
         self.config, self.tokens_per_step = config, tokens_per_step
         self.may_overflow, self.processes = may_overflow, processes
-        self.pending, self.recent, self.tables = [], deque(maxlen=128), {}
-        self.n_changed = 0
+        self.pending, self.recent = [], deque(maxlen=128)  # steps not yet written, last losses
+        self.tables, self.n_changed = {}, 0
         if processes.rank == 0:
             folder = Path(config.out_dir)
             self.text = open(folder / "log.txt", "a", buffering=1)
@@ -494,8 +493,8 @@ class Log:
             if not (self.may_overflow or math.isfinite(loss) and math.isfinite(norm)):
                 saved = checkpoints.saved_steps(self.config.out_dir)
                 raise FloatingPointError(
-                    f"step {step} ({self.rows_of(step)}): loss {loss}, gradient norm {norm}. "
-                    "Nothing was saved after it; the last checkpoint is "
+                    f"step {step} ({rows_of(step, self.config)}): loss {loss}, gradient norm "
+                    f"{norm}. Nothing was saved after it; the last checkpoint is "
                     + (f"step{saved[-1]}" if saved else "the one it branched from")
                     + ", `python batch_viewer.py view` shows the rows")
             self.write("metrics", step, step * self.tokens_per_step, loss, rate, norm,
@@ -505,10 +504,6 @@ class Log:
             self.n_changed += len(rows)
             self.watch(step, loss)
         return steps[-1], losses[-1], rates[-1], norms[-1], seconds
-
-    def rows_of(self, step):
-        first = step * self.config.batch_size
-        return f"rows {first:,} to {first + self.config.batch_size - 1:,}"
 
     def sync(self):
         """Bring the tables to the disk.
@@ -524,7 +519,7 @@ class Log:
         if len(self.recent) == self.recent.maxlen:
             mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
             if loss > mean + 6 * deviation:
-                self.say(f"spike at step {step} ({self.rows_of(step)}): loss {loss:.4f}, "
+                self.say(f"spike at step {step} ({rows_of(step, self.config)}): loss {loss:.4f}, "
                          f"{(loss - mean) / deviation:.1f} standard deviations above {mean:.4f}, "
                          "the mean of the 128 steps before")
         if math.isfinite(loss):  # else it is a float16 overflow
@@ -558,24 +553,24 @@ def save(training, step, scheduled, log):
     config = training.config
     log.flush()  # raises if one of them was not finite
     log.sync()
-    progress = {"tokens": step * log.tokens_per_step, "updates": training.updates,
-                "scaler": dict(training.scaler.state)}
-    checkpoints.save(config.out_dir, step, training.model, training.optimizer, progress,
-                     config.tokenizer, scheduled, config.async_save, config.state_every)
+    checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
+        "tokens": step * log.tokens_per_step, "updates": training.updates,
+        "scaler": dict(training.scaler.state)
+    }, config.tokenizer, scheduled, config.async_save, config.state_every)
     log.restart_clock()
 
 
 def train(model_config, config, intervention, launch, processes, interrupt):
     """Take the steps that the run folder does not have yet; leave there what comes of them."""
-    # Data, run folder and checkpoint to begin from: a mistake ends here, before any computing.
+    # Data, run folder, checkpoint to begin from: a mistake ends here, before any computing.
     order = open_order(config.data, config.steps, model_config, config, processes)
     batches = Batches(order, model_config, config, launch, processes)
     heldout = []
     if config.heldout:
-        others = open_order(config.heldout, config.heldout_batches, model_config, config, processes,
+        unseen = open_order(config.heldout, config.heldout_batches, model_config, config, processes,
                             once=True)
-        others = Batches(others, model_config, config, launch, processes)
-        heldout = [rows for i in range(config.heldout_batches) for rows in others.read(i)[0]]
+        unseen = Batches(unseen, model_config, config, launch, processes)
+        heldout = [rows for i in range(config.heldout_batches) for rows in unseen.read(i)[0]]
     source, start = claim(model_config, config, intervention, launch, order, processes)
     if intervention.intervention:
         batches.intervened = IntervenedData(order, load_tokenizer(config.tokenizer), intervention)
@@ -585,7 +580,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     training = Training(model_config, config, launch, processes)
     first = processes.together(lambda: restore(training, source, start))
     tokens_per_step = config.batch_size * model_config.seq_length
-    peak = peak_flops(processes.device) if processes.rank == 0 else math.nan
+    peak = peak_flops(processes.device)
     log = Log(config, start, tokens_per_step, training.scaler.enabled, intervention, processes)
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
@@ -641,11 +636,9 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         log.say(f"interrupted: saved step{step + 1}; the same command goes on from there")
         interrupt.exit()
     if end < config.steps:
-        log.say(f"stopped at step {max(start, end):,} of {config.steps:,} (--stop_at): "
-                "the same command without it goes on")
-    else:
-        log.say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in "
-                f"{config.out_dir}")
+        return log.say(f"stopped at step {max(start, end):,} of {config.steps:,} (--stop_at): "
+                       "the same command without it goes on")
+    log.say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
 
 def main(model_config, config, intervention, launch, options):
