@@ -81,7 +81,7 @@ class Provenance:
             place = (position, offset)
             after = bisect_right(range(len(sample_idx)), place,
                                  key=lambda s: tuple(sample_idx[s].tolist()))
-            # A first token of one sample is the last of another.
+            # A token that begins one sample is also the last one of another sample.
             for sample in (after - 1, after - 2):
                 if not 0 <= sample < len(sample_idx) - 1:
                     continue
@@ -129,7 +129,8 @@ def _baked_from(data):
     try:
         job = read_json(summary)["baked_from"]
         order = [int(job["order"][name]) for name in ("seq_length", "num_samples", "seed")]
-        # The name comes out of a file: nothing is built beside it, only what is there is read.
+        # The prefix comes out of a file that may be a stranger's. So no order is built beside it;
+        # it is only read if it is there.
         if not all(map(os.path.exists, order_paths(str(job["data"]), *order))):
             return None
         source = OrderedData(str(job["data"]), *order)
@@ -191,7 +192,7 @@ def view(options):
 
 def save_steps(options, data, steps):
     """Write all rows of the steps as one .npy, a step at a time."""
-    # uint16 as the token file; padding that an intervention made is a negative id and wants more.
+    # uint16 as in the token file; but an intervention's padding is a negative id.
     dtype = np.dtype("<i4" if options.intervention else "<u2")
     shape = (len(steps) * options.batch_size, options.seq_length + 1)
     with replacing(options.save) as file:
@@ -205,8 +206,8 @@ def save_steps(options, data, steps):
 def show_row(data, provenance, tokenizer, row, rows_before):
     """Print a row's documents; each says how many copies had begun before row `rows_before`."""
     ids = data.rows([row])[0]
-    # A published preshuffled file is text alone. A baked file is looked up where it came from, if
-    # that is the same.
+    # Of a published preshuffled file only the text is known. A baked file is looked up in the file
+    # that it was baked from, if that still has the same tokens.
     if not provenance.known or not np.array_equal(provenance.data.rows([row])[0], ids):
         return print(tokenizer.decode(ids.tolist()))
     for document, start, stop in provenance.data.pieces(row):
@@ -417,11 +418,11 @@ def search_range(start, stop, block):
     found = []
     before, after = len(_pattern.left), len(_pattern.right)
     for first in range(start, stop, block):
-        # A block with its neighbours, as far as the file has them; hits on its rim are decided
-        # without them.
+        # The block with the tokens around it, as far as the file has them. At the file's ends hits
+        # are decided without neighbours.
         low, high = max(first - before, 0), min(first + block + after, _tokens.n_tokens)
         ids = _tokens.slice(low, high)
-        # Comparing is faster than looking up while there is little to compare.
+        # For up to 12 ids comparing with each is faster than looking every token up in a table.
         is_anchor = (np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
                      if len(_pattern.anchors) <= 12 else _tables[0].take(ids, mode="clip"))
         hits = np.flatnonzero(is_anchor[first - low:min(first + block, stop) - low]) + first - low

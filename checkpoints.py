@@ -52,7 +52,7 @@ from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, rea
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
-# What files of 2023 carry and no forward pass needs: causal mask, its value, rotary frequencies.
+# Files of 2023 also hold the causal mask, its value and rotary frequencies, which are not needed.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
 
@@ -385,10 +385,10 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     """
     finish_writing()
     folder = Path(run) / f"step{step}"
-    if not Path(run).is_dir():  # an unmounted disk: do not begin another run in its place
+    if not Path(run).is_dir():  # for instance an unmounted disk: no new run begins in its place
         raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(run))
     exists = is_whole(folder) and not lost_moments(folder)
-    exchange()  # nobody makes the folder before all have looked
+    exchange()  # all processes must have looked before the first one makes the folder
     if exists:
         return
     parameters = dict(model.named_parameters())
@@ -438,7 +438,7 @@ def finish_writing():
 
 @functools.cache
 def _group():
-    return dist.new_group(backend="gloo")  # of its own: a thread waits in it while training goes on
+    return dist.new_group(backend="gloo")  # another than training's, for a thread
 
 
 def exchange(value=None):
@@ -480,7 +480,8 @@ def make_room(run, step, state_every):
         if not (folder / "training.json").exists():  # a published one
             continue
         if not read_json(folder / "training.json").get("scheduled", True):
-            temporary = folder.with_name(f".{folder.name}.tmp")  # no half checkpoint at any moment
+            # Renamed before it is removed, so that no half checkpoint has the name at any moment.
+            temporary = folder.with_name(f".{folder.name}.tmp")
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
         elif state_every and other % state_every:
@@ -489,7 +490,7 @@ def make_room(run, step, state_every):
                     if name not in moments}
             if moments:
                 write_json(folder / "manifest.json", kept)
-                sync(folder)  # before the files go: what a manifest lists is there at any moment
+                sync(folder)  # the manifest first, so that it never lists a file that is gone
             for path in folder.glob("optimizer*.safetensors*"):
                 path.unlink()
 
@@ -519,13 +520,13 @@ def writing(folder):
     """
     folder, before = Path(folder), None
     temporary = folder.with_name(f".{folder.name}.tmp")
-    remove(temporary)  # what a killed process left
+    remove(temporary)  # a killed process may have left it
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             sync(path)
-        if os.path.lexists(folder):  # damaged or without moments: else it had been left alone
+        if os.path.lexists(folder):  # a damaged checkpoint, or one without moments
             before, number = folder.with_name(f"{folder.name}.broken"), 0
             while os.path.lexists(before):
                 number += 1
@@ -536,7 +537,7 @@ def writing(folder):
         if before and is_whole(before) and lost_moments(before) and (
                 manifest_of(before).items() <= manifest_of(folder).items()):
             remove(before)
-    finally:  # a full disk gets its room back
+    finally:  # after an error, such as a full disk, the room is free again
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -670,9 +671,9 @@ def merge(name, parts):
     # Row parallel: split over inputs.
     if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
         return torch.cat(parts, 1)
-    if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # every rank adds its own
+    if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # each rank adds its part
         return sum(parts)
-    if is_norm(name):  # every rank has all of it, drifted apart by rounding
+    if is_norm(name):  # every rank has all of it; rounding took the copies apart
         return sum(parts) / len(parts)
     # Column parallel: split over outputs, whole heads and rows of the vocabulary.
     return torch.cat(parts, 0)

@@ -79,7 +79,7 @@ class TokenFile:
         self.dtype = np.dtype(DTYPES[header[17]]).newbyteorder("<")
         self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
-        # Python ints and int64 throughout: 600 GB of tokens are beyond 2^31 and 2^32.
+        # Python's ints and int64 are used throughout: 600 GB of tokens are beyond 2^31 and 2^32.
         self.n_tokens = int(self.pointers[-1]) // self.dtype.itemsize + int(self.sizes[-1])
         if self.n_tokens <= 0:
             raise ValueError(f"{idx}: describes no tokens")
@@ -238,7 +238,7 @@ class TokenWriter:
             write_index(file, sizes)
             file.flush()
             os.fsync(file.fileno())
-        # What was made from a file of the same name before does not belong to this one.
+        # An order that was built for an earlier file of this name does not belong to the new one.
         stale = glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")
         for path in [f"{self.prefix}.idx", *stale]:
             Path(path).unlink(missing_ok=True)
@@ -449,7 +449,7 @@ class OrderedData:
         sizes[-1] = stop + 1  # the next sample begins on this one's last token
         pieces = []
         for document, size in zip(documents, sizes):
-            if start < size:  # not of an empty document
+            if start < size:  # an empty document adds nothing
                 pieces.append((document, start, size))
             start = 0
         return pieces

@@ -105,7 +105,7 @@ def plan(rows, L, batch_tokens):
     for i in order:
         row, n = cut[i], rows[i][1]
         shared = 0 if before is None else _common(before[:-1], row[:-1])
-        own = len(row) - 1 - n  # a scored position is no part of a prefix
+        own = len(row) - 1 - n  # positions of the context: a prefix has no scored position
         packs, P = groups[-1] if groups else ([], 0)
         still = min(P, shared, own)  # what the group would share with this row in it
         small = packs and (len(packs[-1].tokens) + len(row) - shared
@@ -157,7 +157,7 @@ def _tensors(packs, P, device):
         tokens[b, :length] = torch.tensor(pack.tokens[P:])
         positions[b, :length] = torch.tensor(pack.positions[P:])
     if P == 0 and all(len(pack.branches) == 1 for pack in packs):
-        # Plain rows, padded on the right, where a causal model cannot see.
+        # Plain rows are padded on the right, which a causal model never looks at.
         return tokens.to(device), None, None
     mask = torch.full((len(packs), 1, T, P + T), -torch.inf)
     mask[..., :P] = 0
@@ -168,7 +168,7 @@ def _tensors(packs, P, device):
             inside = mask[b, 0, start - P:end - P]
             inside[:, ancestors] = 0
             inside[:, start:end] = triangle[:end - start, :end - start]
-        # Padding sees anything: a softmax of nothing would be NaN.
+        # Padding may see everything. If it saw nothing, its softmax would be NaN.
         mask[b, 0, len(pack.tokens) - P:] = 0
     return tokens.to(device), positions.to(device), mask.to(device)
 
@@ -221,7 +221,8 @@ def _read(model, tokens):
 
 def _logprobs(model, hidden, nodes, targets):
     """Return log p(target), and is it the greedy token, for targets at rows `nodes` of hidden."""
-    nodes, which = np.unique(nodes, return_inverse=True)  # choices of one token share their logits
+    # Choices of one token are scored at the same node, whose logits are computed once.
+    nodes, which = np.unique(nodes, return_inverse=True)
     device = hidden.device
     hidden = hidden[torch.tensor(nodes, device=device)]
     which, targets = (torch.tensor(values, device=device) for values in (which, targets))
@@ -233,7 +234,8 @@ def _logprobs(model, hidden, nodes, targets):
         target_logits, first = logits[row, target], logits.argmax(1, keepdim=True)
         greedy[here] = first[row, 0] == target
         largest = logits.gather(1, first)
-        # log sum exp = largest logit - log(its probability): half the time of logsumexp, in place.
+        # log sum exp = largest logit - log(its probability). This works in place and takes half
+        # the time of torch.logsumexp.
         log_sum = largest - torch.softmax(logits, 1, out=logits).gather(1, first).log()
         logprobs[here] = (target_logits - log_sum[row, 0]).double()
     return logprobs.cpu().numpy(), greedy.cpu().numpy()
@@ -344,7 +346,7 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
         raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt "
                          f"in {L} tokens of context")
     stops = (*stops, "<|endoftext|>")
-    # A stop's tokens, and broken bytes.
+    # The last tokens that can hold a stop; 3 more for a character that is cut in two.
     window = max(len(stop.encode()) for stop in stops[:-1] or stops) + 3
 
     def text(tokens):
@@ -464,13 +466,13 @@ class EvalConfig:
     # Rows are appended; what it holds is not computed again. A model is known by its folder's name
     # alone: two models of one name need two files.
     output: str = "results.csv"
-    # JSON Lines file that gets every request computed now and its result; twice if a kill fell
-    # between the two files. What the CSV already holds is not computed, so it gets no lines.
+    # JSON Lines file that gets every request computed now and its result. What the CSV already
+    # holds is not computed, so it gets no lines.
     samples: str | None = None
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
     shots: int = 0  # solved examples before each question
     style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
-    dtype: str = "float32"  # as the paper; lm_eval, unasked, takes float16 for the published files
+    dtype: str = "float32"  # as in the paper; lm_eval loads the published files in float16
     limit: int | None = None  # only so many documents of each task
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
@@ -489,7 +491,7 @@ HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr
 
 
 def main(config):
-    # Only results travel; the first to finish may wait for the last longer than gloo's 30 minutes.
+    # Processes meet when a task is done. The first one may wait longer than gloo's 30 minutes.
     processes = Processes(config.device, timeout=timedelta(days=30))
     jobs = prepare_all(config)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -501,11 +503,11 @@ def main(config):
             open_samples(config.samples)
         return done
 
-    # What the first process found, for all: it may soon write more.
+    # All processes take what the first one found in the file, to which it may soon add rows.
     done = processes.gather(processes.together(open_outputs, first_alone=True))[0]
     todo = [(entry, job) for entry in folders for job in jobs
             if key(config, entry, job) not in done]
-    for entry, job in todo:  # not after hours of other tasks
+    for entry, job in todo:  # refuse now, not after hours of other tasks
         task = job.members[0][1]
         if task.kind == "generate" and task.n_tokens >= (L := read_config(entry[3]).seq_length):
             raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
@@ -546,7 +548,7 @@ def prepare_all(config):
         except NoDocuments as error:
             if name in config.tasks.split(","):
                 raise
-            note(f"{error}; left out")  # first of all CrowS-Pairs without bias_type "autre"
+            note(f"{error}; left out")  # as CrowS-Pairs has no bias_type "autre" in English
     if not jobs:
         raise ValueError(f"{config.tasks}: none of these tasks has documents in {config.docs}")
     return jobs
@@ -644,11 +646,12 @@ def open_results(path):
     The rows before a torn one go too if they are of the same evaluation: it is computed again.
     """
     if there := os.path.exists(path):
-        file_size(path)  # a device has no end
+        file_size(path)  # refuses a device, which could be read without end
     lock(path, f"{path}: another evaluation writes it; wait for it or name another file")
-    text = Path(path).read_text(encoding="utf8", errors="surrogateescape")  # half a letter
+    text = Path(path).read_text(encoding="utf8", errors="surrogateescape")
     header = ",".join(HEADER) + "\n"
-    # A full disk or a kill leaves less than a header. Not of a link: /dev/stdout is one.
+    # A full disk or a kill can leave less than a header. (A link is left alone: /dev/stdout is
+    # one.)
     if header.startswith(text) and not (there and os.path.islink(path)):
         os.truncate(path, 0)
         append_results(path, [HEADER])
@@ -681,7 +684,7 @@ def append_results(path, rows):
 
 def open_samples(path):
     """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
-    open(path, "a").close()  # a path that cannot be written shows now, not in an hour
+    open(path, "a").close()  # a path that cannot be written is refused now, not in an hour
     if path.startswith("/dev/") or not os.path.isfile(path):
         return  # /dev/stdout may be a file, but not ours
     whole, torn, beginning = 0, b"", b'{"model": '

@@ -80,7 +80,7 @@ class IntervenedData:
         return rows
 
     def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
-        # The whole step on every rank: what becomes of a row may depend on the others.
+        # Every rank works on the whole step, since what becomes of a row may depend on the others.
         numbers = (batch_rows(step, batch_size, rank, world_size, micro_batch_size)
                    - step * batch_size)
         return self.step_rows(step, batch_size)[numbers]
@@ -125,7 +125,7 @@ class PronounSwap:
         """Return a row's ids (seq_length + 1,) after the swap, as many, MASKED if text ran out."""
         pieces, documents = self.data.pieces(number), self.data.tokens
         (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
-        # For a word that the row begins in.
+        # The row may begin inside a word, whose beginning decides what the word is.
         before = documents.read(first, max(start - 8, 0), start)
         after = documents.read(last, stop,
                                min(stop + len(row) // 4 + 8, int(documents.sizes[last])))
@@ -140,7 +140,7 @@ class PronounSwap:
         out, done = [], begin  # the first `done` tokens are dealt with
         for place, end, new in self.swaps(raw):
             first, last = np.searchsorted(ends, (place, end - 1), side="right").tolist()
-            if first >= done:  # else it begins before the row
+            if first >= done:  # otherwise the word begins before the row and was cut off
                 head, tail = ends[first] - self.lengths[tokens[first]], ends[last]
                 out += tokens[done:first].tolist() + self.encode(
                     raw[head:place] + new + raw[end:tail])

@@ -123,7 +123,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, K)
         if cache is not None:
             k, v = cache.extend(k, v)
-        # Purely causal: documents packed into one row do see each other, as in the original.
+        # Purely causal, as in the original: documents packed into one row see each other.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.dense(y.transpose(1, 2).reshape(B, T, D))
 
@@ -196,7 +196,7 @@ class HeadLoss(torch.autograd.Function):
                 else:
                     grad_weight += grad.T @ (hidden[rows] * kept)
         if needs_grad:
-            # Not save_for_backward: autograd copies a gradient that somebody else still holds.
+            # Kept as attributes: a gradient saved with save_for_backward would be copied once more.
             ctx.grads = grad_hidden, grad_weight
             ctx.dtypes = hidden_dtype, weight_dtype
         return total / len(targets)
@@ -235,7 +235,7 @@ class Pythia(nn.Module):
     def __init__(self, config, seed=1234):
         super().__init__()
         self.config = config
-        # Given its weight: drawing one on the meta device would import torch._dynamo, 2 seconds.
+        # Given an empty weight: to draw one on the meta device imports torch._dynamo, 2 seconds.
         self.embed_in = nn.Embedding(config.vocab_size, config.d_model,
                                      _weight=torch.empty(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))

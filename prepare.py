@@ -59,7 +59,7 @@ def input_files(spec):
     for path in paths:
         if not path.endswith(SUFFIXES):
             raise ValueError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-        os.stat(path)  # a missing file is known before the first one is read
+        os.stat(path)  # raises now if a file is missing, not hours later
     return paths
 
 
@@ -204,7 +204,7 @@ def in_workers(function, tasks, workers, start, *arguments):
         while waiting:
             yield waiting.popleft().result()
     finally:
-        # Waits for the tasks at work: Python's exit, coming first, can hit a closed pipe.
+        # Wait for the tasks at work. If Python exits before them, it can write to a closed pipe.
         pool.shutdown(cancel_futures=True)
 
 
@@ -215,7 +215,7 @@ def _start_worker(start, arguments):
 
 def serve_parent():
     """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
-    if parent_process():  # else there is one process alone
+    if parent_process():  # otherwise this process is alone
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
 

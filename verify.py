@@ -41,9 +41,9 @@ from config import command, read_json
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
 RATIO = 1.5  # a distance over the neighbours' to each other that no honest matrix has
-VECTOR_RATIO = 3.0  # biases and LayerNorms are noisier
+VECTOR_RATIO = 3.0  # the same for biases and LayerNorms, which are noisier
 FAR = 0.1  # relative distance that no matrix at either end has from its neighbour by accident
-VECTOR_FAR = 3.0  # biases grow from 0 at first
+VECTOR_FAR = 3.0  # the same for biases, which grow from 0 at first, and LayerNorms
 SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones have less than 0.01
 EXCHANGED = 1.25  # squared steps of the path over those after an exchange; honest up to 0.7
 
@@ -133,7 +133,8 @@ def check_file(found, name, entry):
 def measure(found, name, stored):
     """Read a tensor; note its norm, some entries and whether it is finite and no part is empty."""
     tensor, zeros = stored.read().reshape(-1), 0
-    square = 0.0  # any float32's square fits float64: a sum that is not finite has a culprit
+    # The square of any finite float32 fits float64, so a sum that is not finite means NaN or inf.
+    square = 0.0
     for chunk in tensor.split(1 << 20):
         if len(stored.shape) == 2 and len(chunk) - chunk.count_nonzero() >= BLOCK:
             blocks = chunk[:len(chunk) // BLOCK * BLOCK].view(-1, BLOCK)
@@ -143,7 +144,7 @@ def measure(found, name, stored):
     if not math.isfinite(square):
         broken = tensor.numel() - tensor.isfinite().sum()
         found.problems.append(f"{name}: {broken:,} values are NaN or infinite")
-    if zeros:  # pages that never reached the disk, rows that were cut out
+    if zeros:  # such as pages that never reached the disk, or rows that were cut out
         found.problems.append(f"{name}: {zeros:,} values side by side are 0")
     found.norms[name], found.files[name] = math.sqrt(square), stored.path.name
     found.shapes[name], count = stored.shape, tensor.numel()
@@ -174,7 +175,8 @@ def distances(scans, name):
     stack = torch.stack([here.samples[name] for here in scans]).double()
     apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
     whole = apart * math.sqrt(math.prod(scans[0].shapes[name]) / stack.shape[1])
-    return norms, whole.maximum((norms[:, None] - norms).abs())  # which a value not sampled moves
+    # A value that was not sampled still moves the norm, and the distance is at least that much.
+    return norms, whole.maximum((norms[:, None] - norms).abs())
 
 
 def check_path(scans):
@@ -188,7 +190,8 @@ def check_path(scans):
     names = list(scans[0].samples)
     sizes, apart = map(torch.stack, zip(*(distances(scans, name) for name in names)))
     matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in names])
-    # float16 rounds early steps away: a smaller distance means nothing. Biases begin at 0.
+    # float16 rounds early steps away, so distances below these floors mean nothing. (Biases begin
+    # at 0, where the floor would be 0 too.)
     floors = (1e-3 * sizes).clamp_min(1e-30)
     ratios, noted = {}, set()
 
@@ -221,7 +224,8 @@ def check_path(scans):
     for i in range(len(scans) - 1):
         moved = apart[:, i, i + 1] > floors[:, i]
         swapped = exchanged(apart, i) & moved
-        if not {i, i + 1} & noted and swapped.sum() >= 0.9 * moved.sum():  # noise is in single ones
+        # Noise exchanges single tensors, a real exchange nearly all of them.
+        if not {i, i + 1} & noted and swapped.sum() >= 0.9 * moved.sum():
             note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter "
                              "with both exchanged")
     check_descent(scans, [name for name, is_matrix in zip(names, matrix) if is_matrix])
@@ -234,7 +238,7 @@ def too_far(scans, sizes, apart, matrix, floors, i):
     gap = abs(scans[i].step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
     limit = torch.where(matrix, FAR, VECTOR_FAR) * sizes[:, one]
     far = apart[:, i, one] > limit.maximum(3 * max(1, gap) * apart[:, one, two])
-    return far & (apart[:, one, two] > floors[:, one])  # after equal steps 0 and 1 all is far
+    return far & (apart[:, one, two] > floors[:, one])  # steps 0 and 1 are equal
 
 
 def check_descent(scans, matrices):
@@ -285,7 +289,8 @@ def duplicates(scans, apart, matrix, floors, i):
         updates = scans[i].updates, scans[j].updates
         if updates[0] != updates[1] and max(updates) > 1:
             equal = left & (apart[:, i, j] == 0)
-            # float16 holds LayerNorms at 1 for long: they are no copies unless they went and came.
+            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
+            # they moved away and came back, or if all matrices are equal too.
             away = apart[:, i, j:i].amax(1) > 2 * floors[:, i]
             equal &= matrix | away | equal[matrix].all()
             left &= ~equal
@@ -339,7 +344,7 @@ def scheduled_steps(run, expected):
                 raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
                                  "expected a schedule of at most 100,000 checkpoints; --steps=any "
                                  "checks without one")
-        # A branch begins after its parent's checkpoint, which stays the parent's.
+        # A branch does not have the checkpoint that it began from; its parent has it.
         parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
         return [step for step in checkpoint_steps(steps, every)
                 if not parent or step > int(parent[1])]
@@ -356,7 +361,8 @@ def verify(options):
     problems, there, extent = [], [step for step, _ in found], ""
     wanted = scheduled_steps(run, options.steps) if run or options.steps else []
     ours = options.steps is None and run and (run / "config.json").exists()
-    if ours and wanted[-1:] > there[-1:]:  # a run may be under way; a download is meant to be whole
+    # A run of ours may be under way; a download is expected to be complete.
+    if ours and wanted[-1:] > there[-1:]:
         extent = f" up to step {there[-1]} of {wanted[-1]}"
         wanted = [step for step in wanted if step <= there[-1]]
     missing = [step for step in wanted if step not in there]
