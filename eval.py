@@ -598,35 +598,29 @@ def find(model, steps):
     A damaged one raises ValueError; among `all` it is left out, with a line that says so.
     """
     path = Path(os.path.abspath(model))  # "." has a name too
-    saved = checkpoints.saved_steps(path)
-    damaged = [step for step, _ in checkpoints.step_folders(path) if step not in saved]
-    if not saved and not damaged:
+    folders = dict(checkpoints.step_folders(path))
+    if not folders:
         if not (path / "config.json").exists():
             raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
                              "checkpoint's folder (config.json)")
         match = re.fullmatch(r"step(\d+)", path.name)
         name = path.parent.name if match else path.name
         return [(name, match[1] if match else "", _tokens(path), path)]
-    if steps == "last":
-        wanted = [max(saved + damaged)]
-    elif steps == "all":
-        wanted = saved + damaged
-    elif re.fullmatch(r"\d+(,\d+)*", steps):
-        wanted = list(dict.fromkeys(int(step) for step in steps.split(",")))
-    else:
+    if not re.fullmatch(r"all|last|\d+(,\d+)*", steps):
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
-    if ill := [str(Path(model) / f"step{step}") for step in damaged if step in wanted]:
-        words = f"{', '.join(ill)} damaged (python verify.py verify {model} says what)"
-        if steps != "all" or not saved:
-            raise ValueError(words)
-        note(f"{words}; left out")
-        wanted = saved
-    missing = [str(step) for step in wanted if step not in saved]
+    wanted = {"all": list(folders), "last": [max(folders)]}.get(steps)
+    wanted = wanted or list(dict.fromkeys(int(step) for step in steps.split(",")))
+    missing = [str(step) for step in wanted if step not in folders]
     if missing:
         raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
-                         f"there are {', '.join(map(str, saved))}")
-    return [(path.name, str(step), _tokens(path / f"step{step}"), path / f"step{step}")
-            for step in wanted]
+                         f"there are {', '.join(map(str, folders))}")
+    whole = [step for step in wanted if checkpoints.is_whole(folders[step])]
+    if damaged := [str(folders[step]) for step in wanted if step not in whole]:
+        words = f"{', '.join(damaged)} damaged (python verify.py verify {model} says what)"
+        if steps != "all" or not whole:
+            raise ValueError(words)
+        note(f"{words}; left out")
+    return [(path.name, str(step), _tokens(folders[step]), folders[step]) for step in whole]
 
 
 def _tokens(folder):
