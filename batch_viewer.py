@@ -245,11 +245,9 @@ class Find(Order):
 def find(options):
     """Find every step, row and offset at which a text or a token sequence was seen.
 
-    A text is searched by one of its bytes. However the text was cut into tokens, some token covers
-    that byte, and only so many tokens of the vocabulary fit there with the bytes of the text around
-    it. Those are looked for in the token file, and each hit is decided by decoding its
-    neighbourhood. The byte taken is the one whose tokens are rarest in a sample of the file. What
-    stands across the end of a document is found only where documents were baked into rows.
+    A text is searched by the tokens that can cover one of its bytes, the byte whose tokens are
+    rarest in a sample of the file; each hit is decided by decoding its neighbourhood. What stands
+    across the end of a document is found only where documents were baked into rows.
     """
     if bool(options.text) == bool(options.tokens):
         raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
@@ -286,98 +284,49 @@ def find(options):
 
 
 class TokenPattern:
-    """A sequence of ids, searched by the rarest of them.
-
-    A pattern has: anchors, ids of which one is in every match; left and right, the ids that can
-    stand 1, 2, ... before and after an anchor; reach, how many tokens around an anchor decide a
-    hit.
-    """
+    """A sequence of ids, searched by its rarest one; `reach` tokens around it decide a hit."""
 
     def __init__(self, ids, counts):
         self.ids, self.reach = np.array(ids), len(ids)
         self.rarest = min(range(len(ids)), key=lambda i: counts[ids[i]])
         self.anchors = [ids[self.rarest]]
-        self.left = [[id_] for id_ in ids[:self.rarest][::-1]]
-        self.right = [[id_] for id_ in ids[self.rarest + 1:]]
 
     def matches(self, tokens, at):
-        """Yield (first, length) of the matches whose anchor is tokens[at]."""
+        """Yield (first, length) of the match whose anchor is tokens[at]."""
         first = at - self.rarest
         if first >= 0 and np.array_equal(tokens[first:first + len(self.ids)], self.ids):
             yield first, len(self.ids)
 
 
 class TextPattern:
-    """Bytes, searched by the tokens that fit over one of them; same fields as TokenPattern's."""
+    """Bytes, searched by the tokens that can cover one of them; `reach` as above.
 
-    def __init__(self, text, token_bytes, counts):
+    " banana" may be cut into " banana", " ban|ana", "s ban|an|as" ...: whatever the cut, some token
+    covers its first "n", and only tokens that agree with the bytes around it can, as "ban" or "an".
+    """
+
+    def __init__(self, text, token_bytes, counts, most=32):
         self.text, self.token_bytes, self.reach = text, token_bytes, len(text)
-        # Where each token fits, by the place in the text where it begins (negative: before the
-        # text).
-        longest = max(map(len, token_bytes))
-        self.fits = {start: [] for start in range(1 - longest, len(text))}
-        # The tokens that are these bytes, and those that go on after them.
-        whole, beginning = {}, {}
+        # For each of the first bytes, the ids of all tokens that can cover it.
+        covering = [set() for _ in text[:most]]
         for id_, token in enumerate(token_bytes):
-            whole.setdefault(token, []).append(id_)
-            for n in range(1, len(token)):
-                beginning.setdefault(token[:n], []).append(id_)
-                # The text begins inside it.
-                if text.startswith(token[n:]) or token[n:].startswith(text):
-                    self.fits[-n].append(id_)
-        for start in range(len(text)):
-            for stop in range(start + 1, min(start + longest, len(text)) + 1):
-                self.fits[start] += whole.get(text[start:stop], ())
-            if len(text) - start < longest:
-                self.fits[start] += beginning.get(text[start:], ())
-        cost = np.zeros(len(text))  # of each byte: how often its tokens occur
-        for start, ids in self.fits.items():
-            for id_ in ids:
-                cost[max(start, 0):start + len(token_bytes[id_])] += counts[id_]
-        byte = int(np.argmin(cost))
-        self.starts = {}
-        for start in range(byte + 1 - max(map(len, token_bytes)), byte + 1):
-            for id_ in self.fits.get(start, ()):
-                if start + len(token_bytes[id_]) > byte:
-                    self.starts.setdefault(id_, []).append(start)
-        self.anchors = sorted(self.starts)
-        placed = [(start, id_) for id_, starts in self.starts.items() for start in starts]
-        self.left = list(self._neighbours({start for start, _ in placed}, "left"))
-        self.right = list(self._neighbours(
-            {start + len(token_bytes[id_]) for start, id_ in placed}, "right"))
-
-    def _neighbours(self, places, side, most=4):
-        """Yield the ids that can come next on one side of tokens that end at any of these places.
-
-        It stops where the text may already be over, since anything can follow then.
-        """
-        for _ in range(most):
-            if side == "right":
-                if max(places) >= len(self.text):
-                    return
-                fits = [(start, id_) for start in places for id_ in self.fits[start]]
-                places = {start + len(self.token_bytes[id_]) for start, id_ in fits}
-            else:
-                if min(places) <= 0:
-                    return
-                fits = [(start, id_) for start, ids in self.fits.items() for id_ in ids
-                        if start + len(self.token_bytes[id_]) in places]
-                places = {start for start, _ in fits}
-            if not fits:
-                return
-            yield sorted({id_ for _, id_ in fits})
+            for start in range(1 - len(token), len(covering)):  # where the token begins in the text
+                first, end = max(start, 0), min(start + len(token), len(text))
+                if token[first - start:end - start] == text[first:end]:
+                    for byte in range(first, min(end, len(covering))):
+                        covering[byte].add(id_)
+        self.anchors = sorted(min(covering, key=lambda ids: sum(counts[id_] for id_ in ids)))
 
     def matches(self, tokens, at):
-        """Yield (first, length) of tokens that hold the text; tokens[at] covers the chosen byte."""
+        """Yield (first, length) of the tokens that hold the text, wherever it stands in them."""
         pieces = [self.token_bytes[id_] for id_ in tokens]
-        ends = np.cumsum([len(piece) for piece in pieces])
-        joined, anchor = b"".join(pieces), int(ends[at]) - len(pieces[at])
-        for start in self.starts[int(tokens[at])]:
-            begin = anchor - start
-            if begin >= 0 and joined[begin:begin + len(self.text)] == self.text:
-                first, last = np.searchsorted(
-                    ends, (begin, begin + len(self.text) - 1), side="right")
-                yield int(first), int(last - first + 1)
+        ends, joined = np.cumsum([len(piece) for piece in pieces]), b"".join(pieces)
+        begin = joined.find(self.text)
+        while begin >= 0:
+            edges = (begin, begin + len(self.text) - 1)
+            first, last = np.searchsorted(ends, edges, side="right").tolist()
+            yield first, last - first + 1
+            begin = joined.find(self.text, begin + 1)
 
 
 def sample_counts(tokens, blocks=64, size=1 << 15):
@@ -388,10 +337,9 @@ def sample_counts(tokens, blocks=64, size=1 << 15):
                for start in starts)
 
 
-def search(prefix, n_tokens, pattern, workers, block=1 << 24):
+def search(prefix, n_tokens, pattern, workers, block=1 << 21):
     """Return the sorted (first token, length) of all matches within documents, on all cores."""
-    ranges = [(start, min(start + block, n_tokens), block // 16)
-              for start in range(0, n_tokens, block)]
+    ranges = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
     found = set()
     workers = 1 if len(ranges) == 1 else workers
     with tqdm(total=n_tokens * 2, unit="B", unit_scale=True, disable=None) as bar:
@@ -402,41 +350,26 @@ def search(prefix, n_tokens, pattern, workers, block=1 << 24):
 
 
 def _start_searching(prefix, pattern):
-    """Open the file, and make a table of which ids may stand at each offset from an anchor."""
-    global _tokens, _pattern, _tables
-    _tokens, _pattern, _tables = TokenFile(prefix), pattern, {}
-    around = {0: pattern.anchors}
-    around |= {-i: ids for i, ids in enumerate(pattern.left, 1)}
-    around |= {i: ids for i, ids in enumerate(pattern.right, 1)}
-    for offset in sorted(around):
-        _tables[offset] = np.zeros(1 << 16, dtype=bool)
-        _tables[offset][around[offset]] = True
+    global _tokens, _pattern
+    _tokens, _pattern = TokenFile(prefix), pattern
 
 
-def search_range(start, stop, block):
-    """Return the matches whose anchor lies in tokens start..stop."""
-    found = []
-    before, after = len(_pattern.left), len(_pattern.right)
-    for first in range(start, stop, block):
-        # The block with the tokens around it, as far as the file has them. At the file's ends hits
-        # are decided without neighbours.
-        low, high = max(first - before, 0), min(first + block + after, _tokens.n_tokens)
-        ids = _tokens.slice(low, high)
-        # For up to 12 ids comparing with each is faster than looking every token up in a table.
-        is_anchor = (np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
-                     if len(_pattern.anchors) <= 12 else _tables[0].take(ids, mode="clip"))
-        hits = np.flatnonzero(is_anchor[first - low:min(first + block, stop) - low]) + first - low
-        for offset, table in _tables.items():
-            at = hits + offset
-            inside = (at >= 0) & (at < len(ids))
-            hits = hits[~inside | table[ids[np.where(inside, at, 0)]]]
-        for position in (low + hits).tolist():
-            document = document_at(_tokens, position)
-            begin = int(_tokens.pointers[document]) // _tokens.dtype.itemsize
-            left = max(begin, position - _pattern.reach)
-            right = min(begin + int(_tokens.sizes[document]), position + _pattern.reach + 1)
-            found += [(left + i, n) for i, n in _pattern.matches(
-                _tokens.slice(left, right), position - left)]
+def search_range(start, stop):
+    """Return the matches around the anchors among tokens start..stop of the file."""
+    ids, found = _tokens.slice(start, stop), []
+    if len(_pattern.anchors) <= 12:  # comparing with each is faster than looking tokens up
+        is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
+    else:
+        table = np.zeros(1 << 16, dtype=bool)
+        table[_pattern.anchors] = True
+        is_anchor = table.take(ids, mode="clip")
+    for position in (start + np.flatnonzero(is_anchor)).tolist():
+        document = document_at(_tokens, position)
+        begin = int(_tokens.pointers[document]) // _tokens.dtype.itemsize
+        left = max(begin, position - _pattern.reach)
+        right = min(begin + int(_tokens.sizes[document]), position + _pattern.reach + 1)
+        found += [(left + first, length) for first, length in _pattern.matches(
+            _tokens.slice(left, right), position - left)]
     return found
 
 
