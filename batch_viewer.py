@@ -319,9 +319,12 @@ class TextPattern:
 
     def matches(self, tokens, at):
         """Yield (first, length) of the tokens that hold the text, wherever it stands in them."""
-        pieces = [self.token_bytes[id_] for id_ in tokens]
-        ends, joined = np.cumsum([len(piece) for piece in pieces]), b"".join(pieces)
+        pieces = [self.token_bytes[id_] for id_ in tokens.tolist()]
+        joined = b"".join(pieces)
         begin = joined.find(self.text)
+        if begin < 0:  # as nearly always: nothing more is worth computing
+            return
+        ends = np.cumsum([len(piece) for piece in pieces])
         while begin >= 0:
             edges = (begin, begin + len(self.text) - 1)
             first, last = np.searchsorted(ends, edges, side="right").tolist()
@@ -337,7 +340,7 @@ def sample_counts(tokens, blocks=64, size=1 << 15):
                for start in starts)
 
 
-def search(prefix, n_tokens, pattern, workers, block=1 << 21):
+def search(prefix, n_tokens, pattern, workers, block=1 << 22):
     """Return the sorted (first token, length) of all matches within documents, on all cores."""
     ranges = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
     found = set()
@@ -354,23 +357,35 @@ def _start_searching(prefix, pattern):
     _tokens, _pattern = TokenFile(prefix), pattern
 
 
-def search_range(start, stop):
-    """Return the matches around the anchors among tokens start..stop of the file."""
-    ids, found = _tokens.slice(start, stop), []
-    if len(_pattern.anchors) <= 12:  # comparing with each is faster than looking tokens up
-        is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
-    else:
-        table = np.zeros(1 << 16, dtype=bool)
-        table[_pattern.anchors] = True
-        is_anchor = table.take(ids, mode="clip")
-    for position in (start + np.flatnonzero(is_anchor)).tolist():
-        document = document_at(_tokens, position)
-        begin = int(_tokens.pointers[document]) // _tokens.dtype.itemsize
-        left = max(begin, position - _pattern.reach)
-        right = min(begin + int(_tokens.sizes[document]), position + _pattern.reach + 1)
-        found += [(left + first, length) for first, length in _pattern.matches(
-            _tokens.slice(left, right), position - left)]
+def search_range(start, stop, block=1 << 16):
+    """Return the matches around the anchors among tokens start..stop of the file.
+
+    A block's arrays fit the processor's cache: larger ones took four times as long.
+    """
+    found = []
+    table = np.zeros(1 << 16, dtype=bool)
+    table[_pattern.anchors] = True
+    for first in range(start, stop, block):
+        low = max(first - _pattern.reach, 0)
+        high = min(first + block + _pattern.reach, _tokens.n_tokens)
+        ids = _tokens.slice(low, high)
+        if len(_pattern.anchors) <= 12:  # comparing with each is faster than looking tokens up
+            is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
+        else:
+            is_anchor = table.take(ids, mode="clip")
+        for at in np.flatnonzero(is_anchor).tolist():
+            left = max(at - _pattern.reach, 0)
+            near = ids[left:at + _pattern.reach + 1]
+            for begin, length in _pattern.matches(near, at - left):
+                place = low + left + begin
+                if place + length <= end_of(_tokens, document_at(_tokens, place)):
+                    found.append((place, length))
     return found
+
+
+def end_of(tokens, document):
+    """Return the place in the file, in tokens, where a document ends."""
+    return int(tokens.pointers[document]) // tokens.dtype.itemsize + int(tokens.sizes[document])
 
 
 def document_at(tokens, position):
