@@ -224,20 +224,23 @@ def choose_panels(curves, tasks, metrics, shots):
         members = {(member, n) for task, n, _ in there if task in GROUPS
                    for member in GROUPS[task][0]}
         there = [panel for panel in there if (panel[0].partition(":")[0], panel[1]) not in members]
-    wanted, panels = tasks.split(",") if tasks else sorted({task for task, _, _ in there}), []
-    for name in wanted:
+    at = "" if shots is None else f" at {shots} shots"
+    panels = []
+    for name in tasks.split(",") if tasks else sorted({task for task, _, _ in there}):
         own = [panel for panel in there if panel[0] == name]
         main = [metric for metric in MAIN_METRICS if any(metric == panel[2] for panel in own)]
         kept = metrics.split(",") if metrics else main[:1]
         found = [panel for panel in own if panel[2] in kept]
         if not found and (tasks or not metrics):
-            raise ValueError(f"no {' or '.join(kept) or 'result'} of {name} (shots: {shots}); "
-                             f"there are {sorted(panel for panel in curves if panel[0] == name)} "
-                             f"of the tasks {sorted({task for task, _, _ in curves})}")
+            own = [f"{metric} at {n} shots" for task, n, metric in sorted(curves) if task == name]
+            tasks_there = ", ".join(sorted({task for task, _, _ in curves}))
+            raise ValueError(f"no {' or '.join(kept) or 'main metric'} of {name}{at} in the "
+                             f"results; there are {', '.join(own) or 'the tasks ' + tasks_there}")
         panels += found
     if not panels:
-        raise ValueError(f"no {metrics or 'evaluation'} at {shots} shots; there are "
-                         f"{sorted({n for _, n, _ in curves})} shots")
+        shot_counts = sorted({n for _, n, _ in curves})
+        raise ValueError(f"the results have no {metrics or 'evaluation'}{at}; there are those at "
+                         f"{', '.join(map(str, shot_counts))} shots")
     return panels
 
 

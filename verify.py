@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from checkpoints import (checkpoint_steps, manifest_of, one_line, open_any, read_training,
                          sha256_of, size_of, step_folders)
-from config import command, read_json
+from config import command, file_size, read_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -62,7 +62,7 @@ class Scan:
         self.problems = []
 
 
-def scan(step, folder, bar):
+def scan(step, folder):
     """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
     found = Scan(step, folder)
     with noting(found, "training.json"):
@@ -74,7 +74,6 @@ def scan(step, folder, bar):
             for name, stored in tensors.items():
                 measure(found, name, stored)
                 found.bytes += size_of(stored)
-                bar.update(size_of(stored))
         with noting(found):
             hashes.result()
     return found
@@ -105,13 +104,23 @@ def check_files(found):
         elif (found.folder / "training.json").exists():
             found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
+        with noting(found, path.name):
+            check_archive(path)
+
+
+def check_archive(path):
+    """Raise ValueError unless a torch.save file's records are intact by their own checksums."""
+    file_size(path)  # refuses a pipe, from which reading would wait for ever
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save never compresses; a stranger's record could swell without end.
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("compressed records, which torch.save never writes")
+            damaged = archive.testzip()
             if damaged:
                 raise ValueError(f"checksum of {damaged} is wrong")
-        except Exception as error:  # a broken archive raises whatever it likes
-            found.problems.append(f"{path.name}: {one_line(error)}")
+    except Exception as error:  # a broken archive raises whatever it likes
+        raise ValueError(f"{path}: {one_line(error)}") from None
 
 
 def check_file(found, name, entry):
@@ -370,9 +379,7 @@ def verify(options):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
-    total = sum(weights_size(folder) for _, folder in found)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        scans = [scan(step, folder, bar) for step, folder in found]
+    scans = [scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
     usual = one_model(scans)
     ratios = check_path(usual)
     print_table(scans, usual, ratios)
@@ -384,15 +391,6 @@ def verify(options):
     print(f"{len(scans)} checkpoints{extent}, {len(problems)} problem{'s' * (len(problems) != 1)}")
     if problems:
         sys.exit(1)
-
-
-def weights_size(folder):
-    """Return about how many bytes of weights lie in a folder, none if it cannot be looked into."""
-    try:
-        return sum(path.stat().st_size for path in folder.iterdir()
-                   if path.is_file() and not path.name.startswith("optimizer"))
-    except OSError:
-        return 0
 
 
 def print_table(scans, usual, ratios):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints import step_folders
 from config import parse, read_json, replacing, run
 from data import TokenFile
 from plots import count, natural, read_csv
@@ -105,8 +106,7 @@ def training(out, steps, done):
                          f"{passes:.2f}", found["0"], found[str(steps)]))
         # done.json has the commands that ended well: `verify` does not if there is a problem.
         if any("verify.py verify " in line and line.endswith(f"/{name}") for line in done):
-            steps_read = {row["step"] for row in read_csv(folder.parent / "verify.csv")}
-            checked.append(f"{name} {len(steps_read)}")
+            checked.append(f"{name} {len(step_folders(folder.parent))}")
     return table(("run", "parameters", "+ embeddings", "tokens", "passes over its corpus",
                   "bits/byte at 0", "at the end"), rows) + (
         "<p>No problem was found by <code>verify.py verify</code> (hashes, duplicates, "

@@ -172,9 +172,7 @@ def test_two_equal_neighbours(run, verify):
 
 @pytest.fixture(scope="module")
 def scans(honest):
-    class Bar:
-        update = staticmethod(lambda count: None)
-    return [scan(step, folder, Bar) for step, folder in step_folders(honest)]
+    return [scan(step, folder) for step, folder in step_folders(honest)]
 
 
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16])
@@ -486,7 +484,7 @@ def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
                          (("verify", tmp_path), "told apart"),
                          (("diff", "a"), "missing: --b"),
                          (("diff", "a", "b"), "a: no such folder"),
-                         (("list", "nowhere"), "no such folder"),
+                         (("list", "nowhere"), "nowhere: no step0, step1, ... in it"),
                          (("list", "a", "b"), "expected run")):
         code, text = checkpoints(*wrong)
         assert code == 2 and words in text and len(text.splitlines()) == 1, wrong
