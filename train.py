@@ -676,6 +676,6 @@ if __name__ == "__main__":
     except FloatingPointError as error:
         fail(str(error))
     finally:
-        checkpoints.finish_writing()
+        run(checkpoints.finish_writing)
         if dist.is_initialized():
             dist.destroy_process_group()
