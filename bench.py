@@ -7,38 +7,43 @@
     python bench.py checkpoints --size=160m    # beside safetensors.torch and torch.save
     python bench.py memorization               # rows scored, beside transformers' generate
     python bench.py eval --docs=DIR            # beside lm_eval; pip install lm_eval accelerate
+    python bench.py gpu --output=FOLDER        # a step, evaluation, memorization on one GPU
 
 Speeds are medians, and a ratio is the median of the rounds' ratios. `train` gives each contender a
 process of its own, for peak memory is a process's. All of them, ours and theirs, start with the
 variables of ALLOCATOR, so that glibc keeps freed memory for all or for none.
 """
 
+import csv
+import gc
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import eval as harness
 from checkpoints import load_model, save
 from config import command, parse
 from data import OrderedData, samples_needed, TokenFile, TokenWriter
-from model import ModelConfig, Pythia, hf_config
-from parallel import LaunchConfig, Processes, flops_per_token, matmul_flops, parallelize
+from model import ModelConfig, Pythia, hf_config, hf_name
+from parallel import (LaunchConfig, Processes, flops_per_token, matmul_flops, memory_per_process,
+                      peak_flops)
 from studies.memorization import matched_lengths
 from tokenizer import load_tokenizer
-from train import TrainConfig, make_optimizer
+from train import TrainConfig, Training, make_optimizer
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 TOKENIZER = "20B_tokenizer.json"
@@ -56,6 +61,18 @@ class Bench:
     docs: str = ""  # eval: folder of evaluation sets, as for eval.py
     documents: int = 48  # eval: of each task
     folder: str = "."  # find, checkpoints: on the disk to measure
+
+
+@dataclass(frozen=True)
+class GPUBench:
+    sizes: str = "14m,31m,70m,160m,410m,1b,1.4b"
+    compiled_theirs: str = "70m,410m"  # sizes of which transformers is compiled: a minute each
+    profiled: str = "70m,410m"
+    steps: int = 5  # timed, after three
+    micro_batch: int = 64  # sequences at most; halved until it fits
+    seq_length: int = 2048
+    device: str = "cuda"  # "cpu" tries the script, in float32
+    output: str = "bench_gpu"  # folder of steps.csv and the profiles
 
 
 def race(title, rounds, amount, unit, contenders, memory=False):
@@ -80,48 +97,59 @@ def race(title, rounds, amount, unit, contenders, memory=False):
     return values
 
 
-def flags_of(options, seq_length):
+def flags_of(size, seq_length):
     """Return train.py's arguments for a size."""
-    return [f"configs/pythia_{options.size.replace('.', '_')}.py", "--gelu=erf",
+    return [f"configs/pythia_{size.replace('.', '_')}.py", "--gelu=erf",
             f"--seq_length={seq_length}"]
 
 
-def configs(options, seq_length=2048):
+def configs(size, seq_length=2048):
     """Return the ModelConfig and TrainConfig of a size."""
-    return parse(flags_of(options, seq_length), ModelConfig, TrainConfig, LaunchConfig)[:2]
+    return parse(flags_of(size, seq_length), ModelConfig, TrainConfig, LaunchConfig)[:2]
 
 
 # ---------------------------------------------------------------------------- training
 
 
-def prepare_step(who, options):
-    """Make _step take an optimizer step in this process: forward, backward, clip, fused AdamW."""
-    global _step
-    torch.set_num_threads(options.threads)
-    config, training = configs(options, options.seq_length)
-    tokens = torch.randint(50277, (options.batch, options.seq_length + 1))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if "transformers" in who:
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # pip install transformers
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config)))
-        called = torch.compile(model) if "compiled" in who else model
-        loss_of = lambda: called(input_ids=inputs, labels=inputs, use_cache=False).loss
-    else:
-        with torch.device("meta"):
-            model = Pythia(config)
-        parallelize(model, LaunchConfig(), torch.float32, Processes("cpu"))
-        model.init_weights(0)
-        loss_of = lambda: model(inputs, targets)
-        if "plain loss" in who:  # holds all logits at once, as everybody writes it
-            loss_of = lambda: F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    optimizer = make_optimizer(model, training)
+def make_step(who, config, training, tokens, device, dtype="float32"):
+    """Return a function that takes an optimizer step: forward, backward, clip, fused AdamW.
 
-    def _step():
-        loss_of().backward()
+    Ours is train.py's own; tokens (B, T + 1) int64 on the host.
+    """
+    if "transformers" not in who:
+        ours = Training(config, replace(training, dtype=dtype),
+                        LaunchConfig(compile="compiled" in who), Processes(device.type))
+        for parameter in ours.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+
+        def step():
+            ours.gradients(tokens[None])
+            ours.update(1e-4, ours.clip())
+        return step
+
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # pip install transformers
+    with device:
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config)))
+    called = torch.compile(model) if "compiled" in who else model
+    optimizer, inputs = make_optimizer(model, training), tokens[:, :-1].to(device)
+
+    def step():
+        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            loss = called(input_ids=inputs, labels=inputs, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    return step
 
+
+def prepare_step(who, options):
+    """Make _step take an optimizer step in this process."""
+    global _step
+    torch.set_num_threads(options.threads)
+    config, training = configs(options.size, options.seq_length)
+    tokens = torch.randint(50277, (options.batch, options.seq_length + 1))
+    _step = make_step(who, config, training, tokens, torch.device("cpu"))
     for _ in range(2):  # to warm up: compile, let Adam allocate
         _step()
 
@@ -138,11 +166,11 @@ def train(options):
     os.environ.update(ALLOCATOR)  # glibc reads it when a process starts
     torch.set_num_threads(options.threads)
     contenders = {}
-    for who in ("ours", "ours, plain loss", "transformers", "transformers compiled"):
+    for who in ("ours", "transformers", "transformers compiled"):
         pool = ProcessPoolExecutor(1, get_context("spawn"), prepare_step, (who, options))
         contenders[who] = lambda pool=pool: pool.submit(step).result()
         contenders[who]()  # wait until it is prepared
-    config, _ = configs(options, options.seq_length)
+    config, _ = configs(options.size, options.seq_length)
     tokens = options.batch * options.seq_length
     allocator = " ".join(f"{name}={value}" for name, value in ALLOCATOR.items())
     race(f"{options.size}, {options.batch} x {options.seq_length} tokens, {options.threads} "
@@ -157,7 +185,7 @@ def start(options):
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            flags = [*flags_of(options, options.seq_length), f"--data={options.data}",
+            flags = [*flags_of(options.size, options.seq_length), f"--data={options.data}",
                      f"--batch_size={options.batch}", f"--micro_batch_size={options.batch}",
                      "--steps=100", "--stop_at=1", f"--out_dir={folder}/run"]
             subprocess.run([sys.executable, "train.py", *flags], stdout=subprocess.DEVNULL,
@@ -206,7 +234,7 @@ def find(options):
 def saved(options, folder):
     """Return our model of a size, freshly initialised, saved as FOLDER/step0."""
     torch.set_num_threads(options.threads)
-    config, training = configs(options)
+    config, training = configs(options.size)
     model = Pythia(config).eval()
     save(folder, 0, model, make_optimizer(model, training), STATE, TOKENIZER)
     return model
@@ -216,7 +244,7 @@ def checkpoints(options):
     """Time float32 weights to the disk, ours also hashed, and back into a model."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         model = saved(options, folder)
-        optimizer = make_optimizer(model, configs(options)[1])
+        optimizer = make_optimizer(model, configs(options.size)[1])
         weights, step0, out = model.state_dict(), f"{folder}/step0", f"{folder}/out"
         save_file(weights, f"{folder}/weights.safetensors")
         torch.save(weights, f"{folder}/weights.pt")
@@ -281,8 +309,157 @@ def evaluation(options):
         print(f"  largest difference {worst:.1e} nats")
 
 
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def gpu(options):
+    """Measure steps at every size beside transformers, where their time goes, and evaluation."""
+    device = Processes(options.device).device
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
+    print(f"{name}, torch {torch.__version__}, T = {options.seq_length}")
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    table = [("size", "who", "micro_batch", "tokens/s", "MFU", "MFU, whole attention",
+              "peak GB", "planned GB", "first step s")]
+    for size in options.sizes.split(","):
+        for who in ("ours", "ours compiled", "transformers", "transformers compiled"):
+            if who != "transformers compiled" or size in options.compiled_theirs.split(","):
+                table.append(measure_steps(size, who, options, device))
+                print(*table[-1], sep=" | ", flush=True)
+                with open(f"{options.output}/steps.csv", "w") as file:
+                    csv.writer(file).writerows(table)
+    for size in set(options.sizes.split(",")) & {"70m", "410m"}:
+        measure_evaluation(size, options.seq_length, device)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(act, n, device):
+    """Return the mean seconds of n calls."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(n):
+        act()
+    synchronize(device)
+    return (time.perf_counter() - began) / n
+
+
+def measure_steps(size, who, options, device):
+    """Return a row of the table: the step with the largest micro-batch that fits."""
+    config, training = configs(size, options.seq_length)
+    on_gpu, B = device.type == "cuda", options.micro_batch
+    while B:
+        torch.compiler.reset()
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            began = time.perf_counter()
+            tokens = torch.randint(50277, (B, options.seq_length + 1))
+            act = make_step(who, config, training, tokens, device,
+                            "bfloat16" if on_gpu else "float32")
+            first = seconds_of(act, 1, device) + time.perf_counter() - began
+            seconds_of(act, 2, device)
+            seconds = seconds_of(act, options.steps, device)
+            break
+        except torch.OutOfMemoryError:
+            act, B = None, B // 2
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
+    planned = memory_per_process(config, LaunchConfig(), 1, B, False)["peak"] / 1e9
+    if size in options.profiled.split(",") and "ours" in who:
+        profile_step(act, f"{options.output}/{size}_{who.replace(' ', '_')}", device)
+    speed, flops = B * options.seq_length / seconds, flops_per_token(config)
+    whole = flops + 6 * config.n_layers * config.d_model * config.seq_length
+    mfu, mfu_whole = (speed * f / peak_flops(device) for f in (flops, whole))
+    return (size, who, B, f"{speed:,.0f}", f"{mfu:.1%}", f"{mfu_whole:.1%}", f"{peak:.2f}",
+            f"{planned:.2f}" if "ours" in who else "", f"{first:.1f}")
+
+
+KINDS = (("attention", "flash|fmha|attention|cudnn"), ("matmul", "gemm|nvjet|cutlass|xmma|mm_"),
+         ("optimizer", "adam|multi_tensor"), ("copy", "memcpy|memset"), ("elementwise", ""))
+
+
+def profile_step(act, path, device):
+    """Print where a step's time goes by kind of kernel; PATH.txt lists the kernels."""
+    from torch.profiler import ProfilerActivity, profile
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        wall = seconds_of(act, 1, device)
+    spent = dict.fromkeys([kind for kind, _ in KINDS], 0.0)
+    events = seen.key_averages()
+    for event in events:
+        kind = next(kind for kind, names in KINDS if re.search(names, event.key.lower()))
+        spent[kind] += event.self_device_time_total / 1e6
+    spent["gaps"] = wall - sum(spent.values())
+    print("  " + ", ".join(f"{kind} {taken / wall:.0%}" for kind, taken in spent.items())
+          + f" of {wall * 1e3:.1f} ms", flush=True)
+    Path(path + ".txt").write_text(events.table(
+        sort_by="self_device_time_total", row_limit=60, max_name_column_width=110))
+
+
+def plain_scores(model, rows, batch=64):
+    """Score rows as lm_eval does: padded batches of like length, whole logits, log softmax."""
+    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
+    for start in range(0, len(order), batch):
+        chosen = order[start:start + batch]
+        inputs = torch.zeros(len(chosen), len(rows[chosen[0]][0]) - 1, dtype=torch.int64)
+        for b, i in enumerate(chosen):
+            inputs[b, :len(rows[i][0]) - 1] = torch.tensor(rows[i][0][:-1])
+        logprobs = model(inputs.to(model.device)).logits.log_softmax(-1)
+        for b, i in enumerate(chosen):
+            row, n = rows[i]
+            targets = torch.tensor(row[-n:], device=model.device)
+            results[i] = float(logprobs[b, len(row) - 1 - n:len(row) - 1].gather(
+                1, targets[:, None]).sum())
+    return [results[i] for i in range(len(rows))]
+
+
+def question_rows(generator, questions, shots, context, choices, n):
+    """Return rows for score: random tokens in the form of a task's questions behind its shots."""
+    draw = lambda length: torch.randint(2, 50277, (length,), generator=generator).tolist()
+    prefix, rows = draw(shots), []
+    for _ in range(questions):
+        question = prefix + draw(context)
+        rows += [(question + draw(n), n) for _ in range(choices)]
+    return rows
+
+
+@torch.no_grad()
+def measure_evaluation(size, seq_length, device):
+    """Print tokens/s of evaluation in float32 beside lm_eval's way, rows/s of memorization."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # pip install transformers
+    config, _ = configs(size, seq_length)
+    model = Pythia(config).eval().to(device)
+    with device:
+        theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config))).eval()
+    names = {hf_name(name).replace("embed_out", "lm_head"): parameter
+             for name, parameter in model.named_parameters()}
+    theirs.load_state_dict(names, strict=False)
+    generator = torch.Generator().manual_seed(0)
+    for task, *form in (("lambada", 512, 0, 80, 1, 2), ("hellaswag", 256, 0, 60, 4, 25),
+                        ("MMLU, 5 shots", 64, 600, 100, 4, 1)):
+        rows = question_rows(generator, *form)
+        tokens, speed = sum(len(row) for row, _ in rows), {}
+        for who, act in (("ours", lambda: [value for value, _ in harness.score(model, rows)]),
+                         ("lm_eval's way", lambda: plain_scores(theirs, rows))):
+            values = act()
+            speed[who] = tokens / seconds_of(act, 1, device), values
+        (ours, a), (plain, b) = speed.values()
+        worst = max(abs(x - y) for x, y in zip(a, b))
+        print(f"{size}, {task}: ours {ours:,.0f} tokens/s, {ours / plain:.2f}x lm_eval's way, "
+              f"largest difference {worst:.1e} nats", flush=True)
+    tokens = torch.randint(2, 50277, (256, 64), device=device)
+    matched_lengths(model, tokens, 32)
+    seconds = seconds_of(lambda: matched_lengths(model, tokens, 32), 5, device)
+    print(f"{size}, memorization: {256 / seconds:,.0f} rows/s that miss at once", flush=True)
+
+
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
-    command(sys.argv[1:], {name: (Bench, function) for name, function in (
+    command(sys.argv[1:], {"gpu": (GPUBench, gpu)} | {name: (Bench, function) for name, function in (
         ("train", train), ("start", start), ("tokenize", tokenize), ("find", find),
         ("checkpoints", checkpoints), ("memorization", memorization), ("eval", evaluation))})
