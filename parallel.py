@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from config import check, explain
+from model import losses_and_gradient
 
 # ---------------------------------------------------------------------------- processes
 
@@ -117,7 +118,7 @@ class LaunchConfig:
     micro_batch_size: int = 32  # sequences per forward pass of one process
     sharding: str = "ddp"  # or fsdp: weights, gradients and moments spread over the processes
     activation_checkpointing: bool = False  # keep each block's input only, compute the rest again
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block, and on a GPU the loss
     deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
 
     def __post_init__(self):
@@ -135,6 +136,8 @@ def parallelize(model, launch, dtype, processes):
     take the same steps (tests/test_parallel.py: 1e-6). At 16 bits FSDP rounds the blocks' LayerNorm
     weights too, as Pythia's own fp16 weights were; autocast leaves them in float32.
     """
+    if launch.compile and processes.device.type == "cuda" and dtype != torch.float32:
+        model.fused_loss = torch.compile(losses_and_gradient)
     for layer in model.layers:
         # The forward function is replaced, not the module, so that no wrapper's prefix reaches a
         # parameter's name. FSDP's hooks come outermost, then recomputation, the compiled block.

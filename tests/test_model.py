@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from config import parse
 from conftest import ROOT
-from model import HeadLoss, ModelConfig, Pythia, hf_config, hf_name
+from model import HeadLoss, ModelConfig, Pythia, hf_config, hf_name, losses_and_gradient
 from parallel import LaunchConfig
 from train import TrainConfig
 
@@ -131,6 +131,32 @@ def test_blocked_loss_under_autocast_matches_the_plain_one():
                             torch.autograd.grad(expected, (hidden, weight))):
         assert ours.dtype == torch.float32  # bfloat16 has 8 bits: 2 % of the largest gradient
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 300), st.sampled_from([0.1, 1.0, 100.0]))
+def test_the_fused_loss_is_cross_entropy_with_its_gradient(n, V, spread):
+    generator = torch.Generator().manual_seed(n * V)
+    logits = (spread * torch.randn(n, V, generator=generator)).requires_grad_()
+    target = torch.randint(V, (n, 1), generator=generator)
+    expected = F.cross_entropy(logits, target[:, 0], reduction="none")
+    gradient, = torch.autograd.grad(expected.sum(), logits)
+    losses, ours = losses_and_gradient(logits.detach(), target)
+    torch.testing.assert_close(losses[:, 0], expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_loss_is_the_same_with_the_fused_loss():
+    hidden, weight = (torch.randn(300, 16, requires_grad=True),
+                      torch.randn(90, 16, requires_grad=True))
+    targets = torch.randint(90, (300,))
+    targets[::7] = -1
+    results = []
+    for fused in (None, losses_and_gradient):
+        loss = HeadLoss.apply(hidden, weight, targets, True, fused)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_loss_without_gradients_is_the_same_number():
