@@ -368,6 +368,8 @@ def measure_steps(size, who, options, device):
             break
         except torch.OutOfMemoryError:
             act, B = None, B // 2
+    if not B:
+        raise ValueError(f"{size}, {who}: not even one sequence fits into the GPU's memory")
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
     planned = memory_per_process(config, LaunchConfig(), 1, B, False)["peak"] / 1e9
     if size in options.profiled.split(",") and "ours" in who:
@@ -460,6 +462,6 @@ def measure_evaluation(size, seq_length, device):
 
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
-    command(sys.argv[1:], {"gpu": (GPUBench, gpu)} | {name: (Bench, function) for name, function in (
+    command(sys.argv[1:], {"gpu": (GPUBench, gpu)} | {name: (Bench, act) for name, act in (
         ("train", train), ("start", start), ("tokenize", tokenize), ("find", find),
         ("checkpoints", checkpoints), ("memorization", memorization), ("eval", evaluation))})
