@@ -181,19 +181,17 @@ class HeadLoss(torch.autograd.Function):
             target, kept = targets[rows, None].clamp(min=0), targets[rows, None] >= 0  # (n, 1)
             if fused is not None:
                 losses, grad = fused(logits, target)
-                total += losses.masked_fill_(~kept, 0).sum()
-                grad_hidden[rows] = (grad @ weight) * kept
-                grad_weight += grad.T @ (hidden[rows] * kept)
-                continue
-            target_logit = logits.gather(1, target)
-            largest = logits.amax(1, keepdim=True)
-            probabilities = torch.softmax(logits, 1, out=logits)
-            # log sum exp = largest logit - log(largest probability), which never underflows
-            losses = largest - probabilities.amax(1, keepdim=True).log() - target_logit
+            else:
+                target_logit = logits.gather(1, target)
+                largest = logits.amax(1, keepdim=True)
+                grad = probabilities = torch.softmax(logits, 1, out=logits)
+                # log sum exp = largest logit - log(largest probability), which never underflows
+                losses = largest - probabilities.amax(1, keepdim=True).log() - target_logit
+                if needs_grad:  # d loss / d logits = softmax - one_hot(target)
+                    grad.scatter_add_(1, target, torch.full_like(target_logit, -1))
+                    grad = grad.to(dtype)
             total += losses.masked_fill_(~kept, 0).sum()
-            if needs_grad:  # d loss / d logits = softmax - one_hot(target), times 1/N in backward
-                grad = probabilities.scatter_add_(1, target, torch.full_like(target_logit, -1))
-                grad = grad.to(dtype)
+            if needs_grad:  # times 1/N in backward
                 # Padding has no gradient. It is taken out of the narrow factors (n, D), which is
                 # cheaper than setting rows of the wide (n, V) gradient to zero.
                 grad_hidden[rows] = (grad @ weight) * kept
@@ -234,24 +232,20 @@ def losses_and_gradient(logits, target):
 
 
 def head_blocks(hidden, weight, widen=True):
-    """Yield (rows, logits) over hidden (N, D): a slice and its float32-or-wider (n, V) logits.
+    """Yield (rows, logits) over hidden (N, D): a slice and its (n, V) logits.
 
-    widen=False leaves the logits in the matmul's dtype, each block in memory of its own.
+    They are float32 or wider; with widen=False they stay in the matmul's dtype.
 
     Every block reuses one buffer, so take what you need before asking for the next. 512 rows were
     the fastest of 128 to 1024 on a CPU (by 11 % at d_model 128); a GPU wants larger matmuls.
     """
     n = 512 if hidden.device.type == "cpu" else 2048
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    if widen:
-        buffer = torch.empty(min(n, len(hidden)), len(weight), dtype=wide, device=hidden.device)
+    dtype = torch.promote_types(hidden.dtype, torch.float32) if widen else hidden.dtype
+    buffer = torch.empty(min(n, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
     for start in range(0, len(hidden), n):
         rows = slice(start, min(start + n, len(hidden)))
-        if not widen:
-            yield rows, hidden[rows] @ weight.T
-            continue
         logits = buffer[: rows.stop - rows.start]
-        if hidden.dtype is wide:
+        if hidden.dtype is dtype:
             torch.mm(hidden[rows], weight.T, out=logits)
         else:
             logits.copy_(hidden[rows] @ weight.T)
@@ -326,9 +320,9 @@ class Pythia(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.embed_out(x)
-        fused = self.fused_loss if torch.is_grad_enabled() else None
+        needs_grad = torch.is_grad_enabled()
         return HeadLoss.apply(x.flatten(0, 1), self.embed_out.weight, targets.flatten(),
-                              torch.is_grad_enabled(), fused)
+                              needs_grad, self.fused_loss if needs_grad else None)
 
     @torch.no_grad()
     def generate(self, tokens, n_tokens, temperature=1.0, generator=None, padding=None,
