@@ -1,13 +1,15 @@
 """pytest tests/test_checkpoints.py"""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import checkpoint_steps, load_model, load_training, save, saved_steps
+from checkpoints import (List, checkpoint_steps, list_, load_model, load_training, save,
+                         saved_steps)
 from model import ModelConfig, Pythia
 from train import make_optimizer, TrainConfig
 
@@ -93,13 +95,48 @@ def test_training_state_comes_back_bit_for_bit(tmp_path, trained):
             assert torch.equal(value, optimizer_again.state[other][key]), key
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
+def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, trained, file):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    path = tmp_path / "step2" / file
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1  # of training.json: a space
+    path.write_bytes(data)
+    assert saved_steps(tmp_path, state=True) == [2]  # by its size it is whole
+    with pytest.raises(ValueError, match=f"{file}: (its SHA-256 is|not JSON)"):
+        load_training(tmp_path, 2, model, optimizer)
+
+
+@pytest.mark.parametrize("notes, words", [
+    (STATE | {"updates": -7}, "updates is -7, expected an integer from 0 to 2"),
+    (STATE | {"updates": 3}, "updates is 3"), (STATE | {"tokens": 10**4000}, "tokens is 1000"),
+    (STATE | {"scaler": {"scale": "x"}}, "scaler is"), (STATE | {"step": True}, "step is True"),
+    ('{"step": ' + "9" * 5000, "not JSON .Exceeds the limit"), (" " * 17_000_000, "at most 16,777,216"),
+    (os.mkfifo, "not a regular file"), (lambda path: path.symlink_to("/dev/zero"), "not a regular")])
+def test_training_json_that_no_run_has_saved(tmp_path, trained, capsys, notes, words):
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    path = tmp_path / "step2/training.json"
+    path.unlink()
+    if callable(notes):
+        notes(path)
+    else:
+        path.write_text(notes if isinstance(notes, str) else json.dumps({"step": 2} | notes))
+    with pytest.raises(ValueError, match=f"training.json: .*{words}"):
+        load_training(tmp_path, 2, model, optimizer)
+    list_(List(str(tmp_path)))  # one line says it
+    line = capsys.readouterr().out.splitlines()[1]
+    assert "NOT WHOLE" in line and words.replace(".", "(") in line and len(line) < 400
+
+
 def test_an_unscheduled_checkpoint_gives_way_to_the_next(tmp_path, trained):
     model, optimizer = trained
-    save(tmp_path, 1, model, optimizer, STATE)
+    save(tmp_path, 2, model, optimizer, STATE)
     save(tmp_path, 3, model, optimizer, STATE, scheduled=False)
-    assert saved_steps(tmp_path) == [1, 3]
+    assert saved_steps(tmp_path) == [2, 3]
     save(tmp_path, 4, model, optimizer, STATE)
-    assert saved_steps(tmp_path) == [1, 4]
+    assert saved_steps(tmp_path) == [2, 4]
 
 
 def edit_json(path, **changes):

@@ -33,8 +33,8 @@ ids = torch.zeros(1, 8, dtype=int)
 MODEL(ids, ids).backward()
 OPTIMIZER.step()
 def save(step, **options):
-    checkpoints.save(RUN, step, MODEL, OPTIMIZER, {'updates': 1, 'tokens': 8, 'scaler': {}},
-                     **options)
+    checkpoints.save(RUN, step, MODEL, OPTIMIZER, {'updates': min(step, 1), 'tokens': 8,
+                     'scaler': {}}, **options)
 def first():
     return max(checkpoints.saved_steps(RUN), default=-1) + 1
 """

@@ -212,7 +212,8 @@ def test_a_copied_or_renamed_folder_is_of_another_step(run, verify):
     with pytest.raises(ValueError, match="step80/training.json: is of step 64"):
         load_training(run, 80, model, make_optimizer(model, TRAIN))
     for notes, words in (({"step": 64}, "updates is None, expected an integer"),
-                         ({"step": 64, "updates": 64, "scaler": 3}, "scaler is 3, expected an")):
+                         ({"step": 64, "updates": 64, "tokens": 1, "scaler": 3},
+                          "scaler is 3, expected an")):
         (run / "step64/training.json").write_text(json.dumps(notes))
         with pytest.raises(ValueError, match=words):
             load_training(run, 64, model, make_optimizer(model, TRAIN))
@@ -461,21 +462,22 @@ def test_damaged_notes_are_named_and_nothing_stops(run, checkpoints, verify):
         assert code == 2 and "config.json" in text and len(text.splitlines()) == 1
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_checked(run, verify):
+def test_what_cannot_be_read_is_named_and_the_rest_is_checked(run, verify, checkpoints):
     """The first byte of a process's memory is an I/O error, as a bad sector of a disk is."""
     for step, file in ((16, "training.json"), (32, "config.json"), (48, "extra")):
         (run / f"step{step}" / file).unlink(missing_ok=True)
         (run / f"step{step}" / file).symlink_to("/proc/self/mem")
-    for step, name in ((48, "extra"), (64, "é" * 150), (80, "\ud800")):
+    for step, name in ((48, "extra"), (64, "é" * 5000), (80, "../step0/config.json")):
         manifest = run / f"step{step}/manifest.json"
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {name: {"bytes": 0}}))
     put(run / "step128", run / "step112")
+    assert "13 checkpoints" in checkpoints("list", run)[1]
     code, text = verify(run)
     assert code == 1 and problems(text).keys() == {16, 32, 48, 64, 80, 128}, text
     assert "training.json: Input/output error" in problems(text)[16]
     assert problems(text)[48] == ["extra: Input/output error"]
-    assert problems(text)[64] == [f"{'é' * 150}: File name too long"]
-    assert problems(text)[80] == ["'\\ud800': in the manifest but not there"]
+    assert problems(text)[64] == [f"manifest.json: '{'é' * 49} is no name of a file here"]
+    assert problems(text)[80] == ["manifest.json: '../step0/config.json' is no name of a file here"]
 
 
 def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
