@@ -13,8 +13,10 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import hashlib
 import inspect
 import json
+import math
 import os
 import runpy
 import stat
@@ -79,7 +81,7 @@ def _read(argument, hints):
         fail(f"{argument}: no such file")
     try:
         settings = runpy.run_path(argument)
-    except Exception as error:  # whatever a config file does wrong, the user reads one line
+    except (Exception, SystemExit) as error:  # whatever it does wrong, the user reads one line
         fail(f"{argument}: cannot read this config: {type(error).__name__}: {error}")
     return {name: value for name, value in settings.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
@@ -100,6 +102,8 @@ def _typed(where, name, value, hint):
             value = text
         if str in kinds and not (value is None and types.NoneType in kinds):
             value = text  # a path may look like a number
+    if type(value) is float and not math.isfinite(value):
+        fail(f"{where}: {name} = {value} is not a finite number")
     for kind in kinds:
         if type(value) is kind and not (kind is int and abs(value) >= 2**63):
             return value
@@ -228,6 +232,12 @@ def lock(path, busy):
         pass
     LOCKS[os.path.realpath(path)] = file
     return file
+
+
+def sha256_of(path):
+    """Return the SHA-256 of a file in hex, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path, value):

@@ -37,7 +37,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import check, command, lock, read_json, replacing, write_json
+from config import check, command, lock, read_json, replacing, sha256_of, write_json
+from tokenizer import ENDOFTEXT
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER_BYTES = 34
@@ -125,6 +126,18 @@ class TokenFile:
     def __len__(self):
         return len(self.sizes)
 
+    def notes(self):
+        """Return the object in PREFIX.json, an empty one if there is none."""
+        path = f"{self.prefix}.json"
+        return read_json(path) if os.path.exists(path) else {}
+
+    def equal_length(self):
+        """Return how long every document is, by 1000 of them and the sum of all; 0 if they differ.
+        """
+        some = self.sizes[np.linspace(0, len(self) - 1, 1000, dtype=np.int64)]
+        equal = (some == some[0]).all() and self.n_tokens == len(self) * int(some[0])
+        return int(some[0]) if equal else 0
+
     def require_uint16(self):
         if self.dtype != np.dtype("<u2"):
             raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16 as "
@@ -162,6 +175,43 @@ class TokenFile:
             # memory a step of 1024 rows took 14 s instead of 0.04.
             memory.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(memory, self.dtype)
+
+
+def fingerprint(prefix):
+    """Return {"documents", "tokens", "sha256"}: equal for equal token files, wherever they lie.
+
+    Under 1 GB every byte of a file counts. Of larger ones 2048 blocks of 4 KB do, spread evenly:
+    they see that a file was replaced, tokenized anew, shifted or cut, not an edit between them.
+    (`train.py --check_data=True` reads all of it.)
+    """
+    tokens, digest = TokenFile(prefix), hashlib.sha256()
+    paths = [f"{tokens.prefix}.idx", *(path for _, path in sorted(tokens.shard_paths.items()))]
+    n_blocks = 2048 // len(paths) + 1
+    for path in paths:
+        size, length = os.path.getsize(path), 1 << 20
+        starts = range(0, size, length)
+        if size >= 10**9:
+            where = np.arange(n_blocks) + np.random.RandomState(0).rand(n_blocks)
+            starts, length = (where / n_blocks * size).astype(np.int64).tolist(), 4096
+        with open(path, "rb", buffering=0) as file:
+            for start in starts:
+                digest.update(os.pread(file.fileno(), length, start))
+    return {"documents": len(tokens), "tokens": tokens.n_tokens, "sha256": digest.hexdigest()}
+
+
+def check_whole(prefix):
+    """Raise ValueError unless every byte of PREFIX.bin and .idx is what `tokenize` wrote."""
+    tokens = TokenFile(prefix)
+    expected = tokens.notes().get("sha256")
+    if not isinstance(expected, dict):
+        raise ValueError(f"{tokens.prefix}.json: no sha256 to compare the data with; `sha256sum -c` "
+                         "checks published files")
+    for suffix in ("bin", "idx"):
+        found = sha256_of(f"{tokens.prefix}.{suffix}")
+        if found != expected.get(suffix):
+            raise ValueError(f"{tokens.prefix}.{suffix}: SHA-256 {found}, expected "
+                             f"{expected.get(suffix)} of {tokens.prefix}.json: the data changed "
+                             "since they were tokenized")
 
 
 # ---------------------------------------------------------------------------- writing token files
@@ -238,6 +288,7 @@ class TokenWriter:
             write_index(file, sizes)
             file.flush()
             os.fsync(file.fileno())
+        summary["sha256"] = {name: sha256_of(self.folder / name) for name in ("bin", "idx")}
         # An order that was built for an earlier file of this name does not belong to the new one.
         stale = glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")
         for path in [f"{self.prefix}.idx", *stale]:
@@ -390,8 +441,8 @@ class OrderedData:
     """Rows of seq_length + 1 tokens in training order. No state: the same call, the same rows.
 
     Row i of step s is row s * batch_size + i of the order; the update of step s makes checkpoint
-    s + 1. A token file whose every sequence is one row long is served as it lies ("preshuffled",
-    never shuffled again); any other is served through its order.
+    s + 1. A file in training order already ("preshuffled": baked by `shuffle`, or published so) is
+    served as it lies; any other is served through its order.
     """
 
     def __init__(self, prefix, seq_length, num_samples, seed):
@@ -410,17 +461,40 @@ class OrderedData:
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
 
     def _row_length(self):
-        """Return how long the rows of a file in training order are, or 0: documents differ in size.
+        """Return how long the rows of a file in training order are, or 0: it holds documents.
 
-        By the sum and 1000 of the sizes, since 147 million would take a second. A handful of
-        documents may well be equally long: those are rows only if they are as long as rows are
-        asked to be.
+        What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Joined
+        pieces look like any corpus cut into equally long documents, and need a PREFIX.json of
+        {"preshuffled": true}.
         """
-        sizes = self.tokens.sizes
-        length = int(sizes[0])
-        some = sizes[np.linspace(0, len(sizes) - 1, 1000, dtype=np.int64)]
-        uniform = bool((some == length).all()) and self.tokens.n_tokens == len(sizes) * length
-        return length if uniform and (len(sizes) >= 100 or length == self.seq_length + 1) else 0
+        notes = self.tokens.notes()
+        marked = bool(notes.get("baked_from") or notes.get("preshuffled"))
+        length = self.tokens.equal_length()
+        if marked and not length:
+            raise ValueError(f"{self.tokens.prefix}.json says that it is in training order, but "
+                             "its rows differ in length: not the file of this .json")
+        in_pieces = len(self.tokens.bounds) > 2
+        return length if marked or in_pieces else 0
+
+    def describe(self):
+        """Return the lines that say where rows come from, and what is unusual about the data."""
+        n, length = len(self.tokens), self.seq_length + 1
+        if self.preshuffled:
+            return [f"{n:,} rows of {length} tokens in training order already, served as they lie"]
+        doc_idx, _, shuffle_idx = self.order
+        epochs = len(doc_idx) // n
+        lines = [f"{n:,} documents, {epochs} epochs"
+                 + (" in one shuffle, so that no step ends an epoch" if epochs > 1 else "")
+                 + f", {len(shuffle_idx):,} samples of {length} tokens"]
+        some = sorted(set(np.linspace(0, n - 1, 1000, dtype=np.int64).tolist()))
+        last = [self.tokens.read(i)[-1:].tolist() == [ENDOFTEXT] for i in some]
+        if not all(last):
+            lines.append(f"{sum(last):,} of {len(some):,} documents looked at end in "
+                         "<|endoftext|>: where they do not, nothing marks where the next begins")
+        if self.tokens.equal_length() == length:
+            lines.append(f"every document has {length} tokens: if this is the joined preshuffled "
+                         f'Pile, put {{"preshuffled": true}} into {self.tokens.prefix}.json')
+        return lines
 
     def __len__(self):
         if self.preshuffled:
@@ -530,9 +604,9 @@ def order(options):
     data = ordered(options)
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
-    n_documents, (doc_idx, _, shuffle_idx) = len(data.tokens), data.order
-    print(f"{n_documents:,} documents, {len(doc_idx) // n_documents} epochs, "
-          f"{len(shuffle_idx):,} samples of {options.seq_length + 1} tokens")
+    n_documents = len(data.tokens)
+    for line in data.describe():
+        print(line)
     for path in order_paths(data.tokens.prefix, **data.settings):
         print(path)
     if options.report is not None:

@@ -6,14 +6,15 @@ import json
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT, script_of
-from data import (OrderedData, TokenFile, TokenWriter, batch_rows, build_order, order_paths,
-                  samples_needed)
+from data import (OrderedData, TokenFile, TokenWriter, batch_rows, build_order, check_whole,
+                  fingerprint, order_paths, samples_needed, write_index)
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
 # seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx
@@ -124,10 +125,75 @@ def test_an_order_of_other_documents_is_refused(tmp_path):
     OrderedData(tmp_path / "d", 4, 20, 1234)  # writing d anew removed its old order
 
 
-def test_rows_in_training_order_are_not_shuffled_again(tmp_path):
-    write(tmp_path / "d", random_documents([9] * 100))
+def test_a_file_is_in_training_order_only_if_something_says_so(tmp_path):
+    write(tmp_path / "d", random_documents([9] * 100))  # chunks of 9 tokens, as many corpora are
+    data = OrderedData(tmp_path / "d", 8, 20, 1234)
+    assert not data.preshuffled and "every document has 9 tokens: if this" in data.describe()[-1]
+    notes = json.loads((tmp_path / "d.json").read_text())
+    (tmp_path / "d.json").write_text(json.dumps(notes | {"preshuffled": True}))
+    data = OrderedData(tmp_path / "d", 8, 20, 1234)
+    assert data.preshuffled and len(data.describe()) == 1
     with pytest.raises(ValueError, match="in training order already, in rows of 9 tokens"):
         OrderedData(tmp_path / "d", 4, 20, 1234)
+    raw = (tmp_path / "d.bin").read_bytes()
+    (tmp_path / "d.bin").rename(tmp_path / "whole")
+    (tmp_path / "d.json").unlink()
+    for i, part in enumerate((raw[:1000], raw[1000:])):  # as published: no .json, pieces
+        (tmp_path / f"d-{i:05}-of-00001.bin").write_bytes(part)
+    assert OrderedData(tmp_path / "d", 8, 20, 1234).preshuffled
+
+
+def test_what_is_unusual_is_said(tmp_path):
+    documents = random_documents([5, 9, 14, 2, 30])
+    write(tmp_path / "d", documents)
+    lines = OrderedData(tmp_path / "d", 4, 20, 1234).describe()
+    assert "2 epochs in one shuffle, so that no step ends an epoch" in lines[0]
+    ended = sum(document[-1] == 0 for document in documents)
+    assert f"{ended} of 5 documents looked at end in <|endoftext|>" in lines[1]
+    write(tmp_path / "d", [np.append(document, 0) for document in documents])
+    assert len(OrderedData(tmp_path / "d", 4, 11, 1234).describe()) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=20), st.data())
+def test_a_fingerprint_sees_every_token_and_every_document(tmp_path_factory, sizes, draw):
+    folder = tmp_path_factory.mktemp("d")
+    documents = random_documents(sizes)
+    write(folder / "d", documents)
+    before = fingerprint(folder / "d")
+    write(folder / "moved", documents)
+    assert fingerprint(folder / "moved") == before
+    check_whole(folder / "d")
+    raw = bytearray((folder / "d.bin").read_bytes())
+    raw[draw.draw(st.integers(0, len(raw) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
+    (folder / "d.bin").write_bytes(raw)
+    assert fingerprint(folder / "d") != before
+    with pytest.raises(ValueError, match="d.bin: SHA-256 .* the data changed since"):
+        check_whole(folder / "d")
+    joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens, cut otherwise
+    write(folder / "joined", joined)
+    assert fingerprint(folder / "joined") != before
+
+
+def test_a_large_file_is_known_by_its_blocks(tmp_path):
+    def sparse(sizes):
+        with open(tmp_path / "d.idx", "wb") as file:
+            write_index(file, sizes)
+        with open(tmp_path / "d.bin", "wb") as file:
+            file.truncate(2 * int(sizes.sum(dtype=np.int64)))
+
+    sparse(np.full(300_000, 1_000_000, dtype=np.int32))  # 600 GB
+    start = time.perf_counter()
+    before = fingerprint(tmp_path / "d")
+    assert time.perf_counter() - start < 2
+    sparse(np.tile(np.array([999_999, 1_000_001], dtype=np.int32), 150_000))
+    assert fingerprint(tmp_path / "d") != before
+    sparse(np.full(1000, 600_000, dtype=np.int32))  # 1.2 GB
+    before = fingerprint(tmp_path / "d")
+    with open(tmp_path / "d.bin", "r+b") as file:  # 1 % of it becomes other text
+        file.seek(700 * 10**6)
+        file.write(b"x" * 12 * 10**6)
+    assert fingerprint(tmp_path / "d") != before
 
 
 def test_another_job_starts_anew(tmp_path):
