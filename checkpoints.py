@@ -48,6 +48,7 @@ from tqdm import tqdm
 import config
 from config import command, file_size, read_json, sha256_of, write_json
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
+from tokenizer import N_TOKENS, Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
@@ -830,6 +831,32 @@ def find_tokenizer(options):
     if tokenizer and type(read_json(tokenizer).get("added_tokens")) is not list:
         raise ValueError(f"{tokenizer}: no tokenizer: it has no added_tokens")
     return tokenizer
+
+
+COMPARED = set()  # SHA-256 of tokenizer files that were found to be GPT-NeoX-20B's
+
+
+def folder_tokenizer(folder, named=None):
+    """Return the tokenizer.json of a model: `named`, or its folder's own, or the one beside us.
+
+    Raises ValueError if the folder's own is not GPT-NeoX-20B's, and if the model has fewer ids.
+    """
+    own = Path(folder) / "tokenizer.json"
+    if named is None and os.path.lexists(own):
+        file_size(own)
+        if sha256_of(own) not in COMPARED:
+            spec, bytewise = read_json(own), {"type": "ByteLevel", "add_prefix_space": False,
+                                              "trim_offsets": True}
+            if spec.get("normalizer") != {"type": "NFC"} or spec.get("pre_tokenizer") not in (
+                    bytewise, bytewise | {"use_regex": True}):  # transformers 5 writes it out
+                raise ValueError(f"{own}: splits text otherwise than GPT-NeoX-20B's tokenizer; "
+                                 "--tokenizer=PATH names another")
+            Tokenizer(own)
+            COMPARED.add(sha256_of(own))
+    if (size := open_any(folder)[0].vocab_size) < N_TOKENS:
+        raise ValueError(f"{folder}: vocab_size is {size:,}, but GPT-NeoX-20B's tokenizer, the "
+                         f"only one that is known here, has {N_TOKENS:,} ids")
+    return named or (own if os.path.lexists(own) else "20B_tokenizer.json")
 
 
 def cast(name, stored, dtype):

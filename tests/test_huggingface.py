@@ -2,15 +2,17 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM,
+                          PreTrainedTokenizerFast)
 
 from checkpoints import load_model, saved_steps
 from model import ModelConfig
-from checkpoints import Import, import_, merge, open_any
+from checkpoints import Import, folder_tokenizer, import_, merge, open_any
 from model import parameter_shapes, read_config
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
@@ -156,6 +158,31 @@ def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, form):
     if "safetensors" in form:
         with pytest.raises(ValueError, match="embed_in.weight is"):
             load_model(source)
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda spec: spec.update(normalizer=None), "splits text otherwise"),
+    (lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True), "splits text otherwise"),
+    (lambda spec: spec.update(pre_tokenizer=[]), "splits text otherwise"),
+    (lambda spec: spec["model"]["merges"].reverse(), "not the GPT-NeoX-20B tokenizer"),
+    (lambda spec: spec["added_tokens"].pop(), "not the GPT-NeoX-20B tokenizer")])
+def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path, edit, words):
+    wide = replace(CONFIG, vocab_size=50304)
+    folder = published(tmp_path / "x", weights(config=wide), config=CONFIG_2022 | {
+        "vocab_size": 50304})
+    assert folder_tokenizer(folder) == "20B_tokenizer.json"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_path))
+    tokenizer.save_pretrained(folder)  # in transformers' present form
+    assert folder_tokenizer(folder) == folder / "tokenizer.json"
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    edit(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=f"tokenizer.json: {words}"):
+        folder_tokenizer(folder)
+    assert folder_tokenizer(folder, "named.json") == "named.json"
+    small = published(tmp_path / "small", weights())
+    with pytest.raises(ValueError, match="vocab_size is 256, but .* has 50,277 ids"):
+        folder_tokenizer(small, "named.json")
 
 
 def test_a_sharded_download_is_whole_once_every_shard_is_there(tmp_path):
