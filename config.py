@@ -8,6 +8,7 @@ dataclasses, so `--help` simply prints their source. A user's mistake is one lin
 """
 
 import ast
+import codecs
 import csv
 import dataclasses
 import difflib
@@ -15,10 +16,13 @@ import errno
 import fcntl
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
+import re
 import runpy
+import shutil
 import stat
 import sys
 import types
@@ -221,9 +225,10 @@ LOCKS = {}  # path: a file that stays open, and so locked, for as long as the pr
 def lock(path, busy):
     """Hold a file's lock until it is closed or this process ends, or raise ValueError(busy)."""
     held = LOCKS.get(os.path.realpath(path))
-    if held and not held.closed:
+    if held and not held.closed and os.path.exists(path) and os.path.samestat(
+            os.fstat(held.fileno()), os.stat(path)):  # else the file was replaced or deleted
         return held
-    file = open(path, "a")
+    file = open(path, "ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -273,19 +278,77 @@ def file_size(path):
     return status.st_size
 
 
-def open_table(path, columns, start):
-    """Return a CSV file open at its end, and the rows that it keeps, [{column: cell}].
+# ---------------------------------------------------------------------------- tables
 
-    Its first column is a step; rows of step `start` and later go, for those steps run again.
+# What a cell of a column may be: a count, any number, a text that a line can hold.
+COUNT, NUMBER = "[0-9]{1,18}", r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?|nan|-?inf"
+TEXT = r"[^\r\n\ud800-\udfff]{0,1000}"
+
+
+def read_table(path, columns):
+    """Return ([(line, row)], [(number, line)]): a CSV file's rows {column: cell}, and what is none.
+
+    columns: {name: pattern of its cells}. No cell has a line break, so a damaged line takes no
+    other with it. Raises ValueError if the first line does not name the columns.
     """
-    rows = []
-    if os.path.exists(path):
-        with open(path, newline="") as file:
-            # A full disk or a power failure can cut the last line anywhere, so it is whole only if
-            # its end is there. The step of a cut line runs again.
-            whole = csv.reader(line for line in file if line.endswith("\n"))
-            rows = [row for row in whole if len(row) == len(columns)
-                    and row[0].isdigit() and int(row[0]) < start]
-    with replacing(path) as file:
-        file.write("".join(",".join(line) + "\n" for line in (columns, *rows)).encode())
-    return open(path, "a", buffering=1), [dict(zip(columns, row)) for row in rows]
+    with open(path, "rb") as file:
+        first, *lines = file.readlines() or [b""]
+    header, rows, broken = ",".join(columns).encode(), [], []
+    named = first.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") == header  # a spreadsheet's too
+    if not named and (lines or not header.startswith(first)):  # a kill may have torn it
+        raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected {header.decode()}; "
+                         "mend it or move it away")
+    for number, line in enumerate(lines, 2):
+        try:
+            [cells] = csv.reader([line.decode().rstrip("\r\n")], strict=True)
+        except (ValueError, csv.Error):
+            cells = ()
+        whole = line.endswith(b"\n") and len(cells) == len(columns)
+        if whole and all(map(re.fullmatch, columns.values(), cells)):
+            rows.append((line.rstrip(b"\r\n") + b"\n", dict(zip(columns, cells))))
+        elif line.strip():
+            broken.append((number, line))
+    return rows, broken
+
+
+class Table:
+    """A CSV file that one process at a time repairs and appends to; `rows` are those it had.
+
+    A kill or a full disk can tear only the last line, whose step or evaluation is done again. Rows
+    that keep(row) is false of go, for they will be written again.
+    """
+
+    def __init__(self, path, columns, keep=lambda row: True):
+        self.path, self.columns = path, columns
+        if os.path.exists(path):
+            file_size(path)  # refuses what is no file
+        busy = f"{path}: another process writes it; wait for it or name another file"
+        self.file = lock(path, busy)
+        rows, broken = read_table(path, columns)
+        for number, line in broken:
+            damaged = line.endswith(b"\n")
+            print(f"{path}, line {number} is {'damaged' if damaged else 'torn'} and goes: "
+                  f"{line[:200]!r}" + f"; {path}.damaged is the file as it was" * damaged,
+                  file=sys.stderr)
+            if damaged:
+                shutil.copyfile(path, f"{path}.damaged")
+        rows = [(line, row) for line, row in rows if keep(row)]
+        self.rows, text = [row for _, row in rows], b"".join(line for line, _ in rows)
+        text = ",".join(columns).encode() + b"\n" + text
+        if text != Path(path).read_bytes():
+            with replacing(os.path.realpath(path)) as file:
+                file.write(text)
+            self.file = lock(path, busy)
+
+    def append(self, *rows):
+        self.file.write(b"".join(map(self.line, rows)))
+        self.file.flush()
+
+    def line(self, row):
+        """Return a row as a line, or raise ValueError for a cell that could not be read again."""
+        cells, line = ["" if cell is None else str(cell) for cell in row], io.StringIO()
+        for (name, pattern), cell in zip(self.columns.items(), cells, strict=True):
+            if not re.fullmatch(pattern, cell):
+                raise ValueError(f"{self.path}: cannot hold {name} = {cell[:100]!r}")
+        csv.writer(line, lineterminator="\n").writerow(cells)
+        return line.getvalue().encode()

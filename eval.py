@@ -17,7 +17,6 @@ logits are computed only where a token is scored, and rows of like length are ba
 None of it changes a number by more than rounding (tests/test_scoring.py: 1e-4).
 """
 
-import csv
 import itertools
 import json
 import math
@@ -36,7 +35,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import check, file_size, lock, parse, read_json, run
+from config import check, COUNT, NUMBER, parse, read_json, run, Table, TEXT
 from model import Cache, Prefix, head_blocks, read_config
 from parallel import Processes
 from tasks import (GROUPS, SEVERAL, STYLES, NoDocuments, digest, named_tasks, prompts, read_split,
@@ -393,6 +392,9 @@ class Job:
     def __init__(self, name, members, requests, documents, shots, style):
         self.name, self.members, self.requests = name, members, requests
         self.documents, self.shots, self.style = documents, shots, style
+        # The rows to come, without values: measured of answers that say nothing.
+        nothing = {"loglikelihood": (math.nan, False), "generate": "", "rolling": math.nan}
+        self.measured = measure(self, [nothing[members[0][1].kind]] * len(requests))
         self.batches = None  # (context length, plan's batches, rows, owners of rolling rows)
 
 
@@ -486,8 +488,11 @@ class EvalConfig:
             raise ValueError("shots must be at least 0, and limit at least 1")
 
 
-HEADER = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n",
-          "style", "dtype", "docs")
+COLUMNS = {"model": TEXT, "step": f"({COUNT})?", "tokens": f"({COUNT})?", "task": TEXT,
+           "shots": COUNT, "metric": TEXT, "value": NUMBER, "stderr": f"({NUMBER})?", "n": COUNT,
+           "style": TEXT, "dtype": TEXT, "docs": TEXT}
+# What tells a row from others.
+KEY = ("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
 
 
 def main(config):
@@ -497,16 +502,10 @@ def main(config):
     tokenizer = load_tokenizer(config.tokenizer)
     folders = find_all(config.model, config.steps)
 
-    def open_outputs():
-        done = open_results(config.output)
-        if config.samples:
-            open_samples(config.samples)
-        return done
-
-    # All processes take what the first one found in the file, to which it may soon add rows.
-    done = processes.gather(processes.together(open_outputs, first_alone=True))[0]
-    todo = [(entry, job) for entry in folders for job in jobs
-            if key(config, entry, job) not in done]
+    # The first process knows what the files hold, and alone writes to them.
+    opened = processes.together(lambda: open_outputs(config, folders, jobs), first_alone=True)
+    table, missing = opened or (None, None)
+    todo = [(folders[i], jobs[j]) for i, j in processes.gather(missing)[0]]
     for entry, job in todo:  # refuse now, not after hours of other tasks
         task = job.members[0][1]
         if task.kind == "generate" and task.n_tokens >= (L := read_config(entry[3]).seq_length):
@@ -530,7 +529,7 @@ def main(config):
                 results = answer(model, tokenizer, job, bar.update)
                 bar.update(before + len(job.requests) - bar.n)  # the other processes' share
                 if processes.rank == 0:
-                    record(config, entry, job, results)
+                    record(config, table, entry, job, results)
             del model  # before the one after the next is loaded
     if processes.rank == 0:
         print(f"{config.output}: {len(todo)} evaluations done, "
@@ -560,25 +559,51 @@ def note(words):
         print(words, file=sys.stderr)
 
 
-def record(config, entry, job, results):
+def open_outputs(config, entries, jobs):
+    """Return the CSV's Table and (entry, job) numbers of the evaluations that it lacks a row of.
+
+    Rows of these that it has go: the evaluation that a kill has torn is done again as a whole.
+    Raises ValueError if a name among the rows to come could not be written.
+    """
+    table = Table(config.output, COLUMNS)
+    there, missing, again = {key(row) for row in table.rows}, [], set()
+    for (i, entry), (j, job) in itertools.product(enumerate(entries), enumerate(jobs)):
+        rows = csv_rows(config, entry, job, job.measured)
+        keys = {key(dict(zip(COLUMNS, row))) for row in rows}
+        if not keys <= there:
+            for row in rows:
+                table.line(row)
+            missing.append((i, j))
+            again |= keys
+    if again & there:
+        table = Table(config.output, COLUMNS, lambda row: key(row) not in again)
+    if config.samples:
+        open_samples(config.samples)
+    return table, missing
+
+
+def key(row):
+    """What tells a row of the CSV from others."""
+    return tuple(str(row[name]) for name in KEY)
+
+
+def csv_rows(config, entry, job, measured):
+    """Return the CSV's rows of what `measure` returns."""
+    return [(*entry[:3], task, job.shots, metric, value, stderr, n, job.style, config.dtype,
+             documents_of(job, task)) for task, metric, value, stderr, n in measured]
+
+
+def record(config, table, entry, job, results):
     """Append a job's rows to the CSV, its requests to the samples, and print what matters."""
-    name, step, tokens, _ = entry
+    name, step, *_ = entry
     if config.samples:
         append_samples(config.samples, name, step, job, results)
     rows = measure(job, results)
-    append_results(config.output, [(name, step, tokens, task, job.shots, metric, value, stderr, n,
-                                    job.style, config.dtype, documents_of(job, task))
-                                   for task, metric, value, stderr, n in rows])
+    table.append(*csv_rows(config, entry, job, rows))
     within = lambda stderr: "" if stderr is None else f" ± {stderr:.4f}"
     tqdm.write(f"{name} step {step:>6} | " + " | ".join(
         f"{task} {metric} {value:.4f}{within(stderr)} (n {n:,})"
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
-
-
-def key(config, entry, job):
-    """What tells one evaluation from another, as the CSV has it."""
-    return (entry[0], entry[1], job.name, str(job.shots), job.style, config.dtype,
-            job.documents[job.name])
 
 
 def find_all(models, steps):
@@ -634,64 +659,22 @@ def _tokens(folder):
 # ---------------------------------------------------------------------------- the files written
 
 
-def open_results(path):
-    """Make the CSV if there is none, drop what a kill has torn, return the key of every evaluation.
-
-    The rows before a torn one go too if they are of the same evaluation: it is computed again.
-    """
-    if there := os.path.exists(path):
-        file_size(path)  # refuses a device, which could be read without end
-    lock(path, f"{path}: another evaluation writes it; wait for it or name another file")
-    text = Path(path).read_text(encoding="utf8", errors="surrogateescape")
-    header = ",".join(HEADER) + "\n"
-    # A full disk or a kill can leave less than a header. (A link is left alone: /dev/stdout is
-    # one.)
-    if header.startswith(text) and not (there and os.path.islink(path)):
-        os.truncate(path, 0)
-        append_results(path, [HEADER])
-        text = header
-    if text.partition("\n")[0] != ",".join(HEADER):
-        raise ValueError(f"{path}: its first line is not {','.join(HEADER)}; name another --output")
-    *lines, torn = text.split("\n")
-    if torn:
-        last = evaluation_of(lines[-1])
-        while (len(lines) > 1 and evaluation_of(lines[-1]) == last
-               and last.startswith(evaluation_of(torn))):
-            lines.pop()
-        os.truncate(path, sum(len(line.encode(errors="surrogateescape")) + 1 for line in lines))
-    columns = ("model", "step", "task", "shots", "style", "dtype", "docs")
-    return {tuple(row[name] for name in columns) for row in csv.DictReader(lines)}
-
-
-def evaluation_of(line):
-    """Return the beginning of a line of the CSV: model, step, tokens, task, shots."""
-    return ",".join(line.split(",")[:5])
-
-
-def append_results(path, rows):
-    with open(path, "a", newline="", encoding="utf8") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            ["" if cell is None else repr(cell) if isinstance(cell, float) else cell
-             for cell in row]
-            for row in rows)
-
-
 def open_samples(path):
     """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
-    open(path, "a").close()  # a path that cannot be written is refused now, not in an hour
+    open(path, "ab").close()  # a path that cannot be written is refused now, not in an hour
     if path.startswith("/dev/") or not os.path.isfile(path):
         return  # /dev/stdout may be a file, but not ours
-    whole, torn, beginning = 0, b"", b'{"model": '
-    with open(path, "rb") as file:
+    whole, ours = 0, b'{"model": '
+    with open(path, "rb+") as file:
         for line in file:
+            if not whole and not (line.startswith(ours) or ours.startswith(line)):
+                raise ValueError(f"{path}, line 1: found {line[:100]!r}, no sample; name another "
+                                 "--samples")
             if line.endswith(b"\n"):
                 whole += len(line)
             else:
-                torn = line
-            if not beginning.startswith(line[:10]) and not line.startswith(beginning):
-                raise ValueError(f"{path}: holds a line that is no sample; name another --samples")
-    if torn:
-        os.truncate(path, whole)
+                note(f"{path}: the last line is torn and goes: {line[:200]!r}")
+        file.truncate(whole)
 
 
 def append_samples(path, name, step, job, results):

@@ -239,6 +239,8 @@ def perplexity(logprobs, iterations=None):
     numpy's RandomState([i]) is the same generator; its numbers are drawn a block at a time.
     """
     values, n, draws = np.array(logprobs), len(logprobs), []
+    if not np.isfinite(values).all():
+        return _exp(-statistics.fmean(logprobs)), math.nan if n > 1 else None
     for seed in range((iterations or BOOTSTRAP) // 1000 if n > 1 else 0):
         generator = np.random.RandomState([seed])
         for _ in range(10):

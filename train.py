@@ -52,7 +52,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import check, fail, open_table, parse, read_json, run, write_json
+from config import check, COUNT, fail, NUMBER, parse, read_json, run, Table, write_json
 from data import OrderedData, TokenFile, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
@@ -424,7 +424,8 @@ def rows_of(step, config):
     return f"rows {first:,} to {first + config.batch_size - 1:,}"
 
 
-METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds")
+METRICS = {"step": COUNT, "tokens": COUNT, "loss": NUMBER, "learning_rate": NUMBER,
+           "grad_norm": NUMBER, "loss_scale": NUMBER, "seconds": NUMBER}
 
 
 class Log:
@@ -442,23 +443,27 @@ class Log:
         if processes.rank == 0:
             folder = Path(config.out_dir)
             self.text = open(folder / "log.txt", "a", buffering=1)
-            self.tables["metrics"], rows = open_table(folder / "metrics.csv", METRICS, start)
-            losses = [float(row["loss"]) for row in rows]  # a float16 overflow's may be nan
+            self.tables["metrics"] = Table(folder / "metrics.csv", METRICS,
+                                           lambda row: int(row["step"]) < start)
+            losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
+            # A float16 overflow's may be nan.
             self.recent.extend(loss for loss in losses if math.isfinite(loss))
             if intervention.intervention:
-                self.tables["interventions"], changed = open_table(
-                    folder / "interventions.csv", ("step", "row"), start)
-                self.n_changed = len(changed)
+                self.tables["interventions"] = Table(
+                    folder / "interventions.csv", {"step": COUNT, "row": COUNT},
+                    lambda row: int(row["step"]) < start)
+                self.n_changed = len(self.tables["interventions"].rows)
             if config.heldout:  # it is of checkpoints: the one at `start` is not measured again
-                self.tables["heldout"], _ = open_table(
-                    folder / "heldout.csv", ("step", "tokens", "loss"), start + 1)
+                self.tables["heldout"] = Table(
+                    folder / "heldout.csv", {"step": COUNT, "tokens": COUNT, "loss": NUMBER},
+                    lambda row: int(row["step"]) <= start)
         self.bar = tqdm(total=config.steps, initial=start, unit="step",
                         disable=processes.rank > 0 or None)
         self.restart_clock()
 
     def write(self, name, *cells):
         if self.tables:
-            print(*cells, sep=",", file=self.tables[name])
+            self.tables[name].append(cells)
 
     def say(self, line):
         if self.tables:
@@ -511,8 +516,8 @@ class Log:
         Otherwise a checkpoint could outlive a power failure that the lines before it do not, and a
         run that goes on from it would never write them again.
         """
-        for file in self.tables.values():
-            os.fsync(file.fileno())
+        for table in self.tables.values():
+            os.fsync(table.file.fileno())
 
     def watch(self, step, loss):
         """Say when a loss is 6 standard deviations above the last 128's mean; changes nothing."""
