@@ -168,9 +168,13 @@ def check_tensors(where, tensors, shapes):
         raise ValueError(f"{where}: {'; '.join(problems[:20])}{more}")
 
 
-def without_legacy_buffers(tensors):
-    """Return the tensors that a forward pass needs."""
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(LEGACY_BUFFERS)}
+def published_only(tensors):
+    """Return the tensors that a forward pass needs, under their published names."""
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(LEGACY_BUFFERS)}
+    # What transformers 5 calls the head in memory, and accelerate and huggingface_hub in files.
+    if "lm_head.weight" in kept and "embed_out.weight" not in kept:
+        kept["embed_out.weight"] = kept.pop("lm_head.weight")
+    return kept
 
 
 def split(stem, tensors, shard_size):
@@ -359,7 +363,7 @@ def load_training(run, step, model, optimizer):
     training = read_training(folder, step)
     check_hashes(folder)
     parameters = dict(model.named_parameters())
-    weights = without_legacy_buffers(open_folder(folder))
+    _, weights = open_any(folder, n_heads=model.config.n_heads)
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
     for name, parameter in parameters.items():
         fill(parameter, weights[hf_name(name)].read())
@@ -615,7 +619,7 @@ def open_any(source, gelu=None, n_heads=None):
         raise ValueError(f"{source}: no checkpoint; expected model.safetensors, pytorch_model.bin, "
                          "the index of their shards, or layer_XX-model_YY-model_states.pt of "
                          "gpt-neox")
-    tensors = without_legacy_buffers(tensors)
+    tensors = published_only(tensors)
     check_tensors(source, tensors, parameter_shapes(config))
     if n_heads not in (None, config.n_heads):
         raise ValueError(f"{source}: n_heads = {n_heads}, the checkpoint says {config.n_heads}")
@@ -640,7 +644,7 @@ def open_neox(folder, paths, n_heads=None):
     for layer, files in sorted(ranks.items()):
         parts = [open_pickle(files[rank]) for rank in range(count)]
         rotary = parts[0].get("attention.rotary_emb.inv_freq", rotary)
-        for name in without_legacy_buffers(parts[0]):
+        for name in published_only(parts[0]):
             published = published_name(layer, name, head)
             tensors[published] = merged(parts, name, published)
     ends = ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "embed_out.weight")

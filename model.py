@@ -9,8 +9,10 @@ Dimension key: B batch, T sequence, N = B*T, D d_model, H heads, K d_head, R rot
 V vocabulary.
 """
 
+import functools
 import hashlib
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -398,48 +400,65 @@ def hf_config(config):
     }
 
 
+# Every key of a GPT-NeoX config.json that changes numbers (transformers 4.24 to 5.23) and is no
+# size, under each of its names, with the value that every Pythia has; then those that change none.
+PYTHIAS = {"model_type": "gpt_neox", "rotary_pct": 0.25, "partial_rotary_factor": 0.25,
+           "rotary_emb_base": 10000, "rope_theta": 10000, "rope_type": "default", "type": "default",
+           "rope_scaling": None, "rope_parameters": None, "use_parallel_residual": True,
+           "attention_bias": True, "is_causal": True, "tie_word_embeddings": False,
+           "layer_norm_eps": 1e-5, "quantization_config": None}
+NEUTRAL = {"architectures", "attention_dropout", "bos_token_id", "classifier_dropout", "dtype",
+           "eos_token_id", "hidden_act", "hidden_dropout", "initializer_range", "is_decoder",
+           "pad_token_id", "torch_dtype", "transformers_version", "use_cache"}
+GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
+         "max_position_embeddings")
+
+
 def read_config(folder):
     """Return the ModelConfig of folder/config.json: ours, or one of transformers 4.24 to 5.
 
     Raises ValueError naming whatever makes it another architecture than Pythia's.
     """
     path = Path(folder) / "config.json"
-    spec = read_json(path)
-    rope = spec.get("rope_parameters") or {}  # transformers 5 keeps the rotary settings here
-    if type(rope) is not dict:
-        raise ValueError(f"{path}: rope_parameters is {repr(rope)[:100]}, expected an object")
-    found = spec | {"rotary_pct": rope.get("partial_rotary_factor", spec.get("rotary_pct", 0.25)),
-                    "rotary_emb_base": rope.get("rope_theta", spec.get("rotary_emb_base", 10000)),
-                    "rope_type": rope.get("rope_type", "default")}
-    pythias = {"model_type": "gpt_neox", "rotary_pct": 0.25, "rotary_emb_base": 10000,
-               "rope_type": "default", "rope_scaling": None, "use_parallel_residual": True,
-               "attention_bias": True, "tie_word_embeddings": False, "layer_norm_eps": 1e-5,
-               "quantization_config": None}
-    for name, value in pythias.items():
-        if found.get(name, value) != value or name == "model_type" not in spec:
-            raise ValueError(f"{path}: {name} is {repr(found.get(name))[:100]}, Pythia's is "
-                             f"{value!r}")
-    gelus = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-    if str(spec.get("hidden_act")) not in gelus:
-        raise ValueError(f"{path}: hidden_act is {repr(spec.get('hidden_act'))[:100]}, "
-                         f"expected one of {list(gelus)}")
-    sizes = {}
-    for ours, theirs, most in (  # the limits keep a hostile file from making a model of 2^60 layers
-            ("n_layers", "num_hidden_layers", 1 << 10), ("d_model", "hidden_size", 1 << 17),
-            ("n_heads", "num_attention_heads", 1 << 10), ("vocab_size", "vocab_size", 1 << 20),
-            ("seq_length", "max_position_embeddings", 1 << 20)):
-        sizes[ours] = spec.get(theirs)
-        if type(sizes[ours]) is not int or not 1 <= sizes[ours] <= most:
-            raise ValueError(f"{path}: {theirs} is {repr(sizes[ours])[:100]}, "
-                             f"expected a positive integer up to {most:,}")
-    wide = 4 * sizes["d_model"]
-    if spec.get("intermediate_size", wide) != wide:
-        raise ValueError(f"{path}: intermediate_size is {repr(spec['intermediate_size'])[:100]}, "
-                         f"expected 4 * hidden_size = {wide}")
+    spec = {"model_type": None, "hidden_act": None} | dict.fromkeys(SIZES) | read_json(path)
+    for inner in ("rope_parameters", "rope_scaling"):  # transformers 5; 4.31 to 4.57
+        if type(spec.get(inner)) is dict:
+            spec |= {f"{inner}: {name}": value for name, value in spec.pop(inner).items()}
+
+    def expect(holds, name, expected):
+        if not holds:
+            raise ValueError(f"{path}: {ascii(name)[1:-1][:60]} is {repr(spec[name])[:100]}, "
+                             f"expected {expected}")
+
+    for name in SIZES:  # the limits keep a hostile file from making a model of 2^60 layers
+        most = 1 << 10 if name == "num_hidden_layers" else 1 << 20
+        expect(type(spec[name]) is int and 1 <= spec[name] <= most, name,
+               f"a positive integer up to {most:,}")
+    layers, width, heads, vocabulary, context = (spec[name] for name in SIZES)
+    pythias = PYTHIAS | {"intermediate_size": 4 * width, "head_dim": width // heads,
+                         "num_key_value_heads": heads}
+    unknown = []
+    for name, value in spec.items():
+        inner, _, key = name.rpartition(": ")
+        if key in pythias or inner:
+            expect(key in pythias and value == pythias[key], name,
+                   f"Pythia's {pythias[key]!r}" if key in pythias else "no such key")
+        elif key not in NEUTRAL.union(SIZES) and key[:1] != "_":
+            unknown.append(repr(key)[:50])
+    expect(str(spec["hidden_act"]) in GELUS, "hidden_act", f"one of {list(GELUS)}")
+    if unknown:
+        warn_once("warning: keys of config.json that are no GPT-NeoX's of transformers are ignored:"
+                  f" {', '.join(sorted(unknown)[:10])}")
     try:
-        return ModelConfig(**sizes, gelu=gelus[spec["hidden_act"]])
+        return ModelConfig(layers, width, heads, vocabulary, context, GELUS[spec["hidden_act"]])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+@functools.cache
+def warn_once(line):
+    print(line, file=sys.stderr)
 
 
 def parameter_shapes(config):

@@ -112,8 +112,9 @@ def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, traine
     (STATE | {"updates": -7}, "updates is -7, expected an integer from 0 to 2"),
     (STATE | {"updates": 3}, "updates is 3"), (STATE | {"tokens": 10**4000}, "tokens is 1000"),
     (STATE | {"scaler": {"scale": "x"}}, "scaler is"), (STATE | {"step": True}, "step is True"),
-    ('{"step": ' + "9" * 5000, "not JSON .Exceeds the limit"), (" " * 17_000_000, "at most 16,777,216"),
-    (os.mkfifo, "not a regular file"), (lambda path: path.symlink_to("/dev/zero"), "not a regular")])
+    ('{"step": ' + "9" * 5000, "not JSON .Exceeds the limit"),
+    (" " * 17_000_000, "at most 16,777,216"), (os.mkfifo, "not a regular file"),
+    (lambda path: path.symlink_to("/dev/zero"), "not a regular file")])
 def test_training_json_that_no_run_has_saved(tmp_path, trained, capsys, notes, words):
     model, optimizer = trained
     save(tmp_path, 2, model, optimizer, STATE)
@@ -137,26 +138,6 @@ def test_an_unscheduled_checkpoint_gives_way_to_the_next(tmp_path, trained):
     assert saved_steps(tmp_path) == [2, 3]
     save(tmp_path, 4, model, optimizer, STATE)
     assert saved_steps(tmp_path) == [2, 4]
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, "model_type is 'llama'"),
-    ({"use_parallel_residual": False}, "parallel"),
-    ({"rotary_pct": 1.0}, "rotary_pct is 1.0"), ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-    ({"hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
-    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"),
-    ({"num_hidden_layers": 1}, "unexpected"),
-    ({"vocab_size": 50432}, r"embed_in.weight is \(50304, 32\), expected \(50432, 32\)")])
-def test_a_foreign_model_is_named_not_loaded(tmp_path, trained, changes, words):
-    model, optimizer = trained
-    save(tmp_path, 2, model, optimizer, STATE)
-    edit_json(tmp_path / "step2/config.json", **changes)
-    with pytest.raises(ValueError, match=words):
-        load_model(tmp_path / "step2")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])

@@ -11,9 +11,8 @@ from transformers import (AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalL
                           PreTrainedTokenizerFast)
 
 from checkpoints import load_model, saved_steps
-from model import ModelConfig
-from checkpoints import Import, folder_tokenizer, import_, merge, open_any
-from model import parameter_shapes, read_config
+from checkpoints import Import, folder_tokenizer, import_, load_training, merge, open_any
+from model import ModelConfig, Pythia, parameter_shapes, read_config, warn_once
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
 
@@ -113,20 +112,65 @@ def aged(**changes):
     return {name: value for name, value in (CONFIG_2022 | changes).items() if value != "absent"}
 
 
-@pytest.mark.parametrize("spec", [
-    aged(),
-    aged(classifier_dropout=0.1, transformers_version="4.30.2", attention_dropout=0.0,
-         hidden_dropout=0.0),
-    aged(rope_scaling=None, attention_bias=True, transformers_version="4.38.0"),
-    aged(rotary_pct="absent", rotary_emb_base="absent", torch_dtype="absent", dtype="float16",
-         rope_parameters={"rope_theta": 10000, "partial_rotary_factor": 0.25,
-                          "rope_type": "default"}),
-    aged(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}, is_decoder=False)])
-def test_config_json_of_every_age(tmp_path, spec):
-    (tmp_path / "config.json").write_text(json.dumps(spec))
-    assert read_config(tmp_path) == CONFIG
-    theirs = GPTNeoXConfig.from_pretrained(tmp_path)  # agrees on what decides the numbers
-    assert theirs.rope_parameters["rope_theta"] == 10000 and theirs.hidden_act == "gelu"
+NEW_ROPE = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "default"}
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"classifier_dropout": 0.1, "attention_dropout": 0.1, "hidden_dropout": 0.0},
+    {"rope_scaling": None, "attention_bias": True, "rope_theta": 10000, "head_dim": 16,
+     "partial_rotary_factor": 0.25},
+    {"rotary_pct": "absent", "rotary_emb_base": "absent", "torch_dtype": "absent",
+     "dtype": "float32", "rope_parameters": NEW_ROPE},
+    {"rope_parameters": {"rope_theta": 10000.0, "type": "default"}, "is_decoder": False},
+    {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_fast"}])
+def test_config_json_of_every_age_means_the_same_numbers(tmp_path, capsys, changes):
+    folder = published(tmp_path, weights(), config=aged(**changes))
+    theirs, tokens = AutoModelForCausalLM.from_pretrained(folder).float(), torch.arange(32)[None]
+    torch.testing.assert_close(load_model(folder)(tokens), theirs(tokens).logits,
+                               rtol=1e-5, atol=1e-3)  # of ~60
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "llama"}, "model_type is 'llama'"), ({"rotary_pct": 1.0}, "rotary_pct is 1.0"),
+    ({"use_parallel_residual": False}, "use_parallel_residual is False"),
+    ({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"is_causal": False}, "is_causal is False"),
+    ({"hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
+    ({"layer_norm_eps": None}, "layer_norm_eps is None"), ({"head_dim": 32}, "head_dim is 32"),
+    ({"rotary_pct": "absent", "partial_rotary_factor": 1.0}, "partial_rotary_factor is 1.0"),
+    ({"rope_theta": 500000}, "rope_theta is 500000"), ({"intermediate_size": 64}, "Pythia's 256"),
+    ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 10000}},
+     "rope_parameters: type is 'linear', expected Pythia's 'default'"),
+    ({"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling: factor is 4.0"),
+    ({"rope_parameters": {"full_attention": NEW_ROPE}}, "full_attention is .*expected no such"),
+    ({"rope_parameters": [1]}, "rope_parameters is .1., expected Pythia's None"),
+    ({"num_key_value_heads": 2}, "num_key_value_heads is 2, expected Pythia's 4"),
+    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"),
+    ({"num_hidden_layers": 1}, "unexpected gpt_neox.layers.1"),
+    ({"vocab_size": 512}, r"embed_in.weight is \(256, 64\), expected \(512, 64\)")])
+def test_another_architecture_is_refused_not_loaded(tmp_path, changes, words):
+    folder = published(tmp_path, weights(), config=aged(**changes))
+    with pytest.raises(ValueError, match=words):
+        load_model(folder)
+
+
+def test_a_key_that_could_matter_is_named(tmp_path, capsys):
+    warn_once.cache_clear()
+    for step in range(2):
+        read_config(published(tmp_path, weights(), config=aged(sliding_window=4, _name="x")))
+    assert capsys.readouterr().err.count("'sliding_window'") == 1
+
+
+def test_the_head_by_its_newer_name_and_weights_alone_of_any_form_begin_a_branch(tmp_path):
+    expected = weights(torch.float32)
+    renamed = {name.replace("embed_out", "lm_head"): tensor for name, tensor in expected.items()}
+    for step, form in enumerate(FORMS):
+        published(tmp_path / f"step{step}", renamed, form)
+        model = Pythia(CONFIG)
+        assert load_training(tmp_path, step, model, None) is None
+        assert_equal(bits(model), expected)
+    with pytest.raises(ValueError, match="n_heads = 8, the checkpoint says 4"):
+        load_training(tmp_path, 0, Pythia(replace(CONFIG, n_heads=8)), None)
 
 
 @pytest.mark.parametrize("form", FORMS)
