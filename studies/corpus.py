@@ -159,9 +159,10 @@ def operand_weights():
 
 
 def sums(n=3000):
-    """Return n pairs of operands; both drawn alike, or the second would tie frequency to size."""
-    operands = random.Random(1234).choices(range(100), operand_weights(), k=2 * n)
-    return list(zip(operands[::2], operands[1::2]))
+    """Return n pairs of operands: 11 to 99 by weight, and uniform 1 to 10, as they are asked."""
+    generator = random.Random(1234)
+    return [(x1, generator.randint(1, 10))
+            for x1 in generator.choices(range(11, 100), operand_weights()[11:], k=n)]
 
 
 def suite(options):

@@ -12,9 +12,31 @@ the intervention's.
 
 The parents are runs of several seeds of one size. `compare` takes all pairs of a folder for seeds:
 one output folder per size. --intervention=pronouns_as_pushed shows what the code that was pushed to
-gpt-neox does: nothing. studies/gender_measures.py says what is measured; the harness's own scores
-of the same sets (winobias by exact match, crows_pairs_english_gender, lambada_openai) come from
-eval.py.
+gpt-neox does: nothing.
+
+What is measured, of each item in the folders that DOCS has:
+
+    heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
+    winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
+                  is the occupation's; the stereotype is its majority (Bureau of Labor Statistics)
+    winobias      the same of WinoBias' anti- and pro-stereotyped sentences
+    choice        WinoBias as multiple choice between the sentence's two occupations: right in the
+                  pro-stereotyped sentence minus right in the anti-stereotyped one, -1, 0 or 1
+    crows_gender  CrowS-Pairs, gender: log-likelihood of the less minus the more stereotypical
+                  sentence
+    cost          bits per byte of each document of DOCS/heldout: what it cost, if they grew
+    lambada       log-likelihood of the last word: the cost again, if it fell
+
+A model that says "she" more often everywhere is no less biased. So the measures of pairs are
+regressed on how many feminine pronouns the first text has more than the second: the slope is the
+"shift" to "she", a check of the intervention, and the intercept the "bias" without it. Of heldout
+the "shift" is the mean of the places of "he" and of "she", and "context" what those of "she" have
+more: a model to which context is nothing has no bias either.
+
+The primary outcome is the change of "heldout context"; the p-values of all others are adjusted for
+their number (Holm). Intervals are over documents (an occupation, a pair of WinoBias' sentences) and
+seeds; of one pair of runs over documents only, and the column `over` says so. Of WinoBias' 792
+pairs, 9 differ in more than their brackets: they are left out.
 
 The published intervention models, beside the models they were made from:
 
@@ -34,24 +56,193 @@ measure one checkpoint of a 70M takes 4 minutes of two CPU cores, 2.6 of them fo
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 import checkpoints
 from config import command, read_json, replacing
 from data import load_npy
-from eval import find
+from eval import find, loglikelihood, loglikelihood_rolling
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
-from studies.gender_measures import MEASURES
-from studies.results import Checkpoints, open_results, paired_bootstrap, write_table
+from studies.results import Checkpoints, holm, open_results, regression, write_table
+from tasks import read_jsonl, text
 from tokenizer import load_tokenizer
 from train import TrainConfig
+
+PRIMARY = "heldout context"
+FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
+
+# ---------------------------------------------------------------------------- what is asked
+
+
+class Items(NamedTuple):
+    """What a measure asks of a model, and of each item that it gets a number of:"""
+
+    requests: list
+    documents: list  # which document it is of
+    x: list | None = None  # what it is regressed on
+
+
+def heldout_texts(docs, tokenizer=None):
+    texts = [text(doc, "text") for doc in read_jsonl(docs / "heldout" / "test.jsonl")]
+    return Items(texts, list(range(len(texts))))
+
+
+def heldout_places(docs, tokenizer):
+    """Return the held-out texts; x is 1/2 at each " she", -1/2 at each " he"."""
+    texts = heldout_texts(docs).requests
+    [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
+    found = [(i, (id_ == she) - 0.5) for i, passage in enumerate(texts)
+             for id_ in tokenizer.encode(passage) if id_ in (he, she)]
+    return Items(texts, [i for i, _ in found], [x for _, x in found])
+
+
+@torch.no_grad()
+def she_against_he(model, tokenizer, texts):
+    """log p(she) - log p(he) at each of the two; the softmax's sum cancels, so two logits do."""
+    [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
+    L, device = model.config.seq_length, model.embed_in.weight.device
+    direction = model.embed_out.weight[she] - model.embed_out.weight[he]
+    values = []
+    for passage in texts:
+        ids = torch.tensor([0] + tokenizer.encode(passage), device=device)
+        for start in range(0, len(ids) - 1, L):
+            piece = ids[start:start + L + 1]
+            places = torch.isin(piece[1:], torch.tensor([he, she], device=device)).nonzero()[:, 0]
+            if len(places):
+                values += (model.hidden(piece[None, :-1])[0, places] @ direction).tolist()
+    return values
+
+
+def bits_per_byte(model, tokenizer, texts):
+    lls = loglikelihood_rolling(model, tokenizer, texts)
+    return [-ll / math.log(2) / len(passage.encode()) for ll, passage in zip(lls, texts)]
+
+
+def femininity(sentence):
+    words = re.findall(r"\w+", sentence.lower())
+    return sum((word in FEMININE) - (word in MASCULINE) for word in words)
+
+
+def pairs_of_texts(pairs, documents):
+    """Return the Items of (less, more stereotypical) texts; x: pronouns made feminine in the first.
+
+    "he" against "she" is one, though the count of each changes.
+    """
+    return Items(pairs, documents, [(femininity(less) - femininity(more)) / 2
+                                    for less, more in pairs])
+
+
+def differences(model, tokenizer, pairs):
+    """Return log p(first) - log p(second) of each pair of texts, nats."""
+    texts = [side for pair in pairs for side in pair]  # the two of a pair next to each other
+    lls = [ll for ll, _ in loglikelihood(model, tokenizer, [("", side) for side in texts])]
+    return [first - second for first, second in zip(lls[::2], lls[1::2])]
+
+
+def winogender(docs, tokenizer=None):
+    lines = [line.split("\t") for name in ("occupations-stats.tsv", "all_sentences.tsv")
+             for line in (docs / "winogender" / name).read_text(encoding="utf8").splitlines()[1:]]
+    female = {row[0]: float(row[2]) for row in lines if len(row) == 4}
+    sentences = {row[0]: row[1] for row in lines if len(row) == 2}
+    pairs, occupations = [], []
+    for name, sentence in sentences.items():
+        if name.endswith(".0.male.txt"):  # 1: the pronoun is the other person's, of no stereotype
+            other, occupation = sentences[name.replace(".male.", ".female.")], name.split(".")[0]
+            pairs.append((sentence, other) if female[occupation] >= 50 else (other, sentence))
+            occupations.append(occupation)
+    return pairs_of_texts(pairs, occupations)
+
+
+def winobias_pairs(docs):
+    """Return [(pro-stereotyped, anti-stereotyped sentence, document)] of the test set.
+
+    They have [brackets]. Two after each other are of the same occupations: one document.
+    """
+    by_file, pairs = {}, []
+    for doc in read_jsonl(docs / "winobias" / "winobias.jsonl"):
+        by_file.setdefault(text(doc, "file"), []).append(text(doc, "sentence"))
+    for kind in (1, 2):
+        both = zip(*(by_file[f"{stereotype}_stereotyped_type{kind}.txt.test"]
+                     for stereotype in ("pro", "anti")))
+        pairs += [(pro, anti, f"{kind} {i // 2}") for i, (pro, anti) in enumerate(both)]
+    outside = lambda sentence: re.sub(r"\[.*?\]", "", sentence)
+    return [pair for pair in pairs if outside(pair[0]) == outside(pair[1])]
+
+
+def plain(sentence):
+    return re.sub(r"[\[\]]", "", sentence)
+
+
+def winobias(docs, tokenizer=None):
+    pairs = winobias_pairs(docs)
+    return pairs_of_texts([(plain(anti), plain(pro)) for pro, anti, _ in pairs],
+                          [document for *_, document in pairs])
+
+
+def choice_requests(docs, tokenizer=None):
+    """Return four a pair of sentences: the right and the wrong occupation for pro-, for anti-."""
+    lists = [(docs / "winobias" / f"{kind}_occupations.txt").read_text(encoding="utf8")
+             for kind in ("male", "female")]
+    occupations = [word for words in lists for word in words.lower().split("\n") if word]
+    longest_first = sorted(occupations, key=len, reverse=True)
+    name = re.compile(rf"\b(?:{'|'.join(longest_first)})\b", re.IGNORECASE)
+    requests, documents = [], []
+    for *pair, document in winobias_pairs(docs):
+        asked = []
+        for sentence in pair:
+            referent, pronoun, *_ = re.findall(r"\[(.*?)\]", sentence)  # pronouns may follow
+            right = (name.findall(referent) or [referent])[0]
+            others = [word for word in name.findall(plain(sentence))
+                      if word.lower() != right.lower()]
+            context = f'{plain(sentence)}\nHere, what does "{pronoun}" stand for?'
+            asked += [(context, f" The {word}") for word in (right, *others[:1])]
+        if len(asked) == 4:  # two occupations were recognised in both sentences
+            requests += asked
+            documents.append(document)
+    return Items(requests, documents)
+
+
+def choice(model, tokenizer, requests):
+    lls = np.array([ll for ll, _ in loglikelihood(model, tokenizer, requests)])
+    right = lls[::2] > lls[1::2]
+    return (right.reshape(-1, 2) @ [1.0, -1.0]).tolist()
+
+
+def crows_pairs(docs, tokenizer=None):
+    path = next(path for path in sorted((docs / "crows_pairs").glob("*.jsonl")))
+    pairs = [(text(doc, "sent_less"), text(doc, "sent_more"))
+             for doc in read_jsonl(path) if text(doc, "bias_type") == "gender"]
+    return pairs_of_texts(pairs, list(range(len(pairs))))
+
+
+def lambada(docs, tokenizer=None):
+    passages = [text(doc, "text").rsplit(" ", 1)
+                for doc in read_jsonl(docs / "lambada_openai" / "test.jsonl")]
+    return Items([(passage, " " + word) for passage, word in passages], list(range(len(passages))))
+
+
+def last_words(model, tokenizer, requests):
+    return [ll for ll, _ in loglikelihood(model, tokenizer, requests)]
+
+
+MEASURES = {  # name: read(docs, tokenizer), ask(model, tokenizer, requests), folder, estimates
+    "heldout": (heldout_places, she_against_he, "heldout", (" shift", " context")),
+    "winogender": (winogender, differences, "winogender", (" bias", " shift")),
+    "winobias": (winobias, differences, "winobias", (" bias", " shift")),
+    "choice": (choice_requests, choice, "winobias", ("",)),
+    "crows_gender": (crows_pairs, differences, "crows_pairs", (" bias", " shift")),
+    "cost": (heldout_texts, bits_per_byte, "heldout", ("",)),
+    "lambada": (lambada, last_words, "lambada_openai", ("",))}
 
 # ---------------------------------------------------------------------------- branch
 
@@ -107,14 +298,17 @@ class Measure(Checkpoints):
 
 
 def measure(options):
-    """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy, a number an item; goes on if stopped."""
+    """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy, a number an item; goes on if stopped.
+
+    OUT/MEASURE_items.npy (2, items): the document of each item, and what it is regressed on.
+    """
     docs, device = Path(options.docs), Processes(options.device).device
     tokenizer, pairs = load_tokenizer(options.tokenizer), pairs_of(options)
-    measures = [name for name, (*_, folder) in MEASURES.items() if (docs / folder).is_dir()]
-    if not measures:
-        folders = sorted({folder for *_, folder in MEASURES.values()})
-        raise ValueError(f"{docs}: none of {', '.join(folders)} is there")
-    documents = {name: read_documents(name, docs) for name in measures}
+    folders = {name: folder for name, (*_, folder, _) in MEASURES.items()}
+    asked = {name: read_items(name, docs, tokenizer)
+             for name, folder in folders.items() if (docs / folder).is_dir()}
+    if not asked:
+        raise ValueError(f"{docs}: none of {', '.join(sorted(set(folders.values())))} is there")
     todo = []  # (results' path without the measure, checkpoint folder)
     for name, pair in pairs.items():
         for side, model in zip(("branch", "twin"), pair):
@@ -123,32 +317,35 @@ def measure(options):
     # From here on the folder belongs to these settings, so all that can be wrong comes before.
     open_results(Path(options.output) / "measure.json", {
         name: getattr(options, name) for name in ("docs", "branches", "pairs")})
+    for name, items in asked.items():
+        which = np.unique(items.documents, return_inverse=True)[1]
+        save(f"{options.output}/{name}_items.npy", [which, items.x or np.zeros(len(which))])
     for i, (path, folder) in enumerate(todo, 1):
-        missing = [name for name in measures if not Path(f"{path}_{name}.npy").exists()]
+        missing = [name for name in asked if not Path(f"{path}_{name}.npy").exists()]
         model = checkpoints.load_model(folder, device) if missing else None
         for name in missing:
-            _, ask, needs = MEASURES[name]
-            values = ask(model, tokenizer, documents[name])
-            if not values:
-                raise ValueError(f"{docs / needs}: nothing there for the measure {name}")
-            with replacing(f"{path}_{name}.npy") as file:
-                np.save(file, np.array(values))
+            save(f"{path}_{name}.npy", MEASURES[name][1](model, tokenizer, asked[name].requests))
         print(f"{path}: {i} of {len(todo)} checkpoints", flush=True)
     print(f"{options.output}: {len(pairs)} pairs, {len(todo)} checkpoints, measures "
-          f"{', '.join(measures)}")
+          f"{', '.join(asked)}")
 
 
-def read_documents(name, docs):
-    """Return what the measure `name` reads of DOCS, or raise ValueError naming the folder."""
-    read, _, needs = MEASURES[name]
+def save(path, values):
+    with replacing(path) as file:
+        np.save(file, np.array(values, dtype=np.float64))
+
+
+def read_items(name, docs, tokenizer):
+    """Return the Items of the measure `name` in DOCS, or raise ValueError naming the folder."""
+    read, _, folder, _ = MEASURES[name]
     try:
-        documents = read(docs)
-        if not documents:
+        items = read(docs, tokenizer)
+        if not items.documents:
             raise ValueError("there are none")
     except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
-        raise ValueError(f"{docs / needs}: documents of the measure {name} are not as distributed "
+        raise ValueError(f"{docs / folder}: documents of the measure {name} are not as distributed "
                          f"({type(error).__name__}: {error})") from None
-    return documents
+    return items
 
 
 def pairs_of(options):
@@ -179,32 +376,41 @@ class Compare:
 
 def compare(options):
     """Print and write what the intervention changed at each step, with a 95 % interval."""
-    values = {}  # (measure, step) -> {pair: {side: values}}
-    for path in sorted(Path(options.results).glob("*/*.npy")):
+    folder, values = Path(options.results), {}  # (step, measure) -> {pair: {side: values}}
+    for path in sorted(folder.glob("*/*.npy")):
         if match := re.fullmatch(r"(branch|twin)_step(\d+)_(\w+)\.npy", path.name):
             side, step, name = match.groups()
-            pairs = values.setdefault((name, int(step)), {})
+            pairs = values.setdefault((int(step), name), {})
             pairs.setdefault(path.parent.name, {})[side] = load_npy(path)
+    if not values:
+        raise ValueError(f"{folder}: no PAIR/branch_stepN_MEASURE.npy there; `measure` makes them")
     n, rows = len({pair for pairs in values.values() for pair in pairs}), []
-    for (name, step), pairs in sorted(values.items()):
-        pairs = [sides for sides in pairs.values() if len(sides) == 2]
-        if len(pairs) < n:  # or an interval over items would pass for one over seeds
-            raise ValueError(f"{options.results}: {name} at step {step} is there for both sides of "
-                             f"{len(pairs)} of {n} pairs; run `measure` again")
-        if len({len(side) for sides in pairs for side in sides.values()}) > 1:
-            raise ValueError(f"{options.results}: {name} at step {step} is not of one size; delete "
-                             "it and run `measure` again")
-        twin, changed = (np.array([sides[side] for sides in pairs]) for side in ("twin", "branch"))
-        rows.append((name, step, *twin.shape, float(twin.mean()), float(changed.mean()),
-                     *paired_bootstrap(changed - twin)))
-    if not rows:
-        raise ValueError(f"{options.results}: no PAIR/branch_stepN_MEASURE.npy there; "
-                         "`measure` makes them")
-    write_table(Path(options.results) / "gender_bias.csv", (
-        "measure", "step", "seeds", "items", "twin", "branch", "difference", "low", "high"), rows)
+    over = "documents and seeds" if n > 1 else "documents of one pair"
+    for (step, name), pairs in sorted(values.items()):
+        documents, x = load_npy(folder / f"{name}_items.npy")
+        sides = [pair for pair in pairs.values() if len(pair) == 2]
+        if len(sides) < n or {len(side) for pair in sides for side in pair.values()} != {len(x)}:
+            raise ValueError(f"{folder}: {name} at step {step} is there for both sides of "
+                             f"{len(sides)} of {n} pairs, of {len(x)} items each; run `measure` "
+                             "again, or delete what is of another size")
+        twin, branch = (np.array([pair[side] for pair in sides]) for side in ("twin", "branch"))
+        *ends, change = (regression(part, x if x.any() else None, documents)
+                         for part in (twin, branch, branch - twin))
+        for what, before, after, found in zip(MEASURES[name][3], *ends, change):
+            rows.append([name + what, step, n, len(np.unique(documents)), len(x), before.value,
+                         after.value, found.value, found.low, found.high, found.p, over])
+    for step in {row[1] for row in rows}:
+        rest = [row for row in rows if row[1] == step and row[0] != PRIMARY]
+        for row, p in zip(rest, holm([row[-2] for row in rest])):
+            row[-2] = p
+    write_table(folder / "gender_bias.csv", (
+        "measure", "step", "seeds", "documents", "items", "twin", "branch", "difference", "low",
+        "high", "p", "over"), rows)
+    if n == 1:
+        print("one pair of runs: another seed may differ by more than these intervals say")
     if options.plot:
         import plots
-        plots.differences(Path(options.results) / "gender_bias.csv", options.plot)
+        plots.differences(folder / "gender_bias.csv", options.plot)
 
 
 COMMANDS = {"branch": (Branch, branch), "measure": (Measure, measure),

@@ -22,11 +22,24 @@ H100 a 70m decides 25,157 such rows/s, a 410m 2,152 (float32; `python bench.py g
 OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss. With
 --generate=True NAME_stepN_generated.npy is the original's score times l: how many of the l are
 right when the model goes on from its own output (predictable-memorization/eval_memorization.py).
-NAME_model.json says which model has that name.
+NAME_model.json says which model has that name. `analyse` makes tables of them:
 
-What `analyse` makes of it, and which of it answers the question: studies/memorization_analysis.py.
+poisson.csv, the primary outcome, is of the counts per window: their dispersion (variance over mean,
+1 for a Poisson process) and trend. `p` is against a Poisson process of one rate, as the paper asks.
+`permutation_p` is against the same rows in any other order, which holds whatever the rates: the
+rows were shuffled, so rows of unequal rates are binomial with the mean rate, of dispersion 1 -
+share. So read `p` only where the `share` memorized is under 4 %. And where repeated passages are
+what is memorized, where a repeat stands says nothing on when it was learnt.
+
+rates.csv is by subset, of rows seen before the checkpoint and of those that come after it. The
+latter are a control only in a corpus that does not repeat itself; rows scored with --control were
+never trained on. Intervals are over passages: copies of one are not independent.
+
+early.csv: of what a checkpoint has memorized, how much has the last one (precision), and how much
+of the last one's had it (recall)? Where there is none to take a share of, the cell is empty.
 """
 
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -39,13 +52,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
+from batch_viewer import Provenance
 from config import command, read_json
-from data import Order, ordered
+from data import Order, load_npy, ordered
 from eval import find_all
 from model import Cache, head_blocks
 from parallel import Processes
-from studies.memorization_analysis import Analyse, analyse
-from studies.results import Checkpoints, first_and_last, open_results
+from studies.results import (Checkpoints, first_and_last, open_results, permutation_p, regression,
+                             student_p, write_csv, write_table)
 
 UNKNOWN = 255  # in a .npy that is being made
 
@@ -220,6 +234,192 @@ def open_partial(path, n):
         raise ValueError(f"{partial}: {results.dtype} {results.shape}, expected uint8 ({n},); "
                          "delete it")
     return results
+
+
+# ---------------------------------------------------------------------------- analyse
+
+REST = "several documents"  # the subset of rows whose first tokens are of more than one
+
+
+@dataclass(frozen=True)
+class Analyse:
+    results: str  # folder that score wrote
+    windows: str = "512"  # rows a window, with commas
+    plot: str = ""  # PNG
+
+    def __post_init__(self):
+        if not all(window.isdigit() and int(window) for window in self.windows.split(",")):
+            raise ValueError(f"windows = {self.windows!r}, expected numbers of rows with commas")
+
+
+TABLES = {  # file: its columns behind model and step
+    "rates.csv": ("subset", "rows", "n", "passages", "memorized", "rate", "mean_length", "stderr",
+                  "low", "high"),
+    "poisson.csv": ("window", "n", "mean", "share", "test", "statistic", "p", "permutation_p"),
+    "early.csv": ("memorized", "memorized_last", "both", "precision", "recall"),
+    "windows.csv": ("window", "memorized", "windows")}
+
+
+def analyse(options):
+    """Print and write rates by subset, tests of counts per window, and how early predicts late."""
+    folder = Path(options.results)
+    settings, order, runs = read_results(folder)
+    data, tables = ordered(order), {}
+    n = {len(lengths) for by_step in runs.values() for lengths in by_step.values()}
+    if len(n) > 1 or max(n) > len(data):
+        raise ValueError(f"{folder}: results of {sorted(n)} rows, of an order of {len(data):,}")
+    rows = settings["first_row"] + np.arange(n.pop())
+    names, codes, passages = describe_rows(data, rows, settings["context"]
+                                           + settings["continuation"])
+
+    def add(name, found):
+        tables.setdefault(name, []).extend((run, step, *row) for row in found)
+
+    for run, by_step in sorted(runs.items()):
+        last = by_step[max(by_step)] == settings["continuation"]
+        for step, lengths in sorted(by_step.items()):
+            memorized, seen = lengths == settings["continuation"], rows < step * order.batch_size
+            whiches = {"seen": seen, "after this checkpoint": ~seen}
+            if settings.get("control"):
+                whiches = {"never trained on": np.full(len(rows), True)}
+            for which, chosen in whiches.items():
+                for code, subset in enumerate(["all", *names], -1):
+                    mine = chosen if code < 0 else chosen & (codes == code)
+                    if mine.any():
+                        add("rates.csv", [(subset, which, *rate(lengths[mine], memorized[mine],
+                                                                passages[mine]))])
+            if settings.get("control"):
+                continue
+            for window in map(int, options.windows.split(",")):
+                counts = window_counts(memorized[seen], window)
+                mean = float(counts.mean()) if len(counts) else None
+                share = mean / window if len(counts) else None
+                add("poisson.csv", ((window, len(counts), mean, share, test, *found)
+                                    for test, found in poisson_tests(counts, window).items()))
+                add("windows.csv", ((window, count, int((counts == count).sum()))
+                                    for count in np.unique(counts).tolist() or [None]))
+            ours, its, both = (int(part[seen].sum())
+                               for part in (memorized, last, memorized & last))
+            add("early.csv", [(ours, its, both, both / ours if ours else None,
+                               both / its if its else None)])
+    for name, found in tables.items():
+        write = write_csv if name == "windows.csv" else write_table
+        write(folder / name, ("model", "step", *TABLES[name]), found)
+    if options.plot:
+        import plots
+        plots.memorization(folder, options.plot)
+
+
+def read_results(folder):
+    """Return (settings, Order, {model: {step: matched lengths}}) of a folder of `score`."""
+    settings, runs = read_json(folder / "memorization.json"), {}
+    try:
+        order = Order(**settings["order"])
+        for name in ("first_row", "context", "continuation"):
+            if type(settings[name]) is not int:
+                raise TypeError(name)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/memorization.json: {error} is missing or of the wrong type"
+                         ) from None
+    for path in folder.glob("*_step*.npy"):
+        name, _, step = path.stem.rpartition("_step")
+        if step.isdigit():
+            runs.setdefault(name, {})[int(step)] = load_npy(path)
+    if not runs:
+        raise ValueError(f"{folder}: no NAME_stepN.npy there; `score` makes them")
+    return settings, order, runs
+
+
+def describe_rows(data, rows, width):
+    """Return (subsets' names, subset (n,), passage (n,)) of rows, by the document they begin in.
+
+    Rows whose first `width` tokens are not of one document are REST, each a passage of its own.
+    Else a passage is all documents of one subset and one length: copies are equally long. (Others
+    may be too, which makes the standard error a little large.)
+    """
+    provenance = Provenance(data)
+    if not provenance.known:
+        return ["unnamed"], np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
+    doc_idx, sample_idx, shuffle_idx = provenance.data.order
+    first, start = sample_idx[shuffle_idx[rows]].T
+    documents = doc_idx[first]
+    sizes = provenance.data.tokens.sizes[documents].astype(np.int64)
+    names, subset = ["unnamed"], 0
+    if provenance.names is not None:
+        names = provenance.names["subsets"]
+        subset = provenance.table["subset"][documents].astype(np.int64)
+    whole = start + width <= sizes
+    codes = np.where(whole, subset, len(names))
+    keys = np.where(whole, codes << 32 | sizes, -1 - rows)
+    return [*names, REST], codes, np.unique(keys, return_inverse=True)[1]
+
+
+def rate(lengths, memorized, passages):
+    """Return (rows, passages, memorized, their share, mean length, its stderr, low and high)."""
+    [mean] = regression(lengths[None].astype(np.float64), documents=passages)
+    return (len(lengths), len(np.unique(passages)), int(memorized.sum()), float(memorized.mean()),
+            mean.value, mean.stderr, mean.low, mean.high)
+
+
+def window_counts(memorized, window):
+    """Return how many of each whole window of consecutive rows are memorized."""
+    return memorized[:len(memorized) // window * window].reshape(-1, window).sum(axis=1)
+
+
+def poisson_tests(counts, window, draws=999):
+    """Return {test: (statistic, p, permutation p)} of counts (n,) of memorized rows per window.
+
+    dispersion: sum (c - mean)^2 / mean / (n - 1); p from chi-square. trend: the score test of a
+    rate that changes linearly with the window's number; p from the normal, with the counts' own
+    variance. Counts of shuffled rows are hypergeometric, so that is what is drawn for the
+    permutation p. Without two windows and a memorized row there is nothing to test: all is None.
+    """
+    n, mean = len(counts), counts.mean() if len(counts) else 0.0
+    if n < 2 or mean == 0:
+        return {"dispersion": (None, None, None)}
+    place = np.arange(n) - (n - 1) / 2
+
+    def statistics(counts):
+        dispersion = ((counts - mean)**2).sum() / mean / (n - 1)
+        variance = mean * dispersion * (place @ place)
+        return dispersion, place @ counts / math.sqrt(variance) if variance else 0.0
+
+    dispersion, trend = statistics(counts)
+    generator = np.random.default_rng(0)
+    null = np.array([statistics(generator.multivariate_hypergeometric(
+        np.full(n, window), counts.sum(), method="marginals")) for _ in range(draws)])
+    half = torch.tensor([(n - 1) / 2, (n - 1) / 2 * dispersion], dtype=torch.float64)
+    above = float(torch.special.gammaincc(*half))
+    return {"dispersion": (float(dispersion), min(1.0, 2 * min(above, 1 - above)),
+                           permutation_p(dispersion, null[:, 0])),
+            "trend": (float(trend), math.erfc(abs(trend) / math.sqrt(2)),
+                      permutation_p(trend, null[:, 1]))}
+
+
+def position_test(place, values, draws=999):
+    """Return [(term, value, stderr, p, permutation p)] of values (n,) on their place in the order.
+
+    "last minus first" is the linear term, "middle minus ends" the quadratic one behind it: what is
+    forgotten at the beginning and not yet learnt at the end makes a hump, which no line sees. p is
+    a Student's t with n - 3 degrees of freedom; the permutations give the same values to other
+    places. Of fewer than 4 values, or equal ones, there is nothing to test.
+    """
+    n = len(values)
+    if n < 4 or np.ptp(values) == 0 or np.ptp(place) == 0:
+        return []
+    line = (place - np.mean(place)) / np.ptp(place)
+    hump = line**2 - np.mean(line**2)
+    hump = hump - hump @ line / (line @ line) * line
+    terms = np.stack((line / (line @ line), -hump / (hump @ hump) / 4))  # from -1/2 to 1/2: 1/4
+    y = values - np.mean(values)
+    found = terms @ y
+    rest = y - found[0] * line + 4 * found[1] * hump
+    errors = np.sqrt(rest @ rest / (n - 3) * (terms**2).sum(axis=1))
+    generator = np.random.default_rng(0)
+    null = np.array([terms @ generator.permutation(y) for _ in range(draws)])
+    return [(name, float(found[i]), float(errors[i]), student_p(found[i] / errors[i], n - 3),
+             permutation_p(found[i], null[:, i]))
+            for i, name in enumerate(("last minus first", "middle minus ends"))]
 
 
 COMMANDS = {"score": (Score, score), "analyse": (Analyse, analyse)}

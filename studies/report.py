@@ -38,8 +38,8 @@ class Report:
     suite: str = "runs/suite"  # folder of studies/suite.py
 
 
-def table(header, rows, fold=True):
-    """Return an HTML table, numbers short; a long one is folded."""
+def table(header, rows):
+    """Return an HTML table, numbers short."""
     def cell(value):
         try:
             number = float(value)
@@ -50,15 +50,7 @@ def table(header, rows, fold=True):
     lines = ["".join(f"<th>{html.escape(name)}</th>" for name in header)]
     lines += ["".join(f"<td>{cell(value)}</td>" for value in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    whole = f'<div class="table"><table>{body}</table></div>'
-    return whole if len(rows) <= 8 or not fold else (
-        f"<details><summary>{len(rows)} rows of numbers</summary>{whole}</details>")
-
-
-def columns(path, names, keep=lambda row: True):
-    """Return a table of some columns of a CSV's rows."""
-    rows = [[row[name] for name in names] for row in read_csv(path) if keep(row)]
-    return table(names, sorted(rows, key=lambda row: natural(row[0])))
+    return f'<div class="table"><table>{body}</table></div>'
 
 
 def image(path, alt):
@@ -73,22 +65,15 @@ def beside(paper, ours):
             f"<div><p><b>Here.</b> {ours}</p></div></div>")
 
 
-def interval(row):
+def interval(value, low, high, over=""):
     """Say a difference with its interval, and whether that tells it from zero; "-" if not there."""
-    if not row["low"]:
+    if not low:
         return "-"
-    low, high = float(row["low"]), float(row["high"])
-    verdict = ("of one seed: another run may differ as much" if row.get("seeds") == "1" else
+    value, low, high = float(value), float(low), float(high)
+    verdict = ("of one seed: another run may differ as much" if "one pair" in over else
                "different from zero" if low > 0 or high < 0 else
                "not to be told from zero at this scale")
-    return f"{float(row['difference']):+.3g} [{low:+.3g}, {high:+.3g}], {verdict}"
-
-
-def with_error(row):
-    """Say a mean matched length, its standard error over passages (one has none), and its rows."""
-    # The spaces around ± do not break, so that a narrow column only moves the rows down a line.
-    error = f"\u00a0±\u00a0{float(row['stderr']):.2f}" if row["stderr"] else ""
-    return f"{float(row['mean_length']):.2f}{error} ({int(row['n']):,})"
+    return f"{value:+.3g} [{low:+.3g}, {high:+.3g}], {verdict}"
 
 
 def training(out, steps, done):
@@ -114,43 +99,21 @@ def training(out, steps, done):
 
 
 def memorization(out, steps):
-    parts = []
-    last = lambda row: row["step"] == str(steps)
-    for corpus in ("standard", "deduped", "control"):
-        folder = out / f"memorization_{corpus}"
-        parts += [f"<h3>{corpus}</h3>",
-                  image(out / f"memorization_{corpus}.png", f"memorization, {corpus}"),
-                  columns(folder / "rates.csv", (
-                      "model", "subset", "rows", "n", "passages", "memorized", "rate",
-                      "mean_length", "stderr"), last)]
-        if corpus != "control":
-            parts += [columns(folder / "poisson.csv", (
-                          "model", "window", "n", "mean", "binomial", "test", "statistic",
-                          "p"), last),
-                      columns(folder / "position.csv", (
-                          "model", "subset", "n", "slope", "stderr", "p"), last),
-                      columns(folder / "early.csv", (
-                          "model", "step", "memorized", "memorized_last", "both", "precision",
-                          "recall"))]
-    lengths, repeats = what_is_memorized(out, steps)
     return beside(
         "Memorized rows in windows of 512 rows fit a Poisson distribution, so when a row was seen "
         "does not matter for whether it is memorized (k = l = 32).",
-        "Eight right tokens in a row count as memorized, in windows of 64 rows; counts per window "
-        f"are below. {repeats} Repeats are spread over the windows by the shuffle, so such counts "
-        "show the shuffle, and not when a row was learnt: position cannot be tested on repeated "
-        "passages. It is tested on prose that comes once.") + "".join([
-            "<h3>Tokens right of 32, by text</h3><p>With the standard error over passages "
-            "(the copies of one are not independent, and one passage has none) and the number of "
-            "rows.</p>", lengths,
-            "<h3>Counts per window, and place in the order</h3><p>Dispersion is the counts' "
-            "variance over their mean, 1 for a Poisson process, 1 - mean / window if rows are "
-            "memorized each by itself. Slope is what the matched length of prose gains from the "
-            "first row of training to the last.</p>", is_it_poisson(out, steps), *parts])
+        "The same k and l, in windows of 64 rows. Repeats are spread over the windows by the "
+        "shuffle, so such counts show the shuffle, and not when a row was learnt.") + "".join([
+            image(out / "memorization_standard.png", "memorization"),
+            "<h3>Tokens right of 32, by text</h3><p>With a 95 % interval over passages (one has "
+            "none) and the number of rows.</p>", what_is_memorized(out, steps),
+            "<h3>Counts per window</h3><p>Dispersion is the counts' variance over their mean, 1 "
+            "for a Poisson process. Its p against one (of use while the share is under 4 %), and "
+            "that against the same rows in any other order.</p>", is_it_poisson(out, steps)])
 
 
 def what_is_memorized(out, steps):
-    """Return a table of matched lengths by text; how many memorized rows are declared repeats."""
+    """Return a table of matched lengths by text."""
     rates = {}  # (run, text): row
     for corpus in ("standard", "deduped", "control"):
         for row in read_csv(out / f"memorization_{corpus}" / "rates.csv"):
@@ -159,35 +122,24 @@ def what_is_memorized(out, steps):
                 rates.setdefault((row["model"], text), row)  # of the control its first, all
     runs = sorted({name for name, _ in rates},
                   key=lambda name: (name.startswith("deduped"), natural(name)))
-    texts = sorted({text for name, text in rates if name == runs[0]}, key=natural)
-    repeated = [text for text in texts if text.startswith("repeated")]
-    others = [text for text in texts if text not in (*repeated, "all", "never trained on")]
-    lines = []
-    for text in (*reversed(repeated), *others, "never trained on"):
-        lines.append((text, *(with_error(rates[name, text]) if (name, text) in rates else ""
-                              for name in runs)))
-    said = []
-    for name in runs:
-        within = sum(int(rates[name, text]["memorized"])
-                     for text in repeated if (name, text) in rates)
-        said.append(f"{within} of {rates[name, 'all']['memorized']} ({name})")
-    return (table(("text", *runs), lines, fold=False),
-            f"Of the memorized rows, as many lie within declared repeats: {', '.join(said)}.")
+    texts = sorted({text for _, text in rates}, key=natural)
+
+    def cell(row):
+        ends = f" [{float(row['low']):.1f}, {float(row['high']):.1f}]" if row["low"] else ""
+        return f"{float(row['mean_length']):.2f}{ends} ({int(row['n']):,})"
+
+    return table(("text", *runs), [
+        (text, *(cell(rates[name, text]) if (name, text) in rates else "" for name in runs))
+        for text in texts])
 
 
 def is_it_poisson(out, steps):
-    """Return a table of the standard runs: dispersion, what it would be, and the slope on prose."""
-    lines = {}
-    for row in read_csv(out / "memorization_standard" / "poisson.csv"):
-        if (row["step"], row["window"], row["test"]) == (str(steps), "64", "dispersion"):
-            lines[row["model"]] = [
-                row[name] for name in ("n", "mean", "statistic", "p", "binomial")]
-    for row in read_csv(out / "memorization_standard" / "position.csv"):
-        if (row["step"], row["subset"]) == (str(steps), PROSE):
-            lines[row["model"]] += [row[name] for name in ("n", "slope", "stderr", "p")]
-    return table(("run", "windows", "memorized rows in one", "dispersion", "p of Poisson",
-                  "binomial", "rows of prose", "slope", "its stderr", "p of no slope"),
-                 [(model, *lines[model]) for model in sorted(lines, key=natural)], fold=False)
+    """Return a table of the standard runs' dispersion and trend."""
+    names = ("model", "window", "n", "mean", "share", "test", "statistic", "p", "permutation_p")
+    rows = [[row[name] for name in names]
+            for row in read_csv(out / "memorization_standard" / "poisson.csv")
+            if row["step"] == str(steps)]
+    return table(names, sorted(rows, key=lambda row: natural(row[0])))
 
 
 def gender(out):
@@ -195,23 +147,24 @@ def gender(out):
     for folder in sorted(path.parent for path in out.glob("gender_pronouns_*/gender_bias.csv")):
         name, rows = folder.name.removeprefix("gender_"), read_csv(folder / "gender_bias.csv")
         last = max(int(row["step"]) for row in rows)
-        final += [(name, row["measure"], interval(row), row["items"], row["seeds"])
+        final += [(name, row["measure"],
+                   interval(row["difference"], row["low"], row["high"], row["over"]), row["p"],
+                   row["items"], row["documents"], row["seeds"])
                   for row in rows if int(row["step"]) == last]
         parts += [f"<h3>{name} ({count(rows[0]['seeds'], 'seed')})</h3>",
-                  image(out / f"{folder.name}.png", name),
-                  columns(folder / "gender_bias.csv", (
-                      "measure", "step", "seeds", "items", "twin", "branch", "difference", "low",
-                      "high"))]
+                  image(out / f"{folder.name}.png", name)]
     return beside(
         "With masculine pronouns made feminine in the last 7 % or 21 % of training, bias on "
         "WinoBias and CrowS-Pairs falls, most in the largest models, and LAMBADA hardly suffers.",
-        "In the last quarter, against twins of the same checkpoints. Intervals are over items and "
-        "seeds; those of one seed over items only, so they do not tell what another seed would do. "
-        "pronouns_as_pushed is the code as it was pushed to gpt-neox.") + "".join([
-            "<h3>Branch minus twin at the end</h3><p>heldout is log p(she) - log p(he), cost the "
-            "held-out text's bits per byte, which grow if the intervention cost something.</p>",
-            table(("intervention", "measure", "difference", "items", "seeds"), final, fold=False),
-            *parts])
+        "In the last quarter, against twins of the same checkpoints; pronouns_as_pushed is the "
+        "code as it was pushed to gpt-neox. A model that says “she” more often everywhere is no "
+        "less biased: that is the shift. Heldout context is how much more a place of “she” makes "
+        "of it than one of “he”: where it falls, context matters less.") + "".join([
+            "<h3>Branch minus twin at the end</h3><p>cost is the held-out text's bits per byte, "
+            "which grow if the intervention cost something. All p but that of heldout context "
+            "are adjusted for their number.</p>",
+            table(("intervention", "measure", "difference", "p", "items", "documents", "seeds"),
+                  final), *parts])
 
 
 def terms(out):
@@ -222,25 +175,23 @@ def terms(out):
         mine = [row for row in bins if row["bins"] == "quantile"
                 and (row["model"], row["step"]) == (gap["model"], gap["step"])]
         right = sum(int(row["n"]) * float(row["acc"]) for row in mine) / int(gap["n"])
-        lines.append((gap["model"], f"{right:.1%}", interval({
-            "difference": gap["logprob_gap"], "low": gap["logprob_low"],
-            "high": gap["logprob_high"]})))
-    difference = experiment["chosen minus others"]
+        lines.append((gap["model"], f"{right:.1%}", *(
+            interval(gap[name], gap[low], gap[high]) for name, low, high in (
+                ("slope", "slope_low", "slope_high"),
+                ("logprob_gap", "logprob_low", "logprob_high")))))
+    found = experiment["chosen minus others"]
     return beside(
         "The correlation of arithmetic with operands' frequency shows from 2.8B parameters on, and "
         "the gap between frequent and rare operands grows with training.",
         "Sums whose operands have frequencies that do not depend on their size. The experiment: "
-        f"rows with the sums of {experiment['chosen']['n']} rare operands come three more times in "
-        "the second half. What that changed for their sums, less what it changed for others: "
-        f"{interval(difference)} ({count(difference['seeds'], 'seed')}).") + "".join([
-            "<h3>Most minus least frequent tenth of the operands, at the end</h3>",
-            table(("run", "sums right", "log-probability of the right answer, difference"), lines,
-                  fold=False),
-            image(out / "terms.png", "term frequency"),
-            table(gaps[0], [list(row.values()) for row in gaps]),
-            "<h3>Branch minus twin, log-probability of the right answer</h3>",
-            columns(out / "terms_compare.csv", (
-                "terms", "step", "seeds", "n", "difference", "low", "high"))])
+        f"sums of {experiment['chosen']['n']} rare operands come more often in the second half. "
+        "What that changed for their sums, less what it changed for others: "
+        + interval(found["difference"], found["low"], found["high"], found["over"])
+        + f" ({count(found['seeds'], 'seed')}).") + "".join([
+            "<h3>Log-probability of the right answer at the end, over the terms of one run</h3>",
+            table(("run", "sums right", "nats per doubling of the count",
+                   "most minus least frequent tenth"), lines),
+            image(out / "terms.png", "term frequency")])
 
 
 def main(options):
@@ -258,7 +209,7 @@ def main(options):
             "by powers of two, and the paper's three studies with control twins: "
             f"{len(done)} commands, {sum(done.values()) / 60:.0f} minutes on this machine. Nothing "
             "was tuned to look like the paper, and much of it is too small to say what the paper "
-            "says.</p>"]
+            "says. All numbers are in the CSV files beside this page.</p>"]
     for title, section in sections.items():
         try:
             page.append(f"<h2>{title}</h2>" + section())

@@ -1,10 +1,16 @@
-"""What the studies share: settings, folders of results that go on, tables, 95 % intervals."""
+"""What the studies share: folders of results that go on, tables, and estimates with intervals.
+
+tests/test_estimators.py simulates that tests reject a true null in 5 % of cases, and that 95 %
+intervals cover the truth in 93 to 97 % (in more where neither seeds nor documents have anything of
+their own, as where each seed gives the documents other doses).
+"""
 
 import csv
 import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,24 +68,101 @@ def write_table(path, header, rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
-def paired_bootstrap(differences, others=None, samples=10_000, seed=0):
-    """Return (mean, low, high) of differences (seeds, items), less the mean of `others` if given.
+# ---------------------------------------------------------------------------- estimators
 
-    low to high is a 95 % interval. Each of the `samples` draws takes as many items as there are,
-    with replacement and the same ones for all seeds; those of `others` are drawn apart. A few seeds
-    are too few to draw from: their spread is added to every draw, as a Student's t.
+
+class Estimate(NamedTuple):
+    value: float
+    stderr: float | None = None  # None, as what follows, where one document is all there is
+    low: float | None = None  # of a 95 % interval
+    high: float | None = None
+    p: float | None = None  # of the value zero, two-sided
+
+
+def regression(values, x=None, documents=None):
+    """Return Estimates of the intercept and, given x, the slope of values (seeds, items) on x.
+
+    x: the covariate, (items,) or (seeds, items); without it the intercept is the mean. documents
+    (items,): which document an item is of; None: each its own. Items of one document are alike, so
+    documents are what is resampled: the line is fitted without each in turn (the jackknife). D
+    times the whole fit less D - 1 times the fit without a document is what that document says,
+    and what they say is averaged like independent numbers (`crossed`).
     """
-    generator = np.random.RandomState(seed)
+    (S, n), K = values.shape, 1 if x is None else 2
+    which = np.unique(np.arange(n) if documents is None else documents, return_inverse=True)[1]
+    design = np.ones((n, S, K))
+    if x is not None:
+        design[..., 1] = np.broadcast_to(x, (S, n)).T
+    D = int(which.max()) + 1
+    squares, products = np.zeros((D, S, K, K)), np.zeros((D, S, K, 1))
+    np.add.at(squares, which, design[..., None] * design[..., None, :])
+    np.add.at(products, which, (values.T[..., None] * design)[..., None])
+    try:
+        whole = np.linalg.solve(squares.sum(axis=0), products.sum(axis=0))[..., 0]  # (S, K)
+    except np.linalg.LinAlgError:  # x is the same everywhere: there is no line
+        return [Estimate(math.nan)] * K
+    try:
+        without = np.linalg.solve(squares.sum(axis=0) - squares, products.sum(axis=0) - products)
+    except np.linalg.LinAlgError:  # one document is all that tells
+        return [Estimate(float(value)) for value in whole.mean(axis=0)]
+    said = D * whole - (D - 1) * without[..., 0]  # (D, S, K)
+    return [crossed(whole[:, k].mean(), said[:, :, k].T) for k in range(K)]
 
-    def drawn_means(part):
-        by_item, n = part.mean(axis=0), part.shape[1]
-        return np.array([by_item[generator.randint(n, size=n)].mean() for _ in range(samples)])
 
-    by_seed, means = differences.mean(axis=1), drawn_means(differences)
-    if others is not None:
-        by_seed, means = by_seed - others.mean(axis=1), means - drawn_means(others)
-    n_seeds = len(by_seed)
-    if n_seeds > 1:
-        error = by_seed.std(ddof=1) / math.sqrt(n_seeds)
-        means += generator.standard_t(n_seeds - 1, samples) * error
-    return float(by_seed.mean()), *np.percentile(means, [2.5, 97.5]).tolist()
+def crossed(value, said):
+    """Return the Estimate of a mean of numbers (seeds, documents), over seeds and documents.
+
+    The variance of a mean of S seeds and D documents is (mean square of seeds + of documents - of
+    what is left) / (S D), and Satterthwaite's degrees of freedom make a Student's t of it. With one
+    seed it is over documents alone: another seed may differ by more.
+    """
+    S, D = said.shape
+    seeds, documents = said.mean(axis=1) - said.mean(), said.mean(axis=0) - said.mean()
+    by_document = S * documents @ documents / (D - 1)
+    total, degrees = by_document, D - 1
+    if S > 1:
+        by_seed = D * seeds @ seeds / (S - 1)
+        rest = said - said.mean() - seeds[:, None] - documents
+        left = (rest**2).sum() / (S - 1) / (D - 1)
+        total = max(by_seed + by_document - left, left)
+        if total:
+            degrees = max(1, total**2 / (by_seed**2 / (S - 1) + by_document**2 / (D - 1)))
+    error = math.sqrt(total / (S * D))
+    reach = student_quantile(degrees) * error
+    p = student_p(value / error, degrees) if error else float(value == 0)
+    return Estimate(float(value), error, value - reach, value + reach, p)
+
+
+def student_tails(degrees):
+    """Return t >= 0 and the probability of a Student's |t| above it, on a grid.
+
+    Under t = sqrt(degrees) tan(angle) the density becomes cos(angle)**(degrees - 1).
+    """
+    degrees, angle = min(degrees, 1e5), np.linspace(0, math.pi / 2, 8_001)
+    density = np.cos(angle)**(degrees - 1)
+    above = np.cumsum(((density[1:] + density[:-1]) / 2)[::-1])[::-1]
+    return math.sqrt(degrees) * np.tan(angle[:-1]), above / above[0]
+
+
+def student_p(t, degrees):
+    return float(np.interp(abs(t), *student_tails(degrees)))
+
+
+def student_quantile(degrees, outside=0.05):
+    t, above = student_tails(degrees)
+    return float(np.interp(-outside, -above, t))
+
+
+def permutation_p(found, null):
+    """Return the p-value, two-sided, of a statistic among those (n,) of shuffled data."""
+    more, less = (1 + np.sum(null >= found)), (1 + np.sum(null <= found))
+    return min(1.0, 2 * min(more, less) / (len(null) + 1))
+
+
+def holm(p_values):
+    """Return p-values adjusted for being several, by Holm's method; None stays None."""
+    there = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted, largest = [None] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(there):
+        largest = adjusted[i] = min(1.0, max(largest, (len(there) - rank) * p))
+    return adjusted

@@ -30,7 +30,7 @@ SEEDS = [("standard_d64", "standard", "d64", 1234),  # the branches' parents; th
          *((f"standard_d64_seed{seed}", "standard", "d64", seed) for seed in (1, 2))]
 SWAPS = {  # intervention: parents. As it was pushed it does nothing, which one seed shows.
     "pronouns_to_feminine": SEEDS, "pronouns_as_pushed": SEEDS[:1]}
-TERMS = (8, 17, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom, small and large ones
+TERMS = (17, 28, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom, small and large ones
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def memorization_stages(options):
     steps = ",".join(map(str, range(0, options.steps + 1, quarter)))
     names = ",".join(f"{out}/{name}" for name, *_ in RUNS)
     analyse = lambda name, *flags: study(
-        "memorization", "analyse", f"--results={out}/memorization_{name}", "--windows=64,32,128",
-        "--length=8", *flags)
+        "memorization", "analyse", f"--results={out}/memorization_{name}", "--windows=64",
+        *flags)
     return [
         *((f"memorization {name}", 0.4, study(
             "memorization", "score", f"--model={out}/{name}", f"--steps={steps}",
@@ -143,9 +143,9 @@ def gender_stages(options):
 
 def term_stages(options):
     out, begin = options.output, options.steps // 2
-    ours, theirs = f"--results={out}/terms.csv", f"--results={out}/terms_branches.csv"
+    ours, theirs = f"--results={out}/answers", f"--results={out}/answers_branches"
     terms = ",".join(map(str, TERMS))
-    asked = ["--tasks=plus", "--shots=0", f"--tokenizer={options.tokenizer}"]
+    asked = ["--tasks=plus", "--shots=0", "--x1=11:100", "--x2=1:11", f"--tokenizer={options.tokenizer}"]
     standard = ",".join(f"{out}/{name}" for name, corpus, *_ in RUNS if corpus == "standard")
     more = {name: f"{out}/terms/{name}_more" for name, *_ in SEEDS}
     branches = ",".join(more.values())

@@ -9,10 +9,10 @@ the experiment.
     python -m studies.term_frequency count --data=PREFIX ORDER --output=counts \\
         --questions=QUESTIONS
     python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus \\
-        --results=terms.csv
+        --results=answers
     python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 \\
         --questions=QUESTIONS
-    python -m studies.term_frequency analyse --counts=counts --results=terms.csv --output=terms
+    python -m studies.term_frequency analyse --counts=counts --results=answers --output=terms
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
 ORDER: --steps, --batch_size, --seq_length and --seed as in RUN/config.json; the defaults are
@@ -24,11 +24,44 @@ too: a phrase says that the operand is meant.
 
     python train.py configs/mini.py --branch_from=RUN/step256 --out_dir=MORE --twin=True \\
         --intervention=term_duplicate --copies=4 --terms="What is 24 plus,What is 37 plus"
-    python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=terms.csv
-    python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=terms.csv
+    python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=answers
+    python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=answers
 
-What is asked, and what counts as right, is in studies/term_questions.py; what is counted, and the
-format of the counts, in studies/term_counts.py. Every results file goes on where it stopped.
+What is asked. Arithmetic: `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50,
+behind k shots `Q:What is 3 times 4? A:12` with a blank line after each. They come from the 4,950
+problems with another x1, as lm-eval 0.3 drew them: for every x1 a random.Random(42) shuffles the 50
+prompts, then draws k + 1 for each of them, of which the first k are taken. A corpus of its own has
+its own operands: ask the ones that it was made of (--x1, --x2). TriviaQA: `Q:{question} A:`, its
+shots `Q:... A: answer`. Right is, as in the paper's code, if the first run of one to five digits in
+at most 16 greedy tokens, up to a newline, is the answer; for TriviaQA, if at most 32 tokens without
+case, punctuation and articles are an accepted answer. That leaps from nothing to something late;
+the log-probability of the right answer (for a number of `12` and of ` 12`, added) moves long
+before. A row of the results is one prompt.
+
+What is counted. COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for
+"17", how many windows of "number near number" it is in (twice if it is in one twice); for "3 1", how
+many rows have term 1 of question 3 and its answer.
+
+Windows are those of the paper's code (EleutherAI/pythia,
+case-studies/term_frequency/run_freq_count.py): the text of a row with a space before it; from every
+space, a number of one to five digits, a space, one to three words of letters, digits, underscores
+and ASCII signs with white space behind each (as many as possible), and again up to five digits. All
+numbers inside count, those within words too. The paper's frequency of x is NEAR, so a number counts
+only with another one near it. The text is that of transformers' decode at the time, which spelled
+<|endoftext|> out and took the space before . ? ! , and some apostrophes away.
+
+Salient terms: Kandpal et al. 2023 (arXiv 2211.08411), whom the paper follows, link entities in
+questions, answers and documents with a model, and call a document relevant if the question's
+salient entity and the answer's are both in it; salient is the entity that is most often with the
+answer. Here a term is plain words, compared without case and signs, the documents are rows of the
+training order, as in the paper, and the salient term is chosen in the same way, after counting.
+
+The primary outcome is the slope: nats of the right answer per doubling of (1 + the count); the gap,
+the most frequent tenth of the terms minus the rarest, is the paper's. Intervals are over terms,
+which are what is treated, not prompts; those of `compare` over seeds too if --branch names several.
+Of one run or pair they do not tell what another seed would have done. Read correlations with care:
+small numbers are frequent, and their answers short and easy; the log-probability of an answer to
+TriviaQA depends on its length; terms are compared without case, so the month of May is often "may".
 
 The published models and data (the paper's: deduplicated, steps 13000, 39000, ..., 143000):
 
@@ -36,59 +69,426 @@ The published models and data (the paper's: deduplicated, steps 13000, 39000, ..
         --questions=QUESTIONS \\
         --at=13000,26000,39000,52000,65000,78000,91000,104000,117000,130000,143000
     python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 \\
-        --results=terms.csv
+        --results=answers
 
 Cost: a row of 2049 tokens takes 0.45 ms of a core, 1.55 ms with 2,000 questions, so the 146,432,000
 rows 18 or 63 core hours. A checkpoint answers 50,000 arithmetic prompts of 89 tokens on average. A
 70m model on two CPU cores, with other work on them, did 14, 4.5, 2.9, 1.6 and 1.0 prompts/s at 0,
 2, 4, 8 and 16 shots: 6.3 hours in all. Not measured on a GPU.
-
-Read correlations with care: small numbers are frequent, and their answers short and easy; the
-log-probability of an answer to TriviaQA depends on its length; terms are compared without case, so
-the month of May is often "may". The experiment has none of these. Its interval is over terms, which
-are what is treated, and over seeds if --branch names several; of one pair of runs it does not tell
-what another seed would have done.
-
-Measured on the demo's run (6.6M parameters, 524,288 tokens; plus, 4 shots): no answer is right at
-any checkpoint. The log-probability of the right one is higher for the most frequent tenth of x1 (14
-times seen by step 512) than for the rarest (never), by 0.28 [0.02, 0.58] at step 64, 1.49 [0.76,
-2.21] at 256, 1.81 [1.19, 2.42] at 512. The experiment from step 256 on (--terms=12,16,24,36,78
---copies=3: 45 rows replaced; 0 shots; one seed) raised the answers with these x1 by 0.28 for plus
-and 0.31 for times, but all others by 0.29 and 0.28: rows with such numbers teach numbers in
-general. Far too small a scale to test the paper's claim; `make suite` has a corpus in which
-frequency and size of the operands are independent.
 """
 
+import csv
 import itertools
-import math
 import os
+import random
+import re
+import string
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from config import command, read_json
-from studies.results import paired_bootstrap, write_csv
-from studies.term_counts import count, Count, number_frequencies, question_frequencies
-from studies.term_evaluation import evaluate, Evaluate, grouped
-from studies.term_questions import read_questions, words_of
+import checkpoints
+from config import command, read_json, write_json
+from data import Order, ordered
+from eval import find_all, generate_until, loglikelihood
+from parallel import Processes
+from prepare import serve_parent
+from studies.results import (Checkpoints, first_and_last, open_results, regression, write_csv,
+                             write_table)
+from tasks import digest, read_jsonl, text, texts, without_articles
+from tokenizer import SPECIAL, load_tokenizer
 
-# ---------------------------------------------------------------------------- analysis
+OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
+ANSWER_TOKENS = {"times": 16, "plus": 16, "triviaqa": 32}
+MOST_QUESTIONS = 10**5
+BLOCK_ROWS = 256  # what a worker counts at a time
+
+# ---------------------------------------------------------------------------- questions
+
+
+class Question(NamedTuple):
+    id: str
+    text: str
+    value: str  # the answer as the data set prefers it
+    aliases: tuple  # all accepted answers
+
+    @property
+    def terms(self):
+        """The salient terms of the question, as words.
+
+        They are its names, runs of capitalised words with "of" and "the" within, but for the first
+        word, which is always capitalised; without any name, its longest word.
+        """
+        names = re.findall(r"\b[A-Z]\w*(?:(?: of| the)* [A-Z]\w*)*", self.text.partition(" ")[2])
+        names = names or [max(re.findall(r"\w+", self.text), key=len, default="")]
+        return [name for name in dict.fromkeys(map(words_of, names)) if len(name) > 2]
+
+    @property
+    def answers(self):
+        """The accepted answers as words but for those of one or two letters: other words too."""
+        answers = dict.fromkeys(map(words_of, (self.value, *self.aliases)))
+        return [answer for answer in answers if len(answer) > 2]
+
+
+def words_of(passage):
+    """Return the words of a text, without case or signs, with one space between them."""
+    return " ".join(re.findall(r"\w+", passage.casefold()))
+
+
+def read_questions(path):
+    """Return the questions of a TriviaQA file, or raise ValueError naming the line that is none."""
+    questions = [Question(text(doc, "question_id"), text(doc, "question"),
+                          text(doc, "answer.value"), tuple(texts(doc, "answer.aliases")))
+                 for doc in read_jsonl(path)]
+    if (len(questions) > MOST_QUESTIONS
+            or len({question.id for question in questions}) < len(questions)):
+        raise ValueError(f"{path}: expected at most {MOST_QUESTIONS:,} questions, all with "
+                         "other ids")
+    return questions
+
+
+class QuestionIndex:
+    """Finds all questions' terms and answers in a text; each is filed under its first two words."""
+
+    def __init__(self, questions):
+        self.filed = {}  # one or two words: {phrase: [(question, term number or -1 for an answer)]}
+        for q, question in enumerate(questions):
+            phrases = [*enumerate(question.terms), *((-1, answer) for answer in question.answers)]
+            for number, phrase in phrases:
+                start = " ".join(phrase.split(" ")[:2])
+                self.filed.setdefault(start, {}).setdefault(phrase, []).append((q, number))
+
+    def found(self, row):
+        """Return the (question, term) pairs whose term and answer are both in the text of a row."""
+        joined = words_of(row)
+        words = joined.split(" ")
+        pairs = [f"{words[i]} {words[i + 1]}" for i in range(len(words) - 1)]
+        present, padded = {*words, *pairs}, f" {joined} "
+        terms, answered = [], set()
+        for start in self.filed.keys() & present:
+            for phrase, places in self.filed[start].items():
+                # Most phrases miss a word here, which is found sooner than by searching the text.
+                if phrase != start and not (present.issuperset(phrase.split(" "))
+                                            and f" {phrase} " in padded):
+                    continue
+                terms += [place for place in places if place[1] >= 0]
+                answered.update(question for question, term in places if term < 0)
+        return [place for place in terms if place[0] in answered]
+
+
+# ---------------------------------------------------------------------------- prompts
+
+
+class Prompt(NamedTuple):
+    term: str  # what is counted: x1, or the question's id
+    item: str  # x2, or nothing
+    text: str
+    answers: tuple  # all that count as right
+    continuations: tuple  # ways of saying the right answer, whose probabilities are added
+
+
+def arithmetic(operation, shots, x1, x2s=range(1, 51)):
+    """Return the prompts of an x1 with each x2, behind `shots` others each."""
+    answer = OPERATIONS[operation]
+    ask = lambda a, b: f"Q:What is {a} {operation} {b}? A:"
+    pool = [(a, b) for a in range(100) if a != x1 for b in x2s]
+    second, generator, prompts = list(x2s), random.Random(42), []
+    generator.shuffle(second)
+    for x2 in second:
+        examples = generator.sample(pool, shots + 1)[:shots] if shots else []
+        solved = "".join(f"{ask(a, b)}{answer(a, b)}\n\n" for a, b in examples)
+        right = str(answer(x1, x2))
+        prompts.append(Prompt(str(x1), str(x2), solved + ask(x1, x2), (right,),
+                              (right, " " + right)))
+    return prompts
+
+
+def trivia(questions, shots):
+    """Return a prompt for each question, behind `shots` others drawn from a random.Random(42)."""
+    generator, prompts = random.Random(42), []
+    if len(questions) <= shots:
+        raise ValueError(f"{len(questions)} questions are too few for {shots} shots")
+    for question in questions:
+        examples = [other for other in generator.sample(questions, shots + 1)
+                    if other != question][:shots]
+        solved = "".join(f"Q:{other.text} A: {other.value}\n\n" for other in examples)
+        accepted = tuple(map(without_articles, (question.value, *question.aliases)))
+        prompts.append(Prompt(question.id, "", f"{solved}Q:{question.text} A:", accepted,
+                              (" " + question.value,)))
+    return prompts
+
+
+def given_answer(task, generated):
+    """Return what a generated text answers, in the form of Prompt.answers."""
+    if task == "triviaqa":
+        return without_articles(generated)
+    number = re.search(r"\d{1,5}", generated)
+    return number[0] if number else ""
+
+
+# ---------------------------------------------------------------------------- numbers
+
+# Possessive quantifiers: white space is no part of a word, so going back into one never helps.
+_WORD = rf"[\w{re.escape(string.punctuation)}]++\s++"
+_NUMBER = re.compile(r"\d{1,5}")
+_WINDOW_START = re.compile(r" \d{1,5}(?= )")  # leaves the second space to the next number
+_WINDOW = re.compile(rf" \d{{1,5}} (?:{_WORD}){{1,3}}\d{{1,5}}")
+
+# transformers 4, PreTrainedTokenizerBase.clean_up_tokenization, which decode called unless told not
+# to.
+_TIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+def tidy(text):
+    for spaced in _TIDY:
+        text = text.replace(spaced, spaced.strip())
+    return text
+
+
+def numbers_near_numbers(text):
+    """Return the numbers of every window in the text of one row; windows may overlap."""
+    text, numbers = " " + tidy(text), []
+    for start in _WINDOW_START.finditer(text):
+        window = _WINDOW.match(text, start.start())
+        if window:
+            numbers += map(int, _NUMBER.findall(window[0]))
+    return numbers
+
+
+# ---------------------------------------------------------------------------- count
+
+
+@dataclass(frozen=True)
+class Count(Order):
+    output: str = "counts"  # folder of the .npy files
+    at: str = ""  # steps to count up to, with commas; empty: the steps of Pythia's checkpoints
+    questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
+    workers: int = 0  # processes; 0: one a core
+    tokenizer: str = "20B_tokenizer.json"
+
+
+def count(options):
+    """Count numbers near numbers, questions' terms with their answers, up to each checkpoint."""
+    if options.at and not re.fullmatch(r"\d+(,\d+)*", options.at):
+        raise ValueError(f"at = {options.at!r}, expected steps with commas")
+    at = (map(int, options.at.split(",")) if options.at else
+          checkpoints.checkpoint_steps(options.steps))
+    steps, data = sorted({0, *at}), ordered(options)
+    if steps[-1] > options.steps or steps[-1] * options.batch_size > len(data):
+        raise ValueError(f"at = {options.at}: step {steps[-1]:,} is beyond --steps={options.steps} "
+                         f"or the {len(data):,} rows of {options.data}")
+    load_tokenizer(options.tokenizer)
+    questions = read_questions(options.questions) if options.questions else []
+    chunks, done = list(itertools.pairwise(steps)), counted(options.output)
+    if others := sorted(done.keys() - chunks):
+        raise ValueError(f"{options.output}: holds counts of steps {others[0][0]:,} to "
+                         f"{others[0][1]:,}, which are not next to each other in --at; name "
+                         "another --output")
+    todo = [chunk for chunk in chunks if chunk not in done]
+    open_results(Path(options.output) / "counts.json",
+                 {field.name: getattr(options, field.name) for field in fields(Order)}
+                 | {"questions": [question.id for question in questions],
+                    "questions_hash": digest(questions) if questions else None})
+    rows = sum(b - a for a, b in todo) * options.batch_size
+    with (tqdm(total=rows, unit="row", unit_scale=True, disable=None) as bar,
+          ProcessPoolExecutor(options.workers or os.cpu_count(), get_context("spawn"),
+                              start_worker, (options, questions)) as pool):
+        for a, b in todo:
+            first, last, found = a * options.batch_size, b * options.batch_size, Counter()
+            starts = range(first, last, BLOCK_ROWS)
+            stops = [min(start + BLOCK_ROWS, last) for start in starts]
+            for start, stop, block in zip(starts, stops, pool.map(count_rows, starts, stops)):
+                found.update(block)
+                bar.update(stop - start)
+            write_json(Path(options.output) / f"{a:07}_{b:07}.json", dict(sorted(found.items())))
+    there = steps[-1] * options.batch_size - rows
+    print(f"{options.output}: {rows:,} rows counted now, {there:,} were there")
+
+
+def counted(folder):
+    """Return {(first step, step after the last): path} of the files of counts in a folder."""
+    return {tuple(map(int, path.stem.split("_"))): path for path in Path(folder).glob("*_*.json")}
+
+
+def start_worker(options, questions):
+    global _data, _token_bytes, _index
+    serve_parent()
+    _data, _index = ordered(options), QuestionIndex(questions)
+    _token_bytes = load_tokenizer(options.tokenizer).token_bytes()
+    for name, id_ in SPECIAL.items():
+        _token_bytes[id_] = name.encode()
+
+
+def count_rows(start, stop):
+    """Return the counts of rows start to stop - 1 of the order."""
+    found = Counter()
+    for row in _data.rows(range(start, stop)).tolist():
+        text = b"".join([_token_bytes[id_] for id_ in row]).decode("utf8", "replace")
+        found.update(map(str, numbers_near_numbers(text)))
+        if _index.filed:
+            found.update(f"{question} {term}" for question, term in _index.found(text))
+    return found
+
+
+def seen(folder):
+    """Return {step: Counter of what was seen before it} of a folder of counts."""
+    chunks, total, step = counted(folder), Counter(), 0
+    following = {a: (b, path) for (a, b), path in chunks.items()}
+    if 0 not in following:
+        raise ValueError(f"{folder}: holds no counts from step 0; `count --output={folder}` makes "
+                         "them")
+    totals = {0: total}
+    while step in following:
+        step, path = following[step]
+        total = totals[step] = total + Counter(read_json(path))
+    return totals
+
+
+def question_frequencies(folder):
+    """Return {step: {question id: rows before it with the answer and the salient term}}.
+
+    Salient is the term that is most often with the answer, over all that was counted.
+    """
+    ids = read_json(os.path.join(folder, "counts.json"))["questions"]
+    if not ids:
+        raise ValueError(f"{folder}: counts no questions; `count --questions=FILE` does")
+    at, salient = seen(folder), {}
+    for key, _ in at[max(at)].most_common():
+        if " " in key:
+            salient.setdefault(ids[int(key.split(" ")[0])], key)
+    return {step: {id_: found[key] for id_, key in salient.items()} for step, found in at.items()}
+
+
+# ---------------------------------------------------------------------------- evaluate
+
+HEADER = ("model", "step", "tokens", "task", "shots", "term", "item", "correct", "logprob")
+
+
+@dataclass(frozen=True)
+class Evaluate(Checkpoints):
+    model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
+    tasks: str = "times,plus"  # times, plus, triviaqa
+    shots: str = "0,2,4,8,16"
+    x1: str = "0:100"  # first:last+1 of the arithmetic's first operands
+    x2: str = "1:51"  # and of the second
+    questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
+    results: str = "term_frequency"  # folder; what it holds is not computed again
+    tokenizer: str = "20B_tokenizer.json"
+
+
+def evaluate(options):
+    """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
+    prompts, results, n = all_prompts(options), Path(options.results), 0
+    folders = find_all(options.model, options.steps)
+    tokenizer, device = load_tokenizer(options.tokenizer), Processes(options.device).device
+    open_results(results / "asked.json", {
+        "x1": options.x1, "x2": options.x2, "questions":
+        digest(read_questions(options.questions)) if options.questions else None},
+        "name another --results")
+    for name, step, tokens, folder in folders:
+        model = None
+        for (task, shots), asked in prompts.items():
+            path = results / f"{name}_step{step}_{task}_{shots}.csv"
+            if path.exists():
+                continue
+            model = model or checkpoints.load_model(folder, device)
+            L, n_tokens = model.config.seq_length, ANSWER_TOKENS[task]
+            cut = sum(len(tokenizer.encode(prompt.text)) > L - n_tokens for prompt in asked)
+            if cut:
+                print(f"{cut:,} of {len(asked):,} prompts are longer than the model's {L:,} tokens "
+                      f"less {n_tokens} for an answer, and lose their beginning")
+            answers = answer_all(model, tokenizer, task, asked)
+            write_csv(path, HEADER, [
+                (name, step, tokens, task, shots, prompt.term, prompt.item, int(right), logprob)
+                for prompt, (right, logprob) in zip(asked, answers)])
+            n += len(asked)
+            accuracy, logprob = np.mean(answers, axis=0)
+            print(f"{name} step {step:>6} | {task} {shots:>2}-shot | acc {accuracy:.4f} | "
+                  f"log-probability {logprob:.4f} (n {len(asked):,})", flush=True)
+    print(f"{results}: {n:,} prompts answered, "
+          f"{len(folders) * sum(map(len, prompts.values())) - n:,} were there")
+
+
+def all_prompts(options):
+    """Return {(task, shots): prompts}, or raise ValueError about the settings."""
+    x1s = range(*first_and_last("x1", options.x1, 100))
+    x2s = range(*first_and_last("x2", options.x2, 100))
+    if not re.fullmatch(r"\d+(,\d+)*", options.shots):
+        raise ValueError(f"shots = {options.shots!r}, expected numbers with commas")
+    prompts = {}
+    for task, shots in itertools.product(options.tasks.split(","),
+                                         map(int, options.shots.split(","))):
+        if task in OPERATIONS:
+            prompts[task, shots] = [prompt for x1 in x1s
+                                    for prompt in arithmetic(task, shots, x1, x2s)]
+        elif task == "triviaqa" and options.questions:
+            prompts[task, shots] = trivia(read_questions(options.questions), shots)
+        else:
+            raise ValueError("triviaqa needs --questions=FILE" if task == "triviaqa" else
+                             f"no task called {task}; there are {', '.join(OPERATIONS)}, triviaqa")
+    return prompts
+
+
+def answer_all(model, tokenizer, task, prompts):
+    """Return (right, log-probability of the right answer) of each prompt."""
+    texts = generate_until(model, tokenizer, [prompt.text for prompt in prompts],
+                           n_tokens=ANSWER_TOKENS[task])
+    requests = [(prompt.text, words) for prompt in prompts for words in prompt.continuations]
+    logprobs = [logprob for logprob, _ in loglikelihood(model, tokenizer, requests)]
+    answers, first = [], 0  # the first of a prompt's own log-probabilities
+    for prompt, text in zip(prompts, texts):
+        last = first + len(prompt.continuations)
+        answers.append((given_answer(task, text) in prompt.answers,
+                        float(np.logaddexp.reduce(logprobs[first:last]))))
+        first = last
+    return answers
+
+
+def grouped(folder):
+    """{(model, step, tokens, task, shots): [(term, item, correct, logprob)]} of `evaluate`."""
+    groups = {}
+    for path in sorted(Path(folder).glob("*.csv")):
+        try:
+            with open(path, newline="", encoding="utf8") as file:
+                for row in csv.DictReader(file):
+                    groups.setdefault(tuple(row[name] for name in HEADER[:5]), []).append(
+                        (row["term"], row["item"], int(row["correct"]), float(row["logprob"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not written by `evaluate` ({type(error).__name__}: {error})"
+                             ) from None
+    if not groups:
+        raise ValueError(f"{folder}: holds no answers; `evaluate --results={folder}` makes them")
+    return groups
+
+
+# ---------------------------------------------------------------------------- analyse
 
 
 @dataclass(frozen=True)
 class Analyse:
     counts: str  # folder of `count`
-    results: str = "term_frequency.csv"  # of `evaluate`
+    results: str = "term_frequency"  # folder of `evaluate`
     output: str = "term_frequency"  # OUTPUT_bins.csv and OUTPUT_gaps.csv are written
 
 
+WHERE = HEADER[:5]
+BINS = (*WHERE, "bins", "from", "to", "frequency", "n", "acc", "acc_stderr", "logprob",
+        "logprob_stderr")
+GAPS = (*WHERE, "n", "slope", "slope_low", "slope_high", "p", "least_frequency", "most_frequency",
+        "acc_gap", "acc_low", "acc_high", "logprob_gap", "logprob_low", "logprob_high")
+
+
 def analyse(options):
-    """Compare what models do with how often they saw it: bins, and most frequent minus least."""
+    """Compare what models do with how often they saw it: slope, bins, most minus least frequent."""
     groups = grouped(options.results)
-    frequencies = {task: (question_frequencies(options.counts) if task == "triviaqa" else
-                          number_frequencies(options.counts))
+    frequencies = {task: (question_frequencies if task == "triviaqa" else seen)(options.counts)
                    for task in {key[3] for key in groups}}
     bins, gaps, order = [], [], read_json(os.path.join(options.counts, "counts.json"))
     a_step = order["batch_size"] * order["seq_length"]
@@ -101,32 +501,19 @@ def analyse(options):
             raise ValueError(f"{options.counts}: counts {int(step) * a_step:,} tokens up to step "
                              f"{step}, {model} has seen {int(tokens):,}; count in the order of its "
                              "config.json")
-        before = frequencies[task][int(step)]
+        before, where = frequencies[task][int(step)], (model, step, tokens, task, shots)
         means = np.array([(before.get(term, 0), *np.mean(values, axis=0))  # (terms, 3)
                           for term, values in by_term(answers).items()])
-        where = (model, step, tokens, task, shots)
         bins += [(*where, *row) for row in binned(means, task)]
-        gaps.append((*where, *gap(means)))
+        terms = [term for term, *_ in answers]
+        doublings = np.log2([1 + before.get(term, 0) for term in terms])
+        slope = regression(np.array([[answer[3] for answer in answers]]), doublings, terms)[1]
+        slope = (slope.value, slope.low, slope.high, slope.p) if np.ptp(doublings) else [None] * 4
+        gaps.append((*where, len(means), *slope, *gap(means)))
     write_csv(f"{options.output}_bins.csv", BINS, bins)
-    write_csv(f"{options.output}_gaps.csv", GAPS, gaps)
-    print("most frequent tenth minus least frequent tenth of the terms, 95 % bootstrap interval "
-          "over terms")
-    for model, step, _, task, shots, n, low, high, *numbers in gaps:
-        found = "all terms were seen equally often" if low == high else (
-            f"acc x 100 {interval(numbers[:3], 100)} | log-probability {interval(numbers[3:])}")
-        print(f"{model} step {step:>6} | {task:8} {shots:>2}-shot | seen {high:,.1f} and "
-              f"{low:,.1f} times | {found} (n {n})")
-
-
-BINS = ("model", "step", "tokens", "task", "shots", "bins", "from", "to", "frequency", "n",
-        "acc", "acc_stderr", "logprob", "logprob_stderr")
-GAPS = ("model", "step", "tokens", "task", "shots", "n", "least_frequency", "most_frequency",
-        "acc_gap", "acc_low", "acc_high", "logprob_gap", "logprob_low", "logprob_high")
-
-
-def interval(numbers, scale=1):
-    mean, *ends = (scale * number for number in numbers if number is not None)
-    return f"{mean:+.2f}" + (" [{:+.2f}, {:+.2f}]".format(*ends) if ends else "")
+    write_table(f"{options.output}_gaps.csv", GAPS, gaps)
+    print("slope: nats per doubling of the count; gap: most frequent tenth minus least frequent "
+          "tenth; 95 % intervals over the terms of one run: another seed may differ by more")
 
 
 def by_term(answers):
@@ -150,79 +537,75 @@ def binned(means, task, tenths=10):
         members.append(("quantile", frequency[part].min(), frequency[part].max(), part))
     for name, low, high, part in members:
         if len(part):
-            mean = means[part].mean(axis=0)
-            error = (means[part].std(axis=0, ddof=1) / math.sqrt(len(part)) if len(part) > 1
-                     else [None] * 3)
-            yield name, low, high, mean[0], len(part), mean[1], error[1], mean[2], error[2]
+            [acc], [logprob] = (regression(means[None, part, column]) for column in (1, 2))
+            yield (name, low, high, means[part, 0].mean(), len(part), acc.value, acc.stderr,
+                   logprob.value, logprob.stderr)
 
 
 def gap(means):
-    """Return GAPS behind the first five, of (terms, 3): frequency, accuracy, log-probability.
+    """Return the last eight of GAPS, of (terms, 3): frequency, accuracy, log-probability.
 
-    With 100 operands a tenth is the paper's 10. The bootstrap draws terms, with all their prompts,
-    anew within each tenth; of one term there is no interval, and of equal frequencies no gap.
+    With 100 operands a tenth is the paper's 10.
     """
     # Equally frequent terms (never seen, in a small corpus) must not stand by size, which itself
     # matters.
     order, tenth = np.random.RandomState(0).permutation(len(means)), max(1, len(means) // 10)
     order = order[np.argsort(means[order, 0], kind="stable")]
-    least, most = means[order[:tenth]], means[order[-tenth:]]
-    acc, logprob = (paired_bootstrap(most[None, :, column], least[None, :, column])
+    ends = np.concatenate((order[:tenth], order[-tenth:]))
+    low, high = (means[part, 0].mean() for part in (order[:tenth], order[-tenth:]))
+    if low == high:
+        return low, high, *[None] * 6
+    acc, logprob = (regression(means[None, ends, column], np.repeat([-0.5, 0.5], tenth))[1]
                     for column in (1, 2))
-    if tenth == 1:
-        acc, logprob = (acc[0], None, None), (logprob[0], None, None)
-    low, high = least[:, 0].mean(), most[:, 0].mean()
-    return len(means), low, high, *((None,) * 6 if low == high else (*acc, *logprob))
+    return low, high, acc.value, acc.low, acc.high, logprob.value, logprob.low, logprob.high
 
 
-# ---------------------------------------------------------------------------- the experiment
+# ---------------------------------------------------------------------------- compare
 
 
 @dataclass(frozen=True)
 class Compare:
     branch: str  # runs that saw the terms more (or less) often; each beside its BRANCH_twin
     terms: str  # numbers or words; the branches' own --terms may be phrases around them
-    results: str = "term_frequency.csv"  # of `evaluate`, all models
+    results: str = "term_frequency"  # folder of `evaluate`, all models
     questions: str = ""  # for triviaqa: its questions, to know which have a term
     output: str = "term_compare.csv"
+
+
+COMPARED = ("model", *WHERE[1:], "terms", "seeds", "n", "difference", "low", "high", "p", "over")
 
 
 def compare(options):
     """Compare branches with their control twins: chosen terms, other terms, the difference."""
     groups, chosen = grouped(options.results), terms_of(options)
     branches = [Path(path).name for path in options.branch.split(",")]
-    twins = [f"{branch}_twin" for branch in branches]
-    rows = []
-    print("log-probability of the right answer, branch minus twin; 95 % over terms and seeds")
+    pairs, rows = [(branch, f"{branch}_twin") for branch in branches], []
+    over = "terms and seeds" if len(branches) > 1 else "terms of one pair"
     for where in dict.fromkeys(key[1:] for key in groups):
-        if not all((model, *where) in groups for model in (*branches, *twins)):
+        if not all((model, *where) in groups for pair in pairs for model in pair):
             continue
         seeds = [by_term_difference(groups[branch, *where], groups[twin, *where])
-                 for branch, twin in zip(branches, twins)]
+                 for branch, twin in pairs]
         if len({frozenset(seed) for seed in seeds}) > 1:
             raise ValueError(f"{options.results}: not the same terms for all of "
                              f"{', '.join(branches)} at step {where[0]}; run `evaluate` again")
-        parts = [np.array([[seed[term] for term in seeds[0] if (term in chosen) == side]
-                           for seed in seeds]) for side in (True, False)]
-        if not all(part.size for part in parts):
+        values = np.array([[seed[term] for term in seeds[0]] for seed in seeds])
+        mine = np.array([term in chosen for term in seeds[0]])
+        if mine.all() or not mine.any():
             continue
-        for terms, part in (("chosen", parts[:1]), ("others", parts[1:]),
-                            ("chosen minus others", parts)):
-            numbers = paired_bootstrap(*part)
-            n = part[0].shape[1] if len(part) == 1 else None
-            rows.append(("+".join(branches), *where, terms, len(seeds), n, *numbers))
-            print(f"step {where[0]:>6} | {where[2]:8} {where[3]:>2}-shot | {terms:19} "
-                  f"{interval(numbers)}" + (f" (n {n:,} terms, {len(seeds)} seeds)" if n else ""))
+        for terms, n, found in (
+                ("chosen", int(mine.sum()), regression(values[:, mine])[0]),
+                ("others", int((~mine).sum()), regression(values[:, ~mine])[0]),
+                ("chosen minus others", None, regression(values, mine)[1])):
+            rows.append(("+".join(branches), *where, terms, len(seeds), n, found.value, found.low,
+                         found.high, found.p, over))
     if not rows:
         raise ValueError(f"{options.results}: no checkpoint of all of "
-                         f"{', '.join(branches + twins)} has answers with and without "
+                         f"{', '.join(itertools.chain(*pairs))} has answers with and without "
                          f"{options.terms}; it holds "
                          f"{', '.join(sorted({key[0] for key in groups}))}")
-    write_csv(options.output, COMPARED, rows)
-
-
-COMPARED = ("model", "step", "tokens", "task", "shots", "terms", "seeds", "n", "difference", "low",
-            "high")
+    write_table(options.output, COMPARED, rows)
+    print("log-probability of the right answer, branch minus twin, nats")
 
 
 def terms_of(options):

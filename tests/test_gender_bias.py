@@ -14,9 +14,8 @@ from conftest import ROOT
 from test_data import write
 
 from model import ModelConfig, Pythia
-from studies.gender_bias import Branch, branch, compare, Compare, Measure, measure, pairs_of
-from studies.gender_measures import MEASURES
-from studies.results import paired_bootstrap
+from studies.gender_bias import (
+    MEASURES, Branch, Compare, Measure, branch, compare, measure, pairs_of, read_items)
 from tokenizer import Tokenizer
 
 
@@ -70,8 +69,10 @@ def logprob(model, tokenizer, text):
 
 
 def ask(name, model, tokenizer, docs):
-    read, values, _ = MEASURES[name]
-    return values(model, tokenizer, read(docs))
+    items = read_items(name, docs, tokenizer)
+    values = MEASURES[name][1](model, tokenizer, items.requests)
+    assert len(values) == len(items.documents)
+    return values
 
 
 def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs):
@@ -126,17 +127,38 @@ def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
     assert ask("choice", model, tokenizer, docs) == [1, 0] * 2
 
 
-@pytest.mark.parametrize("n_seeds, seed_sd, item_sd",
-                         [(1, 0, 1), (3, 1, 1), (3, 0.2, 2), (3, 0, 1)])
-def test_the_interval_covers_the_mean_as_often_as_it_says(n_seeds, seed_sd, item_sd):
+def test_items_know_their_documents_and_pronouns(tokenizer, docs):
+    places = read_items("heldout", docs, tokenizer)
+    assert places.x == [0.5, -0.5] * 9 and places.documents == [0] * 18
+    assert read_items("winobias", docs, tokenizer)[1:] == (
+        ["1 0", "1 0", "2 0", "2 0"], [-1.0, -2.0] * 2)  # anti says he; then he and his
+    assert read_items("winogender", docs, tokenizer)[1:] == (["cook", "nurse"], [1.0, -1.0])
+    assert read_items("crows_gender", docs, tokenizer)[1:] == ([0], [1.0])
+
+
+def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
+    """A branch that says "she" 2 nats more, and lets what stands there mean 1 nat less."""
     generator = np.random.RandomState(0)
-    covered = 0
-    for seed in range(200):
-        values = (0.3 + seed_sd * generator.randn(n_seeds, 1) + item_sd * generator.randn(1, 60)
-                  + 0.5 * generator.randn(n_seeds, 60))
-        _, low, high = paired_bootstrap(values, samples=400, seed=seed)
-        covered += low <= 0.3 <= high
-    assert 0.91 <= covered / 200 <= 0.995  # 95 %, less and more 2.6 standard deviations
+    for name, x in (("winogender", generator.choice([-1, 1], 60)), ("heldout", np.tile([-0.5, 0.5], 30)),
+                    ("cost", np.zeros(60))):
+        np.save(tmp_path / f"{name}_items.npy", [np.arange(60) // 3, x])
+        for seed in "ab":
+            (tmp_path / seed).mkdir(exist_ok=True)
+            twin = generator.randn(60)
+            change = {"winogender": 2 * x, "heldout": 2 - x, "cost": 0.1 + 0 * x}[name]
+            np.save(tmp_path / seed / f"twin_step8_{name}.npy", twin)
+            np.save(tmp_path / seed / f"branch_step8_{name}.npy",
+                    twin + change + 0.01 * generator.randn(60))
+    compare(Compare(str(tmp_path)))
+    with open(tmp_path / "gender_bias.csv") as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    for measure_, value in {"winogender bias": 0, "winogender shift": 2, "heldout shift": 2,
+                            "heldout context": -1, "cost": 0.1}.items():
+        row = rows[measure_]
+        assert float(row["difference"]) == pytest.approx(value, abs=0.02)
+        assert float(row["low"]) < float(row["difference"]) < float(row["high"])
+        assert (row["seeds"], row["documents"], row["over"]) == ("2", "20", "documents and seeds")
+    assert float(rows["winogender bias"]["p"]) > 0.05 > float(rows["heldout context"]["p"])
 
 
 def run(*argv, expect=0):
@@ -163,8 +185,10 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     compare(Compare(f"{tmp_path}/out"))
     with open(tmp_path / "out" / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
-    assert set(rows) == set(MEASURES) - {"lambada"}
-    assert float(rows["heldout"]["low"]) > 0 and rows["heldout"]["step"] == "8"  # taught to say she
+    assert set(rows) == {name + what for name, (*_, folder, whats) in MEASURES.items()
+                         for what in whats if folder != "lambada_openai"}
+    assert float(rows["heldout shift"]["difference"]) > 0  # taught to say she
+    assert rows["heldout shift"]["step"] == "8" and rows["cost"]["over"] == "documents of one pair"
     with open(child / "interventions.csv") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
 
@@ -183,11 +207,12 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
 
 
 def test_no_interval_where_a_pair_is_missing(tmp_path):
+    np.save(tmp_path / "cost_items.npy", np.zeros((2, 3)))
     for pair in ("seed1", "seed2"):
         (tmp_path / pair).mkdir()
         for side, step in (("branch", 4), ("twin", 4), ("branch", 8), ("twin", 8)):
             np.save(tmp_path / pair / f"{side}_step{step}_cost.npy", np.arange(3.0))
     (tmp_path / "seed2" / "twin_step8_cost.npy").unlink()  # `measure` was stopped
-    with pytest.raises(ValueError, match=r"cost at step 8 is there for both sides of 1 of 2 pairs; "
-                                         "run `measure` again"):
+    with pytest.raises(ValueError, match=r"cost at step 8 is there for both sides of 1 of 2 pairs, "
+                                         "of 3 items each; run `measure` again"):
         compare(Compare(str(tmp_path)))
