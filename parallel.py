@@ -94,6 +94,20 @@ class Processes:
         return result
 
 
+    def agree(self, settings):
+        """Raise ValueError naming every setting {name: value} that a process has otherwise."""
+        everyone = self.gather(settings)
+
+        def compare():
+            differences = [f"rank {rank}: {name} is {theirs.get(name)!r}, of rank 0 {value!r}"
+                           for rank, theirs in enumerate(everyone)
+                           for name, value in everyone[0].items() if theirs.get(name) != value]
+            if differences:
+                raise ValueError("the processes were not given the same run: "
+                                 f"{'; '.join(differences[:20])}")
+        self.together(compare)
+
+
 class Interrupt:
     """From `listen` on, notes a SIGINT or SIGTERM, on which the loop acts between steps."""
 
@@ -120,6 +134,7 @@ class LaunchConfig:
     activation_checkpointing: bool = False  # keep each block's input only, compute the rest again
     compile: bool = False  # torch.compile each block, and on a GPU the loss
     deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
+    check_data: bool = False  # compare every byte of the data with the SHA-256 that tokenize noted
 
     def __post_init__(self):
         check(self, "auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__, "device")

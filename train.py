@@ -30,7 +30,6 @@ Sources: gpt-neox v1.0, megatron/{training,learning_rates}.py.
 """
 
 import gc
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -52,8 +51,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import check, COUNT, fail, NUMBER, parse, read_json, run, Table, write_json
-from data import OrderedData, TokenFile, samples_needed
+from config import (check, COUNT, fail, NUMBER, parse, read_json, run, sha256_of, Table,
+                    write_json)
+from data import OrderedData, TokenFile, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
 from parallel import (Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes, communicate,
@@ -202,6 +202,16 @@ class Training:
         self.scaler.update(overflow)
 
     @torch.no_grad()
+    def is_finite(self):
+        """Return whether all weights and moments of this process are finite."""
+        tensors = [p.detach() for p in self.model.parameters()] + [
+            state[name] for state in self.optimizer.state.values()
+            for name in ("exp_avg", "exp_avg_sq")]
+        tensors = [t.to_local() if checkpoints.is_shard(t) else t for t in tensors]
+        largest = torch._foreach_norm([t for t in tensors if t.numel()], math.inf)
+        return bool(torch.stack(largest).isfinite().all())
+
+    @torch.no_grad()
     def mean_loss(self, batches, processes):
         """Return the mean loss over all processes' micro-batches, which are of one size."""
         loss = torch.stack([self.loss(rows) for rows in batches]).mean()
@@ -277,26 +287,35 @@ def find_start(config):
     return config.branch_from, int(step[1])
 
 
-def claim(model_config, config, intervention, launch, order, processes):
-    """Lock the run folder and write what explains it; return find_start's folder and step."""
+def identity(model_config, config, intervention):
+    """Return what decides a run's numbers: every setting, what the data and the tokenizer hold."""
+    data = {f"data_{name}": value for name, value in fingerprint(config.data).items()}
+    if config.heldout:
+        data["heldout_sha256"] = fingerprint(config.heldout)["sha256"]
+    load_tokenizer(config.tokenizer)
+    data["tokenizer_sha256"] = sha256_of(config.tokenizer)
+    return asdict(model_config) | asdict(config) | asdict(intervention) | data
+
+
+def claim(settings, config, launch, processes):
+    """Lock the run folder and write what explains it.
+
+    settings: the run's identity. Returns find_start's folder and step, and lines of what changed
+    since the last launch.
+    """
     def claim_alone():
         find_start(config)  # a mistake in --branch_from leaves no folder
-        load_tokenizer(config.tokenizer)
         checkpoints.lock(config.out_dir)
-        # The rows of step 0 stand for the whole order: a moved file is welcome, another is not.
-        first_batch = order.batch(0, config.batch_size).astype("<u2").tobytes()
-        open_run(config.out_dir, asdict(model_config) | asdict(config) | asdict(intervention) | {
-            "first_batch_sha256": hashlib.sha256(first_batch).hexdigest()})
-        with open(os.path.join(config.out_dir, "launches.jsonl"), "a") as file:
-            print(json.dumps(describe_launch(asdict(launch), processes)), file=file)
+        open_run(config.out_dir, settings)
+        return note_launch(config, launch, processes)
 
-    processes.together(claim_alone, first_alone=True)
+    changed = processes.together(claim_alone, first_alone=True)
     # Looked for again behind the lock, when no other launch can save any more.
     found = processes.gather(processes.together(lambda: find_start(config)))
     if len(set(found)) > 1:
         raise ValueError(f"{config.out_dir}: the processes begin from {found}; launch again once "
                          "every node sees the same disk")
-    return found[0]
+    return *found[0], changed
 
 
 def restore(training, source, start):
@@ -358,17 +377,21 @@ def replay(training, batches, first, source, start, processes, interrupt):
 
 # What may differ when a run goes on: it does not decide what is computed.
 MAY_CHANGE = {"data", "out_dir", "tokenizer", "log_every", "async_save", "state_every", "stop_at",
-              "heldout", "heldout_every", "heldout_batches", "twin"}
+              "heldout", "heldout_sha256", "heldout_every", "heldout_batches", "twin"}
+PATHS = ("data", "heldout", "tokenizer")  # may differ between nodes; what lies there may not
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate is
 # free: a branch with a lower one is the advice to a run that overflows.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
-          "batch_size", "warmup", "min_lr_ratio", "first_batch_sha256")
+          "batch_size", "warmup", "min_lr_ratio", "data_documents", "data_tokens", "data_sha256")
 
 
 def open_run(out_dir, settings):
     """Write RUN/config.json, or raise ValueError naming every setting that differs there."""
     path = os.path.join(out_dir, "config.json")
     if not os.path.exists(path):
+        if checkpoints.step_folders(out_dir):
+            raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which "
+                             "nothing explains now. Put it back, or name another --out_dir")
         if settings["branch_from"]:
             settings["differs_from_parent"] = compare_with_parent(settings)
         return write_json(path, settings)
@@ -399,8 +422,8 @@ def compare_with_parent(settings):
     return differences
 
 
-def describe_launch(launch, processes):
-    """Return what this launch runs on and from, a JSON object."""
+def note_launch(config, launch, processes):
+    """Add a line to RUN/launches.jsonl; return what the last one had otherwise, "name a -> b"."""
     commit, cpu = None, platform.machine()
     if shutil.which("git"):
         git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
@@ -409,14 +432,32 @@ def describe_launch(launch, processes):
     if os.path.exists("/proc/cpuinfo"):
         cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tqdm")
-    return {
+    record = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [sys.executable, *sys.argv], "launch": launch, "git_commit": commit,
+        "command": [sys.executable, *sys.argv], "launch": asdict(launch), "git_commit": commit,
         "python": platform.python_version(), "system": platform.platform(), "host": platform.node(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "processes": processes.count, "threads": torch.get_num_threads(), "cpu": cpu,
         "gpu": (torch.cuda.get_device_name(processes.device)
                 if processes.device.type == "cuda" else None), "cuda": torch.version.cuda}
+    path = Path(config.out_dir) / "launches.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    try:
+        before, now = flat(json.loads(lines[-1])), flat(record)
+        changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items()
+                   if before.get(name) != value]
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError):
+        changed = []  # no launch before, or a line that a full disk cut
+    with open(path, "a") as file:
+        print(json.dumps(record), file=file)
+    return changed
+
+
+def flat(record):
+    """Return what of a launch's record can change bits, {name: value}."""
+    every = record | record["launch"] | record["packages"]
+    return {name: value for name, value in every.items() if name not in (
+        "started", "command", "launch", "packages", "host", "system", "check_data")}
 
 
 def rows_of(step, config):
@@ -557,6 +598,10 @@ def save(training, step, scheduled, log):
     """Write checkpoint `step`, once every step before it is known to be finite and on the disk."""
     config = training.config
     log.flush()  # raises if one of them was not finite
+    if log.processes.any(not training.is_finite()):
+        raise FloatingPointError(f"step {step - 1}: the update made weights or moments that are not "
+                                 f"finite; step{step} was not saved. Branch from an earlier "
+                                 "checkpoint with a lower rate")
     log.sync()
     checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
         "tokens": step * log.tokens_per_step, "updates": training.updates,
@@ -576,7 +621,9 @@ def train(model_config, config, intervention, launch, processes, interrupt):
                             once=True)
         unseen = Batches(unseen, model_config, config, launch, processes)
         heldout = [rows for i in range(config.heldout_batches) for rows in unseen.read(i)[0]]
-    source, start = claim(model_config, config, intervention, launch, order, processes)
+    settings = processes.together(lambda: identity(model_config, config, intervention))
+    processes.agree({name: value for name, value in settings.items() if name not in PATHS})
+    source, start, changed = claim(settings, config, launch, processes)
     if intervention.intervention:
         batches.intervened = IntervenedData(order, load_tokenizer(config.tokenizer), intervention)
         batches.intervene_from = start
@@ -594,6 +641,10 @@ def train(model_config, config, intervention, launch, processes, interrupt):
             f"of {launch.micro_batch_size}, peak "
             + ("-" if math.isnan(peak) else f"{peak / 1e12:.2f} TFLOP/s")
             + (f"; going on from step {start:,}" if source else ""))
+    for line in order.describe():
+        log.say(line)
+    if source and changed:
+        log.say(f"bits can differ from step {start:,} on: since the last launch {', '.join(changed)}")
     schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
     if source is None:
         save(training, 0, True, log)
@@ -658,6 +709,11 @@ def main(model_config, config, intervention, launch, options):
     check(config, "a name", lambda value: value != "",  # --data=$UNSET
           "data", "out_dir", "heldout", "branch_from")
     processes = Processes(launch.device)
+    given = asdict(model_config) | asdict(config) | asdict(intervention) | asdict(launch)
+    processes.agree(given | {name: given[name] is not None for name in PATHS})
+    if launch.check_data:  # once a node
+        processes.together(lambda: os.environ.get("LOCAL_RANK", "0") == "0"
+                           and check_whole(config.data))
     if launch.deterministic:  # or raise where an operation cannot be
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -24,9 +24,12 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", "PYT
 
 
 class Launched:
-    """A script running in `count` processes, as torchrun would start them."""
+    """A script running in `count` processes, as torchrun would start them.
 
-    def __init__(self, command, count=1):
+    rank_1: flags that the second process alone is given.
+    """
+
+    def __init__(self, command, count=1, rank_1=()):
         self.outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # all write to the same
         paths = [file.name for file in self.outputs]
         with socket.socket() as free:
@@ -34,7 +37,8 @@ class Launched:
             port = str(free.getsockname()[1])
         world = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count),
                  "LOCAL_WORLD_SIZE": str(count)} if count > 1 else {}
-        self.pids = [ask(command=[str(word) for word in command], paths=paths,
+        self.pids = [ask(command=[str(word) for word in (*command, *(rank_1 if rank == 1 else ()))],
+                         paths=paths,
                          environment=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                      for rank in range(count)]
         self.codes = {}

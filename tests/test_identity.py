@@ -1,0 +1,101 @@
+"""pytest tests/test_identity.py: a run goes on only with what it began with."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from checkpoints import saved_steps
+from launch import Launched
+from test_train import command, data, losses, run_here, train  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def begun(data, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("begun") / "run"
+    run_here(data, out_dir, stop_at=8)
+    return out_dir
+
+
+def copy_of(data, folder, edit=None):
+    """Return the prefix of a copy of a token file; edit(the bytes of its .bin) changes them."""
+    folder.mkdir()
+    for path in data.parent.glob(f"{data.name}.*"):
+        shutil.copy(path, folder)
+    if edit:
+        raw = bytearray((folder / f"{data.name}.bin").read_bytes())
+        edit(raw)
+        (folder / f"{data.name}.bin").write_bytes(raw)
+    return folder / data.name
+
+
+@pytest.mark.parametrize("flag", ["learning_rate=0.02", "seed=7", "batch_size=16", "eps=1e-7",
+                                  "micro_batch_size=2", "heldout={data}"])
+def test_ranks_with_other_settings_are_refused(data, tmp_path, flag):
+    flag = flag.format(data=data)
+    done = Launched(command(data, tmp_path / "run"), 2, rank_1=[f"--{flag}"]).finish()
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "the processes were not given the same run: rank 1: " in done.stderr
+    assert flag.split("=")[0] in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_ranks_with_other_data_are_refused_and_moved_data_are_not(data, tmp_path):
+    def last_token(raw):
+        raw[-2] ^= 1
+
+    moved, other = copy_of(data, tmp_path / "a"), copy_of(data, tmp_path / "b", last_token)
+    done = Launched(command(data, tmp_path / "run", steps=1), 2, rank_1=[f"--data={moved}"]).finish()
+    assert done.returncode == 0, done.stderr
+    done = Launched(command(data, tmp_path / "run2", steps=1), 2, rank_1=[f"--data={other}"]).finish()
+    assert done.returncode == 2 and "rank 1: data_sha256 is" in done.stderr
+
+
+def flip_one(raw):
+    raw[len(raw) // 2] ^= 1
+
+
+def reverse_all(raw):
+    tokens = np.frombuffer(bytes(raw), "<u2")
+    raw[:] = tokens[::-1].tobytes()
+
+
+@pytest.mark.parametrize("edit", [flip_one, reverse_all])
+def test_other_data_are_refused(data, begun, tmp_path, edit):
+    other = copy_of(data, tmp_path / "other", edit)
+    with pytest.raises(ValueError, match="holds another run: data_sha256 was"):
+        run_here(other, begun)
+    with pytest.raises(ValueError, match="a branch keeps its parent's .*data_sha256"):
+        run_here(other, tmp_path / "child", branch_from=begun / "step8")
+    if edit is flip_one:
+        with pytest.raises(ValueError, match="the data changed since they were tokenized"):
+            run_here(other, tmp_path / "new", check_data=True)
+    assert saved_steps(begun)[-1] == 8 and not saved_steps(tmp_path / "child")
+
+
+def test_a_run_without_its_config_is_refused(data, begun, tmp_path):
+    run = shutil.copytree(begun, tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: no such file, though .* holds checkpoints"):
+        run_here(data, run)
+    assert not (run / "config.json").exists()
+
+
+def test_what_may_change_bits_is_said(data, begun, tmp_path, capsys):
+    run = shutil.copytree(begun, tmp_path / "run")
+    run_here(copy_of(data, tmp_path / "moved"), run, micro_batch_size=2, stop_at=9)
+    assert ("bits can differ from step 8 on: since the last launch micro_batch_size 4 -> 2\n"
+            in capsys.readouterr().out)
+    lines = (run / "launches.jsonl").read_text().splitlines()
+    (run / "launches.jsonl").write_text(json.dumps(json.loads(lines[-1]) | {"threads": 77}) + "\n")
+    run_here(data, run, micro_batch_size=2, stop_at=10)
+    assert "since the last launch threads 77 -> " in capsys.readouterr().out
+    (run / "launches.jsonl").write_text('{"cut')
+    run_here(data, run, micro_batch_size=2)
+    assert "bits can differ" not in capsys.readouterr().out and len(losses(run)) == 12
+
+
+def test_an_update_that_is_not_finite_is_not_saved(data, tmp_path):
+    done = train(data, tmp_path, expect=2, learning_rate=3e38, warmup=0)
+    assert "step 0: the update made weights or moments that are not finite" in done.stderr
+    assert saved_steps(tmp_path) == [0]
