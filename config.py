@@ -167,6 +167,16 @@ def fail(message, everywhere=True):
     sys.exit(2)
 
 
+def note(line):
+    """Print a line on stderr that is no mistake but must be seen; under torchrun the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+NO_MEMORY = "out of memory|(allocate|enough) memory|ALLOC_FAILED"  # as torch says it
+LIGHTER = ("micro_batch_size", "batch_tokens", "batch_size")  # what to lower then
+
+
 def run(function, *arguments):
     """Call a script's main function; what only the user can mend ends in one line."""
     try:
@@ -178,8 +188,13 @@ def run(function, *arguments):
         sys.exit(141)
     except (ValueError, OSError) as error:
         fail(explain(error), everywhere=False)
-    except (OverflowError, MemoryError) as error:
-        fail(f"a setting is too large: {error}", everywhere=False)
+    except (OverflowError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        lower = [f"; lower --{name}={getattr(settings, name)}" for name in LIGHTER
+                 for settings in arguments if hasattr(settings, name)]
+        fail(f"a setting is too large: {str(error)[:200].partition(chr(10))[0]}"
+             + "".join(lower[:1]), everywhere=False)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -1,20 +1,19 @@
 """Evaluate checkpoints over training, with exactly lm-evaluation-harness's numbers.
 
-    python eval.py --model=RUN --steps=all --tasks=lambada_openai,piqa --docs=DIR \\
-        --output=results.csv
+    python eval.py --model=RUN --tasks=lambada_openai,piqa --docs=DIR --output=results.csv
     torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
     python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
 
---model is a run folder of ours, one of its step folders, or any GPT-NeoX folder in Hugging Face's
-layout. --docs holds a folder for each task with its documents as distributed, for instance
+--model is a run folder of ours, one of its step folders, or a published checkpoint in any form.
+--docs holds a folder for each task with its documents as distributed, for instance
 DIR/piqa/validation.jsonl. What the CSV already holds is skipped, so the same command goes on.
 
-tasks.py has the tasks, their prompts and metrics; here is what the model does with them.
-Log-likelihoods and greedy texts follow lm_eval's rules, several times faster: rows that begin alike
-(the choices of a question, all questions behind the same shots) share the work on what they share,
-logits are computed only where a token is scored, and rows of like length are batched by tokens.
-None of it changes a number by more than rounding (tests/test_scoring.py: 1e-4).
+tasks.py has the tasks, their prompts and metrics; here is what the model does with them, by
+lm_eval's rules but several times faster: rows that begin alike (the choices of a question, all
+questions behind the same shots) share the work on what they share, logits are computed only where a
+token is scored, and rows of like length are batched by tokens. None of it changes a number by more
+than rounding (tests/test_scoring.py: 1e-4).
 """
 
 import itertools
@@ -27,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +35,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import check, COUNT, NUMBER, parse, read_json, run, Table, TEXT
-from model import Cache, Prefix, head_blocks, read_config
+from config import check, COUNT, note, NUMBER, parse, read_json, run, Table, TEXT
+from model import Cache, head_blocks, Prefix
 from parallel import Processes
-from tasks import (GROUPS, SEVERAL, STYLES, NoDocuments, digest, named_tasks, prompts, read_split,
+from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_split, SEVERAL, STYLES,
                    tasks_of)
-from tokenizer import ENDOFTEXT, N_TOKENS, load_tokenizer
+from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
 
 # ---------------------------------------------------------------------------- shared beginnings
 
@@ -53,9 +53,9 @@ class Pack:
         0 the - 1 cat - 2 sat
                       \\ 3 ran - 4 on        positions 0 1 2 2 3
 
-    A node is a token; its position is its depth, and it sees its ancestors and itself. `branches`
-    are the chains that the tree is made of, (first node, end, ancestors of the first): here
-    (0, 3, []) and (3, 5, [0, 1]). `path` has the nodes of the row that was added last.
+    A node is a token; it sees its ancestors and itself. `branches` are the chains that the tree is
+    made of, (first node, end, ancestors of the first): here (0, 3, []) and (3, 5, [0, 1]). `path`
+    has the nodes of the row that was added last.
     """
 
     def __init__(self):
@@ -73,42 +73,35 @@ class Pack:
         self.scored.append((index, self.path[-n:], row[-n:]))
 
 
-def tokens_per_batch(model):
-    """Return how many tokens a batch may have where the model is.
-
-    Fewer keep a CPU's activations in its cache (a tenth faster than 4096); a GPU wants many.
-    """
-    return 2048 if model.embed_in.weight.device.type == "cpu" else 32768
-
-
+# Tokens of a batch: few keep a CPU's activations in its cache (a tenth faster than 4096).
+BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 JOINS = 4  # a row joins the pack before it if they share this part of it, a quarter
-PACK_GROWS = 1.5  # a pack may be so many times as long as the row that joins it, and
-PACK_SLACK = 256  # so many tokens longer: attention looks at the whole tree
+PACK = 640  # tokens that a pack may have, or twice the row that joins: attention sees all of it
 PREFIX = 32  # tokens that packs must share to be one group
 PREFIX_PAYS = 512  # tokens that a group must save for its prefix to be computed apart
 
 
-def plan(rows, L, batch_tokens):
-    """Return batches [(prefix tokens, packs)] of all rows (tokens, n), cut on the left to L + 1.
+def plan(rows, L, batch_tokens, name="request {}".format):
+    """Return batches [(prefix tokens, packs)] of rows (index, tokens, n), cut on the left to L + 1.
 
     Rows next to each other in alphabetical order share most. A row joins the pack of the one before
     if they share much of it and the tree stays small. Packs that share a long beginning (the shots)
-    are a group, whose beginning is computed once, as a prefix of its batches.
+    are a group, whose beginning is computed once, as a prefix of its batches. Raises ValueError by
+    a row's name(index) if it has nothing to score or no context; there lm_eval's assertions fail.
     """
-    cut = [np.array(tokens[-(L + 1):]) for tokens, _ in rows]
-    for row, (_, n) in zip(cut, rows):
-        if not 0 < n < len(row):
-            raise ValueError(f"a continuation of {n} tokens does not fit in {L} tokens of context")
-    order = sorted(range(len(rows)), key=lambda i: cut[i].astype(">u4").tobytes())
-    groups, before = [], None  # [packs, how many tokens all of them share]
-    for i in order:
-        row, n = cut[i], rows[i][1]
-        shared = 0 if before is None else _common(before[:-1], row[:-1])
+    for index, tokens, n in rows:
+        if not 0 < n <= min(L, len(tokens) - 1):
+            raise ValueError(f"{name(index)}: a continuation of {max(n, 0)} tokens behind "
+                             f"{len(tokens) - max(n, 0)} does not fit in {L} tokens of context, at "
+                             "least 1 of each")
+    rows = [(index, np.array(tokens[-(L + 1):]), n) for index, tokens, n in rows]
+    groups, before = [], np.array([])  # [packs, how many tokens all of them share]
+    for index, row, n in sorted(rows, key=lambda row: row[1].astype(">u4").tobytes()):
+        shared = _common(before[:-1], row[:-1])
         own = len(row) - 1 - n  # positions of the context: a prefix has no scored position
         packs, P = groups[-1] if groups else ([], 0)
         still = min(P, shared, own)  # what the group would share with this row in it
-        small = packs and (len(packs[-1].tokens) + len(row) - shared
-                           <= int(max(len(row), PACK_SLACK) * PACK_GROWS) + PACK_SLACK)
+        small = packs and len(packs[-1].tokens) + len(row) - shared <= max(PACK, 2 * len(row))
         if small and JOINS * shared >= len(row) and (len(packs) == 1 or still >= P // 2):
             groups[-1][1] = still
         elif packs and still >= max(PREFIX, P // 2):
@@ -117,7 +110,7 @@ def plan(rows, L, batch_tokens):
         else:
             groups.append([[Pack()], own])
             shared = 0
-        groups[-1][0][-1].add(i, row.tolist(), n, shared)
+        groups[-1][0][-1].add(index, row.tolist(), n, shared)
         before = row
     alone, batches = [], []
     for packs, P in groups:
@@ -144,7 +137,7 @@ def _batches(packs, P, batch_tokens):
     return batches
 
 
-def _tensors(packs, P, device):
+def _tensors(packs, P, like):
     """Return tokens, positions (B, T) of packs behind a prefix of P; mask (B, 1, T, P + T) or None.
 
     A node's column in the mask is its number, for the prefix's P tokens are its first nodes.
@@ -157,7 +150,7 @@ def _tensors(packs, P, device):
         positions[b, :length] = torch.tensor(pack.positions[P:])
     if P == 0 and all(len(pack.branches) == 1 for pack in packs):
         # Plain rows are padded on the right, which a causal model never looks at.
-        return tokens.to(device), None, None
+        return tokens.to(like.device), None, None
     mask = torch.full((len(packs), 1, T, P + T), -torch.inf)
     mask[..., :P] = 0
     triangle = torch.full((T, T), -torch.inf).triu(1)
@@ -169,10 +162,7 @@ def _tensors(packs, P, device):
             inside[:, start:end] = triangle[:end - start, :end - start]
         # Padding may see everything. If it saw nothing, its softmax would be NaN.
         mask[b, 0, len(pack.tokens) - P:] = 0
-    return tokens.to(device), positions.to(device), mask.to(device)
-
-
-# ---------------------------------------------------------------------------- scoring
+    return tokens.to(like.device), positions.to(like.device), mask.to(like)
 
 
 def score(model, rows, batch_tokens=None):
@@ -182,21 +172,25 @@ def score(model, rows, batch_tokens=None):
     vocabulary included; is_greedy says that every one of the n tokens is the largest logit's, the
     first of equals. Under torchrun the rows are shared out and every process gets all results.
     """
-    batches = plan(rows, model.config.seq_length, batch_tokens or tokens_per_batch(model))
-    return run_plan(model, batches, len(rows))
+    batch_tokens = batch_tokens or BATCH_TOKENS[model.embed_in.weight.device.type]
+    rows = [(i, *row) for i, row in enumerate(rows)]
+    return run_plan(model, plan(rows, model.config.seq_length, batch_tokens), len(rows))
 
 
 @torch.no_grad()
-def run_plan(model, batches, n_rows, progress=None):
-    """Return score's results of the rows that `batches` holds."""
-    results, prefix, cache = [None] * n_rows, None, None
-    device, dtype = model.embed_in.weight.device, model.embed_in.weight.dtype
-    for prefix_tokens, packs in _share(batches):
+def run_plan(model, batches, n, progress=None):
+    """Return score's results of the n indices of plan's rows; of the same index, their sum."""
+    lls, all_greedy, prefix, cache = np.zeros(n), np.ones(n, dtype=bool), [], None
+    weight = model.embed_in.weight
+    for prefix_tokens, packs in _mine(batches):
         P = len(prefix_tokens)
         if prefix_tokens != prefix:
-            prefix, cache = prefix_tokens, _read(model, prefix_tokens) if P else None
-        tokens, positions, mask = _tensors(packs, P, device)
-        mask = None if mask is None else mask.to(dtype)
+            prefix, cache = prefix_tokens, None
+            if P:
+                layers = [Cache(model.config, 1, P, weight) for _ in model.layers]
+                model.hidden(torch.tensor([prefix], device=weight.device), cache=layers)
+                cache = [Prefix(layer) for layer in layers]
+        tokens, positions, mask = _tensors(packs, P, weight)
         hidden = model.hidden(tokens, positions, mask, cache).flatten(0, 1)
         scored = [(index, b * tokens.shape[1] - P + np.array(nodes), targets)
                   for b, pack in enumerate(packs) for index, nodes, targets in pack.scored]
@@ -205,17 +199,12 @@ def run_plan(model, batches, n_rows, progress=None):
             [target for *_, targets in scored for target in targets])
         ends = np.cumsum([len(targets) for *_, targets in scored])[:-1]
         for (index, *_), lp, g in zip(scored, np.split(logprobs, ends), np.split(greedy, ends)):
-            results[index] = (float(lp.sum()), bool(g.all()))
+            lls[index] += lp.sum()
+            all_greedy[index] &= g.all()
         if progress:
-            progress(sum(len(pack.scored) for pack in packs))
-    return _gather(results)
-
-
-def _read(model, tokens):
-    """Return a Prefix of these tokens for each layer."""
-    cache = [Cache(model.config, 1, len(tokens), model.embed_in.weight) for _ in model.layers]
-    model.hidden(torch.tensor([tokens], device=model.embed_in.weight.device), cache=cache)
-    return [Prefix(layer) for layer in cache]
+            progress(len(scored))
+    lls, all_greedy = zip(*_everyone((lls, all_greedy)))
+    return list(zip(sum(lls).tolist(), np.all(all_greedy, axis=0).tolist()))
 
 
 def _logprobs(model, hidden, nodes, targets):
@@ -240,27 +229,17 @@ def _logprobs(model, hidden, nodes, targets):
     return logprobs.cpu().numpy(), greedy.cpu().numpy()
 
 
-def _share(batches):
-    """Return this process's part of the batches: neighbours, which have a prefix in common."""
-    if not dist.is_initialized():
-        return batches
-    cost = np.cumsum([sum(len(pack.tokens) - len(prefix) for pack in packs)
-                      for prefix, packs in batches])
-    owner = (cost - 1) * dist.get_world_size() // cost[-1] if batches else []
-    return [batch for batch, rank in zip(batches, owner) if rank == dist.get_rank()]
+def _mine(items):
+    """Return the items that are this process's."""
+    return items[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else items
 
 
-def _gather(results):
-    """Return the results of all processes; each has None where another one's are."""
-    if not dist.is_initialized():
-        return results
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, results)
-    return [next((part[i] for part in parts if part[i] is not None), None)
-            for i in range(len(results))]
-
-
-# ---------------------------------------------------------------------------- texts
+def _everyone(value):
+    """Return every process's value."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 @lru_cache(maxsize=1 << 16)
@@ -289,51 +268,40 @@ def encode_pair(tokenizer, context, continuation, style="v0.4"):
         tokens = encode(tokenizer, continuation)
         return (encode(tokenizer, context) or [ENDOFTEXT]) + tokens, len(tokens)
     if context == "":
-        tokens = encode(tokenizer, continuation)
-        tokens = tokens if tokens[:1] == [ENDOFTEXT] else [ENDOFTEXT] + tokens
-        return tokens, len(tokens) - 1
-    kept = context.rstrip()
+        context, continuation = "<|endoftext|>", continuation.removeprefix("<|endoftext|>")
     whole = encode(tokenizer, context + continuation)
-    return whole, len(whole) - len(encode(tokenizer, kept))
+    return whole, len(whole) - len(encode(tokenizer, context.rstrip()))
 
 
 def loglikelihood(model, tokenizer, requests):
-    """Return [(log-likelihood, is_greedy)] of each (context, continuation) pair of texts."""
+    """Return [(log-likelihood, is_greedy)] of (context, continuation) pairs of texts."""
     return score(model, [encode_pair(tokenizer, *request) for request in requests])
 
 
 def rolling_rows(tokenizer, texts, L):
-    """Return (rows for score, each one's text by index) that predict every token of a text once.
+    """Return plan's rows, by the number of the text, that predict every token of each text once.
 
-    Windows as lm_eval/utils.py, get_rolling_token_windows with context_len 1: full windows predict
-    all their L tokens from <|endoftext|> or the token before; the last one borrows earlier text as
-    context.
+    lm_eval/utils.py, get_rolling_token_windows with context_len 1: a full window predicts all its L
+    tokens from <|endoftext|> or the token before; the last borrows earlier text as context.
     """
-    rows, owners = [], []
-    for owner, text in enumerate(texts):
+    rows = []
+    for i, text in enumerate(texts):
         tokens = [ENDOFTEXT] + tokenizer.encode(text)
         for start in range(1, len(tokens), L):
             end = min(start + L, len(tokens))
-            rows.append((tokens[max(0, end - L - 1):end], end - start))
-            owners.append(owner)
-    return rows, owners
+            rows.append((i, tokens[max(0, end - L - 1):end], end - start))
+    return rows
 
 
 def loglikelihood_rolling(model, tokenizer, texts):
     """Return the log-likelihood in nats of each whole text, every token predicted exactly once."""
-    rows, owners = rolling_rows(tokenizer, texts, model.config.seq_length)
-    return totals(score(model, rows), owners, len(texts))
+    rows, totals = rolling_rows(tokenizer, texts, model.config.seq_length), [0.0] * len(texts)
+    for (i, *_), (logprob, _) in zip(rows, score(model, [row[1:] for row in rows])):
+        totals[i] += logprob
+    return totals
 
 
-def totals(results, owners, n):
-    """Return the sum of the log-likelihoods of each owner's rows."""
-    sums = [0.0] * n
-    for owner, (logprob, _) in zip(owners, results):
-        sums[owner] += logprob
-    return sums
-
-
-def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch_tokens=16384,
+def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch_tokens=None,
                    progress=None):
     """Return what greedy decoding says after each prompt, up to the first of `stops` or n_tokens.
 
@@ -342,42 +310,40 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
     """
     L, device = model.config.seq_length, model.embed_in.weight.device
     if n_tokens >= L:
-        raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt "
-                         f"in {L} tokens of context")
-    stops = (*stops, "<|endoftext|>")
+        raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt in {L} tokens "
+                         "of context")
     # The last tokens that can hold a stop; 3 more for a character that is cut in two.
-    window = max(len(stop.encode()) for stop in stops[:-1] or stops) + 3
+    window = max((len(stop.encode()) for stop in stops), default=0) + 3
 
     def text(tokens):
-        tokens = list(itertools.takewhile(lambda token: token != ENDOFTEXT, tokens))
+        tokens = itertools.takewhile(lambda token: token != ENDOFTEXT, tokens)
         return tokenizer.decode([token for token in tokens if 1 < token < N_TOKENS])
 
     def finished(new):
-        tails = [(row, text(row[-window:])) for row in new.tolist()]
-        return torch.tensor([row[-1] == ENDOFTEXT or any(stop in tail for stop in stops)
-                             for row, tail in tails])
+        tails = [(row[-1], text(row)) for row in new[:, -window:].tolist()]
+        return torch.tensor([last == ENDOFTEXT or any(stop in tail for stop in stops)
+                             for last, tail in tails])
 
     encoded = [(encode(tokenizer, prompt) or [ENDOFTEXT])[-(L - n_tokens):] for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
-    if dist.is_initialized():
-        order = order[dist.get_rank()::dist.get_world_size()]
-    results = [None] * len(prompts)
+    order = _mine(sorted(range(len(prompts)), key=lambda i: -len(encoded[i])))
+    results = {}
     while order:
         T = len(encoded[order[0]])
-        chosen, order = np.split(order, [max(1, batch_tokens // (T + n_tokens))])
-        order = order.tolist()
-        tokens = torch.zeros(len(chosen), T, dtype=torch.int64)
-        for b, i in enumerate(chosen):
-            tokens[b, T - len(encoded[i]):] = torch.tensor(encoded[i])
-        padding = torch.tensor([T - len(encoded[i]) for i in chosen], device=device)
-        out = model.generate(tokens.to(device), n_tokens, 0, padding=padding, finished=finished)
+        n = max(1, (batch_tokens or 16384) // (T + n_tokens))
+        chosen, order = order[:n], order[n:]
+        padding = [T - len(encoded[i]) for i in chosen]
+        tokens = torch.tensor([[0] * pad + encoded[i] for pad, i in zip(padding, chosen)])
+        out = model.generate(tokens.to(device), n_tokens, 0, finished=finished,
+                             padding=torch.tensor(padding, device=device))
         for i, row in zip(chosen, out[:, T:].tolist()):
             results[i] = text(row)
-            for stop in stops:
+            for stop in (*stops, "<|endoftext|>"):
                 results[i] = results[i].split(stop)[0]
         if progress:
             progress(len(chosen))
-    return _gather(results)
+    results = {i: text for part in _everyone(results) for i, text in part.items()}
+    return [results[i] for i in range(len(prompts))]
+
 
 # ---------------------------------------------------------------------------- one task, one model
 
@@ -386,38 +352,35 @@ class Job:
     """A task or a group's tasks, their documents made into requests; for any number of models.
 
     members: (task's name, Task, its Questions). requests, of all, shots included: (context,
-    continuation), prompts or whole texts. documents: {task or group: hash of its documents}.
+    continuation), prompts or whole texts; asked, whose they are: (task's name, number of the
+    document, Question). documents: {task or group: hash}. plans: {context length: plan_job's}.
     """
 
-    def __init__(self, name, members, requests, documents, shots, style):
-        self.name, self.members, self.requests = name, members, requests
-        self.documents, self.shots, self.style = documents, shots, style
-        # The rows to come, without values: measured of answers that say nothing.
-        nothing = {"loglikelihood": (math.nan, False), "generate": "", "rolling": math.nan}
-        self.measured = measure(self, [nothing[members[0][1].kind]] * len(requests))
-        self.batches = None  # (context length, plan's batches, rows, owners of rolling rows)
+    def __init__(self, name, shots, style):
+        self.name, self.shots, self.style = name, shots, style
+        self.members, self.requests, self.asked, self.documents, self.plans = [], [], [], {}, {}
 
 
 def prepare(name, docs, shots=0, style="v0.4", limit=None):
     """Return the Job of a task or group, or raise ValueError about its documents."""
-    members, requests, hashes = [], [], {}
+    job = Job(name, shots, style)
     for member in GROUPS[name][0] if name in GROUPS else [name]:
         task = tasks_of(style)[member]
         if shots and not task.pool:
             raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
                              "to draw")
         try:
-            prompted, documents = prompts(task, docs, shots, style, limit)
-        except NoDocuments as error:
-            raise NoDocuments(f"{member}: {error}") from None
-        for prefix, question in prompted:
-            requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
-                         else prefix + request for request in question.requests]
-        members.append((member, task, [question for _, question in prompted]))
-        hashes[member] = documents
+            prompted, job.documents[member] = prompts(task, docs, shots, style, limit)
+        except ValueError as error:
+            raise type(error)(f"{member}: {error}") from None
+        for number, (prefix, question) in enumerate(prompted):
+            job.requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
+                             else prefix + request for request in question.requests]
+            job.asked += [(member, number, question)] * len(question.requests)
+        job.members.append((member, task, [question for _, question in prompted]))
     if name in GROUPS:
-        hashes[name] = digest(list(hashes.values()))
-    return Job(name, members, requests, hashes, shots, style)
+        job.documents[name] = digest(list(job.documents.values()))
+    return job
 
 
 def token_rows(tokenizer, job):
@@ -425,21 +388,37 @@ def token_rows(tokenizer, job):
     return [encode_pair(tokenizer, *request, job.style) for request in job.requests]
 
 
-def answer(model, tokenizer, job, progress=None):
+def plan_job(job, tokenizer, L, batch_tokens):
+    """Plan a job for models with a context of L tokens; raise ValueError for what does not fit."""
+    task, rows, long = job.members[0][1], [], 0
+    if L in job.plans:
+        return
+    if task.kind == "rolling":
+        rows = rolling_rows(tokenizer, job.requests, L)
+    elif task.kind == "generate":
+        if task.n_tokens >= L:
+            raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
+                             f"prompt in {L} tokens of context")
+        long = sum(len(encode(tokenizer, prompt)) > L - task.n_tokens for prompt in job.requests)
+    else:
+        rows = [(i, *row) for i, row in enumerate(token_rows(tokenizer, job))]
+        long = sum(len(tokens) > L + 1 for _, tokens, _ in rows)
+    job.plans[L] = plan(rows, L, batch_tokens,
+                        lambda i: f"{job.asked[i][0]}: {job.asked[i][2].where}")
+    if long:
+        note(f"{job.name}: {long:,} of {len(job.requests):,} requests are too long for {L:,} "
+             "tokens of context and lose their beginning, as lm_eval's do")
+
+
+def answer(model, tokenizer, job, batch_tokens=None, progress=None):
     """Return a result for each request: (log-likelihood, is_greedy), text, or log-likelihood."""
     task, L = job.members[0][1], model.config.seq_length
     if task.kind == "generate":
         return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
-                              progress=progress)
-    if job.batches is None or job.batches[0] != L:  # the same for every checkpoint of a run
-        if task.kind == "rolling":
-            rows, owners = rolling_rows(tokenizer, job.requests, L)
-        else:
-            rows, owners = token_rows(tokenizer, job), None
-        job.batches = L, plan(rows, L, tokens_per_batch(model)), len(rows), owners
-    _, batches, n_rows, owners = job.batches
-    results = run_plan(model, batches, n_rows, progress)
-    return results if owners is None else totals(results, owners, len(job.requests))
+                              batch_tokens, progress)
+    plan_job(job, tokenizer, L, batch_tokens or BATCH_TOKENS["cpu"])
+    results = run_plan(model, job.plans[L], len(job.requests), progress)
+    return [logprob for logprob, _ in results] if task.kind == "rolling" else results
 
 
 def measure(job, results):
@@ -452,65 +431,51 @@ def measure(job, results):
     return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
 
 
-def documents_of(job, task):
-    """Return the hash of a row's documents: a member's own, as if alone, or the whole group's."""
-    return job.documents.get(task.partition(":")[0], job.documents[job.name])
-
 # ---------------------------------------------------------------------------- over training
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    # Other commands: `eval.py tasks --help` (what there is), `eval.py sample --help` (texts).
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
     tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
     docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
     # Rows are appended; what it holds is not computed again. A model is known by its folder's name
     # alone: two models of one name need two files.
     output: str = "results.csv"
-    # JSON Lines file that gets every request computed now and its result. What the CSV already
-    # holds is not computed, so it gets no lines.
-    samples: str | None = None
+    samples: str | None = None  # JSON Lines file that gets every request computed, and its result
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
     shots: int = 0  # solved examples before each question
     style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
     dtype: str = "float32"  # as in the paper; lm_eval loads the published files in float16
     limit: int | None = None  # only so many documents of each task
-    tokenizer: str = "20B_tokenizer.json"
+    tokenizer: str | None = None  # None: the model's own, else 20B_tokenizer.json
     device: str = "auto"
+    # Tokens computed at once; None: 2048 on a CPU, 32768 on a GPU, 16384 where texts are generated.
+    batch_tokens: int | None = None
 
     def __post_init__(self):
-        if self.style not in STYLES:
-            raise ValueError(f"style = {self.style!r}, expected {' or '.join(STYLES)}")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"dtype = {self.dtype!r}, expected float32, float16 or bfloat16")
-        if self.shots < 0 or self.limit is not None and self.limit < 1:
-            raise ValueError("shots must be at least 0, and limit at least 1")
+        check(self, " or ".join(STYLES), STYLES.__contains__, "style")
+        check(self, "float32, float16 or bfloat16",
+              ("float32", "float16", "bfloat16").__contains__, "dtype")
+        check(self, "at least 0", lambda value: value >= 0, "shots")
+        check(self, "at least 1", lambda value: value >= 1, "limit", "batch_tokens")
 
 
 COLUMNS = {"model": TEXT, "step": f"({COUNT})?", "tokens": f"({COUNT})?", "task": TEXT,
            "shots": COUNT, "metric": TEXT, "value": NUMBER, "stderr": f"({NUMBER})?", "n": COUNT,
            "style": TEXT, "dtype": TEXT, "docs": TEXT}
-# What tells a row from others.
-KEY = ("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
+key = itemgetter("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
 
 
 def main(config):
     # Processes meet when a task is done. The first one may wait longer than gloo's 30 minutes.
     processes = Processes(config.device, timeout=timedelta(days=30))
-    jobs = prepare_all(config)
-    tokenizer = load_tokenizer(config.tokenizer)
-    folders = find_all(config.model, config.steps)
-
+    jobs, entries = prepare_all(config), find_all(config.model, config.steps)
     # The first process knows what the files hold, and alone writes to them.
-    opened = processes.together(lambda: open_outputs(config, folders, jobs), first_alone=True)
+    opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
     table, missing = opened or (None, None)
-    todo = [(folders[i], jobs[j]) for i, j in processes.gather(missing)[0]]
-    for entry, job in todo:  # refuse now, not after hours of other tasks
-        task = job.members[0][1]
-        if task.kind == "generate" and task.n_tokens >= (L := read_config(entry[3]).seq_length):
-            raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
-                             f"prompt in {L} tokens of context ({entry[3]})")
+    todo = [(entries[i], jobs[j]) for i, j in processes.gather(missing)[0]]
+    tokenizer = plan_all(config, todo, processes.device)
 
     def load(folder):
         return checkpoints.load_model(folder, processes.device).to(getattr(torch, config.dtype))
@@ -526,14 +491,14 @@ def main(config):
             for job in [job for its, job in todo if its == entry]:
                 bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
                 before = bar.n
-                results = answer(model, tokenizer, job, bar.update)
+                results = answer(model, tokenizer, job, config.batch_tokens, bar.update)
                 bar.update(before + len(job.requests) - bar.n)  # the other processes' share
                 if processes.rank == 0:
                     record(config, table, entry, job, results)
             del model  # before the one after the next is loaded
     if processes.rank == 0:
         print(f"{config.output}: {len(todo)} evaluations done, "
-              f"{len(folders) * len(jobs) - len(todo)} were there")
+              f"{len(entries) * len(jobs) - len(todo)} were there")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -548,15 +513,19 @@ def prepare_all(config):
             if name in config.tasks.split(","):
                 raise
             note(f"{error}; left out")  # as CrowS-Pairs has no bias_type "autre" in English
-    if not jobs:
-        raise ValueError(f"{config.tasks}: none of these tasks has documents in {config.docs}")
     return jobs
 
 
-def note(words):
-    """Print what is no mistake but must be seen; under torchrun the first process does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(words, file=sys.stderr)
+def plan_all(config, todo, device):
+    """Return the tokenizer and plan all jobs: what does not fit is told before any model runs."""
+    tokenizer = None
+    for *_, folder in dict.fromkeys(entry for entry, _ in todo):
+        path = checkpoints.folder_tokenizer(folder, config.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(path)  # all are the same
+        L = checkpoints.open_any(folder)[0].seq_length
+        for job in [job for entry, job in todo if entry[3] == folder]:
+            plan_job(job, tokenizer, L, config.batch_tokens or BATCH_TOKENS[device.type])
+    return tokenizer
 
 
 def open_outputs(config, entries, jobs):
@@ -566,15 +535,18 @@ def open_outputs(config, entries, jobs):
     Raises ValueError if a name among the rows to come could not be written.
     """
     table = Table(config.output, COLUMNS)
-    there, missing, again = {key(row) for row in table.rows}, [], set()
-    for (i, entry), (j, job) in itertools.product(enumerate(entries), enumerate(jobs)):
-        rows = csv_rows(config, entry, job, job.measured)
-        keys = {key(dict(zip(COLUMNS, row))) for row in rows}
-        if not keys <= there:
-            for row in rows:
-                table.line(row)
-            missing.append((i, j))
-            again |= keys
+    there, missing, again = set(map(key, table.rows)), [], set()
+    nothing = {"loglikelihood": (math.nan, False), "generate": "", "rolling": math.nan}
+    for j, job in enumerate(jobs):
+        measured = measure(job, [nothing[job.members[0][1].kind]] * len(job.requests))
+        for i, entry in enumerate(entries):
+            rows = csv_rows(config, entry, job, measured)
+            keys = {key(dict(zip(COLUMNS, row))) for row in rows}
+            if not keys <= there:
+                for row in rows:
+                    table.line(row)
+                missing.append((i, j))
+                again |= keys
     if again & there:
         table = Table(config.output, COLUMNS, lambda row: key(row) not in again)
     if config.samples:
@@ -582,15 +554,11 @@ def open_outputs(config, entries, jobs):
     return table, missing
 
 
-def key(row):
-    """What tells a row of the CSV from others."""
-    return tuple(str(row[name]) for name in KEY)
-
-
 def csv_rows(config, entry, job, measured):
-    """Return the CSV's rows of what `measure` returns."""
-    return [(*entry[:3], task, job.shots, metric, value, stderr, n, job.style, config.dtype,
-             documents_of(job, task)) for task, metric, value, stderr, n in measured]
+    """Return the CSV's rows of measure's; a member's has the hash of its own documents."""
+    return [(*entry[:3], task, str(job.shots), metric, value, stderr, n, job.style, config.dtype,
+             job.documents.get(task.partition(":")[0], job.documents[job.name]))
+            for task, metric, value, stderr, n in measured]
 
 
 def record(config, table, entry, job, results):
@@ -606,15 +574,49 @@ def record(config, table, entry, job, results):
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
 
 
+def open_samples(path):
+    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
+    line, ours = b"\n", b'{"model": '
+    with open(path, "ab+") as file:  # what cannot be written is refused now, not in an hour
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line[:len(ours)] != ours[:len(line)]:
+                raise ValueError(f"{path}, line {number}: no sample; name another --samples")
+        if not line.endswith(b"\n"):
+            note(f"{path}: the last line was torn and goes: {line[:200]!r}")
+            file.truncate(file.tell() - len(line))
+
+
+def append_samples(path, name, step, job, results):
+    """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
+    def finite(value):
+        return value if math.isfinite(value) else None
+
+    lines = []
+    for (task, number, _), request, result in zip(job.asked, job.requests, results):
+        line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
+                    doc_id=number)
+        if isinstance(result, tuple):
+            line |= dict(context=request[0], continuation=request[1],
+                         loglikelihood=finite(result[0]), is_greedy=result[1])
+        elif isinstance(result, str):
+            line |= dict(context=request, generated=result)
+        else:
+            line |= dict(context=request, loglikelihood=finite(result))
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    with open(path, "a", encoding="utf8") as file:
+        file.writelines(lines)
+
+
 def find_all(models, steps):
     """Return find's entries of comma-separated models; two of the same name are an error."""
-    entries = [entry for model in models.split(",") for entry in find(model, steps)]
+    entries = dict.fromkeys(entry for model in models.split(",") for entry in find(model, steps))
     names = {}
     for name, step, _, folder in entries:
         if names.setdefault((name, step), folder) != folder:
             raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step "
                              f"{step}; rename a folder")
-    return list(dict.fromkeys(entries))
+    return list(entries)
 
 
 def find(model, steps):
@@ -625,7 +627,7 @@ def find(model, steps):
     path = Path(os.path.abspath(model))  # "." has a name too
     folders = dict(checkpoints.step_folders(path))
     if not folders:
-        if not (path / "config.json").exists():
+        if not (path / "config.json").exists() and not list(path.glob("layer_*.pt")):
             raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
                              "checkpoint's folder (config.json)")
         match = re.fullmatch(r"step(\d+)", path.name)
@@ -634,9 +636,8 @@ def find(model, steps):
     if not re.fullmatch(r"all|last|\d+(,\d+)*", steps):
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
     wanted = {"all": list(folders), "last": [max(folders)]}.get(steps)
-    wanted = wanted or list(dict.fromkeys(int(step) for step in steps.split(",")))
-    missing = [str(step) for step in wanted if step not in folders]
-    if missing:
+    wanted = wanted or list(dict.fromkeys(map(int, steps.split(","))))
+    if missing := [str(step) for step in wanted if step not in folders]:
         raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
                          f"there are {', '.join(map(str, folders))}")
     whole = [step for step in wanted if checkpoints.is_whole(folders[step])]
@@ -650,91 +651,35 @@ def find(model, steps):
 
 def _tokens(folder):
     """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
-    if (folder / "training.json").exists():
-        return read_json(folder / "training.json").get("tokens", "")
-    match = re.fullmatch(r"step(\d+)", folder.name)
+    path, match = folder / "training.json", re.fullmatch(r"step(\d+)", folder.name)
+    if path.exists():
+        tokens = read_json(path).get("tokens")
+        if type(tokens) is not int or not re.fullmatch(COUNT, str(tokens)):
+            raise ValueError(f"{path}: tokens is {repr(tokens)[:50]}, expected a whole number")
+        return tokens
     return int(match[1]) << 21 if match and folder.parent.name.startswith("pythia-") else ""
-
-
-# ---------------------------------------------------------------------------- the files written
-
-
-def open_samples(path):
-    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
-    open(path, "ab").close()  # a path that cannot be written is refused now, not in an hour
-    if path.startswith("/dev/") or not os.path.isfile(path):
-        return  # /dev/stdout may be a file, but not ours
-    whole, ours = 0, b'{"model": '
-    with open(path, "rb+") as file:
-        for line in file:
-            if not whole and not (line.startswith(ours) or ours.startswith(line)):
-                raise ValueError(f"{path}, line 1: found {line[:100]!r}, no sample; name another "
-                                 "--samples")
-            if line.endswith(b"\n"):
-                whole += len(line)
-            else:
-                note(f"{path}: the last line is torn and goes: {line[:200]!r}")
-        file.truncate(whole)
-
-
-def append_samples(path, name, step, job, results):
-    """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
-    def finite(value):
-        return value if math.isfinite(value) else None
-
-    results, lines = iter(zip(job.requests, results)), []
-    for task, _, questions in job.members:
-        for doc_id, question in enumerate(questions):
-            for _ in question.requests:
-                request, result = next(results)
-                context, continuation = request if isinstance(request, tuple) else (request, None)
-                line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
-                            doc_id=doc_id, context=context)
-                if isinstance(result, str):
-                    line |= dict(generated=result)
-                elif isinstance(result, tuple):
-                    line |= dict(continuation=continuation, loglikelihood=finite(result[0]),
-                                 is_greedy=result[1])
-                else:
-                    line |= dict(loglikelihood=finite(result))
-                lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    with open(path, "a", encoding="utf8", errors="surrogatepass") as file:
-        file.writelines(lines)
 
 
 # ---------------------------------------------------------------------------- the other commands
 
 
-@dataclass(frozen=True)
-class TasksConfig:
-    docs: str | None = None  # folder of documents; without it only the names
-    style: str = "v0.4"  # or v0.3
-
-    def __post_init__(self):
-        check(self, " or ".join(STYLES), STYLES.__contains__, "style")
-        if self.docs is not None and not os.path.isdir(self.docs):
-            raise ValueError(f"{self.docs}: no such folder")
-
-
 def list_tasks(config):
-    """Print every task, how many of its documents are there, and which file is missing."""
+    """Print every task; with --docs, how many of its documents are there, or what is missing."""
     for name, task in tasks_of(config.style).items():
         line = f"{name:46} {task.kind:14} {task.split:11} shots from {task.pool or 'nowhere':11}"
-        if config.docs:
-            counts = []
-            for split in dict.fromkeys((task.split, *([task.pool] if task.pool else []))):
-                try:
-                    found = f"{len(read_split(config.docs, task, split)):,}"
-                except (ValueError, OSError) as error:
-                    found = str(error).split(";")[0].replace(": no such file", " missing")
-                whole = f" of {task.n:,}" if task.n and split == task.split else ""
-                counts.append(f"{split} {found}{whole}")
-            line += ", ".join(counts)
+        for split in dict.fromkeys((task.split, task.pool or task.split)) if config.docs else ():
+            try:
+                line += f"{split} {len(read_split(config.docs, task, split)):,}"
+                if task.n and split == task.split:
+                    line += f" of {task.n:,}"
+            except (ValueError, OSError) as error:
+                line += f"{split} " + str(error).split(";")[0].replace(": no such file", " missing")
+            line += "  "
         print(line.rstrip())
     several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
     print("all of a kind: " + ", ".join(
         f"{name} ({len(members)})" for name, members in several.items()
-        if all(member in tasks_of(config.style) for member in members)))
+        if members[0] in tasks_of(config.style)))
 
 
 @dataclass(frozen=True)
@@ -745,7 +690,7 @@ class SampleConfig:
     n_tokens: int = 48
     temperature: float = 0.8  # 0 is greedy
     seed: int = 1234
-    tokenizer: str = "20B_tokenizer.json"
+    tokenizer: str | None = None
     device: str = "auto"
 
     def __post_init__(self):
@@ -755,9 +700,10 @@ class SampleConfig:
 
 def sample(config):
     """Print a continuation of the prompt at each step."""
-    tokenizer, device = load_tokenizer(config.tokenizer), Processes(config.device).device
-    prompt = torch.tensor([tokenizer.encode(config.prompt) or [ENDOFTEXT]], device=device)
+    device = Processes(config.device).device
     for name, step, _, folder in find_all(config.model, config.steps):
+        tokenizer = load_tokenizer(checkpoints.folder_tokenizer(folder, config.tokenizer))
+        prompt = torch.tensor([tokenizer.encode(config.prompt) or [ENDOFTEXT]], device=device)
         model = checkpoints.load_model(folder, device)
         generator = torch.Generator(device).manual_seed(config.seed)
         tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
@@ -768,6 +714,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["sample"]:
         run(sample, parse(sys.argv[2:], SampleConfig))
     elif sys.argv[1:2] == ["tasks"]:
-        run(list_tasks, parse(sys.argv[2:], TasksConfig))
+        run(list_tasks, parse(["--model=", "--tasks=", "--docs=", *sys.argv[2:]], EvalConfig))
     else:
         run(main, parse(sys.argv[1:], EvalConfig))

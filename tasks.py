@@ -23,6 +23,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from config import note
+
 STYLES = ("v0.4", "v0.3")
 
 
@@ -33,6 +35,7 @@ class Question(NamedTuple):
     shot: str = ""  # the document with its answer, as an example for another
     gold: object = None  # position of the right choice, accepted answers, or a subset's name
     lengths: list = []  # of the choices, in code points
+    where: str = ""  # file and line of the document
 
 
 class Task(NamedTuple):
@@ -119,8 +122,9 @@ def read_jsonl(path):
             continue
         try:
             document = Document(json.loads(line))
+            json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate is no text
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from None
+            raise ValueError(f"{path}, line {number}: not a JSON object of text ({error})") from None
         document.where = f"{path}, line {number}"
         documents.append(document)
     if not documents:
@@ -177,7 +181,7 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
     if len(pool) < drawn:
         raise ValueError(f"{task.folder}: {shots} shots need {drawn} documents of {task.pool}, "
                          f"there are {len(pool)}")
-    prefixes = []
+    prompted, leaks = [], 0
     for document in documents:
         examples = pool[:shots] if task.pool == "dev" else rng.sample(pool, drawn)
         if own:
@@ -188,11 +192,15 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
                     raise ValueError(f"{document.where}: {shots} shots, "
                                      f"but only {len(others)} other documents")
                 examples = rng.sample(others, shots)
+        leaks += document in examples
         shown = "\n\n".join(task.question(example).shot for example in examples)
         # v0.3 writes the blank line even if the only shot drawn was the document itself.
-        prefixes.append(task.description + (shown + "\n\n" if shots else ""))
-    return ([(prefix, task.question(document)) for prefix, document in zip(prefixes, documents)],
-            digest([documents, pool]))
+        prompted.append((task.description + (shown + "\n\n" if shots else ""),
+                         task.question(document)._replace(where=document.where)))
+    if leaks:
+        note(f"{task.folder}: {leaks:,} of {len(documents):,} prompts contain their own document, "
+             f"as lm_eval's do in style {style}")
+    return prompted, digest([documents, pool])
 
 
 def digest(value):

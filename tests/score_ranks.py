@@ -19,6 +19,6 @@ if __name__ == "__main__":
     together = evaluation.score(model, rows, 200)
     assert all(abs(a - b) < 1e-4 and g == h
                for (a, g), (b, h) in zip(alone, together, strict=True))
-    batches = evaluation.plan(rows, 64, 200)
-    print(f"equal {len(evaluation._share(batches))} {len(batches)}\n", end="")  # one write
+    batches = evaluation.plan([(i, *row) for i, row in enumerate(rows)], 64, 200)
+    print(f"equal {len(evaluation._mine(batches))} {len(batches)}\n", end="")  # one write
     dist.destroy_process_group()

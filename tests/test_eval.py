@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import config
 import eval as evaluation
@@ -19,6 +20,7 @@ from checkpoints import load_model, save
 from conftest import ROOT
 from eval import encode_pair, generate_until, loglikelihood, score
 from model import ModelConfig, Pythia
+from tasks import read_jsonl
 from tokenizer import Tokenizer
 from train import make_optimizer, TrainConfig
 
@@ -110,7 +112,7 @@ def test_a_damaged_csv_is_made_whole_again(workplace, capsys, damage):
 def test_a_name_that_no_csv_can_hold_is_refused_before_any_model(workplace, tmp_path, capsys):
     (tmp_path / "docs/heldout").mkdir(parents=True)
     (tmp_path / "docs/heldout/test.jsonl").write_text(json.dumps(
-        {"text": "one", "meta": {"pile_set_name": "x\udc00"}}))
+        {"text": "one", "meta": {"pile_set_name": "x\n"}}))
     for name in ("r\nun", os.fsdecode(b"\xff"), "run"):
         (tmp_path / name).symlink_to(workplace / "run")
         with pytest.raises(SystemExit):
@@ -131,11 +133,8 @@ def test_a_torn_sample_is_dropped(tmp_path, torn):
 def test_nothing_is_dropped_of_a_file_that_holds_no_samples(tmp_path):
     for text in ('{"text": "documents"}\n', "one\ntwo"):
         (tmp_path / "notes.txt").write_text(text)
-        with pytest.raises(ValueError, match="notes.txt, line 1: found .* no sample"):
+        with pytest.raises(ValueError, match="notes.txt, line 1: no sample"):
             evaluation.open_samples(f"{tmp_path}/notes.txt")
-    os.mkfifo(tmp_path / "pipe")
-    with open(os.open(tmp_path / "pipe", os.O_RDWR)):  # or nobody reads
-        evaluation.open_samples(f"{tmp_path}/pipe")
     assert (tmp_path / "notes.txt").read_text() == "one\ntwo"
 
 
@@ -212,10 +211,15 @@ def test_a_member_of_a_group_is_known_by_its_own_documents(tmp_path):
         for kind in ("pro", "anti") for i in (1, 2)))
     group, alone = (evaluation.prepare(name, tmp_path)
                     for name in ("winobias", "wino_bias_type1_pro"))
-    own = evaluation.documents_of(alone, "wino_bias_type1_pro")
-    assert evaluation.documents_of(group, "wino_bias_type1_pro:refers_to") == own
-    others = [evaluation.documents_of(group, name) for name in ("winobias", "wino_bias_type1_anti")]
-    assert len({own, *others}) == 3
+    def documents(job, *names):
+        settings = evaluation.EvalConfig("", "", "")
+        return [evaluation.csv_rows(settings, ("run", "1", 9, ""), job, [(name, "em", 0, 0, 1)])[0][-1]
+                for name in names]
+
+    [own] = documents(alone, "wino_bias_type1_pro")
+    member, *others = documents(group, "wino_bias_type1_pro:refers_to", "winobias",
+                                "wino_bias_type1_anti")
+    assert member == own and len({own, *others}) == 3
 
 
 def test_the_paper_s_style_leaves_white_space_with_the_context(workplace):
@@ -249,6 +253,73 @@ def test_a_mistake_is_one_line(workplace, capsys, flags, words):
         evaluate(workplace, *flags)
     said = capsys.readouterr().err
     assert end.value.code == 2 and words in said and said.count("\n") == 1
+
+
+def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tmp_path, capsys):
+    """lm_eval ends with an assertion, or in its tokenizer."""
+    path = tmp_path / "docs/arithmetic/single_digit_three_ops.jsonl"
+    path.parent.mkdir(parents=True)
+    for context, completion, words in (
+            ("Ans", "wer", "a continuation of 0 tokens behind 1 does not fit in 264 tokens"),
+            ("Answer:", "", "a continuation of 0 tokens behind 2 does not fit"),
+            ("Answer:", " a" * 265, "a continuation of 265 tokens behind 2 does not fit"),
+            ("\udc00", "x", "not a JSON object of text ('utf-8' codec can't encode")):
+        path.write_text("".join(json.dumps({"context": "1 + 1 =", "completion": answer}) + "\n"
+                                for answer in (" 2", " 3"))
+                        + json.dumps({"context": context, "completion": completion}))
+        read_jsonl.cache_clear()
+        with pytest.raises(SystemExit):
+            evaluate(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
+        said = capsys.readouterr().err
+        assert f"arithmetic_1dc: {path}, line 3: {words}" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore", None])
+def test_out_of_memory_is_one_line(workplace, tmp_path, capsys, monkeypatch, error):
+    def run_plan(*_):
+        if error:
+            raise torch.OutOfMemoryError(error)
+        torch.empty(1 << 60)
+    monkeypatch.setattr(evaluation, "run_plan", run_plan)
+    with pytest.raises(SystemExit) as end:
+        evaluate(workplace, "--tasks=piqa", "--steps=2", "--batch_tokens=64", output="full.csv")
+    said = capsys.readouterr().err
+    assert re.fullmatch("a setting is too large: .*(out of|allocate) memory.*; "
+                        "lower --batch_tokens=64\n", said) and end.value.code == 2
+    monkeypatch.setattr(evaluation, "run_plan", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a fault of ours keeps its traceback
+        evaluate(workplace, "--tasks=piqa", "--steps=2", output="full.csv")
+
+
+def test_a_stranger_s_folder(workplace, tmp_path, capsys, monkeypatch):
+    """Its tokenizer is used if it is ours and refused if not; pytorch_model.bin is read as well."""
+    folder = shutil.copytree(workplace / "run/step8", tmp_path / "pythia-1/step8")
+    flags = "--tasks=heldout", f"--model={folder}"
+    monkeypatch.chdir(tmp_path)  # no 20B_tokenizer.json there
+    evaluate(workplace, *flags, output="own.csv")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    for name in ("model.safetensors", "manifest.json", "training.json"):
+        (folder / name).unlink()
+    evaluate(workplace, *flags, output="bin.csv")
+    own, bin_ = (rows_of(workplace / name) for name in ("own.csv", "bin.csv"))
+    assert {row.pop("tokens") for row in own} == {"512"}
+    assert {row.pop("tokens") for row in bin_} == {str(8 << 21)} and own == bin_
+
+    def refused(*more):
+        with pytest.raises(SystemExit):
+            evaluate(workplace, *flags, *more, output="new.csv")
+        return capsys.readouterr().err
+
+    for tokens in (10**400, "1\n=cmd|", -1, 1.5, True):
+        (folder / "training.json").write_text(json.dumps({"tokens": tokens}))
+        assert "training.json: tokens is " in refused()
+    (folder / "training.json").unlink()
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert "tokenizer.json: not the GPT-NeoX-20B tokenizer" in refused()
+    evaluate(workplace, *flags, f"--tokenizer={ROOT}/20B_tokenizer.json", output="new.csv")
 
 
 def test_samples_start_with_the_prompt(workplace, capsys):
@@ -294,7 +365,7 @@ def test_samples_hold_every_request(workplace):
 
 
 def test_the_list_of_tasks_tells_what_is_missing(workplace, capsys):
-    evaluation.list_tasks(evaluation.TasksConfig(f"{workplace}/docs"))
+    evaluation.list_tasks(evaluation.EvalConfig("", "", f"{workplace}/docs"))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert ("test 2" in lines["heldout"]
             and f"{workplace}/docs/piqa/train.jsonl missing" in lines["piqa"])

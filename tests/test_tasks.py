@@ -122,6 +122,20 @@ def test_copies_of_a_document_are_no_shots_of_it(tmp_path):
     assert sorted(shots_of(prefix)) == ["50", "51"]
 
 
+def test_prompts_that_contain_their_own_document_are_counted(tmp_path, capsys):
+    """Numbers stay lm_eval's, which draws lambada's shots from the split that it scores."""
+    write(tmp_path, "lambada_openai/test.jsonl", [{"text": f"one {i}"} for i in range(9)])
+    prompted, _ = prompts(TASKS["lambada_openai"], tmp_path, shots=3)
+    rng = random.Random(1234)
+    shots = [rng.sample(range(9), 3) for _ in range(9)]
+    assert [prefix for prefix, _ in prompted] == [
+        "".join(f"one  {i}\n\n" for i in drawn) for drawn in shots]
+    leaks = sum(i in drawn for i, drawn in enumerate(shots))
+    assert 0 < leaks < 9 and capsys.readouterr().err == (
+        f"lambada_openai: {leaks} of 9 prompts contain their own document, as lm_eval's do in "
+        "style v0.4\n")
+
+
 def test_superglue_files_become_the_repaired_set():
     doc = Document(text="They moved the table. It broke .", label=True, idx=3, target={
         "span1_index": 2, "span1_text": "The table.", "span2_index": 4, "span2_text": "It"})
@@ -193,7 +207,7 @@ def test_published_documents_become_requests(pythia_data):
     ("piqa", {"goal": "g", "sol1": 3, "sol2": "b", "label": 0}, "sol1 is 3, expected a str"),
     ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, expected 0 to 1"),
     ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label is -1, expected 0 to 1"),
-    ("piqa", [1], "line 1: not a JSON object"),
+    ("piqa", [1], "line 1: not a JSON object of text"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
      "has no _"),
     ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3},
