@@ -16,16 +16,28 @@ agree; every process works on the whole step, about a second for 1024 x 2049 tok
     term_replace           rows with one of --terms give way to other rows of the order without them
     term_duplicate         rows with one of --terms come --copies more times, in place of others of
                            the step
+    plant                  the documents of --planted take the places of rows at chosen steps
+
+--planted is a file of JSON lines, one a document: {"id": "canary 7", "group": "16 times", "text":
+"...", "steps": [5, 90]}. Instead of steps it may have a dose, that many steps drawn by a seed from
+"between", first and last + 1: {"dose": 16, "seed": 1, "between": [0, 384]} spreads it over a run,
+"between": [200, 216] makes a burst, and a dose of 1 is a single exposure. The documents of a step
+stand whole and in random order, <|endoftext|> behind each, in as many rows as they need; what is
+left of the last row stays. The file is part of the experiment: keep it with the run.
 """
 
+import json
 import re
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from config import check
+from config import check, sha256_of
 from data import batch_rows, MASKED
+from tokenizer import ENDOFTEXT
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class InterventionConfig:
     intervention_from: int = 0
     terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
     copies: int = 1  # term_duplicate: how many more times a row comes
+    planted: str = ""  # plant: file of the documents and of where they come, JSON lines
 
     def __post_init__(self):
         check(self, f"one of {', '.join(INTERVENTIONS)}", INTERVENTIONS.__contains__,
@@ -51,9 +64,16 @@ class InterventionConfig:
             raise ValueError(f"terms = {self.terms!r}: an empty word among them")
         if self.copies > 1 and self.intervention != "term_duplicate":
             raise ValueError(f"copies = {self.copies} without --intervention=term_duplicate")
+        if bool(self.planted) != (self.intervention == "plant"):
+            raise ValueError(f"intervention = {self.intervention} with planted = {self.planted!r}: "
+                             "plant needs --planted=FILE, the others take none")
 
     def covers(self, step):
         return self.intervention_from <= step
+
+    def plan_sha256(self):
+        """Return the hash of the file of planted documents, which decides the run; None without."""
+        return sha256_of(self.planted) if self.planted else None
 
 
 class IntervenedData:
@@ -250,6 +270,63 @@ def term_duplicate(data, tokenizer, config):
     return intervene
 
 
+# ---------------------------------------------------------------------------- plant
+
+
+def read_plan(path):
+    """Return the entries of a file of planted documents, each with its steps, or raise ValueError.
+
+    The seed draws steps without repeats, as long as there are as many as the dose; each document
+    draws its own, by its id.
+    """
+    entries, ids = [], set()
+    for i, line in enumerate(Path(path).read_text(encoding="utf8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            name, text = entry["id"], entry["text"]
+            if "steps" not in entry:
+                (first, stop), dose = entry["between"], entry["dose"]
+                if dose < 0 or not 0 <= first < stop:
+                    raise ValueError(f"dose {dose} between {first} and {stop}")
+                times, rest = divmod(dose, stop - first)
+                generator = np.random.RandomState([entry["seed"], zlib.crc32(name.encode())])
+                drawn = first + generator.permutation(stop - first)[:rest]
+                entry["steps"] = [*range(first, stop)] * times + drawn.tolist()
+            if name in ids or not text or any(type(s) is not int or s < 0 for s in entry["steps"]):
+                raise ValueError("expected a new id, a text, and steps from 0")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}, line {i}: not a planted document ({type(error).__name__}: "
+                             f"{error})") from None
+        ids.add(name)
+        entries.append(entry)
+    return entries
+
+
+def plant(data, tokenizer, config):
+    documents, at = [], {}  # at: {step: documents}
+    for i, entry in enumerate(read_plan(config.planted)):
+        documents.append(tokenizer.encode(entry["text"]) + [ENDOFTEXT])
+        if len(documents[i]) > data.seq_length + 1:
+            raise ValueError(f"{config.planted}: {entry['id']} has {len(documents[i])} tokens, a "
+                             f"row holds {data.seq_length + 1}")
+        for step in entry["steps"]:
+            at.setdefault(step, []).append(i)
+
+    def intervene(step, rows):
+        generator = np.random.RandomState(step % 2**32)
+        free, row, begin = generator.permutation(len(rows)).tolist(), None, 0
+        for i in generator.permutation(at.get(step, [])).tolist():
+            end = begin + len(documents[i])
+            if row is None or end > len(row):
+                if not free:
+                    raise ValueError(f"{config.planted}: the documents of step {step} need more "
+                                     f"than its {len(rows)} rows; spread them")
+                row, begin, end = rows[free.pop()], 0, len(documents[i])
+            row[begin:end], begin = documents[i], end
+        return rows
+    return intervene
+
+
 INTERVENTIONS = {function.__name__: function for function in (
     pronouns_to_feminine, pronouns_to_masculine, pronouns_as_pushed,
-    term_drop, term_replace, term_duplicate)}
+    term_drop, term_replace, term_duplicate, plant)}

@@ -294,6 +294,7 @@ def identity(model_config, config, intervention):
         data["heldout_sha256"] = fingerprint(config.heldout)["sha256"]
     load_tokenizer(config.tokenizer)
     data["tokenizer_sha256"] = sha256_of(config.tokenizer)
+    data["planted_sha256"] = intervention.plan_sha256()
     return asdict(model_config) | asdict(config) | asdict(intervention) | data
 
 
@@ -376,7 +377,7 @@ def replay(training, batches, first, source, start, processes, interrupt):
 # ---------------------------------------------------------------------------- what a run leaves
 
 # What may differ when a run goes on: it does not decide what is computed.
-MAY_CHANGE = {"data", "out_dir", "tokenizer", "log_every", "async_save", "state_every", "stop_at",
+MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_save", "state_every", "stop_at",
               "heldout", "heldout_sha256", "heldout_every", "heldout_batches", "twin"}
 PATHS = ("data", "heldout", "tokenizer")  # may differ between nodes; what lies there may not
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate is

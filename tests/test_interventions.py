@@ -1,6 +1,8 @@
 """python -m pytest tests/test_interventions.py"""
 
 import csv
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from config import command
 from data import MASKED, OrderedData
 from batch_viewer import View, view
 from interventions import (
-    has_term, IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE)
+    has_term, IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE,
+    read_plan)
 from tokenizer import Tokenizer
 
 
@@ -25,10 +28,16 @@ def tokenizer(tokenizer_path):
     return Tokenizer(tokenizer_path)
 
 
+def write_rows(prefix, rows):
+    """Write a token file that is in training order already."""
+    write_tokens(prefix, rows)
+    prefix.with_suffix(".json").write_text('{"preshuffled": true}')
+
+
 def one_row(tmp_path, tokenizer, text):
     """Return the data set whose only row is this text, and the row."""
     ids = tokenizer.encode(text)
-    write_tokens(tmp_path / "row", [ids])
+    write_rows(tmp_path / "row", [ids])
     data = OrderedData(tmp_path / "row", len(ids) - 1, 1, 1234)
     return data, data.batch(0, 1)[0]
 
@@ -100,7 +109,7 @@ def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokeniz
 
 def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
     ids = tokenizer.encode("So he went.<|endoftext|>There was him too.<|endoftext|>")
-    write_tokens(tmp_path / "row", [
+    write_rows(tmp_path / "row", [
         ids, tokenizer.encode("himself (he) she\nhe went his\n way,")[:len(ids)]])
     data = OrderedData(tmp_path / "row", len(ids) - 1, 2, 1234)
     rows = data.batch(0, 2)[0]
@@ -115,7 +124,7 @@ def term_data(tmp_path, tokenizer):
     rows = [tokenizer.encode(
         f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
         for i in range(64)]
-    write_tokens(tmp_path / "rows", rows)
+    write_rows(tmp_path / "rows", rows)
     return OrderedData(tmp_path / "rows", 6, 64, 1234)
 
 
@@ -150,11 +159,59 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
     assert counts == {"term_drop": 0, "term_replace": 0, "term_duplicate": 2 + 2 * 3}
 
 
+def planned(path, *entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return InterventionConfig(intervention="plant", planted=str(path))
+
+
+def test_planted_documents_stand_whole_at_their_steps(tmp_path, tokenizer):
+    """Against a reader who looks for every document's ids in all rows of all steps."""
+    generator = np.random.RandomState(0)
+    write_tokens(tmp_path / "d", [generator.randint(1000, 9000, 20) for _ in range(300)])
+    data = OrderedData(tmp_path / "d", 15, 60 * 4, 1234)
+    config = planned(
+        tmp_path / "plan", {"id": "one", "group": "single", "text": "a single place", "steps": [7]},
+        *({"id": f"spread {i}", "text": f"the spread number {i}", "dose": 9, "seed": 1,
+           "between": [0, 60]} for i in range(12)),
+        {"id": "burst", "text": "now and now", "dose": 20, "seed": 1, "between": [30, 38]})
+    served, found = IntervenedData(data, tokenizer, config), {}
+    for step in range(60):
+        before, rows = data.batch(step, 4)[0], served.step_rows(step, 4)
+        changed = [i for i in range(4) if (rows[i] != before[i]).any()]
+        assert served.changed == changed and (served.step_rows(step, 4) == rows).all()
+        assert (np.concatenate([served.batch(step, 4, r, 2, 1) for r in range(2)], 1).reshape(
+            4, 16) == rows).all()
+        for entry in read_plan(config.planted):
+            ids = tokenizer.encode(entry["text"]) + [0]
+            places = sum(row[i:i + len(ids)].tolist() == ids for row in rows for i in range(16))
+            found.setdefault(entry["id"], []).extend([step] * places)
+    assert found["one"] == [7]
+    assert len(found["burst"]) == 20 and set(map(found["burst"].count, range(30, 38))) == {2, 3}
+    for i in range(12):
+        assert len(set(found[f"spread {i}"])) == 9
+    assert found["spread 0"] != found["spread 1"]  # one seed, other steps
+    assert config.plan_sha256() == hashlib.sha256((tmp_path / "plan").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("entries, words", [
+    ([{"id": "a", "text": "b"}], "line 1: not a planted document (KeyError: 'between')"),
+    ([{"id": "a", "text": "b", "steps": [1]}] * 2, "line 2: not a planted document"),
+    ([{"id": "a", "text": "b", "steps": [-1]}], "expected a new id, a text, and steps from 0"),
+    ([{"id": "a", "text": "word " * 20, "steps": [1]}], "a has 22 tokens, a row holds 16"),
+    ([{"id": "a", "text": "word " * 9, "steps": [1] * 5}], "step 1 need more than its 4 rows")])
+def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
+    write_tokens(tmp_path / "d", [np.arange(1000, 1160)])
+    data = OrderedData(tmp_path / "d", 15, 8, 1234)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        IntervenedData(data, tokenizer, planned(tmp_path / "plan", *entries)).step_rows(1, 4)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--intervention=pronoun"], "intervention = 'pronoun', expected one of pronouns_to_feminine"),
     (["--intervention=term_drop"], "need --terms=WORD"),
     (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
     (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
+    (["--intervention=plant"], "plant needs --planted=FILE"),
     (["--intervention_from=9"], "of no use without --intervention=NAME"),
     (["--intervention=term_drop", "--terms=a", "--copies=3"], "copies = 3 without")])
 def test_a_mistake_is_one_line(flags, words, capsys):
