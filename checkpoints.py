@@ -5,12 +5,13 @@
     python checkpoints.py import SOURCE runs/pythia-70m/step512
     python checkpoints.py export runs/mini/step512 OUT --dtype=float16 --shard_size=5GB --push
 
-    RUN/step64/model.safetensors      float32 weights under the published names
-               optimizer.safetensors  Adam's moments: exp_avg.NAME and exp_avg_sq.NAME, float32
-               training.json          the step, its place in the data, the loss scaler
-               config.json            GPTNeoXForCausalLM's, naming the GELU the run is trained with
-               tokenizer.json, tokenizer_config.json    so that AutoTokenizer works too
-               manifest.json          bytes and SHA-256 of every file above, written last
+    RUN/step64/model.safetensors    float32 weights under the published names
+               optimizer/moments.safetensors   Adam's: exp_avg.NAME and exp_avg_sq.NAME, float32;
+                                    apart, since most readers take every *.safetensors of a folder
+               training.json        the step, its place in the data, the loss scaler
+               config.json          GPTNeoXForCausalLM's, naming the GELU the run is trained with
+               generation_config.json, tokenizer.json, tokenizer_config.json
+               manifest.json        bytes and SHA-256 of every file above, written last
 
 Checkpoint N is the weights after N updates; step 0 is the initialisation. (Pythia's update 0 has
 learning rate 0, so step 0 and step 1 are equal: that is how the originals are.) A checkpoint is
@@ -51,6 +52,8 @@ from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, rea
 from tokenizer import N_TOKENS, Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
+FILE_NAME = r"(optimizer/)?\w[\w.-]{0,99}"  # what a manifest may list
+GENERATION = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}  # <|padding|>
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
 # Files of 2023 also hold the causal mask, its value and rotary frequencies, which are not needed.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
@@ -195,7 +198,7 @@ def split(stem, tensors, shard_size):
              for i, shard in enumerate(shards, 1)}
     return files, {f"{stem}.safetensors.index.json": {
         "metadata": {"total_size": sum(map(size_of, tensors.values()))},
-        "weight_map": {name: file for file, shard in files.items() for name in shard}}}
+        "weight_map": {name: Path(file).name for file, shard in files.items() for name in shard}}}
 
 
 def size_of(tensor):
@@ -212,6 +215,7 @@ def write_files(folder, files):
     with ThreadPoolExecutor(2) as hashers:
         hashing = {}
         for name, tensors in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             whole = {key: (tensor.read() if isinstance(tensor, Stored) else tensor).contiguous()
                      for key, tensor in tensors.items()}
             try:
@@ -286,7 +290,7 @@ def manifest_of(folder):
     path = folder / "manifest.json"
     entries = read_json(path) if os.path.lexists(path) else {}
     for name, entry in entries.items():
-        if type(entry) is not dict or not re.fullmatch(r"\w[\w.-]{0,99}", name, re.ASCII):
+        if type(entry) is not dict or not re.fullmatch(FILE_NAME, name, re.ASCII):
             raise ValueError(f"{path}: {repr(name)[:50]} is no name of a file here")
     return entries
 
@@ -310,9 +314,16 @@ def check_hashes(folder):
                     f"or move {folder.name} away to go on from the checkpoint before it")
 
 
+def files_of(folder):
+    """Return {name in a manifest: path} of what lies in a checkpoint, but for hidden files."""
+    return {str(path.relative_to(folder)): path
+            for path in (*Path(folder).iterdir(), *Path(folder).glob("optimizer/*"))
+            if path.name[0] != "." and not path.is_dir()}
+
+
 def has_state(folder):
     """Tell whether a run can go on from a checkpoint: whether its manifest has Adam's moments."""
-    return any(name.startswith("optimizer") for name in manifest_of(folder))
+    return any(name.startswith("optimizer/") for name in manifest_of(folder))
 
 
 def lost_moments(folder):
@@ -371,8 +382,8 @@ def load_training(run, step, model, optimizer):
         return None
     if training["updates"] == 0:  # before the first one Adam has no moments
         return training
-    moments = open_folder(folder, "optimizer.safetensors")
-    check_tensors(folder / "optimizer.safetensors", moments,
+    moments = open_folder(folder / "optimizer", "moments.safetensors")
+    check_tensors(folder / "optimizer", moments,
                   {f"{kind}.{name}": p.shape for name, p in parameters.items()
                    for kind in ("exp_avg", "exp_avg_sq")})
     for name, parameter in parameters.items():
@@ -427,11 +438,12 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     # There are no moments before the first update.
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
                for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}
-    files, notes = split("optimizer", moments, SHARD_BYTES)
+    files, notes = split("optimizer/moments", moments, SHARD_BYTES)
     weight_files, weight_index = split("model", weights, SHARD_BYTES)
     files |= weight_files
     notes |= weight_index | {"training.json": {"step": step, "scheduled": scheduled, **training},
-                             "config.json": hf_config(model.config)}
+                             "config.json": hf_config(model.config),
+                             "generation_config.json": GENERATION}
     mine = own_share(files, asynchronous)
 
     def write():
@@ -523,14 +535,12 @@ def make_room(run, step, state_every):
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
         elif training and state_every and other % state_every:
-            moments = [name for name in manifest_of(folder) if name.startswith("optimizer")]
             kept = {name: entry for name, entry in manifest_of(folder).items()
-                    if name not in moments}
-            if moments:
+                    if not name.startswith("optimizer/")}
+            if has_state(folder):
                 write_json(folder / "manifest.json", kept)
                 sync(folder)  # the manifest first, so that it never lists a file that is gone
-            for path in folder.glob("optimizer*.safetensors*"):
-                path.unlink()
+            shutil.rmtree(folder / "optimizer", ignore_errors=True)
 
 
 def lock(run):
@@ -562,7 +572,7 @@ def writing(folder):
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             sync(path)
         if os.path.lexists(folder):  # a damaged checkpoint, or one without moments
             before, number = folder.with_name(f"{folder.name}.broken"), 0
@@ -580,20 +590,22 @@ def writing(folder):
 
 
 def write_tokenizer(folder, tokenizer, seq_length):
-    """Copy a tokenizer.json into a checkpoint, with what AutoTokenizer wants beside it."""
+    """Copy a tokenizer.json into a checkpoint, with what AutoTokenizer wants beside it.
+
+    Without clean_up_tokenization_spaces transformers 4 decodes "Hello , world" as "Hello, world".
+    """
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "GPTNeoXTokenizer", "model_max_length": seq_length,
+        "clean_up_tokenization_spaces": False, "pad_token": "<|padding|>",
         **{f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}})
 
 
-def write_manifest(folder, known=()):
+def write_manifest(folder, known={}):
     """Write folder/manifest.json: bytes and sha256 of every file; `known` has some already."""
-    entries = dict(known)
-    for path in Path(folder).iterdir():
-        if path.name not in entries and path.name != "manifest.json":
-            entries[path.name] = describe_file(path)
-    write_json(Path(folder) / "manifest.json", dict(sorted(entries.items())))
+    entries = {name: describe_file(path) for name, path in files_of(folder).items()
+               if name != "manifest.json" and name not in known}
+    write_json(Path(folder) / "manifest.json", dict(sorted((entries | known).items())))
 
 
 # ---------------------------------------------------------------------------- published forms
@@ -782,6 +794,10 @@ class Export(Import):
     push: bool = False  # also print the command that uploads it
 
 
+CARD = ("data", "steps", "batch_size", "learning_rate", "min_lr_ratio", "warmup", "weight_decay",
+        "beta1", "beta2", "clip_norm", "dtype", "init", "seed", "branch_from", "intervention")
+
+
 def parse_size(text):
     """Return the bytes that 500MB, 5GB or 123456 mean."""
     match = re.fullmatch(r"(\d+)(|KB|MB|GB)", text)
@@ -811,6 +827,7 @@ def import_(options):
     dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
     notes["config.json"] = hf_config(config) | {
         "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    notes["generation_config.json"] = GENERATION
     with writing(output) as folder:
         written = {}
         for name in tqdm(files, unit="file", disable=None):
@@ -819,6 +836,8 @@ def import_(options):
             write_json(folder / name, note)
         if tokenizer:
             write_tokenizer(folder, tokenizer, config.seq_length)
+        if isinstance(options, Export):
+            (folder / "README.md").write_text(model_card(Path(options.source), notes["config.json"]))
         write_manifest(folder, written)
     print(f"{output}: {len(tensors)} tensors, {size:,} bytes in {len(files)} file(s), "
           f"gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
@@ -875,8 +894,28 @@ def cast(name, stored, dtype):
     return stored._replace(dtype=dtype, read=read)
 
 
+def model_card(source, spec):
+    """Return a README.md for the Hub: the model's config.json and, of a run of ours, its settings.
+
+    source: the folder that is exported.
+    """
+    source = source.resolve()
+    name, step = f"{source.parent.name} {source.name}", identify(source)[1]
+    facts = {key: spec[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads",
+                                        "max_position_embeddings", "hidden_act", "torch_dtype")}
+    if step is not None and (training := read_training(source, step)):
+        run = source.parent / "config.json"
+        settings = read_json(run) if run.exists() else {}
+        facts |= {"step": step, "tokens": training["tokens"]} | {
+            key: settings[key] for key in CARD if settings.get(key) is not None}
+    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
+    return (f"---\nlibrary_name: transformers\ntags: [gpt_neox, pythia]\n---\n\n# {name}\n\n"
+            "A language model of the architecture of Pythia, for transformers' "
+            f"`GPTNeoXForCausalLM`.\n\n| | |\n|---|---|\n{rows}")
+
+
 def export(options):
-    """Write a checkpoint for Hugging Face: dtype, shards, tokenizer; --push says how to upload."""
+    """Write a checkpoint for Hugging Face: dtype, shards, card; --push says how to upload it."""
     import_(options)
     if options.push:
         step = Path(options.source).resolve()
@@ -954,9 +993,10 @@ def list_(options):
             training, damage = read_training(folder, step), ""
         except (ValueError, OSError) as error:
             training, damage = {}, f" ({config.explain(error)})"
-        files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        files = {name: path.stat().st_size for name, path in files_of(folder).items()
+                 if path.is_file()}
         held = [word for word, beginnings in (
-                    ("weights", ("model", "pytorch_model", "layer_")), ("state", ("optimizer",)),
+                    ("weights", ("model", "pytorch_model", "layer_")), ("state", ("optimizer/",)),
                     ("tokenizer", ("tokenizer.json",)), ("manifest", ("manifest.json",)))
                 if any(name.startswith(beginnings) for name in files)]
         total += sum(files.values())

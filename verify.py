@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import (checkpoint_steps, manifest_of, one_line, open_any, read_training,
+from checkpoints import (checkpoint_steps, files_of, manifest_of, one_line, open_any, read_training,
                          sha256_of, size_of, step_folders)
 from config import command, file_size, read_json
 
@@ -98,9 +98,8 @@ def check_files(found):
             entries, found.hashed = manifest_of(found.folder), 0
             for name, entry in entries.items():
                 check_file(found, name, entry)
-            for path in sorted(found.folder.iterdir()):
-                if path.name not in (*entries, "manifest.json") and path.name[0] != ".":
-                    found.problems.append(f"{path.name}: not in the manifest")
+            for name in sorted(files_of(found.folder).keys() - entries.keys() - {"manifest.json"}):
+                found.problems.append(f"{ascii(name)[1:-1]}: not in the manifest")
         elif (found.folder / "training.json").exists():
             found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):

@@ -60,7 +60,7 @@ def test_a_branch_that_cannot_begin_is_one_line(data, tmp_path, parent):
     swap = dict(intervention="pronouns_to_feminine", intervention_from=2)
     run_here(data, tmp_path / "swapped", stop_at=4, **swap)  # what the parent did goes on
     run_here(data, tmp_path / "on", stop_at=5, branch_from=tmp_path / "swapped/step4", **swap)
-    (tmp_path / "swapped/step4/optimizer.safetensors").unlink()
+    (tmp_path / "swapped/step4/optimizer/moments.safetensors").unlink()
     refused("a file is missing or cut .*branch from another step",
             branch_from=tmp_path / "swapped/step4", warm_moments=2)
 

@@ -2,15 +2,19 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub import load_torch_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig,
+                          GPTNeoXForCausalLM)
 
+import checkpoints
 from checkpoints import (List, checkpoint_steps, list_, load_model, load_training, save,
                          saved_steps)
-from model import ModelConfig, Pythia
+from model import ModelConfig, Pythia, hf_config, hf_name
 from train import make_optimizer, TrainConfig
 
 CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=50304, seq_length=32)
@@ -46,18 +50,47 @@ def test_scaled_schedules():
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_transformers_reads_a_checkpoint_as_it_lies(tmp_path, tokenizer_path, gelu):
-    model = Pythia(ModelConfig(2, 32, 2, vocab_size=50304, seq_length=32, gelu=gelu))
+    model = Pythia(replace(CONFIG, gelu=gelu))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)  # where the two GELUs differ
     save(tmp_path, 0, model, make_optimizer(model, TRAIN), STATE, tokenizer_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "step0")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="step0")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "step0")
     tokens = torch.tensor([tokenizer("Hello world\n\n  foo   bar")["input_ids"]])
     assert tokens.tolist() == [[12092, 1533, 535, 50276, 12110, 50275, 2009]]
+    assert tokenizer.decode(tokenizer("Hello , world").input_ids) == "Hello , world"
+    assert (tokenizer.pad_token_id, theirs.generation_config.pad_token_id) == (1, 1)
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert (load_file(tmp_path / "step0/model.safetensors")["embed_out.weight"].dtype
-            == torch.float32)
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 5_000_000])
+def test_huggingface_hub_loads_a_checkpoint_as_it_lies(tmp_path, trained, monkeypatch, shard_bytes):
+    """From the index, or from the folder's only *.safetensors: the moments lie elsewhere."""
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", shard_bytes)
+    model, optimizer = trained
+    save(tmp_path, 2, model, optimizer, STATE)
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(CONFIG)))
+    theirs.embed_out = theirs.lm_head  # its name in files and up to transformers 4
+    del theirs.lm_head
+    load_torch_model(theirs, tmp_path / "step2", strict=True)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(theirs.get_parameter(hf_name(name)), parameter), name
+
+
+def test_litgpt_converts_a_checkpoint_as_it_lies(tmp_path):
+    litgpt = pytest.importorskip("litgpt", reason="litgpt's conversion needs it installed")
+    from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
+    model = Pythia(ModelConfig(6, 128, 4, seq_length=512, gelu="erf"))  # litgpt computes erf
+    optimizer = make_optimizer(model, TRAIN)
+    tokens = torch.arange(64)[None]
+    model(tokens, tokens).backward()
+    optimizer.step()
+    save(tmp_path, 1, model, optimizer, STATE | {"updates": 1})
+    convert_hf_checkpoint(tmp_path / "step1", model_name="pythia-14m")
+    theirs = litgpt.GPT(litgpt.Config.from_name("pythia-14m"))
+    theirs.load_state_dict(torch.load(tmp_path / "step1/lit_model.pth"))
+    torch.testing.assert_close(theirs(tokens), model(tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -95,7 +128,8 @@ def test_training_state_comes_back_bit_for_bit(tmp_path, trained):
             assert torch.equal(value, optimizer_again.state[other][key]), key
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer/moments.safetensors",
+                                  "training.json"])
 def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, trained, file):
     model, optimizer = trained
     save(tmp_path, 2, model, optimizer, STATE)

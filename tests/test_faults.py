@@ -209,17 +209,17 @@ def test_links_lead_nowhere(tmp_path, save):
 def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(tmp_path, save):
     run = tmp_path / "run"
     save(0), save(1), save(2)
-    os.truncate(run / "step2/optimizer.safetensors", 100)
+    os.truncate(run / "step2/optimizer/moments.safetensors", 100)
     (run / "step5").mkdir()  # empty
     assert saved_steps(run) == [0, 1]
     save(2)
     assert saved_steps(run) == [0, 1, 2]
-    assert (run / "step2.broken/optimizer.safetensors").stat().st_size == 100
-    os.truncate(run / "step2/optimizer.safetensors", 50)
+    assert (run / "step2.broken/optimizer/moments.safetensors").stat().st_size == 100
+    os.truncate(run / "step2/optimizer/moments.safetensors", 50)
     save(2)
     assert saved_steps(run) == [0, 1, 2]
-    assert (run / "step2.broken/optimizer.safetensors").stat().st_size == 100
-    assert (run / "step2.broken1/optimizer.safetensors").stat().st_size == 50
+    assert (run / "step2.broken/optimizer/moments.safetensors").stat().st_size == 100
+    assert (run / "step2.broken1/optimizer/moments.safetensors").stat().st_size == 50
 
 
 def test_a_damaged_manifest_of_an_earlier_step_is_left_alone(tmp_path, save):
@@ -238,7 +238,7 @@ def test_moments_stay_on_the_grid_and_in_the_newest(tmp_path, save):
         save(step, state_every=4)
     assert saved_steps(run) == list(range(11)) and saved_steps(run, state=True) == [0, 4, 8, 10]
     assert [step for step, folder in step_folders(run)
-            if (folder / "optimizer.safetensors").exists()] == [0, 4, 8, 10]
+            if (folder / "optimizer/moments.safetensors").exists()] == [0, 4, 8, 10]
     load_model(run / "step5")
     assert load_training(run, 5, save.model, save.optimizer) is None  # weights alone
     small, large = (sum(entry["bytes"] for entry in
@@ -251,7 +251,7 @@ def test_a_run_that_goes_back_has_moments_in_its_newest_all_the_way(tmp_path, sa
     run = tmp_path / "run"
     for step in range(7):
         save(step, state_every=4)
-    os.truncate(run / "step6/optimizer.safetensors", 100)
+    os.truncate(run / "step6/optimizer/moments.safetensors", 100)
     assert saved_steps(run, state=True) == [0, 4]
     for step in (5, 6):
         save(step, state_every=4)

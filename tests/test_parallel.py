@@ -133,7 +133,7 @@ def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single)
     model = Pythia(ModelConfig(**SHAPE))
     optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1e-3))
     assert load_training(tmp_path / "run", 1, model, optimizer)["updates"] == 1
-    moments = load_file(single / "step1/optimizer.safetensors")
+    moments = load_file(single / "step1/optimizer/moments.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(optimizer.state[parameter]["exp_avg"],
                                    moments[f"exp_avg.{name}"], rtol=1e-4, atol=1e-8)

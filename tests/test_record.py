@@ -196,8 +196,8 @@ def test_a_run_goes_on_to_the_same_bits_after_a_power_failure(data, tmp_path, mo
     assert saved_steps(run) == [0, 1, 2, 4, 6, 8, 12]
     for step in saved_steps(run):
         image, folder = images / f"step{step}", run / f"step{step}"
-        for path in folder.iterdir():
-            assert (image / folder.name / path.name).read_bytes() == path.read_bytes()
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert (image / path.relative_to(run)).read_bytes() == path.read_bytes()
         assert losses(image) == losses(run)[:step]
         assert table(image / "interventions.csv") == [
             row for row in table(run / "interventions.csv") if int(row["step"]) < step]

@@ -76,7 +76,7 @@ def losses(out_dir):
 def assert_same_bits(first, second):
     assert saved_steps(first) == saved_steps(second)
     for step in saved_steps(first):
-        for name in ("model.safetensors", "optimizer.safetensors"):
+        for name in ("model.safetensors", "optimizer/moments.safetensors"):
             ours, theirs = (folder / f"step{step}" / name for folder in (first, second))
             assert ours.read_bytes() == theirs.read_bytes()
     assert losses(first) == losses(second)
@@ -278,7 +278,7 @@ def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp
                           (tmp_path / "child", tmp_path / "child_twin", parent))
     assert twin == whole[6:] and saved_steps(tmp_path / "child_twin") == [8, 12]
     for step in (8, 12):
-        for file in ("model.safetensors", "optimizer.safetensors"):
+        for file in ("model.safetensors", "optimizer/moments.safetensors"):
             ours, theirs = (folder / f"step{step}" / file
                             for folder in (parent, tmp_path / "child_twin"))
             assert ours.read_bytes() == theirs.read_bytes()

@@ -318,7 +318,8 @@ def test_a_half_written_file(run, checkpoints, verify, damage, words):
     assert 64 not in saved_steps(run) and "NOT WHOLE" in checkpoints("list", run)[1]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "training.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer/moments.safetensors",
+                                  "training.json"])
 @pytest.mark.parametrize("bit", [0, 30])
 def test_a_flipped_bit(run, verify, file, bit):
     path = run / "step64" / file
@@ -436,7 +437,7 @@ def test_diff_measures(run, checkpoints):
 def test_list_tells_what_is_there(run, checkpoints):
     (run / "metrics.csv").write_bytes(
         b"step,tokens,loss\n0,0,5.95\n1,8,-\n2\n\xff\n64,8192,5.1234\n")
-    (run / "step16/optimizer.safetensors").unlink()
+    (run / "step16/optimizer/moments.safetensors").unlink()
     code, text = checkpoints("list", run)
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert (code == 0 and lines["64"].split()[1:3] == ["8,192", "5.1234"]
