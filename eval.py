@@ -38,8 +38,7 @@ import checkpoints
 from config import check, COUNT, note, NUMBER, parse, read_json, run, Table, TEXT
 from model import Cache, head_blocks, Prefix
 from parallel import Processes
-from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_split, SEVERAL, STYLES,
-                   tasks_of)
+from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_split, SEVERAL, STYLES)
 from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
 
 # ---------------------------------------------------------------------------- shared beginnings
@@ -95,9 +94,10 @@ def plan(rows, L, batch_tokens, name="request {}".format):
                              f"{len(tokens) - max(n, 0)} does not fit in {L} tokens of context, at "
                              "least 1 of each")
     rows = [(index, np.array(tokens[-(L + 1):]), n) for index, tokens, n in rows]
-    groups, before = [], np.array([])  # [packs, how many tokens all of them share]
+    groups, before = [], np.array([-1])  # [packs, how many tokens all of them share]
     for index, row, n in sorted(rows, key=lambda row: row[1].astype(">u4").tobytes()):
-        shared = _common(before[:-1], row[:-1])
+        most = min(len(before), len(row)) - 1
+        shared = int(np.append(before[:most] != row[:most], True).argmax())
         own = len(row) - 1 - n  # positions of the context: a prefix has no scored position
         packs, P = groups[-1] if groups else ([], 0)
         still = min(P, shared, own)  # what the group would share with this row in it
@@ -112,28 +112,18 @@ def plan(rows, L, batch_tokens, name="request {}".format):
             shared = 0
         groups[-1][0][-1].add(index, row.tolist(), n, shared)
         before = row
-    alone, batches = [], []
-    for packs, P in groups:
-        if (len(packs) - 1) * P < PREFIX_PAYS:
-            alone += packs
-        else:
-            batches += _batches(packs, P, batch_tokens)
-    return _batches(alone, 0, batch_tokens) + batches
 
+    def pays(packs, P):
+        return (len(packs) - 1) * P >= PREFIX_PAYS
 
-def _common(a, b):
-    m = min(len(a), len(b))
-    different = np.flatnonzero(a[:m] != b[:m])
-    return int(different[0]) if len(different) else m
-
-
-def _batches(packs, P, batch_tokens):
-    """Cut packs into batches of like lengths, longest first, each with its prefix of P tokens."""
-    packs, batches = sorted(packs, key=lambda pack: -len(pack.tokens)), []
-    while packs:
-        n = max(1, batch_tokens // (len(packs[0].tokens) - P))
-        batches.append((packs[0].tokens[:P], packs[:n]))
-        packs = packs[n:]
+    alone = [pack for packs, P in groups if not pays(packs, P) for pack in packs]
+    batches = []
+    for packs, P in [(alone, 0), *(group for group in groups if pays(*group))]:
+        packs.sort(key=lambda pack: -len(pack.tokens))  # so those of like length come together
+        while packs:
+            n = max(1, batch_tokens // (len(packs[0].tokens) - P))
+            batches.append((packs[0].tokens[:P], packs[:n]))
+            packs = packs[n:]
     return batches
 
 
@@ -143,14 +133,13 @@ def _tensors(packs, P, like):
     A node's column in the mask is its number, for the prefix's P tokens are its first nodes.
     """
     T = max(len(pack.tokens) for pack in packs) - P
-    tokens, positions = (torch.zeros(len(packs), T, dtype=torch.int64) for _ in range(2))
+    nodes = torch.zeros(2, len(packs), T, dtype=torch.int64)
     for b, pack in enumerate(packs):
-        length = len(pack.tokens) - P
-        tokens[b, :length] = torch.tensor(pack.tokens[P:])
-        positions[b, :length] = torch.tensor(pack.positions[P:])
+        nodes[:, b, :len(pack.tokens) - P] = torch.tensor([pack.tokens[P:], pack.positions[P:]])
+    tokens, positions = nodes.to(like.device)
     if P == 0 and all(len(pack.branches) == 1 for pack in packs):
         # Plain rows are padded on the right, which a causal model never looks at.
-        return tokens.to(like.device), None, None
+        return tokens, None, None
     mask = torch.full((len(packs), 1, T, P + T), -torch.inf)
     mask[..., :P] = 0
     triangle = torch.full((T, T), -torch.inf).triu(1)
@@ -162,7 +151,7 @@ def _tensors(packs, P, like):
             inside[:, start:end] = triangle[:end - start, :end - start]
         # Padding may see everything. If it saw nothing, its softmax would be NaN.
         mask[b, 0, len(pack.tokens) - P:] = 0
-    return tokens.to(like.device), positions.to(like.device), mask.to(like)
+    return tokens, positions, mask.to(like)
 
 
 def score(model, rows, batch_tokens=None):
@@ -365,7 +354,7 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
     """Return the Job of a task or group, or raise ValueError about its documents."""
     job = Job(name, shots, style)
     for member in GROUPS[name][0] if name in GROUPS else [name]:
-        task = tasks_of(style)[member]
+        task = STYLES[style][member]
         if shots and not task.pool:
             raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
                              "to draw")
@@ -427,7 +416,7 @@ def measure(job, results):
     for name, task, questions in job.members:
         own = [[next(results) for _ in question.requests] for question in questions]
         rows += [(name + suffix, metric, *numbers)
-                 for suffix, metric, *numbers in task.measure(questions, own, job.style)]
+                 for suffix, metric, *numbers in task.measure(questions, own)]
     return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
 
 
@@ -474,21 +463,23 @@ def main(config):
     # The first process knows what the files hold, and alone writes to them.
     opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
     table, missing = opened or (None, None)
-    todo = [(entries[i], jobs[j]) for i, j in processes.gather(missing)[0]]
+    todo = {}  # checkpoint: jobs
+    for i, j in processes.gather(missing)[0]:
+        todo.setdefault(entries[i], []).append(jobs[j])
     tokenizer = plan_all(config, todo, processes.device)
 
     def load(folder):
         return checkpoints.load_model(folder, processes.device).to(getattr(torch, config.dtype))
 
-    wanted = list(dict.fromkeys(entry for entry, _ in todo))
+    folders, n = [folder for *_, folder in todo], sum(map(len, todo.values()))
     with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
-          tqdm(total=sum(len(job.requests) for _, job in todo), unit="request",
-               disable=processes.rank > 0 or None) as bar):
-        loading = loader.submit(load, wanted[0][3]) if wanted else None
-        for i, entry in enumerate(wanted):
-            model = loading.result()
-            loading = loader.submit(load, wanted[i + 1][3]) if i + 1 < len(wanted) else None
-            for job in [job for its, job in todo if its == entry]:
+          tqdm(total=sum(len(job.requests) for jobs in todo.values() for job in jobs),
+               unit="request", disable=processes.rank > 0 or None) as bar):
+        loading = [loader.submit(load, folder) for folder in folders[:1]]
+        for i, entry in enumerate(todo):
+            model = loading.pop().result()
+            loading += [loader.submit(load, folder) for folder in folders[i + 1:i + 2]]
+            for job in todo[entry]:
                 bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
                 before = bar.n
                 results = answer(model, tokenizer, job, config.batch_tokens, bar.update)
@@ -497,8 +488,7 @@ def main(config):
                     record(config, table, entry, job, results)
             del model  # before the one after the next is loaded
     if processes.rank == 0:
-        print(f"{config.output}: {len(todo)} evaluations done, "
-              f"{len(entries) * len(jobs) - len(todo)} were there")
+        print(f"{config.output}: {n} evaluations done, {len(entries) * len(jobs) - n} were there")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -519,11 +509,11 @@ def prepare_all(config):
 def plan_all(config, todo, device):
     """Return the tokenizer and plan all jobs: what does not fit is told before any model runs."""
     tokenizer = None
-    for *_, folder in dict.fromkeys(entry for entry, _ in todo):
+    for (*_, folder), jobs in todo.items():
         path = checkpoints.folder_tokenizer(folder, config.tokenizer)
         tokenizer = tokenizer or load_tokenizer(path)  # all are the same
         L = checkpoints.open_any(folder)[0].seq_length
-        for job in [job for entry, job in todo if entry[3] == folder]:
+        for job in jobs:
             plan_job(job, tokenizer, L, config.batch_tokens or BATCH_TOKENS[device.type])
     return tokenizer
 
@@ -665,7 +655,7 @@ def _tokens(folder):
 
 def list_tasks(config):
     """Print every task; with --docs, how many of its documents are there, or what is missing."""
-    for name, task in tasks_of(config.style).items():
+    for name, task in STYLES[config.style].items():
         line = f"{name:46} {task.kind:14} {task.split:11} shots from {task.pool or 'nowhere':11}"
         for split in dict.fromkeys((task.split, task.pool or task.split)) if config.docs else ():
             try:
@@ -679,7 +669,7 @@ def list_tasks(config):
     several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
     print("all of a kind: " + ", ".join(
         f"{name} ({len(members)})" for name, members in several.items()
-        if members[0] in tasks_of(config.style)))
+        if members[0] in STYLES[config.style]))
 
 
 @dataclass(frozen=True)

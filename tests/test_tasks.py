@@ -36,9 +36,9 @@ def test_a_diverged_model_is_right_about_nothing():
             (metrics.last_word, [[fine], [diverged]]), (metrics.rolled, [-1.0, math.nan])):
         results = [[result] for result in results] if measure is metrics.rolled else results
         documents = questions if measure is not metrics.rolled else [Question([], "one")] * 2
-        for _, _, value, stderr, n in measure(documents, results, "v0.4"):
+        for _, _, value, stderr, n in measure(documents, results):
             assert math.isnan(value) and (stderr is None or math.isnan(stderr)) and n == 2
-    assert [row[1:3] for row in metrics.last_word(questions, [[lost], [lost]], "v0.4")] == [
+    assert [row[1:3] for row in metrics.last_word(questions, [[lost], [lost]])] == [
         ("acc", 0.0), ("perplexity", math.inf)]
 
 
@@ -144,19 +144,13 @@ def test_superglue_files_become_the_repaired_set():
     assert wsc_documents([doc], repair=False)[0]["span1_text"] == "The table."
 
 
-def test_both_forms_of_winobias_ask_the_same():
-    raw = Document(sentence='[The developer] argued with the designer because [he] did not like '
-                            'the design.')
-    conll = Document(
-        tokens="The developer argued with the designer because he did not like "
-               "the design .".split(),
-        coreference_clusters=["0", "1", "7", "7"])
-    assert winobias(raw) == winobias(conll)
-    assert winobias(raw).requests == [
-        'The developer argued with the designer because he did not like the design .\n'
-        'Here, what does "he" stand for?',
-        'What does "he" refer to in the following sentence?\n'
-        'The developer argued with the designer because he did not like the design .']
+def test_winobias_asks_by_bigscience_s_prompts():
+    sentence = "The developer argued with the designer because he didn 't like the design ."
+    sentence = sentence.replace("didn 't", "did n't")  # as in the CoNLL files
+    assert winobias(Document(sentence="[The developer] argued with the designer because [he] didn't "
+                             "like the design.")).requests == [
+        f'{sentence}\nHere, what does "he" stand for?',
+        f'What does "he" refer to in the following sentence?\n{sentence}']
 
 
 def test_winobias_summary_is_the_paper_s_notebook_s():
@@ -205,8 +199,8 @@ def test_published_documents_become_requests(pythia_data):
 
 @pytest.mark.parametrize("task, document, words", [
     ("piqa", {"goal": "g", "sol1": 3, "sol2": "b", "label": 0}, "sol1 is 3, expected a str"),
-    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, expected 0 to 1"),
-    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label is -1, expected 0 to 1"),
+    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, expected one of ['0', '1']"),
+    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label is -1, expected one of ['0', '1']"),
     ("piqa", [1], "line 1: not a JSON object of text"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
      "has no _"),
@@ -231,9 +225,7 @@ def test_published_documents_become_requests(pythia_data):
      {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"},
      "answerKey is 'B', expected one of ['A']"),
     ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "True"},
-     "label is 'True', expected 0 to 1"),
-    ("wino_bias_type1_pro", {"tokens": ["A", "b"], "coreference_clusters": ["0", None, "1", "1"]},
-     "found the spans ['0', None, '1', '1']")])
+     "label is 'True', expected one of ['0', '1']")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
     write(tmp_path, f"{TASKS[task].folder}/"
           f"{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
