@@ -24,7 +24,8 @@ from config import parse
 from conftest import ROOT
 from launch import ENVIRONMENT, Launched
 from model import ModelConfig, Pythia
-from test_train import assert_same_bits, command, data, losses, run_here, SCHEMAS, SHAPE, train
+from test_train import (assert_same_bits, command, data, losses, odd, parent, published,  # noqa: F401
+                        refused, run_here, SCHEMAS, SHAPE, train)
 from train import main, make_optimizer, TrainConfig
 from checkpoints import fill
 from parallel import LaunchConfig, communicate, forget_gradients, parallelize, rehearse
@@ -96,18 +97,19 @@ def test_a_run_goes_on_with_other_processes_and_sharding(data, tmp_path, single,
     assert_same_steps(single, tmp_path)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(data="nowhere"), "nowhere.idx: No such file"),
-    (dict(learning_rate=0.5), "learning_rate was 0.001, is 0.5")])
-def test_a_mistake_that_the_first_process_meets_is_one_line(data, single, changes, words):
-    done = train(data, single, 2, expect=2, **RUN | dict(micro_batch_size=4) | changes)
-    assert words in done.stderr and done.stderr.count("\n") == 1
+def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, tmp_path):
+    for words, changes in (
+            ("nowhere.idx: No such file", dict(data="nowhere")),
+            ("learning_rate was 0.001, is 0.5", dict(learning_rate=0.5)),
+            ("batch_size = 7 is not a multiple", dict(batch_size=7)),
+            ("holds weights only and warm_moments = 0",
+             dict(out_dir=tmp_path / "run", branch_from=published(parent, 8, tmp_path)))):
+        refused(data, single, words, processes=2, **RUN | dict(micro_batch_size=4) | changes)
 
 
 def test_processes_that_see_different_checkpoints_stop(data, tmp_path):
     """A shared disk may list what is new to one node before the other."""
-    flags = command(data, tmp_path / "run", **RUN, micro_batch_size=4)[1:]
-    done = Launched([ROOT / "tests/odd_runs.py", "late", *flags], 2).finish()
+    done = odd("late", data, tmp_path / "run", 2, **RUN, micro_batch_size=4)
     assert done.returncode == 2 and done.stderr.count("the processes begin from") == 2
     assert "/step1'" in done.stderr and "/step2'" in done.stderr
 

@@ -63,6 +63,19 @@ def train(data, out_dir, processes=1, /, expect=0, **changes):
     return done
 
 
+def refused(data, out_dir, /, *words, processes=1, **changes):
+    """Give a command that ends with one line, which has these words, and exit code 2."""
+    error = train(data, out_dir, processes, expect=2, **changes).stderr
+    assert error.count("\n") == 1 and all(some in error for some in words), error
+    return error
+
+
+def odd(name, data, out_dir, /, processes=1, **changes):
+    """Run a command in which one thing is odd: a function of odd_runs.py."""
+    script = [ROOT / "tests/odd_runs.py", name]
+    return Launched(script + command(data, out_dir, **changes)[1:], processes).finish()
+
+
 def table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -91,10 +104,6 @@ def assert_same_bits(first, second):
     (115139, 1e-4), (142999, 1e-4)])
 def test_learning_rate_has_gpt_neox_values(k, rate):
     assert math.isclose(learning_rate_at(k, PYTHIA), rate, rel_tol=5e-8)
-
-
-def test_floor_is_reached_at_115139_and_not_before():
-    assert learning_rate_at(115138, PYTHIA) > 1e-4 == learning_rate_at(115139, PYTHIA)
 
 
 def test_decay_reaches_matrices_and_embeddings_only():
@@ -128,14 +137,6 @@ def test_loss_scaler_follows_deepspeeds_table():
     assert seen[1500:1503] == [(8192, 1), (4096, 1), (2048, 1)]  # one forgiven, then halved
     assert seen[2501] == (2048, 1) and seen[2502] == (4096, 2)  # 1000 after the last overflow
     assert seen[3502] == (8192, 2) and seen[3600] == (8192, 1) and seen[4001] == (8192, 1)
-
-
-def test_overflow_at_scale_one_stops():
-    scaler = LossScaler(enabled=True)
-    with pytest.raises(FloatingPointError, match="diverged"):
-        for _ in range(20):
-            scaler.update(overflow=True)
-    assert scaler.scale == 1
 
 
 def test_a_scale_rests_while_it_is_not_needed():
@@ -190,45 +191,38 @@ def parent(data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[8, 2], ids=["one micro-batch", "four micro-batches"])
+@pytest.fixture(scope="module", params=[(8, signal.SIGTERM), (2, signal.SIGINT)],
+                ids=["one micro-batch", "four micro-batches"])
 def whole(data, tmp_path_factory, request):
-    """The settings of a run, and the folder in which it was never interrupted."""
-    settings = dict(steps=60, micro_batch_size=request.param, checkpoint_every=20)
+    """The settings of a run, the folder in which it was never interrupted, a polite signal."""
+    micro_batch_size, number = request.param
+    settings = dict(steps=60, micro_batch_size=micro_batch_size, checkpoint_every=20)
     folder = tmp_path_factory.mktemp("whole")
     train(data, folder, **settings)
-    return settings, folder
+    return settings, folder, number
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, whole):
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, whole, killed):
     """A real signal to a real process."""
-    settings, folder = whole
-    number = signal.SIGTERM if settings["micro_batch_size"] == 8 else signal.SIGINT
-    run = Launched(command(data, tmp_path / "cut", **settings))
-    run.wait_until(run.printed("step     21/"))
-    run.send(number)
-    done = run.finish()
-    assert done.returncode == 128 + number and "interrupted: saved step" in done.stdout
-    stopped = saved_steps(tmp_path / "cut")[-1]
-    assert 21 < stopped < 60
-    done = train(data, tmp_path / "cut", **settings)
-    assert f"going on from step {stopped}" in done.stdout
-    assert_same_bits(folder, tmp_path / "cut")
-
-
-def test_a_killed_run_ends_with_the_same_bits(data, tmp_path, whole):
-    settings, folder = whole
+    settings, folder, number = whole
     run = Launched(command(data, tmp_path, **settings))
-    run.wait_until(run.printed("step     45/"))
-    run.send(signal.SIGKILL)
-    assert run.finish().returncode == -signal.SIGKILL and saved_steps(tmp_path)[-1] < 60
-    train(data, tmp_path, **settings)
+    run.wait_until(run.printed("step     21/"))
+    run.send(signal.SIGKILL if killed else number)
+    done = run.finish()
+    stopped = saved_steps(tmp_path)[-1]
+    assert done.returncode == (-signal.SIGKILL if killed else 128 + number)
+    assert killed or "interrupted: saved step" in done.stdout and stopped > 21
+    assert stopped < 60
+    assert f"going on from step {stopped}" in train(data, tmp_path, **settings).stdout
     assert_same_bits(folder, tmp_path)
 
 
-def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path):
-    done = train(data, tmp_path, expect=2, learning_rate=1e38)
-    assert re.match(r"step 2 \(rows 16 to 23\): loss nan|step 3 \(rows 24 to 31\)", done.stderr)
-    assert done.stderr.count("\n") == 1 and "last checkpoint is" in done.stderr
+def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path, parent):
+    error = refused(data, tmp_path / "run", "the last checkpoint is", learning_rate=1e38)
+    assert re.match(r"step 2 \(rows 16 to 23\): loss nan|step 3 \(rows 24 to 31\)", error)
+    refused(data, tmp_path / "branch", "the last checkpoint is the one it branched from",
+            branch_from=parent / "step6", learning_rate=1e38)
 
 
 @pytest.mark.parametrize("changes", [dict(vocab_size=100), dict(heldout="large")])
@@ -239,32 +233,58 @@ def test_a_token_outside_the_vocabulary_stops(data, tmp_path, changes):
         writer.append(np.full(400, 600), np.full(1, 400))
         writer.finish({})
         changes = dict(heldout=tmp_path / "large")
-    done = train(data, tmp_path / "run", expect=2, **changes)
-    assert re.fullmatch(r"/\S+/(tokens|large): token \d+ in step 0, but vocab_size is \d+\n",
-                        done.stderr)
+    error = refused(data, tmp_path / "run", **changes)
+    assert re.fullmatch(r"/\S+/(tokens|large): token \d+ in step 0, but vocab_size is \d+\n", error)
     assert saved_steps(tmp_path / "run") == []
 
 
 def test_another_run_in_the_same_folder_is_refused(data, tmp_path):
     train(data, tmp_path, steps=2)
-    done = train(data, tmp_path, expect=2, steps=2, learning_rate=0.5, batch_size=4)
-    assert "learning_rate was 0.01, is 0.5" in done.stderr
-    assert "batch_size was 8, is 4" in done.stderr
+    refused(data, tmp_path, "learning_rate was 0.01, is 0.5", "batch_size was 8, is 4",
+            steps=2, learning_rate=0.5, batch_size=4)
 
 
 @pytest.mark.parametrize("changes, words", [
     (dict(tokenizer="nowhere.json"), "nowhere.json: no such tokenizer"),
     (dict(data="nowhere"), "nowhere.idx: No such file"),
-    (dict(batch_size=7), "batch_size = 7 is not a multiple"),
-    (dict(n_heads=3), "d_model = 32 is not a multiple of n_heads = 3"),
-    (dict(stepz=3), "no setting called stepz, did you mean steps?"),
     (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
+    (dict(out_dir=__file__), "test_train.py: File exists"),
+    (dict(out_dir=""), "out_dir = '', expected a name"),
+    (dict(heldout=""), "heldout = '', expected a name"),
+    (dict(stepz=3), "no setting called stepz, did you mean steps?"),
     (dict(device="gpu"), "device = 'gpu', expected auto, cpu or cuda"),
-    (dict(steps=0), "steps = 0, expected at least 1")])
+    (dict(n_heads=3), "d_model = 32 is not a multiple of n_heads = 3"),
+    (dict(batch_size=7), "batch_size = 7 is not a multiple"),
+    (dict(gpus=0), "gpus = 0, expected at least 1\n"),
+    (dict(steps=0), "steps = 0, expected at least 1"),
+    (dict(state_every=-1), "state_every = -1, expected at least 1\n"),
+    (dict(stop_at=-1), "stop_at = -1, expected at least 1\n"),
+    (dict(stop_at=13), "stop_at = 13, but steps = 12\n"),
+    (dict(warmup=2), "warmup = 2.0, expected at least 0, less than 1\n"),
+    (dict(intervention="pronouns_to_feminine", intervention_from=12),
+     "intervention_from = 12, but the last step is 11\n")])
 def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
-    done = train(data, tmp_path / "run", expect=2, **changes)
-    assert words in done.stderr and done.stderr.count("\n") == 1
-    assert saved_steps(tmp_path / "run") == []
+    refused(data, tmp_path / "run", words, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_batches_are_not_repeated(data, tmp_path):
+    error = refused(data, tmp_path, "rows of 33 tokens, too few for 1,000,000", heldout=data,
+                    heldout_batches=10**6)
+    there = int(int(error.split("holds ")[1].split()[0]) / 1.005) // 8
+    refused(data, tmp_path, "too few", heldout=data, heldout_batches=there + 1)
+    train(data, tmp_path, heldout=data, heldout_batches=there, stop_at=1)
+
+
+def test_a_run_says_why_it_ends(data, tmp_path):
+    out = train(data, tmp_path, stop_at=2).stdout
+    assert "stopped at step 2 of 12 (--stop_at): the same command without it goes on" in out
+    assert "done" not in out and "nothing is left" not in out
+    out = train(data, tmp_path, stop_at=1).stdout
+    assert "step 2 is there already: nothing is left to train up to step 1\nstopped at" in out
+    assert "done: 7 checkpoints" in train(data, tmp_path).stdout
+    assert "nothing is left to train up to step 12\ndone: 7" in train(
+        data, tmp_path, heldout=data).stdout
 
 
 # ---------------------------------------------------------------------------- branches
@@ -303,20 +323,26 @@ def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp
 
 
 def test_a_branch_keeps_its_parents_order_and_schedule(data, tmp_path, parent):
-    done = train(data, tmp_path, expect=2, branch_from=parent / "step6", batch_size=4, steps=13,
-                 gelu="erf", warmup=0.5, min_lr_ratio=0.0)
-    for words in ("gelu is 'erf', the parent's 'tanh'", "steps is 13, the parent's 12",
-                  "batch_size is 4, the parent's 8", "warmup is 0.5, the parent's 0.25",
-                  "min_lr_ratio is 0.0, the parent's 0.1"):
-        assert words in done.stderr
-    done = train(data, tmp_path, expect=2, branch_from=parent / "step12")
-    assert "steps = 12: nothing is left to train" in done.stderr
+    refused(data, tmp_path, "gelu is 'erf', the parent's 'tanh'", "steps is 13, the parent's 12",
+            "batch_size is 4, the parent's 8", "warmup is 0.5, the parent's 0.25",
+            "min_lr_ratio is 0.0, the parent's 0.1", branch_from=parent / "step6", batch_size=4,
+            steps=13, gelu="erf", warmup=0.5, min_lr_ratio=0.0)
+    refused(data, tmp_path, "steps = 12: nothing is left to train", branch_from=parent / "step12")
 
 
-def test_a_branch_that_diverges_at_once_names_what_it_branched_from(data, tmp_path, parent):
-    done = train(data, tmp_path, expect=2, branch_from=parent / "step6", learning_rate=1e38)
-    assert "the last checkpoint is the one it branched from" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path):
+    swap = dict(intervention="pronouns_to_feminine", intervention_from=2)
+    train(data, tmp_path / "run", stop_at=4, **swap)
+    train(data, tmp_path / "child", stop_at=5, branch_from=tmp_path / "run/step4", **swap)
+    (tmp_path / "run/step4/optimizer/moments.safetensors").unlink()
+    refused(data, tmp_path / "other", "a file is missing or cut", "branch from another step",
+            branch_from=tmp_path / "run/step4", warm_moments=2)
+
+
+def test_a_branch_goes_on_with_another_spelling(data, tmp_path, parent):
+    train(data, tmp_path, stop_at=8, branch_from=f"{parent}/step6/")
+    train(data, tmp_path, branch_from=f"{parent}/step6")
+    assert losses(tmp_path) == losses(parent)[6:] and saved_steps(tmp_path) == [8, 12]
 
 
 def published(run, step, folder):
@@ -344,12 +370,10 @@ def test_a_signal_ends_a_replay_at_once(data, tmp_path, parent):
     """Nothing but the replay is lost: the same command begins it again. Its time is no step's."""
     settings = dict(branch_from=published(parent, 6, tmp_path), warm_moments=6)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = command(data, whole, **settings)[1:]
-    done = Launched([ROOT / "tests/odd_runs.py", "slow_replay", *flags]).finish()
+    done = odd("slow_replay", data, whole, **settings)
     assert done.returncode == 0, done.stderr
     assert float(table(whole / "metrics.csv")[0]["seconds"]) < 0.2
-    flags = command(data, cut, **settings)[1:]
-    done = Launched([ROOT / "tests/odd_runs.py", "signal_in_replay", *flags]).finish()
+    done = odd("signal_in_replay", data, cut, **settings)
     assert done.returncode == 128 + signal.SIGTERM and "begins the replay again" in done.stdout
     assert losses(cut) == [] and saved_steps(cut) == []
     train(data, cut, **settings)
@@ -406,9 +430,14 @@ def test_the_step_never_makes_the_host_wait(data, tmp_path):
     assert [names for names in callers if not names & allowed] == []
 
 
-def test_the_next_batch_is_read_before_the_host_waits(data, tmp_path, monkeypatch):
-    """In float16 the host asks once a step whether the gradient is finite."""
+@pytest.fixture
+def float16(monkeypatch):
+    """float16 on a CPU, which main would not choose."""
     monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
+
+
+def test_the_next_batch_is_read_before_the_host_waits(data, tmp_path, monkeypatch, float16):
+    """In float16 the host asks once a step whether the gradient is finite."""
     events, read = [], OrderedData.batch
 
     def batch(self, step, *arguments, **settings):
@@ -427,9 +456,8 @@ def overflowing(enabled):
     return scaler
 
 
-def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch):
-    """float16 on a CPU, which main would not choose, from a scale at which gradients overflow."""
-    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
+def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch, float16):
+    """Training begins at a scale at which gradients overflow."""
     monkeypatch.setattr(train_module, "LossScaler", overflowing)
     run_here(data, tmp_path)
     rows = table(tmp_path / "metrics.csv")
@@ -446,9 +474,8 @@ def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch
                for tensor in weights.values())
 
 
-def test_a_branch_without_moments_keeps_rate_and_loss_scale(data, tmp_path, monkeypatch):
+def test_a_branch_without_moments_keeps_rate_and_loss_scale(data, tmp_path, monkeypatch, float16):
     """--state_every took the parent's; its place in the schedule is in training.json."""
-    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "LossScaler", overflowing)
         run_here(data, tmp_path / "run", state_every=12)
@@ -458,9 +485,8 @@ def test_a_branch_without_moments_keeps_rate_and_loss_scale(data, tmp_path, monk
     assert ours == theirs and json.loads(ours)["updates"] < 10
 
 
-def test_endless_overflow_stops_with_advice(data, tmp_path, monkeypatch):
+def test_endless_overflow_stops_with_advice(data, tmp_path, float16):
     """Weights that overflow float16 in the forward pass: no step is taken, until the scale is 1."""
-    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
     run_here(data, tmp_path / "run", steps=40, stop_at=1)
     source = published(tmp_path / "run", 0, tmp_path / "published")
     weights = load_file(source / "model.safetensors")
