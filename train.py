@@ -740,4 +740,7 @@ if __name__ == "__main__":
     finally:
         run(checkpoints.finish_writing)
         if dist.is_initialized():
+            # gloo's thread needs Python to let go of its last message; a group that is freed
+            # before would wait for that thread, and Python with it, for ever.
+            time.sleep(0.2)
             dist.destroy_process_group()

@@ -24,8 +24,8 @@ from config import parse
 from conftest import ROOT
 from launch import ENVIRONMENT, Launched
 from model import ModelConfig, Pythia
-from test_train import (assert_same_bits, command, data, losses, odd, parent, published,  # noqa: F401
-                        refused, run_here, SCHEMAS, SHAPE, train)
+from test_train import (assert_same_bits, command, data, losses, odd, parent,  # noqa: F401
+                        published, refused, run_here, SCHEMAS, SHAPE, train)
 from train import main, make_optimizer, TrainConfig
 from checkpoints import fill
 from parallel import LaunchConfig, communicate, forget_gradients, parallelize, rehearse
