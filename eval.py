@@ -4,6 +4,8 @@
     torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
     python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
+    python eval.py losses --model=RUN --rows=0:4096 --output=OUT      # nats of every token, or of
+    python eval.py losses --model=RUN --text=TEXTS.jsonl --output=OUT # every text's, as arrays
 
 --model is a run folder of ours, one of its step folders, or a published checkpoint in any form.
 --docs holds a folder for each task with its documents as distributed, for instance
@@ -23,7 +25,7 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
 from operator import itemgetter
@@ -35,10 +37,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import check, COUNT, note, NUMBER, parse, read_json, run, Table, TEXT
+from config import (check, COUNT, note, NUMBER, parse, read_json, replacing, run, Table, TEXT,
+                    write_json)
+from data import Order, ordered
 from model import Cache, head_blocks, Prefix
 from parallel import Processes
-from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_split, SEVERAL, STYLES)
+from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_jsonl, read_split,
+                   SEVERAL, STYLES, text as field)
 from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
 
 # ---------------------------------------------------------------------------- shared beginnings
@@ -700,10 +705,125 @@ def sample(config):
         print(f"--- {name} step {step}\n{tokenizer.decode(tokens[0].tolist())}")
 
 
+# ---------------------------------------------------------------------------- losses
+
+
+@dataclass(frozen=True)
+class LossesConfig:
+    model: str  # as for evaluation
+    output: str  # writes OUTPUT.npy, float32 (checkpoints, rows, tokens), and OUTPUT.json
+    data: str | None = None  # PREFIX; None: what the first model was trained on
+    rows: str = "0:4096"  # of the order that the first model was trained in, first:last+1
+    text: str | None = None  # instead of rows of data: JSON Lines, each document's "text" a row
+    steps: str = "all"
+    batch_tokens: int | None = None  # tokens computed at once
+    tokenizer: str | None = None
+    device: str = "auto"
+
+
+def losses(config):
+    """Write the nats of every token of fixed rows at every checkpoint; goes on if stopped.
+
+    A text's tokens stand behind <|endoftext|>, and behind its last one is NaN. OUTPUT.json says
+    which checkpoint, row and document is where.
+    """
+    processes = Processes(config.device, timeout=timedelta(days=30))
+    entries = find_all(config.model, config.steps)
+    rows, what = loss_rows(config, entries)
+    what["checkpoints"] = [[name, step] for name, step, *_ in entries]
+    results, missing = processes.together(
+        lambda: open_losses(config.output, what, rows), first_alone=True) or (None, None)
+    todo, stride = processes.gather(missing)[0], processes.count
+    n = config.batch_tokens or BATCH_TOKENS[processes.device.type]
+    mine = torch.tensor(rows[processes.rank::stride]).split(max(1, n // rows.shape[1]))
+    for i in tqdm(todo, unit="checkpoint", disable=processes.rank > 0 or None):
+        model = checkpoints.load_model(entries[i][3], processes.device)
+        found = np.concatenate([token_losses(model, some.to(processes.device)) for some in mine])
+        for rank, part in enumerate(_everyone(found)):
+            if processes.rank == 0:
+                results[i, rank::stride] = part
+    if processes.rank == 0:
+        if todo:
+            results.flush()
+            os.replace(f"{config.output}.partial", f"{config.output}.npy")
+        print(f"{config.output}.npy: {len(entries)} checkpoints of {len(rows):,} rows, "
+              f"{len(todo)} done now")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def loss_rows(config, entries):
+    """Return rows of tokens (n, T + 1), -1 behind a text's last, and what they are."""
+    L = min(checkpoints.open_any(folder)[0].seq_length for *_, folder in entries)
+    if config.text:
+        path = checkpoints.folder_tokenizer(entries[0][3], config.tokenizer)
+        tokenizer, documents = load_tokenizer(path), read_jsonl(config.text)
+        encoded = [[ENDOFTEXT] + tokenizer.encode(field(doc, "text")) for doc in documents]
+        longest = max(map(len, encoded))
+        rows = np.array([row + [-1] * (longest - len(row)) for row in encoded])
+        what = {"text": config.text, "documents": [doc.get("id") for doc in documents]}
+    else:
+        order = order_of(config.model.split(",")[0], config.data)
+        data, match = ordered(order), re.fullmatch(r"(\d{1,15}):(\d{1,15})", config.rows)
+        first, last = map(int, match.groups()) if match else (0, 0)
+        if not first < last <= len(data):
+            raise ValueError(f"rows = {config.rows!r}, expected FIRST:LAST+1 within 0:{len(data)}")
+        rows = data.rows(range(first, last)).astype(np.int64)
+        what = {"order": asdict(order), "rows": [first, last]}
+    if not 1 < rows.shape[1] <= L + 1:
+        raise ValueError(f"rows of {rows.shape[1] - 1} tokens, expected 1 to {L}")
+    return rows, what
+
+
+def open_losses(output, what, rows):
+    """Return the array that is being made and the checkpoints it lacks; nothing if all is there."""
+    path, partial = f"{output}.json", f"{output}.partial"
+    if os.path.exists(path) and read_json(path) != what:
+        raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
+    write_json(path, what)
+    if os.path.exists(f"{output}.npy"):
+        return None, []
+    if not os.path.exists(partial):
+        shape = len(what["checkpoints"]), len(rows), rows.shape[1] - 1
+        with replacing(partial) as file:
+            np.save(file, np.full(shape, np.nan, dtype=np.float32))
+    results = np.load(partial, mmap_mode="r+")
+    return results, [i for i, found in enumerate(results)
+                     if not np.isfinite(found[rows[:, 1:] >= 0]).all()]
+
+
+@torch.no_grad()
+def token_losses(model, rows):
+    """Return the nats of all tokens but the first of rows (n, T + 1) as (n, T); NaN for -1."""
+    hidden, targets = model.hidden(rows[:, :-1].clamp(min=0)).flatten(0, 1), rows[:, 1:].flatten()
+    logprobs, _ = _logprobs(model, hidden, np.arange(len(targets)), targets.clamp(min=0).tolist())
+    return np.where((targets >= 0).cpu().numpy(), -logprobs, np.nan).reshape(len(rows), -1)
+
+
+def run_settings(model):
+    """Return the settings of the run that a model's folder is or is of; {} of a published model."""
+    for path in (Path(model) / "config.json", Path(model).absolute().parent / "config.json"):
+        if path.exists() and "batch_size" in (settings := read_json(path)):
+            return settings
+    return {}
+
+
+def order_of(model, data=None):
+    """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
+    settings = run_settings(model)
+    if not (data or settings.get("data")):
+        raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
+                         "trained on")
+    return Order(data or settings["data"], **{name: settings[name] for name in (
+        "steps", "batch_size", "seq_length", "seed") if name in settings})
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["sample"]:
         run(sample, parse(sys.argv[2:], SampleConfig))
     elif sys.argv[1:2] == ["tasks"]:
         run(list_tasks, parse(["--model=", "--tasks=", "--docs=", *sys.argv[2:]], EvalConfig))
+    elif sys.argv[1:2] == ["losses"]:
+        run(losses, parse(sys.argv[2:], LossesConfig))
     else:
         run(main, parse(sys.argv[1:], EvalConfig))

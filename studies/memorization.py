@@ -37,6 +37,14 @@ never trained on. Intervals are over passages: copies of one are not independent
 
 early.csv: of what a checkpoint has memorized, how much has the last one (precision), and how much
 of the last one's had it (recall)? Where there is none to take a share of, the cell is empty.
+
+Does a row's place in training matter for what is learnt of it? Most rows come once and are never
+memorized, so their losses are asked, less those of a run that had them in another order:
+
+    python eval.py losses --model=RUN,OTHER --steps=last --rows=0:4096 --output=OUT/losses
+    python -m studies.memorization position --losses=OUT/losses --model=RUN --reference=OTHER
+
+With --text=PLAN.jsonl, the plan of planted documents (interventions.py), the same of its groups.
 """
 
 import math
@@ -55,7 +63,8 @@ import checkpoints
 from batch_viewer import Provenance
 from config import command, read_json
 from data import Order, load_npy, ordered
-from eval import find_all
+from eval import find_all, order_of, run_settings
+from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes
 from studies.results import (Checkpoints, first_and_last, open_results, permutation_p, regression,
@@ -129,32 +138,16 @@ class Score(Checkpoints):
 
 def training_order(models, data, control=False):
     """Return the one Order that these runs were trained in, Pythia's without a run's config."""
-    orders = {model: order_of(model, data, control) for model in models.split(",")}
-    (first, order), *others = orders.items()
+    (first, order), *others = {model: order_of(model, data) for model in models.split(",")}.items()
     for model, other in others:
         if other != order:
             raise ValueError(f"{first} and {model} were trained in different orders; score each "
                              "into its own --output")
-    return order
-
-
-def order_of(model, data, control):
-    folder = Path(model)
-    path = next((p for p in (folder / "config.json", folder.parent / "config.json")
-                 if p.exists() and "batch_size" in read_json(p)), None)
-    settings = read_json(path) if path else {}
-    if not (data or settings.get("data")):
-        raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
-                         "trained on")
-    if control and (not data or os.path.realpath(data) == os.path.realpath(
-            settings.get("data") or "")):
-        raise ValueError(f"{model}: was trained on {settings.get('data')}; --control needs the "
+    trained_on = run_settings(first).get("data")
+    if control and (not data or os.path.realpath(data) == os.path.realpath(trained_on or "")):
+        raise ValueError(f"{first}: was trained on {trained_on}; --control needs the "
                          "--data=PREFIX of something else")
-    try:
-        return Order(data or settings["data"], **{name: settings[name] for name in (
-            "steps", "batch_size", "seq_length", "seed") if name in settings})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return order
 
 
 def score(options):
@@ -396,6 +389,41 @@ def poisson_tests(counts, window, draws=999):
                       permutation_p(trend, null[:, 1]))}
 
 
+# ---------------------------------------------------------------------------- position
+
+
+@dataclass(frozen=True)
+class Position:
+    losses: str  # OUTPUT of `eval.py losses`, of the run and of the reference
+    model: str  # the run's name there
+    reference: str  # the name of a run that had another order
+    output: str = "position.csv"
+
+
+def position(options):
+    """Test whether the place in training decides what is learnt of a row or planted document."""
+    what, values = read_json(f"{options.losses}.json"), load_npy(f"{options.losses}.npy")
+    last = {name: i for i, (name, _) in enumerate(what["checkpoints"])}
+    if missing := {options.model, options.reference} - last.keys():
+        raise ValueError(f"{options.losses}.json: no {', '.join(missing)} among {', '.join(last)}")
+    gain = np.nanmean(values[last[options.reference]] - values[last[options.model]], axis=1)
+    if "order" in what:
+        place, data = np.arange(*what["rows"]), ordered(Order(**what["order"]))
+        names, codes, _ = describe_rows(data, place, 1)
+        groups = np.array(names)[codes]
+    else:  # the plan of planted documents
+        plan = read_plan(what["text"])
+        place = np.array([np.mean(entry["steps"] or np.nan) for entry in plan])
+        groups = np.array([entry.get("group", "") for entry in plan])
+    tests = [(options.model, options.reference, group, int(mine.sum()), *found)
+             for group in ["all", *np.unique(groups)]
+             for mine in [np.isfinite(place) & ((groups == group) | (group == "all"))]
+             for found in position_test(place[mine], gain[mine])]
+    write_table(options.output, ("model", "reference", "subset", "n", "term", "value", "stderr",
+                                 "p", "permutation_p"), tests)
+    print("nats a token less than the reference's")
+
+
 def position_test(place, values, draws=999):
     """Return [(term, value, stderr, p, permutation p)] of values (n,) on their place in the order.
 
@@ -422,7 +450,8 @@ def position_test(place, values, draws=999):
             for i, name in enumerate(("last minus first", "middle minus ends"))]
 
 
-COMMANDS = {"score": (Score, score), "analyse": (Analyse, analyse)}
+COMMANDS = {"score": (Score, score), "analyse": (Analyse, analyse),
+            "position": (Position, position)}
 
 if __name__ == "__main__":
     command(sys.argv[1:], COMMANDS)

@@ -30,7 +30,7 @@ SEEDS = [("standard_d64", "standard", "d64", 1234),  # the branches' parents; th
          *((f"standard_d64_seed{seed}", "standard", "d64", seed) for seed in (1, 2))]
 SWAPS = {  # intervention: parents. As it was pushed it does nothing, which one seed shows.
     "pronouns_to_feminine": SEEDS, "pronouns_as_pushed": SEEDS[:1]}
-TERMS = (17, 28, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom, small and large ones
+TERMS = (17, 28, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ def term_stages(options):
     out, begin = options.output, options.steps // 2
     ours, theirs = f"--results={out}/answers", f"--results={out}/answers_branches"
     terms = ",".join(map(str, TERMS))
-    asked = ["--tasks=plus", "--shots=0", "--x1=11:100", "--x2=1:11", f"--tokenizer={options.tokenizer}"]
+    asked = ["--tasks=plus", "--shots=0", "--x1=11:100", "--x2=1:11",
+             f"--tokenizer={options.tokenizer}"]
     standard = ",".join(f"{out}/{name}" for name, corpus, *_ in RUNS if corpus == "standard")
     more = {name: f"{out}/terms/{name}_more" for name, *_ in SEEDS}
     branches = ",".join(more.values())

@@ -39,8 +39,8 @@ the log-probability of the right answer (for a number of `12` and of ` 12`, adde
 before. A row of the results is one prompt.
 
 What is counted. COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for
-"17", how many windows of "number near number" it is in (twice if it is in one twice); for "3 1", how
-many rows have term 1 of question 3 and its answer.
+"17", how many windows of "number near number" it is in (twice if it is in one twice); for "3 1",
+how many rows have term 1 of question 3 and its answer.
 
 Windows are those of the paper's code (EleutherAI/pythia,
 case-studies/term_frequency/run_freq_count.py): the text of a row with a space before it; from every

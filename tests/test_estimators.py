@@ -173,7 +173,8 @@ def test_position_by_hand():
         np.array([0.0, 1, 2, 3, 4]), np.array([1.0, 3, 3, 3, 5]))
     assert line == pytest.approx(3.2)  # the slope is 0.8 a place
     stats = pytest.importorskip("scipy.stats")
-    assert hump == pytest.approx(0) and p == pytest.approx(2 * stats.t.sf(line / error, 2), rel=1e-4)
+    assert hump == pytest.approx(0)
+    assert p == pytest.approx(2 * stats.t.sf(line / error, 2), rel=1e-4)
     (_, line, *_), (_, hump, *_) = position_test(np.arange(5.0), -(np.arange(5.0) - 2)**2)
     assert (line, hump) == pytest.approx((0, 4))
     assert position_test(np.arange(3), np.arange(3)) == []

@@ -139,8 +139,8 @@ def test_items_know_their_documents_and_pronouns(tokenizer, docs):
 def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
     """A branch that says "she" 2 nats more, and lets what stands there mean 1 nat less."""
     generator = np.random.RandomState(0)
-    for name, x in (("winogender", generator.choice([-1, 1], 60)), ("heldout", np.tile([-0.5, 0.5], 30)),
-                    ("cost", np.zeros(60))):
+    for name, x in (("winogender", generator.choice([-1, 1], 60)),
+                    ("heldout", np.tile([-0.5, 0.5], 30)), ("cost", np.zeros(60))):
         np.save(tmp_path / f"{name}_items.npy", [np.arange(60) // 3, x])
         for seed in "ab":
             (tmp_path / seed).mkdir(exist_ok=True)
