@@ -157,8 +157,8 @@ def gender(out):
         "With masculine pronouns made feminine in the last 7 % or 21 % of training, bias on "
         "WinoBias and CrowS-Pairs falls, most in the largest models, and LAMBADA hardly suffers.",
         "In the last quarter, against twins of the same checkpoints; pronouns_as_pushed is the "
-        "code as it was pushed to gpt-neox. A model that says “she” more often everywhere is no "
-        "less biased: that is the shift. Heldout context is how much more a place of “she” "
+        "code as it was pushed to gpt-neox. A model that says “she” more often everywhere is "
+        "no less biased: that is the shift. Heldout context is how much more a place of “she” "
         "makes of it than one of “he”: where it falls, context matters less.") + "".join([
             "<h3>Branch minus twin at the end</h3><p>cost is the held-out text's bits per byte, "
             "which grow if the intervention cost something. All p but that of heldout context "
