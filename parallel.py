@@ -255,10 +255,12 @@ class LossScaler:
 
 # ---------------------------------------------------------------------------- what it costs
 
-# Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets.
-GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12,
-             "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "H100 PCIe": 756e12,
-             "H100": 989e12, "H200": 989e12}
+# Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets; where one gives
+# it with sparsity only, half of that.
+GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A100 PCIe": 312e12, "A40": 150e12, "A6000": 155e12,
+             "L4": 121e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
+             "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
+             "H200 NVL": 835e12, "GH200": 990e12, "B200": 2250e12}
 USABLE = 0.92  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragments
 
 
@@ -288,9 +290,17 @@ def peak_flops(device):
     """Return the device's peak in FLOP/s: known for a GPU (else nan), measured once for a CPU."""
     if device.type == "cpu":
         return matmul_flops()
-    name = torch.cuda.get_device_name(device)
-    known = [peak for key, peak in GPU_PEAKS.items() if re.search(rf"\b{key}\b", name)]
-    return known[0] if known else math.nan
+    return gpu_peak(torch.cuda.get_device_name(device))
+
+
+def gpu_peak(name):
+    """Return the peak of a GPU in FLOP/s; nan for one that is not in the table, or a part of one.
+
+    Its name without maker, socket and memory is in the table: "NVIDIA A100-SXM4-80GB" is an A100.
+    """
+    model = re.sub(r"NVIDIA |Tesla |GeForce |RTX (?=A)|[ -](SXM\d|\d+GB?|HBM3e?)\b", "", name)
+    peaks = {key.upper(): peak for key, peak in GPU_PEAKS.items()}
+    return peaks.get(model.replace("-", " ").upper(), math.nan)
 
 
 def matmul_flops():

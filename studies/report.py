@@ -151,7 +151,7 @@ def gender(out):
                    interval(row["difference"], row["low"], row["high"], row["over"]), row["p"],
                    row["items"], row["documents"], row["seeds"])
                   for row in rows if int(row["step"]) == last]
-        parts += [f"<h3>{name} ({count(rows[0]['seeds'], 'seed')})</h3>",
+        parts += [f"<h3>{html.escape(name)} ({count(rows[0]['seeds'], 'seed')})</h3>",
                   image(out / f"{folder.name}.png", name)]
     return beside(
         "With masculine pronouns made feminine in the last 7 % or 21 % of training, bias on "

@@ -28,7 +28,8 @@ from test_train import (assert_same_bits, command, data, losses, odd, parent,  #
                         published, refused, run_here, SCHEMAS, SHAPE, train)
 from train import main, make_optimizer, TrainConfig
 from checkpoints import fill
-from parallel import LaunchConfig, communicate, forget_gradients, parallelize, rehearse
+from parallel import (LaunchConfig, communicate, forget_gradients, gpu_peak, parallelize,
+                      rehearse)
 
 RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
 
@@ -308,6 +309,18 @@ def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, capsys, monk
     printed = capsys.readouterr().out
     assert int(printed.split("--micro_batch_size=")[1].split()[0]) >= sequences
     assert f"on each of {gpus} GPUs: 1024 sequences a step" in printed
+
+
+@pytest.mark.parametrize("name, peak", [  # as torch.cuda.get_device_name has them
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 990),
+    ("NVIDIA GH200 144G HBM3e", 990), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A100-PCIE-40GB", 312), ("Tesla V100-SXM2-16GB", 125),
+    ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
+    ("NVIDIA L40", math.nan), ("NVIDIA GB200", math.nan), ("Tesla V100-PCIE-16GB", math.nan),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan), ("NVIDIA GeForce RTX 4090 D", math.nan)])
+def test_a_gpus_peak_is_its_own_or_unknown(name, peak):
+    assert gpu_peak(name) == pytest.approx(peak * 1e12, nan_ok=True)
 
 
 def test_a_plan_that_fits_nowhere_says_what_to_try(monkeypatch):
