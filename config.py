@@ -25,6 +25,7 @@ import runpy
 import shutil
 import stat
 import sys
+import time
 import types
 import typing
 from contextlib import contextmanager
@@ -159,11 +160,13 @@ def command(argv, commands):
 def fail(message, everywhere=True):
     """End the program with one line on stderr and exit code 2: a mistake the user can mend.
 
-    everywhere: all of torchrun's processes meet this mistake, so the first one speaks for them.
+    everywhere: torchrun's processes usually all meet this mistake, and it ends the others as soon
+    as the first one has spoken. One that lives on after that has met a mistake of its own.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
-    if rank == "0" or not everywhere:
-        print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+    if rank != "0" and everywhere:
+        time.sleep(2)
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
     sys.exit(2)
 
 
