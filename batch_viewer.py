@@ -101,7 +101,7 @@ class Provenance:
         if name in self.inverses:
             return self.inverses[name]
         array = self.data.order[0 if name == "doc" else 2]
-        path = self.data.order_path.replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
+        path = self.data.paths[0].replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
         if not os.path.exists(path):
             if name == "shuffle":
                 inverse = np.empty(len(array), dtype=np.uint32)
@@ -115,7 +115,7 @@ class Provenance:
         some = np.linspace(0, len(inverse) - 1, 300, dtype=np.int64)
         if inverse.size != len(array) or (
                 array[inverse[some].reshape(len(some), -1)] != some[:, None]).any():
-            raise ValueError(f"{path}: does not belong to {self.data.order_path}; delete it to "
+            raise ValueError(f"{path}: does not belong to {self.data.paths[0]}; delete it to "
                              "rebuild")
         self.inverses[name] = inverse
         return inverse

@@ -138,6 +138,10 @@ class TokenFile:
         equal = (some == some[0]).all() and self.n_tokens == len(self) * int(some[0])
         return int(some[0]) if equal else 0
 
+    def paths(self):
+        """Return the files that hold the index and the tokens, in order."""
+        return [f"{self.prefix}.idx", *(path for _, path in sorted(self.shard_paths.items()))]
+
     def require_uint16(self):
         if self.dtype != np.dtype("<u2"):
             raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16 as "
@@ -177,26 +181,25 @@ class TokenFile:
         return np.frombuffer(memory, self.dtype)
 
 
-def fingerprint(prefix):
-    """Return {"documents", "tokens", "sha256"}: equal for equal token files, wherever they lie.
+def fingerprint(paths):
+    """Return the SHA-256 of files in hex: equal for equal files, wherever they lie.
 
-    Under 1 GB every byte of a file counts. Of larger ones 2048 blocks of 4 KB do, spread evenly:
+    Every byte of a file under 1 GB counts. Of larger ones 2048 blocks of 4 KB do, spread evenly:
     they see that a file was replaced, tokenized anew, shifted or cut, not an edit between them.
     (`train.py --check_data=True` reads all of it.)
     """
-    tokens, digest = TokenFile(prefix), hashlib.sha256()
-    paths = [f"{tokens.prefix}.idx", *(path for _, path in sorted(tokens.shard_paths.items()))]
-    n_blocks = 2048 // len(paths) + 1
+    digest, n_blocks = hashlib.sha256(), 2048 // len(paths) + 1
     for path in paths:
         size, length = os.path.getsize(path), 1 << 20
         starts = range(0, size, length)
         if size >= 10**9:
             where = np.arange(n_blocks) + np.random.RandomState(0).rand(n_blocks)
             starts, length = (where / n_blocks * size).astype(np.int64).tolist(), 4096
+        digest.update(size.to_bytes(8, "little"))
         with open(path, "rb", buffering=0) as file:
             for start in starts:
                 digest.update(os.pread(file.fileno(), length, start))
-    return {"documents": len(tokens), "tokens": tokens.n_tokens, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def check_whole(prefix):
@@ -204,8 +207,8 @@ def check_whole(prefix):
     tokens = TokenFile(prefix)
     expected = tokens.notes().get("sha256")
     if not isinstance(expected, dict):
-        raise ValueError(f"{tokens.prefix}.json: no sha256 to compare the data with; `sha256sum -c` "
-                         "checks published files")
+        raise ValueError(f"{tokens.prefix}.json: no sha256 to compare the data with; "
+                         "`sha256sum -c` checks published files")
     for suffix in ("bin", "idx"):
         found = sha256_of(f"{tokens.prefix}.{suffix}")
         if found != expected.get(suffix):
@@ -457,7 +460,7 @@ class OrderedData:
         if not self.preshuffled:
             self.tokens.scattered = True
             self.order = load_order(self.tokens, seq_length, num_samples, seed)
-            self.order_path = order_paths(self.tokens.prefix, seq_length, num_samples, seed)[0]
+            self.paths = order_paths(self.tokens.prefix, seq_length, num_samples, seed)
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
 
     def _row_length(self):
@@ -518,7 +521,7 @@ class OrderedData:
             documents = doc_idx[first:last + 1].tolist()
             sizes = self.tokens.sizes[documents].tolist()
         except (ValueError, IndexError):
-            raise ValueError(f"{self.order_path}: damaged, or one of its two siblings, at row "
+            raise ValueError(f"{self.paths[0]}: damaged, or one of its two siblings, at row "
                              f"{row:,}; delete them to rebuild") from None
         sizes[-1] = stop + 1  # the next sample begins on this one's last token
         pieces = []
@@ -607,8 +610,7 @@ def order(options):
     n_documents = len(data.tokens)
     for line in data.describe():
         print(line)
-    for path in order_paths(data.tokens.prefix, **data.settings):
-        print(path)
+    print(*data.paths, sep="\n")
     if options.report is not None:
         n_rows = options.report * options.batch_size
         if not 0 <= n_rows <= len(data):

@@ -246,26 +246,21 @@ def open_order(prefix, steps, model_config, config, processes, once=False):
 
 
 class Batches:
-    """This process's micro-batches of every step, which an intervention may change."""
+    """This process's micro-batches of every step of `data`, an OrderedData or IntervenedData."""
 
-    def __init__(self, order, model_config, config, launch, processes):
-        self.order, self.vocab_size = order, model_config.vocab_size
+    def __init__(self, data, model_config, config, launch, processes):
+        self.data, self.vocab_size = data, model_config.vocab_size
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
-        # Replayed steps lie before `intervene_from`: their batches come as the parent saw them.
-        self.intervened, self.intervene_from = None, 0
         processes.together(lambda: self.read(0))  # a mistake shows before anything is computed
 
     def read(self, step):
         """Return micro-batches (A, B, T + 1) int64 on the host, and the rows that were changed."""
-        if self.intervened and step >= self.intervene_from:
-            batch, changed = self.intervened.batch(step, **self.share), self.intervened.changed
-        else:
-            batch, changed = self.order.batch(step, **self.share), []
+        batch = self.data.batch(step, **self.share)
         if batch.max() >= self.vocab_size:
-            raise ValueError(f"{self.order.tokens.prefix}: token {batch.max()} in step {step}, "
-                             f"but vocab_size is {self.vocab_size}")
-        return torch.from_numpy(batch), changed
+            raise ValueError(f"token {batch.max()} in step {step} of the data, but vocab_size is "
+                             f"{self.vocab_size}")
+        return torch.from_numpy(batch), getattr(self.data, "changed", [])
 
 
 def find_start(config):
@@ -287,15 +282,18 @@ def find_start(config):
     return config.branch_from, int(step[1])
 
 
-def identity(model_config, config, intervention):
-    """Return what decides a run's numbers: every setting, what the data and the tokenizer hold."""
-    data = {f"data_{name}": value for name, value in fingerprint(config.data).items()}
-    if config.heldout:
-        data["heldout_sha256"] = fingerprint(config.heldout)["sha256"]
+def identity(model_config, config, intervention, order, unseen):
+    """Return what decides a run's numbers: every setting, and what its files hold.
+
+    order: its OrderedData; unseen: those of the held-out batches, or None.
+    """
     load_tokenizer(config.tokenizer)
-    data["tokenizer_sha256"] = sha256_of(config.tokenizer)
-    data["planted_sha256"] = intervention.plan_sha256()
-    return asdict(model_config) | asdict(config) | asdict(intervention) | data
+    return asdict(model_config) | asdict(config) | asdict(intervention) | {
+        "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths()),
+        "order_sha256": None if order.preshuffled else fingerprint(order.paths),
+        "heldout_sha256": unseen and fingerprint(unseen.tokens.paths()),
+        "tokenizer_sha256": sha256_of(config.tokenizer),
+        "planted_sha256": intervention.plan_sha256()}
 
 
 def claim(settings, config, launch, processes):
@@ -312,11 +310,9 @@ def claim(settings, config, launch, processes):
 
     changed = processes.together(claim_alone, first_alone=True)
     # Looked for again behind the lock, when no other launch can save any more.
-    found = processes.gather(processes.together(lambda: find_start(config)))
-    if len(set(found)) > 1:
-        raise ValueError(f"{config.out_dir}: the processes begin from {found}; launch again once "
-                         "every node sees the same disk")
-    return *found[0], changed
+    source, start = processes.together(lambda: find_start(config))
+    processes.agree({"the checkpoint that its disk shows": source})
+    return source, start, changed
 
 
 def restore(training, source, start):
@@ -383,7 +379,7 @@ PATHS = ("data", "heldout", "tokenizer")  # may differ between nodes; what lies 
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate is
 # free: a branch with a lower one is the advice to a run that overflows.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
-          "batch_size", "warmup", "min_lr_ratio", "data_documents", "data_tokens", "data_sha256")
+          "batch_size", "warmup", "min_lr_ratio", "data_tokens", "data_sha256", "order_sha256")
 
 
 def open_run(out_dir, settings):
@@ -600,8 +596,8 @@ def save(training, step, scheduled, log):
     config = training.config
     log.flush()  # raises if one of them was not finite
     if log.processes.any(not training.is_finite()):
-        raise FloatingPointError(f"step {step - 1}: the update made weights or moments that are not "
-                                 f"finite; step{step} was not saved. Branch from an earlier "
+        raise FloatingPointError(f"step {step - 1}: the update left weights or moments that are "
+                                 f"not finite; step{step} was not saved. Branch from an earlier "
                                  "checkpoint with a lower rate")
     log.sync()
     checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
@@ -616,18 +612,20 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     # Data, run folder, checkpoint to begin from: a mistake ends here, before any computing.
     order = open_order(config.data, config.steps, model_config, config, processes)
     batches = Batches(order, model_config, config, launch, processes)
-    heldout = []
+    unseen, heldout = None, []
     if config.heldout:
         unseen = open_order(config.heldout, config.heldout_batches, model_config, config, processes,
                             once=True)
-        unseen = Batches(unseen, model_config, config, launch, processes)
-        heldout = [rows for i in range(config.heldout_batches) for rows in unseen.read(i)[0]]
-    settings = processes.together(lambda: identity(model_config, config, intervention))
+        unread = Batches(unseen, model_config, config, launch, processes)
+        heldout = [rows for i in range(config.heldout_batches) for rows in unread.read(i)[0]]
+    settings = processes.together(
+        lambda: identity(model_config, config, intervention, order, unseen))
     processes.agree({name: value for name, value in settings.items() if name not in PATHS})
     source, start, changed = claim(settings, config, launch, processes)
     if intervention.intervention:
-        batches.intervened = IntervenedData(order, load_tokenizer(config.tokenizer), intervention)
-        batches.intervene_from = start
+        # Steps that are replayed lie before `start`: they come as the parent saw them.
+        late = replace(intervention, intervention_from=max(intervention.intervention_from, start))
+        batches.data = IntervenedData(order, load_tokenizer(config.tokenizer), late)
 
     # Model, optimizer, and what the checkpoint has of them.
     training = Training(model_config, config, launch, processes)
@@ -645,7 +643,8 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     for line in order.describe():
         log.say(line)
     if source and changed:
-        log.say(f"bits can differ from step {start:,} on: since the last launch {', '.join(changed)}")
+        log.say(f"bits can differ from step {start:,} on: since the last launch "
+                f"{', '.join(changed)}")
     schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
     if source is None:
         save(training, 0, True, log)

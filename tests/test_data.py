@@ -53,11 +53,11 @@ GOLDEN = [
 ]
 
 
-def write(prefix, documents):
+def write(prefix, documents, **notes):
     writer = TokenWriter(prefix, "test")
     for document in documents:
         writer.append(document, [len(document)])
-    writer.finish({})
+    writer.finish(notes)
 
 
 def random_documents(sizes, seed=0):
@@ -160,19 +160,19 @@ def test_a_fingerprint_sees_every_token_and_every_document(tmp_path_factory, siz
     folder = tmp_path_factory.mktemp("d")
     documents = random_documents(sizes)
     write(folder / "d", documents)
-    before = fingerprint(folder / "d")
+    before = fingerprint(TokenFile(folder / "d").paths())
     write(folder / "moved", documents)
-    assert fingerprint(folder / "moved") == before
+    assert fingerprint(TokenFile(folder / "moved").paths()) == before
     check_whole(folder / "d")
     raw = bytearray((folder / "d.bin").read_bytes())
     raw[draw.draw(st.integers(0, len(raw) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     (folder / "d.bin").write_bytes(raw)
-    assert fingerprint(folder / "d") != before
+    assert fingerprint(TokenFile(folder / "d").paths()) != before
     with pytest.raises(ValueError, match="d.bin: SHA-256 .* the data changed since"):
         check_whole(folder / "d")
     joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens, cut otherwise
     write(folder / "joined", joined)
-    assert fingerprint(folder / "joined") != before
+    assert fingerprint(TokenFile(folder / "joined").paths()) != before
 
 
 def test_a_large_file_is_known_by_its_blocks(tmp_path):
@@ -184,16 +184,16 @@ def test_a_large_file_is_known_by_its_blocks(tmp_path):
 
     sparse(np.full(300_000, 1_000_000, dtype=np.int32))  # 600 GB
     start = time.perf_counter()
-    before = fingerprint(tmp_path / "d")
+    before = fingerprint(TokenFile(tmp_path / "d").paths())
     assert time.perf_counter() - start < 2
     sparse(np.tile(np.array([999_999, 1_000_001], dtype=np.int32), 150_000))
-    assert fingerprint(tmp_path / "d") != before
+    assert fingerprint(TokenFile(tmp_path / "d").paths()) != before
     sparse(np.full(1000, 600_000, dtype=np.int32))  # 1.2 GB
-    before = fingerprint(tmp_path / "d")
+    before = fingerprint(TokenFile(tmp_path / "d").paths())
     with open(tmp_path / "d.bin", "r+b") as file:  # 1 % of it becomes other text
         file.seek(700 * 10**6)
         file.write(b"x" * 12 * 10**6)
-    assert fingerprint(tmp_path / "d") != before
+    assert fingerprint(TokenFile(tmp_path / "d").paths()) != before
 
 
 def test_another_job_starts_anew(tmp_path):

@@ -45,10 +45,10 @@ def test_ranks_with_other_data_are_refused_and_moved_data_are_not(data, tmp_path
         raw[-2] ^= 1
 
     moved, other = copy_of(data, tmp_path / "a"), copy_of(data, tmp_path / "b", last_token)
-    done = Launched(command(data, tmp_path / "run", steps=1), 2, rank_1=[f"--data={moved}"]).finish()
-    assert done.returncode == 0, done.stderr
-    done = Launched(command(data, tmp_path / "run2", steps=1), 2, rank_1=[f"--data={other}"]).finish()
-    assert done.returncode == 2 and "rank 1: data_sha256 is" in done.stderr
+    first, second = (Launched(command(data, tmp_path / prefix.parent.name / "run", steps=1), 2,
+                              rank_1=[f"--data={prefix}"]).finish() for prefix in (moved, other))
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 2 and "rank 1: data_sha256 is" in second.stderr
 
 
 def flip_one(raw):
@@ -71,6 +71,18 @@ def test_other_data_are_refused(data, begun, tmp_path, edit):
         with pytest.raises(ValueError, match="the data changed since they were tokenized"):
             run_here(other, tmp_path / "new", check_data=True)
     assert saved_steps(begun)[-1] == 8 and not saved_steps(tmp_path / "child")
+
+
+def test_another_order_is_refused(data, begun, tmp_path):
+    """The .npy files may be another program's: their names do not prove what they hold."""
+    moved = copy_of(data, tmp_path / "other")
+    for path in data.parent.glob("*_idx.npy"):
+        array = np.load(path)
+        if "shuffle" in path.name:
+            array[[80, 81]] = array[[81, 80]]
+        np.save(moved.parent / path.name, array)
+    with pytest.raises(ValueError, match="holds another run: order_sha256 was"):
+        run_here(moved, begun)
 
 
 def test_a_run_without_its_config_is_refused(data, begun, tmp_path):
@@ -97,5 +109,5 @@ def test_what_may_change_bits_is_said(data, begun, tmp_path, capsys):
 
 def test_an_update_that_is_not_finite_is_not_saved(data, tmp_path):
     done = train(data, tmp_path, expect=2, learning_rate=3e38, warmup=0)
-    assert "step 0: the update made weights or moments that are not finite" in done.stderr
+    assert "step 0: the update left weights or moments that are not finite" in done.stderr
     assert saved_steps(tmp_path) == [0]
