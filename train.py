@@ -373,9 +373,9 @@ def replay(training, batches, first, source, start, processes, interrupt):
 # ---------------------------------------------------------------------------- what a run leaves
 
 # What may differ when a run goes on: it does not decide what is computed.
-MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_save", "state_every", "stop_at",
-              "heldout", "heldout_sha256", "heldout_every", "heldout_batches", "twin"}
-PATHS = ("data", "heldout", "tokenizer")  # may differ between nodes; what lies there may not
+MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_save", "state_every",
+              "stop_at", "heldout", "heldout_sha256", "heldout_every", "heldout_batches", "twin"}
+PATHS = ("data", "heldout", "tokenizer", "planted")  # may differ between nodes; what lies there may not
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate is
 # free: a branch with a lower one is the advice to a run that overflows.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
