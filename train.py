@@ -375,7 +375,8 @@ def replay(training, batches, first, source, start, processes, interrupt):
 # What may differ when a run goes on: it does not decide what is computed.
 MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_save", "state_every",
               "stop_at", "heldout", "heldout_sha256", "heldout_every", "heldout_batches", "twin"}
-PATHS = ("data", "heldout", "tokenizer", "planted")  # may differ between nodes; what lies there may not
+# What may lie elsewhere on another node, if it holds the same there.
+PATHS = ("data", "heldout", "tokenizer", "planted")
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate is
 # free: a branch with a lower one is the advice to a run that overflows.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
@@ -429,32 +430,23 @@ def note_launch(config, launch, processes):
     if os.path.exists("/proc/cpuinfo"):
         cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tqdm")
-    record = {
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": [sys.executable, *sys.argv], "launch": asdict(launch), "git_commit": commit,
-        "python": platform.python_version(), "system": platform.platform(), "host": platform.node(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "processes": processes.count, "threads": torch.get_num_threads(), "cpu": cpu,
+    decides = asdict(launch) | {name: importlib.metadata.version(name) for name in packages} | {
+        "python": platform.python_version(), "git_commit": commit, "cpu": cpu,
         "gpu": (torch.cuda.get_device_name(processes.device)
-                if processes.device.type == "cuda" else None), "cuda": torch.version.cuda}
+                if processes.device.type == "cuda" else None), "cuda": torch.version.cuda,
+        "processes": processes.count, "threads": torch.get_num_threads()}
     path = Path(config.out_dir) / "launches.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     try:
-        before, now = flat(json.loads(lines[-1])), flat(record)
-        changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items()
-                   if before.get(name) != value]
-    except (IndexError, ValueError, KeyError, TypeError, AttributeError):
+        before = json.loads(path.read_text().splitlines()[-1])
+        changed = [f"{name} {before[name]} -> {value}" for name, value in decides.items()
+                   if before[name] != value and name != "check_data"]
+    except (OSError, IndexError, ValueError, KeyError, TypeError):
         changed = []  # no launch before, or a line that a full disk cut
     with open(path, "a") as file:
-        print(json.dumps(record), file=file)
+        print(json.dumps({"started": datetime.now().astimezone().isoformat(timespec="seconds"),
+                          "command": [sys.executable, *sys.argv], "host": platform.node(),
+                          **decides}), file=file)
     return changed
-
-
-def flat(record):
-    """Return what of a launch's record can change bits, {name: value}."""
-    every = record | record["launch"] | record["packages"]
-    return {name: value for name, value in every.items() if name not in (
-        "started", "command", "launch", "packages", "host", "system", "check_data")}
 
 
 def rows_of(step, config):

@@ -273,7 +273,7 @@ def branch(options):
         if options.checkpoint_every:
             settings["checkpoint_every"] = options.checkpoint_every
         launches = (run / "launches.jsonl").read_text().splitlines()
-        settings |= json.loads(launches[-1])["launch"]
+        settings |= json.loads(launches[-1])
         child = Path(options.output) / f"{run.name}_{options.intervention}"
         done = subprocess.run([
             sys.executable, "train.py",

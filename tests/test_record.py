@@ -136,8 +136,8 @@ def test_without_git_a_run_starts(data, tmp_path, monkeypatch):
 
 def test_the_folder_explains_the_run(parent):
     [launch] = [json.loads(line) for line in (parent / "launches.jsonl").read_text().splitlines()]
-    assert launch["packages"]["torch"] == torch.__version__ and "--steps=12" in launch["command"]
-    assert launch["launch"]["micro_batch_size"] == 4 and launch["processes"] == 1 and launch["cpu"]
+    assert launch["torch"] == torch.__version__ and "--steps=12" in launch["command"]
+    assert launch["micro_batch_size"] == 4 and launch["processes"] == 1 and launch["cpu"]
     assert "step     11/12 | loss" in (parent / "log.txt").read_text()
 
 
