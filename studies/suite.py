@@ -21,8 +21,8 @@ from pathlib import Path
 
 from config import parse, read_json, run, write_json
 
-SIZES = {  # name: layers, width, heads, peak learning rate, minutes on two cores
-    "d32": (2, 32, 4, 5e-3, 1.6), "d64": (3, 64, 4, 5e-3, 2.4), "d128": (4, 128, 8, 3e-3, 4.5)}
+SIZES = {  # name: layers, width, heads, peak learning rate
+    "d32": (2, 32, 4, 5e-3), "d64": (3, 64, 4, 5e-3), "d128": (4, 128, 8, 3e-3)}
 CORPORA = ("standard", "deduped")
 BATCH, LENGTH = 8, 128  # 1024 tokens a step
 RUNS = [(f"{corpus}_{size}", corpus, size, 1234) for size in SIZES for corpus in CORPORA]
@@ -55,7 +55,7 @@ def order_flags(options):
 
 
 def train_command(options, out_dir, corpus, size, seed):
-    L, D, H, rate, _ = SIZES[size]
+    L, D, H, rate = SIZES[size]
     return ["train.py", f"--n_layers={L}", f"--d_model={D}", f"--n_heads={H}",
             f"--learning_rate={rate}", f"--data={options.data}/{corpus}", *order_flags(options),
             f"--micro_batch_size={BATCH}", f"--checkpoint_every={options.steps // 4}",
@@ -64,10 +64,10 @@ def train_command(options, out_dir, corpus, size, seed):
 
 
 def stages(options):
-    """Return [(title, minutes on two cores, command)] of the whole suite."""
+    """Return the commands of the whole suite."""
     return [*corpus_stages(options), *training_stages(options), *memorization_stages(options),
             *gender_stages(options), *term_stages(options),
-            ("report", 0.1, study("report", f"--suite={options.output}"))]
+            study("report", f"--suite={options.output}")]
 
 
 def corpus_stages(options):
@@ -75,31 +75,25 @@ def corpus_stages(options):
     texts = {corpus: f"{data}/{corpus}.jsonl" for corpus in CORPORA} | {
         "heldout": f"{data}/docs/heldout/test.jsonl"}
     return [
-        ("the tokenizer", 0.1, study("corpus", "tokenizer", f"--output={options.tokenizer}")),
-        ("the corpus", 0.3, study("corpus", "suite", f"--output={data}")),
-        ("duplicates", 0.1, ["prepare.py", "dedup", f"--input={data}/standard.jsonl",
-                             f"--output={data}/deduped.jsonl"]),
-        *((f"tokenize {name}", 0.1, ["prepare.py", "tokenize", f"--input={path}",
-                                     f"--output={data}/{name}", tokenizer])
+        study("corpus", "tokenizer", f"--output={options.tokenizer}"),
+        study("corpus", "suite", f"--output={data}"),
+        ["prepare.py", "dedup", f"--input={data}/standard.jsonl", f"--output={data}/deduped.jsonl"],
+        *(["prepare.py", "tokenize", f"--input={path}", f"--output={data}/{name}", tokenizer]
           for name, path in texts.items()),
-        *((f"order {corpus}", 0.1, ["data.py", "order", f"--data={data}/{corpus}",
-                                    *order_flags(options), f"--report={options.steps}"])
-          for corpus in CORPORA)]
+        *(["data.py", "order", f"--data={data}/{corpus}", *order_flags(options),
+           f"--report={options.steps}"] for corpus in CORPORA)]
 
 
 def training_stages(options):
     out, names = options.output, ",".join(f"{options.output}/{name}" for name, *_ in RUNS)
     return [
-        *((f"train {name}", SIZES[size][4] * options.steps / 384,
-           train_command(options, f"{out}/{name}", corpus, size, seed))
+        *(train_command(options, f"{out}/{name}", corpus, size, seed)
           for name, corpus, size, seed in (*RUNS, *SEEDS[1:])),
-        *((f"verify {name}", 0.2, ["verify.py", "verify", f"{out}/{name}"])
-          for name, *_ in (*RUNS, *SEEDS[1:])),
-        ("evaluate", 3, ["eval.py", f"--model={names}", f"--docs={options.data}/docs",
-                         "--tasks=heldout", "--limit=16", f"--output={out}/results.csv",
-                         f"--tokenizer={options.tokenizer}"]),
-        ("curves", 0.1, ["plots.py", "curves", f"--results={out}/results.csv", "--tasks=heldout",
-                         f"--output={out}/curves.png"])]
+        *(["verify.py", "verify", f"{out}/{name}"] for name, *_ in (*RUNS, *SEEDS[1:])),
+        ["eval.py", f"--model={names}", f"--docs={options.data}/docs", "--tasks=heldout",
+         "--limit=16", f"--output={out}/results.csv", f"--tokenizer={options.tokenizer}"],
+        ["plots.py", "curves", f"--results={out}/results.csv", "--tasks=heldout",
+         f"--output={out}/curves.png"]]
 
 
 def memorization_stages(options):
@@ -107,38 +101,38 @@ def memorization_stages(options):
     steps = ",".join(map(str, range(0, options.steps + 1, quarter)))
     names = ",".join(f"{out}/{name}" for name, *_ in RUNS)
     analyse = lambda name, *flags: study(
-        "memorization", "analyse", f"--results={out}/memorization_{name}", "--windows=64",
-        *flags)
+        "memorization", "analyse", f"--results={out}/memorization_{name}", "--window=64", *flags)
+    model, other = (name for name, *_ in SEEDS[:2])
     return [
-        *((f"memorization {name}", 0.4, study(
-            "memorization", "score", f"--model={out}/{name}", f"--steps={steps}",
-            f"--output={out}/memorization_{corpus}")) for name, corpus, *_ in RUNS),
-        ("memorization, control", 0.4, study(
-            "memorization", "score", f"--model={names}", "--steps=last", "--control",
-            f"--data={options.data}/heldout", "--rows=0:256",
-            f"--output={out}/memorization_control")),
-        *((f"memorization, {corpus}", 0.1,
-           analyse(corpus, f"--plot={out}/memorization_{corpus}.png")) for corpus in CORPORA),
-        ("memorization, analyse control", 0.1, analyse("control"))]
+        *(study("memorization", "score", f"--model={out}/{name}", f"--steps={steps}",
+                f"--output={out}/memorization_{corpus}") for name, corpus, *_ in RUNS),
+        study("memorization", "score", f"--model={names}", "--steps=last", "--control",
+              f"--data={options.data}/heldout", "--rows=0:256",
+              f"--output={out}/memorization_control"),
+        *(analyse(corpus, f"--plot={out}/memorization_{corpus}.png") for corpus in CORPORA),
+        analyse("control"),
+        ["eval.py", "losses", f"--model={out}/{model},{out}/{other}", "--steps=last",
+         f"--rows=0:{BATCH * options.steps}", f"--output={out}/losses"],
+        study("memorization", "position", f"--losses={out}/losses", f"--model={model}",
+              f"--reference={other}", f"--output={out}/position.csv")]
 
 
 def gender_stages(options):
     out, begin, every = options.output, options.steps * 3 // 4, options.steps // 16
     folders = {"": f"{options.data}/docs"} | ({"_docs": options.docs} if options.docs else {})
-    # A branch and its twin take a quarter of a run each.
-    minutes = SIZES["d64"][4] * options.steps / 384 / 2
-    return [
-        *((f"branches, {swap}", minutes * len(parents), study(
+    commands = []
+    for swap, parents in SWAPS.items():
+        commands.append(study(
             "gender_bias", "branch", f"--intervention={swap}", f"--checkpoint_every={every}",
             f"--parents={','.join(f'{out}/{name}/step{begin}' for name, *_ in parents)}",
-            f"--output={out}/{swap}")) for swap, parents in SWAPS.items()),
-        *((f"measure {swap}{suffix}", 1.2 * len(parents), study(
-            "gender_bias", "measure", f"--branches={out}/{swap}", f"--docs={docs}",
-            f"--output={out}/gender_{swap}{suffix}", f"--tokenizer={options.tokenizer}"))
-          for swap, parents in SWAPS.items() for suffix, docs in folders.items()),
-        *((f"compare {swap}{suffix}", 0.1, study(
-            "gender_bias", "compare", f"--results={out}/gender_{swap}{suffix}",
-            f"--plot={out}/gender_{swap}{suffix}.png")) for swap in SWAPS for suffix in folders)]
+            f"--output={out}/{swap}"))
+        for suffix, docs in folders.items():
+            results = f"{out}/gender_{swap}{suffix}"
+            commands += [
+                study("gender_bias", "measure", f"--branches={out}/{swap}", f"--docs={docs}",
+                      f"--output={results}", f"--tokenizer={options.tokenizer}"),
+                study("gender_bias", "compare", f"--results={results}", f"--plot={results}.png")]
+    return commands
 
 
 def term_stages(options):
@@ -149,33 +143,26 @@ def term_stages(options):
              f"--tokenizer={options.tokenizer}"]
     standard = ",".join(f"{out}/{name}" for name, corpus, *_ in RUNS if corpus == "standard")
     more = {name: f"{out}/terms/{name}_more" for name, *_ in SEEDS}
-    branches = ",".join(more.values())
     # The number alone would also find sums that it is the answer of, or the second operand.
     phrases = ",".join(f"What is {term} plus" for term in TERMS)
     return [
-        ("count numbers", 0.3, study(
-            "term_frequency", "count", f"--data={options.data}/standard", *order_flags(options),
-            f"--at={begin},{options.steps}", f"--output={out}/counts",
-            f"--tokenizer={options.tokenizer}")),
-        *((f"branch {name}, more of {terms}", SIZES[size][4] * options.steps / 384, [
-            *train_command(options, more[name], corpus, size, seed), "--twin=True",
-            f"--branch_from={out}/{name}/step{begin}", "--intervention=term_duplicate",
-            f"--intervention_from={begin}", f"--terms={phrases}", "--copies=3"])
+        study("term_frequency", "count", f"--data={options.data}/standard", *order_flags(options),
+              f"--at={begin},{options.steps}", f"--output={out}/counts",
+              f"--tokenizer={options.tokenizer}"),
+        *([*train_command(options, more[name], corpus, size, seed), "--twin=True",
+           f"--branch_from={out}/{name}/step{begin}", "--intervention=term_duplicate",
+           f"--intervention_from={begin}", f"--terms={phrases}", "--copies=3"]
           for name, corpus, size, seed in SEEDS),
-        ("ask sums", 4, study("term_frequency", "evaluate", f"--model={standard}",
-                              f"--steps={begin},{options.steps}", ours, *asked)),
-        ("ask the branches sums", 3, study(
-            "term_frequency", "evaluate",
-            f"--model={','.join(f'{path},{path}_twin' for path in more.values())}", "--steps=last",
-            theirs, *asked)),
-        ("terms, frequency", 0.1, study(
-            "term_frequency", "analyse", f"--counts={out}/counts", ours,
-            f"--output={out}/terms")),
-        ("terms, experiment", 0.1, study("term_frequency", "compare", f"--branch={branches}",
-                                         f"--terms={terms}", theirs,
-                                         f"--output={out}/terms_compare.csv")),
-        ("terms, figure", 0.1, ["plots.py", "term_frequency", f"--bins={out}/terms_bins.csv",
-                                     "--model=standard_d128", f"--output={out}/terms.png"])]
+        study("term_frequency", "evaluate", f"--model={standard}",
+              f"--steps={begin},{options.steps}", ours, *asked),
+        study("term_frequency", "evaluate",
+              f"--model={','.join(f'{path},{path}_twin' for path in more.values())}",
+              "--steps=last", theirs, *asked),
+        study("term_frequency", "analyse", f"--counts={out}/counts", ours, f"--output={out}/terms"),
+        study("term_frequency", "compare", f"--branch={','.join(more.values())}",
+              f"--terms={terms}", theirs, f"--output={out}/terms_compare.csv"),
+        ["plots.py", "term_frequency", f"--bins={out}/terms_bins.csv", "--model=standard_d128",
+         f"--output={out}/terms.png"]]
 
 
 def main(options):
@@ -183,18 +170,13 @@ def main(options):
         raise ValueError(f"docs = {options.docs}: not a folder")
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    path = output / "done.json"
+    path, todo = output / "done.json", stages(options)
     done = read_json(path) if path.exists() else {}
-    todo = stages(options)
-    began, worked = time.monotonic(), 0.0
-    for i, (title, minutes, arguments) in enumerate(todo, 1):
+    for i, arguments in enumerate(todo, 1):
         line = shlex.join(arguments)
-        if line in done and title != "report":
+        if line in done and i < len(todo):  # the report is always made anew
             continue
-        left = sum(m for _, m, a in todo[i - 1:] if shlex.join(a) not in done)
-        pace = (time.monotonic() - began) / 60 / worked if worked > 1 else 1.0
-        print(f"[{i}/{len(todo)}] {title}: about {left * pace:.0f} min left\n    python {line}",
-              flush=True)
+        print(f"[{i}/{len(todo)}] python {line}", flush=True)
         start = time.monotonic()
         with open(output / "log.txt", "a") as log:
             print(f"\n$ python {line}", file=log, flush=True)
@@ -202,9 +184,8 @@ def main(options):
                                   stderr=subprocess.STDOUT).returncode
         if code:
             last = (output / "log.txt").read_text(errors="replace").strip().splitlines()[-1]
-            raise ValueError(f"{title} ended with exit code {code}: {last} (all of it: "
+            raise ValueError(f"python {line} ended with exit code {code}: {last} (all of it: "
                              f"{output}/log.txt); the same command goes on from here")
-        worked += minutes
         done[line] = round(time.monotonic() - start, 1)
         write_json(path, done)
     print(f"{output}/report.html")

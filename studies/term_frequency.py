@@ -3,73 +3,51 @@
 Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1, and on TriviaQA, against
 how often x1, or question and answer together, stood in the training data so far. They find the
 correlation from 2.8B parameters and about step 65,000 on, hardly any arithmetic up to 1B, and a gap
-between frequent and rare operands that grows with training. That is an observation; `compare` is
-the experiment.
+between frequent and rare operands that grows with training. With the paper's models and data:
 
-    python -m studies.term_frequency count --data=PREFIX ORDER --output=counts \\
-        --questions=QUESTIONS
-    python -m studies.term_frequency evaluate --model=RUN --steps=all --tasks=times,plus \\
-        --results=answers
-    python -m studies.term_frequency evaluate --model=RUN --tasks=triviaqa --shots=4 \\
-        --questions=QUESTIONS
-    python -m studies.term_frequency analyse --counts=counts --results=answers --output=terms
+    python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
+        --questions=QUESTIONS --at=13000,39000,65000,91000,117000,143000
+    python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 --results=R
+    python -m studies.term_frequency evaluate --model=... --tasks=triviaqa --shots=4 \\
+        --questions=QUESTIONS --results=R
+    python -m studies.term_frequency analyse --counts=counts --results=R --output=terms
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
-ORDER: --steps, --batch_size, --seq_length and --seed as in RUN/config.json; the defaults are
-Pythia's. `analyse` refuses counts of another number of tokens a step, but cannot see another seed.
-
-The experiment: two branches of one checkpoint, of which one sees the rows with some terms more
-often, for each of several seeds. A row has a term where it stands as a whole word, in an answer
-too: a phrase says that the operand is meant.
+For a run of ours `count` takes --steps, --batch_size, --seq_length and --seed of its config.json.
+That is an observation. The experiment: two branches of one checkpoint, of which one sees some sums
+more often, for each of several seeds. They are planted whole (interventions.py), or rows that have
+a term as a whole word come more often:
 
     python train.py configs/mini.py --branch_from=RUN/step256 --out_dir=MORE --twin=True \\
         --intervention=term_duplicate --copies=4 --terms="What is 24 plus,What is 37 plus"
-    python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=answers
-    python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=answers
+    python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=R
+    python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=R
 
 What is asked. Arithmetic: `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50,
 behind k shots `Q:What is 3 times 4? A:12` with a blank line after each. They come from the 4,950
 problems with another x1, as lm-eval 0.3 drew them: for every x1 a random.Random(42) shuffles the 50
 prompts, then draws k + 1 for each of them, of which the first k are taken. A corpus of its own has
-its own operands: ask the ones that it was made of (--x1, --x2). TriviaQA: `Q:{question} A:`, its
-shots `Q:... A: answer`. Right is, as in the paper's code, if the first run of one to five digits in
-at most 16 greedy tokens, up to a newline, is the answer; for TriviaQA, if at most 32 tokens without
-case, punctuation and articles are an accepted answer. That leaps from nothing to something late;
-the log-probability of the right answer (for a number of `12` and of ` 12`, added) moves long
-before. A row of the results is one prompt.
+its own operands: ask those (--x1, --x2). TriviaQA: `Q:{question} A:`, its shots `Q:... A: answer`.
+Right is, as in the paper's code, if the first run of one to five digits in at most 16 greedy
+tokens, up to a newline, is the answer; for TriviaQA, if at most 32 tokens without case, punctuation
+and articles are an accepted answer. That leaps from nothing to something late; the log-probability
+of the right answer (for a number of `12` and of ` 12`, added) moves long before.
 
 What is counted. COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for
 "17", how many windows of "number near number" it is in (twice if it is in one twice); for "3 1",
-how many rows have term 1 of question 3 and its answer.
-
-Windows are those of the paper's code (EleutherAI/pythia,
-case-studies/term_frequency/run_freq_count.py): the text of a row with a space before it; from every
-space, a number of one to five digits, a space, one to three words of letters, digits, underscores
-and ASCII signs with white space behind each (as many as possible), and again up to five digits. All
-numbers inside count, those within words too. The paper's frequency of x is NEAR, so a number counts
-only with another one near it. The text is that of transformers' decode at the time, which spelled
-<|endoftext|> out and took the space before . ? ! , and some apostrophes away.
-
-Salient terms: Kandpal et al. 2023 (arXiv 2211.08411), whom the paper follows, link entities in
-questions, answers and documents with a model, and call a document relevant if the question's
-salient entity and the answer's are both in it; salient is the entity that is most often with the
-answer. Here a term is plain words, compared without case and signs, the documents are rows of the
-training order, as in the paper, and the salient term is chosen in the same way, after counting.
+how many rows have term 1 of question 3 and its answer. Windows are those of the paper's code
+(EleutherAI/pythia, case-studies/term_frequency/run_freq_count.py): the text of a row with a space
+before it; from every space, a number of one to five digits, a space, one to three words of letters,
+digits, underscores and ASCII signs with white space behind each (as many as possible), and again up
+to five digits. All numbers inside count, those within words too. The text is that of transformers'
+decode at the time, which spelled <|endoftext|> out and took the space before . ? ! , and some
+apostrophes away. Salient terms are those of Kandpal et al. 2023 (arXiv 2211.08411), but plain words
+without case instead of linked entities: the one that is most often in a row with the answer.
 
 The primary outcome is the slope: nats of the right answer per doubling of (1 + the count); the gap,
 the most frequent tenth of the terms minus the rarest, is the paper's. Intervals are over terms,
-which are what is treated, not prompts; those of `compare` over seeds too if --branch names several.
-Of one run or pair they do not tell what another seed would have done. Read correlations with care:
-small numbers are frequent, and their answers short and easy; the log-probability of an answer to
-TriviaQA depends on its length; terms are compared without case, so the month of May is often "may".
-
-The published models and data (the paper's: deduplicated, steps 13000, 39000, ..., 143000):
-
-    python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
-        --questions=QUESTIONS \\
-        --at=13000,26000,39000,52000,65000,78000,91000,104000,117000,130000,143000
-    python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 \\
-        --results=answers
+which are what is treated, and in `compare` over seeds. Read correlations with care: small numbers
+are frequent, and their answers short and easy; the month of May is often "may".
 
 Cost: a row of 2049 tokens takes 0.45 ms of a core, 1.55 ms with 2,000 questions, so the 146,432,000
 rows 18 or 63 core hours. A checkpoint answers 50,000 arithmetic prompts of 89 tokens on average. A
@@ -566,9 +544,8 @@ def gap(means):
 @dataclass(frozen=True)
 class Compare:
     branch: str  # runs that saw the terms more (or less) often; each beside its BRANCH_twin
-    terms: str  # numbers or words; the branches' own --terms may be phrases around them
+    terms: str  # operands, or ids of questions
     results: str = "term_frequency"  # folder of `evaluate`, all models
-    questions: str = ""  # for triviaqa: its questions, to know which have a term
     output: str = "term_compare.csv"
 
 
@@ -577,7 +554,7 @@ COMPARED = ("model", *WHERE[1:], "terms", "seeds", "n", "difference", "low", "hi
 
 def compare(options):
     """Compare branches with their control twins: chosen terms, other terms, the difference."""
-    groups, chosen = grouped(options.results), terms_of(options)
+    groups, chosen = grouped(options.results), set(options.terms.split(","))
     branches = [Path(path).name for path in options.branch.split(",")]
     pairs, rows = [(branch, f"{branch}_twin") for branch in branches], []
     over = "terms and seeds" if len(branches) > 1 else "terms of one pair"
@@ -606,16 +583,6 @@ def compare(options):
                          f"{', '.join(sorted({key[0] for key in groups}))}")
     write_table(options.output, COMPARED, rows)
     print("log-probability of the right answer, branch minus twin, nats")
-
-
-def terms_of(options):
-    """Return the chosen terms, and the ids of questions that have one in their text or answers."""
-    chosen = set(options.terms.split(","))
-    wanted = [f" {words_of(term)} " for term in chosen]
-    for question in read_questions(options.questions) if options.questions else ():
-        texts = " . ".join(map(words_of, (question.text, question.value, *question.aliases)))
-        chosen |= {question.id for term in wanted if term in f" {texts} "}
-    return chosen
 
 
 def by_term_difference(branch, twin):
