@@ -22,7 +22,7 @@ from config import command, read_json, replacing
 from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, batch_rows, load_npy,
                   order_paths, ordered)
 from interventions import IntervenedData, InterventionConfig
-from prepare import in_workers
+from prepare import in_workers, serve_parent
 from tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------- where it comes from
@@ -354,6 +354,7 @@ def search(prefix, n_tokens, pattern, workers, block=1 << 22):
 
 def _start_searching(prefix, pattern):
     global _tokens, _pattern
+    serve_parent()
     _tokens, _pattern = TokenFile(prefix), pattern
 
 

@@ -28,7 +28,6 @@ import math
 import mmap
 import os
 import re
-import shutil
 import sys
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -229,12 +228,14 @@ class TokenWriter:
     """
 
     PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
+    NAMES = re.compile(r"bin|sizes|documents|idx|lock|progress\.json(\.\d+\.tmp)?")
 
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
-        if not os.path.basename(self.prefix):
+        if not os.path.basename(self.prefix) or self.prefix.endswith((".bin", ".idx")):
             raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a "
-                             "folder")
+                             "folder or one of them")
+        self._refuse_strangers()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / "lock", f"{self.folder}: another process is writing there")
         self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
@@ -248,6 +249,28 @@ class TokenWriter:
         self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
         for name, file in self.files.items():
             file.truncate(state["bytes"][name])
+
+    def _refuse_strangers(self):
+        """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
+        names = sorted(os.listdir(self.folder)) if os.path.lexists(self.folder) else []
+        if names and not ("lock" in names and all(map(self.NAMES.fullmatch, names))):
+            raise ValueError(f"{self.folder}: holds {', '.join(names[:3])}, not an unfinished job; "
+                             "move it away or name another output")
+        notes = read_json(f"{self.prefix}.json") if os.path.exists(f"{self.prefix}.json") else {}
+        if "progress.json" in names or {"documents", "tokens"} <= notes.keys():
+            return
+        for suffix in (".json", ".bin", ".idx", "_documents.npy"):
+            if os.path.lexists(f"{self.prefix}{suffix}"):
+                raise ValueError(f"{self.prefix}{suffix}: there already, and not written by this "
+                                 "command; name another output")
+
+    def _clear(self):
+        """Delete what TokenWriters leave in the folder, and the folder if nothing else is there."""
+        for path in self.folder.iterdir():
+            if self.NAMES.fullmatch(path.name):
+                path.unlink()
+        if not os.listdir(self.folder):
+            self.folder.rmdir()
 
     def _committed(self):
         """Return what the last commit of this very job noted, None if all of it is not there."""
@@ -284,7 +307,7 @@ class TokenWriter:
         self.commit(self.position)
         sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
         if not len(sizes):
-            shutil.rmtree(self.folder)
+            self._clear()
             raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
         summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
         with open(self.folder / "idx", "wb") as file:
@@ -302,7 +325,7 @@ class TokenWriter:
         write_json(f"{self.prefix}.json", summary)
         os.replace(self.folder / "bin", f"{self.prefix}.bin")
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
-        shutil.rmtree(self.folder)
+        self._clear()
         self.close()
         return summary
 

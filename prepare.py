@@ -5,10 +5,9 @@
     python prepare.py shuffle  --data=data/train --output=data/preshuffled --steps=143000
 
 Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that
-was killed goes on from its last commit, and a file that exists is complete. `dedup` removes equal
-documents and nearly equal ones by MinHash at Jaccard 0.87, as the deduplicated Pile. It works on
-one machine and in memory, about 1 kB a document that stays; for more see datatrove's MinHash, whose
-.jsonl.gz are an --input of `tokenize`.
+was killed goes on from its last commit. `dedup` removes equal documents and nearly equal ones by
+MinHash at Jaccard 0.87, as the deduplicated Pile. It works in memory, about 1 kB a document that
+stays; for more see datatrove's MinHash, whose .jsonl.gz are an --input of `tokenize`.
 """
 
 import csv
@@ -22,10 +21,9 @@ import sys
 import threading
 import time
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
-from glob import glob
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,150 +31,132 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import check, command, replacing
-from data import PROVENANCE, Order, OrderedData, TokenWriter, ordered
-from tokenizer import ENDOFTEXT, Tokenizer, load_tokenizer
+from config import check, command, file_size, replacing
+from data import PROVENANCE, Order, TokenWriter, fingerprint, ordered
+from tokenizer import ENDOFTEXT, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+LONGEST = 64 << 20  # bytes of a line or a .txt file; a single word of so many takes 3.5 GB
 
 # ---------------------------------------------------------------------------- reading text
 
 
 def input_files(spec):
-    """Return the files that comma-separated files, folders and globs name, in a fixed order."""
-    paths = []
+    """Return the files that comma-separated files, folders and globs name, each once, in order."""
+    paths = {}
     for item in spec.split(","):
+        path = Path(item)
         if os.path.isdir(item):
-            found = sorted(str(path) for path in Path(item).rglob("*")
-                           if path.name.endswith(SUFFIXES))
+            found = sorted(str(file) for file in path.rglob("*")
+                           if file.name.endswith(SUFFIXES) and not file.is_dir())
         elif os.path.exists(item) or not any(c in item for c in "*?["):
             found = [item]
-        else:
-            found = sorted(glob(item, recursive=True))
+        else:  # pathlib's ** follows no links, which may form circles
+            found = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
         if not found:
             raise ValueError(f"{item}: no {', '.join(SUFFIXES)} files there")
-        paths += found
-    for path in paths:
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-        os.stat(path)  # raises now if a file is missing, not hours later
-    return paths
+        for path in found:
+            if not path.endswith(SUFFIXES):
+                raise ValueError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
+            file_size(path)  # raises now if it is missing or no file, not hours later
+            paths.setdefault(os.path.realpath(path), path)
+    return list(paths.values())
 
 
-def open_text(path):
-    """Return (stream of uncompressed bytes, the underlying file, whose tell() is the progress)."""
-    raw = open(path, "rb")
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw), raw
-    if path.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(
-                f"{path}: reading .zst needs zstandard: pip install zstandard") from None
-        return io.BufferedReader(_ZstdStream(raw, zstandard)), raw
-    return raw, raw
-
-
-class _ZstdStream(io.RawIOBase):
-    """Frames of zstandard, one after the other; unlike its own reader, it tells a file cut off."""
-
-    def __init__(self, raw, zstandard):
-        self.raw, self.zstandard, self.frame, self.ready = raw, zstandard, None, b""
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self.ready:
-            block = self.frame.unused_data if self.frame and self.frame.eof else b""
-            block = block or self.raw.read(1 << 17)
-            if not block:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the last frame is incomplete")
-                return 0
-            if not self.frame or self.frame.eof:
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+def pieces(path, raw, skip):
+    """Yield an open file's uncompressed bytes, without the first `skip`, in bounded pieces."""
+    if not path.endswith(".zst"):
+        stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+        stream.seek(skip)
+        yield from iter(lambda: stream.read(1 << 20), b"")
+        return
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+    frame = None
+    while block := raw.read(1 << 10):  # of zeros, 1 kB holds 32 MB
+        while block:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
             try:
-                self.ready = self.frame.decompress(block)
-            except self.zstandard.ZstdError as error:
+                piece = frame.decompress(block)
+            except zstandard.ZstdError as error:
                 raise EOFError(error) from None
-        n = min(len(buffer), len(self.ready))
-        buffer[:n], self.ready = self.ready[:n], self.ready[n:]
-        return n
+            yield piece[skip:]
+            skip, block = max(0, skip - len(piece)), frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame:
+        raise EOFError("the last frame is incomplete")
 
 
-def chunks(paths, position=None, size=1 << 20):
-    """Yield (chunk, position after it, compressed bytes read) of whole lines, about `size` bytes.
+def blocks(pieces, size):
+    """Join pieces into blocks of whole lines, of `size` bytes or more."""
+    block = bytearray()
+    for piece in pieces:
+        end = piece.rfind(b"\n") + 1
+        if end and len(block) + end >= size:
+            yield bytes(block + piece[:end])
+            block = bytearray(piece[end:])
+        else:
+            block += piece
+        if len(block) > LONGEST:
+            break
+    if block:
+        yield bytes(block)
 
-    chunk: (file number, path, number of its first line, bytes). position: [file number, offset in
-    the uncompressed text, line number] to go on from. A .txt file is one chunk and one document.
+
+def chunks(paths, position=(0, 0, 1), size=1 << 19):
+    """Yield (chunk, position after it, compressed bytes read) of whole lines, `size` bytes or more.
+
+    chunk: (file number, path, number of its first line, bytes). position: (file number, offset in
+    the uncompressed text, line number) to go on from. A .txt file is one chunk and one document.
     """
-    first, offset, line = position or [0, 0, 1]
-    for number in range(first, len(paths)):
-        path = paths[number]
-        stream, raw = open_text(path)
+    first, offset, line = position
+    read = sum(map(os.path.getsize, paths[:first]))
+    for number, path in enumerate(paths[first:], first):
+        least = LONGEST + 1 if path.endswith(".txt") else size
         try:
-            with raw, stream:
-                if stream is raw:
-                    raw.seek(offset)
-                else:
-                    read_up_to(stream, offset, size)
-                before = raw.tell() if offset else 0
-                while True:
-                    whole = path.endswith(".txt")
-                    block = stream.read() if whole else stream.read(size) + stream.readline()
-                    if not block:
-                        break
-                    chunk = (number, path, line, block)
+            with open(path, "rb") as raw:
+                for block in blocks(pieces(path, raw, offset), least):
+                    if len(block) > LONGEST:
+                        raise ValueError(f"{path}: a document of over {LONGEST >> 20} MiB at line "
+                                         f"{line} or behind; cut it into several")
+                    chunk = number, path, line, block
                     offset, line = offset + len(block), line + block.count(b"\n")
-                    advance, before = raw.tell() - before, raw.tell()
-                    yield chunk, [number, offset, line], advance
+                    yield chunk, (number, offset, line), read + raw.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: damaged or cut off near line {line} ({error})") from None
-        offset, line = 0, 1
+        read, offset, line = read + os.path.getsize(path), 0, 1
 
 
-def read_up_to(stream, offset, size):
-    """Read a compressed stream again up to where a job goes on."""
-    while offset:
-        skipped = len(stream.read(min(offset, size)))
-        if not skipped:
-            raise EOFError("shorter than when it was read before")
-        offset -= skipped
-
-
-def documents(chunk, on_malformed):
-    """Yield (line number, record with a string "text") of a chunk; tell on_malformed(message) of
-    bad lines.
-    """
+def documents(chunk):
+    """Yield (line number, record with a string "text" or None, what is wrong) of a chunk."""
     _, path, first, block = chunk
     is_text = path.endswith(".txt")
-    lines = [block] if is_text else block.split(b"\n")
-    for number, line in enumerate(lines, first):
+    for number, line in enumerate([block] if is_text else block.split(b"\n"), first):
         if not is_text and not line.strip():
             continue
-        where = path if is_text else f"{path}, line {number}"
+        record, problem = None, 'expected an object with a string "text"'
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf8")
             record = {"text": text} if is_text else json.loads(text)
-        except UnicodeDecodeError as error:
-            on_malformed(f"{where}: not UTF-8 ({error.reason} at byte {error.start})")
-            continue
+            if isinstance(record, dict) and isinstance(record.get("text"), str):
+                record["text"].encode()  # a lone surrogate, which JSON can name, is no text
+                problem = None
+        except UnicodeError as error:
+            problem = f"not UTF-8 ({error.reason} at {error.start})"
         except (ValueError, RecursionError) as error:
-            on_malformed(f"{where}: not JSON ({error})")
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            on_malformed(f'{where}: expected an object with a string "text"')
-            continue
-        yield number, record
+            problem = f"not JSON ({error})"
+        where = path if is_text else f"{path}, line {number}"
+        yield number, record, problem and f"{where}: {problem}"
 
 
 def subset_name(record):
     """Return a record's pile_set_name, where the Pile ("meta"), datatrove ("metadata") puts it."""
     meta = record.get("meta") or record.get("metadata")
     name = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    return name if isinstance(name, str) else "unnamed"
+    return name if isinstance(name, str) and name.isprintable() else "unnamed"
 
 
 # ---------------------------------------------------------------------------- worker processes
@@ -185,8 +165,8 @@ def subset_name(record):
 def in_workers(function, tasks, workers, start, *arguments):
     """Yield function(*task) of each task, in order, from `workers` processes (0: one a core).
 
-    start(*arguments) is called first in every process. They run ahead by a bounded number of tasks.
-    With one worker all of it happens in this process.
+    start(*arguments) is called first in each, and calls serve_parent. They run ahead by a bounded
+    number of tasks. One worker is this process.
     """
     workers = workers or os.cpu_count()
     if workers == 1:
@@ -194,7 +174,7 @@ def in_workers(function, tasks, workers, start, *arguments):
         for task in tasks:
             yield function(*task)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (start, arguments))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), start, arguments)
     waiting = deque()
     try:
         for task in tasks:
@@ -203,26 +183,22 @@ def in_workers(function, tasks, workers, start, *arguments):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenExecutor:
+        raise ValueError("a worker process was killed: fewer --workers take less memory") from None
     finally:
         # Wait for the tasks at work. If Python exits before them, it can write to a closed pipe.
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(start, arguments):
-    serve_parent()
-    start(*arguments)
-
-
 def serve_parent():
     """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
+    def end_with(parent):
+        wait([parent.sentinel])
+        os._exit(1)
+
     if parent_process():  # otherwise this process is alone
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-
-
-def _end_with(parent):
-    wait([parent.sentinel])
-    os._exit(1)
+        threading.Thread(target=end_with, args=(parent_process(),), daemon=True).start()
 
 
 # ---------------------------------------------------------------------------- tokenize
@@ -238,9 +214,6 @@ class Tokenize:
     skip_malformed: bool = False  # count and skip bad lines instead of stopping at the first
     workers: int = 0  # processes; 0: one a core
 
-    def __post_init__(self):
-        check(self, "0 or more", lambda value: value >= 0, "workers")
-
 
 def tokenize(options):
     """Turn text into a token file, a sequence a document, in order; same bytes for any workers."""
@@ -249,29 +222,24 @@ def tokenize(options):
     stats = [os.stat(path) for path in paths]
     writer = TokenWriter(options.output, {
         "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
-        "tokenizer": hashlib.sha256(Path(options.tokenizer).read_bytes()).hexdigest(),
         "append_eod": options.append_eod})
-    done = writer.position or {"at": None, "read": 0, "subsets": [], "empty": 0, "malformed": 0}
+    done = writer.position or {"at": (0, 0, 1), "subsets": [], "empty": 0, "malformed": 0}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
     last_commit = time.monotonic()
-    tasks = ((chunk, at, advance, options.append_eod)
-             for chunk, at, advance in chunks(paths, done["at"]))
-    with tqdm(total=sum(stat.st_size for stat in stats), initial=done["read"], unit="B",
-              unit_scale=True, disable=None) as bar:
+    tasks = ((*task, options.append_eod) for task in chunks(paths, done["at"]))
+    with tqdm(total=sum(stat.st_size for stat in stats), unit="B", unit_scale=True,
+              disable=None) as bar:
         for part in in_workers(encode_chunk, tasks, options.workers, _load, options.tokenizer):
-            if part["malformed"] and not options.skip_malformed:
+            at, read, (tokens, sizes, provenance), names, empty, malformed = part
+            if malformed and not options.skip_malformed:
                 writer.commit(done)
-                raise ValueError(f"{part['malformed'][0]} (mend it, or pass --skip_malformed=True; "
-                                 f"what was done before it is kept in {writer.folder})")
-            provenance = np.empty(len(part["sizes"]), dtype=PROVENANCE)
-            provenance["file"], provenance["line"] = part["file"], part["lines"]
-            provenance["subset"] = [subsets.setdefault(name, len(subsets))
-                                    for name in part["names"]]
-            writer.append(part["tokens"], part["sizes"], provenance)
-            done = {"at": part["at"], "read": done["read"] + part["advance"],
-                    "subsets": list(subsets), "empty": done["empty"] + part["empty"],
-                    "malformed": done["malformed"] + len(part["malformed"])}
-            bar.update(part["advance"])
+                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True; what "
+                                 f"was done before it is kept in {writer.folder})")
+            provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
+            writer.append(tokens, sizes, provenance)
+            done = {"at": at, "subsets": list(subsets), "empty": done["empty"] + empty,
+                    "malformed": done["malformed"] + len(malformed)}
+            bar.update(read - bar.n)
             if time.monotonic() - last_commit > 5:
                 writer.commit(done)
                 last_commit = time.monotonic()
@@ -286,33 +254,27 @@ def tokenize(options):
 
 def _load(path):
     global _tokenizer  # one a process: a Tokenizer cannot be sent between processes
-    _tokenizer = Tokenizer(path)
+    serve_parent()
+    _tokenizer = load_tokenizer(path)
 
 
-def encode_chunk(chunk, at, advance, append_eod):
-    """Return a chunk's tokens (uint16) and, of each document, size, line and subset's name.
-
-    Also how many documents were empty, a message for each malformed line, and what tells where in
-    the input the chunk ends.
-    """
+def encode_chunk(chunk, at, read, append_eod):
+    """Return the `part` that `tokenize` writes of a chunk."""
     end = [ENDOFTEXT] if append_eod else []
-    tokens, lines, names, malformed, empty = [], [], [], [], 0
-    for line, record in documents(chunk, malformed.append):
-        try:
-            ids = _tokenizer.encode_array(record["text"])
-        except ValueError as error:  # a million blanks in a row are too many for tiktoken's pattern
-            malformed.append(f"{chunk[1]}, line {line}: cannot be tokenized ({error})")
-            continue
-        if not len(ids):
+    tokens, places, names, malformed, empty = [], [], [], [], 0
+    for line, record, problem in documents(chunk):
+        ids = [] if problem else _tokenizer.encode_array(record["text"])
+        if problem:
+            malformed.append(problem)
+        elif len(ids):
+            tokens.append(np.concatenate((ids, end)).astype(np.uint16))
+            places.append((chunk[0], line, 0))
+            names.append(subset_name(record))
+        else:
             empty += 1
-            continue
-        tokens.append(np.concatenate((ids, end)).astype(np.uint16))
-        lines.append(line)
-        names.append(subset_name(record))
-    return {"tokens": np.concatenate(tokens) if tokens else np.empty(0, np.uint16),
-            "sizes": np.array([len(ids) for ids in tokens], dtype=np.int32), "lines": lines,
-            "names": names, "empty": empty, "malformed": malformed,
-            "file": chunk[0], "at": at, "advance": advance}
+    arrays = (np.concatenate([np.empty(0, np.uint16), *tokens]), list(map(len, tokens)),
+              np.array(places, dtype=PROVENANCE))
+    return at, read, arrays, names, empty, malformed
 
 
 # ---------------------------------------------------------------------------- shuffle
@@ -332,35 +294,18 @@ def shuffle(options):
     if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
         raise ValueError(f"output = {options.output}: that is the input, name another")
     n_rows = min(options.steps * options.batch_size, len(data))
-    job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens,
-           "order": data.settings, "rows": n_rows}
+    job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens, "order": data.settings,
+           "rows": n_rows, "sha256": fingerprint(data.tokens.paths())}
     writer = TokenWriter(options.output, job)
-    done = writer.position or 0
-    for start, rows in _row_blocks(data, done, n_rows, "write"):
+    for start in tqdm(range(writer.position or 0, n_rows, 4096), unit=" * 4096 rows", disable=None):
+        rows = data.rows(range(start, min(start + 4096, n_rows)))
         writer.append(rows, np.full(len(rows), rows.shape[1]))
         writer.position = start + len(rows)
         if writer.position % (1 << 18) == 0:
             writer.commit(writer.position)
     writer.finish({"baked_from": job})
-    baked = OrderedData(options.output, options.seq_length, n_rows, options.seed)
-    for start, rows in _row_blocks(data, 0, n_rows, "check"):
-        wrong = np.flatnonzero((baked.rows(range(start, start + len(rows))) != rows).any(axis=1))
-        if len(wrong):
-            raise ValueError(f"{options.output}.bin: row {start + int(wrong[0]):,} is not the "
-                             "order's: was a file changed meanwhile, or is the disk failing? "
-                             "Delete it and try again")
     print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in "
-          "training order, read back and equal")
-
-
-def _row_blocks(data, first, stop, what, block=4096):
-    """Yield (first row, rows) of a range in blocks, with a progress bar."""
-    with tqdm(total=stop, initial=first, desc=what, unit="row", unit_scale=True,
-              disable=None) as bar:
-        for start in range(first, stop, block):
-            rows = data.rows(range(start, min(start + block, stop)))
-            yield start, rows
-            bar.update(len(rows))
+          "training order")
 
 
 # ---------------------------------------------------------------------------- dedup
@@ -382,46 +327,41 @@ class Dedup:
 
 def dedup(options):
     """Remove equal and nearly equal documents; the first of each cluster stays."""
-    # exact: digest of a text -> (who stands for it, kind, similarity)
-    exact, kept, rows, clusters = {}, 0, [], {}
-    similar = Near(options.threshold) if options.threshold < 1 else None
     paths, report = input_files(options.input), f"{options.output}.removed.csv"
-    written = {os.path.realpath(options.output), os.path.realpath(report)}
-    if written & {os.path.realpath(path) for path in paths}:
-        raise ValueError(f"output = {options.output}: one of the inputs, name another")
-    with (replacing(options.output) as output,
-          tqdm(total=sum(os.path.getsize(path) for path in paths), unit="B", unit_scale=True,
+    inputs = set(map(os.path.realpath, paths))
+    if os.path.exists(options.output) and (
+            os.path.realpath(options.output) in inputs or not os.path.exists(report)):
+        raise ValueError(f"output = {options.output}: one of the inputs, or there already and not "
+                         "of this command (no .removed.csv beside it); name another")
+    known, counts = {}, Counter()  # known: digest of a text: (who stands for it, kind, similarity)
+    similar = Near(options.threshold) if options.threshold < 1 else None
+    with (replacing(options.output) as output, replacing(report) as file,
+          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
                disable=None) as bar):
-        for chunk, _, advance in chunks(paths):
-            for line, record in documents(chunk, _refuse):
+        removed = csv.writer(io.TextIOWrapper(file, "utf8", newline="", write_through=True))
+        removed.writerow(("removed", "stands_for_it", "kind", "similarity"))
+        for chunk, _, read in chunks(paths):
+            for line, record, problem in documents(chunk):
+                if problem:
+                    raise ValueError(problem)
                 place = f"{chunk[1]}:{line}"
-                digest = hashlib.sha256(record["text"].encode("utf8", "surrogatepass")).digest()
-                first, kind, similarity = exact.get(digest, (None, "near", 0.0))
+                digest = hashlib.sha256(record["text"].encode()).digest()
+                first, kind, similarity = known.get(digest, (None, "near", 0.0))
                 if first is None and similar:
                     first, similarity = similar.find_or_add(place, record["text"])
                 if first is None:
-                    kept += 1
+                    first, kind, similarity = place, "equal", 1.0
                     output.write(json.dumps(record).encode() + b"\n")
-                    exact[digest] = place, "equal", 1.0
+                    counts["stay"] += 1
                 else:
-                    clusters[first] = clusters.get(first, 1) + 1
-                    rows.append((place, first, kind, f"{similarity:.3f}"))
-                    exact[digest] = first, kind, similarity
-            bar.update(advance)
-        if not kept:
+                    removed.writerow((place, first, kind, f"{similarity:.3f}"))
+                    counts[kind] += 1
+                known[digest] = first, kind, similarity
+            bar.update(read - bar.n)
+        if not counts:
             raise ValueError(f"{options.input}: holds no documents")
-    with replacing(report) as file:
-        text = io.StringIO()
-        csv.writer(text).writerows([("removed", "stands_for_it", "kind", "similarity"), *rows])
-        file.write(text.getvalue().encode())
-    equal = sum(row[2] == "equal" for row in rows)
-    print(f"{options.output}: {kept:,} documents stay, {len(rows):,} removed ({equal:,} of them "
-          f"equal), {len(clusters):,} clusters, the largest of "
-          f"{max(clusters.values(), default=1):,}; {report}")
-
-
-def _refuse(message):
-    raise ValueError(message)
+    print(f"{options.output}: {counts['stay']:,} documents stay; removed {counts['equal']:,} equal "
+          f"and {counts['near']:,} nearly equal ones, see {report}")
 
 
 class Near:
@@ -437,18 +377,18 @@ class Near:
         except ImportError:
             raise ValueError("near duplicates need datasketch: pip install datasketch; or "
                              "--threshold=1") from None
-        self.datasketch, self.threshold, self.hashes = datasketch, threshold, {}
+        self.new_hash = lambda: datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
+        self.threshold, self.hashes = threshold, {}
         self.index = datasketch.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS,
                                            weights=(0.1, 0.9))
 
-    def find_or_add(self, place, text):
-        """Return (place of the most similar document that stays, similarity), or (None, 0) and keep
-        this one.
-        """
-        words = text.split()
-        minhash = self.datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
-        minhash.update_batch({" ".join(words[i:i + NGRAM]).encode("utf8", "surrogatepass")
-                              for i in range(max(1, len(words) - NGRAM + 1))})
+    def find_or_add(self, place, text, block=10_000):
+        """Return (most similar document that stays, similarity), or (None, 0): this one stays."""
+        words, minhash = text.split(), self.new_hash()
+        count = max(1, len(words) - NGRAM + 1)
+        for start in range(0, count, block):  # each n-gram takes 1 kB
+            minhash.update_batch({" ".join(words[i:i + NGRAM]).encode()
+                                  for i in range(start, min(start + block, count))})
         candidates = [(minhash.jaccard(self.hashes[key]), key) for key in self.index.query(minhash)]
         similarity, first = max(candidates, default=(0.0, None))
         if similarity >= self.threshold:

@@ -156,5 +156,6 @@ _NEWER = re.compile("([" + "".join(
     11070 1133B 11382-11391 113C2-113C8 113CE-113D0 1145E 11839-1183A 11935-11A99 11D42-1611E
     16121-1612F 16D63-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5""".split()) + "]+)")
 # The combining classes of marks; other characters have 0, as have all from U+20000 on.
-_CLASSES = np.array([0 if _NEWER.match(char) else unicodedata.combining(char)
+_CLASSES = np.array([unicodedata.combining(char) if unicodedata.combining(char)
+                     and not _NEWER.match(char) else 0
                      for char in map(chr, range(0x20001))], dtype=np.uint8)

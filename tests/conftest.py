@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,14 @@ COMMANDS = {"tokenize": "prepare.py", "dedup": "prepare.py", "shuffle": "prepare
 def script_of(argv):
     """Return the file that has the command argv[0]."""
     return COMMANDS.get(str(argv[0]), "data.py")
+
+
+def run(*argv, expect=0, **options):
+    """Run a command as a user does; a mistake (expect=2) must be one line."""
+    done = subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
+                          capture_output=True, text=True, **options)
+    assert done.returncode == expect and (expect == 0 or done.stderr.count("\n") == 1), done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,19 +13,12 @@ import pytest
 import tokenizers
 import zstandard
 
-from conftest import ROOT, script_of
-from data import TokenFile, load_npy
-from data import TokenWriter
+from conftest import ROOT, run
+from data import TokenFile, TokenWriter, load_npy
+from prepare import LONGEST, chunks, input_files
 
 WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 1234",
          " <|endoftext|>", " \x00", "'s"]
-
-
-def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == expect, done.stderr
-    return done
 
 
 def line(text, subset="A", key="meta"):
@@ -87,12 +81,6 @@ def test_subset_file_and_line_are_kept(folder, tokenized, texts):
             and names["documents"] == len(expected))
 
 
-def test_without_eod(tmp_path, tokenizer_path):
-    (tmp_path / "a.jsonl").write_text(line("Hello world"))
-    run("tokenize", f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/out", "--append_eod=False")
-    assert TokenFile(tmp_path / "out").read(0).tolist() == [12092, 1533]
-
-
 def test_a_killed_job_goes_on_to_the_same_bytes(folder, tokenized, tmp_path):
     big = tmp_path / "big.jsonl.gz"
     content = gzip.decompress((folder / "b.jsonl.gz").read_bytes()) * 10
@@ -120,38 +108,107 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tokenized, tmp_path):
                 == (tmp_path / f"whole{suffix}").read_bytes())
 
 
-def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path):
-    (tmp_path / "a.jsonl").write_bytes(
-        line("one").encode() + b'{"text": 3}\n{"text": "\xff"}\n' + line("two").encode())
-    stopped = run("tokenize", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out", expect=2)
-    assert ("a.jsonl, line 2: expected an object" in stopped.stderr
-            and stopped.stderr.count("\n") == 1)
-    done = run("tokenize", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out",
-               "--skip_malformed=True")
-    assert "2 documents" in done.stdout and "2 bad lines" in done.stdout
+def test_reading_goes_on_from_any_position_of_any_form(folder):
+    def lines(chunks):
+        return [(number, first + i, text) for (number, _, first, block), *_ in chunks
+                for i, text in enumerate(block.split(b"\n")) if text]
+
+    paths = input_files(f"{folder}/*.jsonl*,{folder}/d.txt")
+    whole = list(chunks(paths, size=1))
+    assert len(lines(whole)) > 2999 and whole[-1][2] == sum(map(os.path.getsize, paths))
+    for i, (_, position, _) in enumerate(whole):
+        assert lines(chunks(paths, position)) == lines(whole[i + 1:])
 
 
-def test_a_long_line_and_a_lone_surrogate(tmp_path, tokenizer_path):
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": "word " * 1_000_000}) + '\n{"text": "a\\ud800b"}\n')
-    run("tokenize", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out")
-    # word, 999,999 times " word", " ", EOD.
-    assert TokenFile(tmp_path / "out").sizes[0] == 1_000_002
+@pytest.mark.parametrize("bad, words", [
+    (b'{"text": 3}', "expected an object"), (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "a\\ud800b"}', "not UTF-8 (surrogates not allowed"), (b'{"text": ', "not JSON")])
+def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path, bad, words):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join((line("Hello world").encode(), bad,
+                                                   line("two").encode())))
+    flags = ["tokenize", f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/out", "--workers=1"]
+    assert f"a.jsonl, line 3: {words}" in run(*flags, expect=2).stderr
+    done = run(*flags, "--skip_malformed=True", "--append_eod=False")
+    assert "2 documents" in done.stdout and "1 bad lines" in done.stdout
+    assert TokenFile(tmp_path / "out").read(0).tolist() == [12092, 1533]
+
+
+def gz(content):
+    return gzip.compress(content, mtime=0)  # the time would be in the test's name
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: damaged or cut off"),
-    # The time in gzip's header would be in the test's name, which two processes must agree on.
-    ("a.jsonl.gz", gzip.compress(line("x" * 9999).encode(), mtime=0)[:-9],
-     "a.jsonl.gz: damaged or cut off"),
-    ("a.jsonl.zst", b"no zstd", "a.jsonl.zst: damaged or cut off"),
-    ("a.jsonl.zst", zstandard.compress(line("x" * 9999).encode())[:-9],
-     "a.jsonl.zst: damaged or cut off")])
-def test_damaged_archives_are_named(tmp_path, tokenizer_path, name, content, words):
+    ("a.jsonl.gz", b"no gzip", "damaged or cut off"),
+    ("a.jsonl.gz", gz(line("x" * 9999).encode())[:-9], "damaged or cut off"),
+    ("a.jsonl.zst", b"no zstd", "damaged or cut off"),
+    ("a.jsonl.zst", zstandard.compress(line("x" * 9999).encode())[:-9], "damaged or cut off"),
+    ("a.jsonl.gz", 20 * gz(bytes(1 << 24)), "a document of over 64 MiB at line 1"),
+    ("a.jsonl.zst", zstandard.compress(bytes(320 << 20)), "a document of over 64 MiB"),
+    ("a.txt", bytes(LONGEST + 1), "a document of over 64 MiB")], ids=range(7))
+def test_damage_and_bombs_are_named_in_bounded_memory(
+        tmp_path, tokenizer_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    done = run("tokenize", f"--input={tmp_path / name}", f"--output={tmp_path}/out", expect=2)
-    assert (words in done.stderr and done.stderr.count("\n") == 1
-            and not (tmp_path / "out.idx").exists())
+    process = subprocess.Popen(
+        [sys.executable, "prepare.py", "tokenize", f"--input={tmp_path / name}",
+         f"--output={tmp_path}/out"], cwd=ROOT, stderr=subprocess.PIPE)
+    error = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 2 and error.count("\n") == 1
+    assert f"{tmp_path / name}: {words}" in error and usage.ru_maxrss < 400 << 10
+    assert not (tmp_path / "out.idx").exists()
+
+
+def test_a_long_line(tmp_path, tokenizer_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 1_000_000}))
+    run("tokenize", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out")
+    # word, 999,999 times " word", " ", EOD.
+    assert TokenFile(tmp_path / "out").sizes.tolist() == [1_000_002]
+
+
+def test_each_real_file_comes_once(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("b.jsonl", "a.txt", "in/c.jsonl"):
+        (tmp_path / name).touch()
+    for i in range(3):  # circles: a glob that followed them would find 3^40 paths
+        (tmp_path / "in" / f"up{i}").symlink_to(tmp_path)
+    (tmp_path / "d.jsonl").symlink_to(tmp_path / "in/c.jsonl")
+    three = [f"{tmp_path}/{name}" for name in ("a.txt", "b.jsonl", "d.jsonl")]
+    for spec in (str(tmp_path), f"{tmp_path}/*.*,{tmp_path}/**/*.jsonl,{tmp_path}/in/../b.jsonl",
+                 ",".join(three + three)):
+        assert input_files(spec) == three
+    os.mkfifo(tmp_path / "in/pipe.jsonl")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for spec, words in ((tmp_path / "in/pipe.jsonl", "not a regular file"),
+                        (tmp_path / "zero.txt", "not a regular file"), (tmp_path, "pipe.jsonl"),
+                        ("*.nothing", "no .jsonl"), ("b.md", "expected a file ending")):
+        with pytest.raises(ValueError, match=words):
+            input_files(str(spec))
+
+
+@pytest.mark.parametrize("argv, strangers", [
+    (["tokenize"], ["out.partial/notes.txt"]), (["tokenize"], ["out.partial/bin"]),
+    (["tokenize"], ["out.partial/lock", "out.partial/in/bin"]), (["tokenize"], ["out.json"]),
+    (["tokenize"], ["out.bin", "out.idx"]), (["tokenize"], ["out_documents.npy"]),
+    (["dedup", "--threshold=1"], ["out"])])
+def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, argv, strangers):
+    (tmp_path / "a.jsonl").write_text(line("one"))
+    for name in strangers:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    flags = [*argv, f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out"]
+    before = sorted(tmp_path.rglob("*"))
+    assert f"{tmp_path}/out" in run(*flags, expect=2).stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert all((tmp_path / name).read_text() == "{}" for name in strangers)
+
+
+def test_what_is_ours_is_replaced(tmp_path, tokenizer_path):
+    for text in ("one", "two two"):
+        (tmp_path / "a.jsonl").write_text(line(text))
+        run("tokenize", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out")
+        run("dedup", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out.jsonl")
+    assert len(TokenFile(tmp_path / "out").read(0)) == 3
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "two two"
 
 
 # ---------------------------------------------------------------------------- shuffle and dedup
@@ -167,15 +224,12 @@ def test_a_killed_shuffle_goes_on(tmp_path):
     baked = (tmp_path / "whole.bin").read_bytes()
     job = json.loads((tmp_path / "whole.json").read_text())["baked_from"]
     rows = np.frombuffer(baked, "<u2")[:300 * 9].reshape(300, 9).copy()
-    for spoiled in (False, True):
-        rows[123] += spoiled
-        writer = TokenWriter(tmp_path / "cut", job)  # what a job killed after 300 rows leaves
-        writer.append(rows, np.full(300, 9))
-        writer.commit(300)
-        writer.close()
-        done = run("shuffle", *flags, f"--output={tmp_path}/cut", expect=2 if spoiled else 0)
-        assert ((tmp_path / "cut.bin").read_bytes() == baked) != spoiled
-    assert "cut.bin: row 123 is not the order's" in done.stderr
+    writer = TokenWriter(tmp_path / "cut", job)  # what a job killed after 300 rows leaves
+    writer.append(rows, np.full(300, 9))
+    writer.commit(300)
+    writer.close()
+    run("shuffle", *flags, f"--output={tmp_path}/cut")
+    assert (tmp_path / "cut.bin").read_bytes() == baked
 
 
 def jaccard(first, second, n=5):
@@ -208,5 +262,4 @@ def test_equal_and_near_duplicates_are_removed(tmp_path):
     assert removed[0] == f"{tmp_path}/a.jsonl:31,{tmp_path}/a.jsonl:1,equal,1.000"
     done = run("dedup", f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/equal.jsonl",
                "--threshold=1")
-    assert ("50 documents stay, 20 removed (20 of them equal), 20 clusters, the largest of 2"
-            in done.stdout)
+    assert "50 documents stay; removed 20 equal and 0 nearly equal ones" in done.stdout
