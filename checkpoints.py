@@ -3,7 +3,7 @@
     python checkpoints.py list runs/mini
     python checkpoints.py fetch pythia-70m-deduped --steps=0,1,512,143000
     python checkpoints.py import SOURCE runs/pythia-70m/step512
-    python checkpoints.py export runs/mini/step512 OUT --dtype=float16 --shard_size=5GB --push
+    python checkpoints.py export runs/mini/step512 OUT --dtype=float16 --shard_size=5e9 --push
 
     RUN/step64/model.safetensors    float32 weights under the published names
                optimizer/moments.safetensors   Adam's: exp_avg.NAME and exp_avg_sq.NAME, float32;
@@ -16,9 +16,7 @@
 Checkpoint N is the weights after N updates; step 0 is the initialisation. (Pythia's update 0 has
 learning rate 0, so step 0 and step 1 are equal: that is how the originals are.) A checkpoint is
 written in a folder .stepN.tmp, brought to the disk and then renamed, so that a killed process
-leaves either the whole of stepN or nothing by that name. transformers reads it as it lies:
-
-    AutoModelForCausalLM.from_pretrained("RUN/step64")
+leaves either the whole of stepN or nothing by that name.
 
 Files come from strangers: tensors are read by the safetensors library, or by torch.load with
 weights_only, so that nothing in a file runs. Sources: transformers' GPTNeoXForCausalLM, 4.24 to 5;
@@ -28,6 +26,7 @@ gpt-neox v1.0, tools/convert_to_hf.py, for its layer_XX-model_YY-model_states.pt
 import csv
 import errno
 import functools
+import hashlib
 import math
 import os
 import re
@@ -36,7 +35,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -47,13 +46,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
-from config import command, file_size, read_json, sha256_of, write_json
+from config import command, file_size, read_json, write_json
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
-FILE_NAME = r"(optimizer/)?\w[\w.-]{0,99}"  # what a manifest may list
-GENERATION = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}  # <|padding|>
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
 # Files of 2023 also hold the causal mask, its value and rotary frequencies, which are not needed.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
@@ -78,6 +75,10 @@ class Stored(NamedTuple):
     shape: tuple
     read: Callable
 
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -91,7 +92,7 @@ def open_file(path):
         file = safe_open(path, framework="pt")
         parts = {name: file.get_slice(name) for name in file.keys()}
         return {check_name(name): Stored(path, DTYPES[part.get_dtype()], tuple(part.get_shape()),
-                                         lambda name=name: file.get_tensor(name))
+                                         functools.partial(file.get_tensor, name))
                 for name, part in parts.items()}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file: {one_line(error)}") from None
@@ -127,8 +128,9 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def open_folder(folder, name="model.safetensors", open_one=open_file):
+def open_folder(folder, name="model.safetensors"):
     """Return {name: Stored} of folder/NAME, or of the shards that NAME.index.json lists."""
+    open_one = open_file if name.endswith(".safetensors") else open_pickle
     single, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
     if single.exists() or not index.exists():
         return open_one(single)
@@ -153,22 +155,18 @@ def read_index(index):
 
 
 def check_tensors(where, tensors, shapes):
-    """Raise ValueError if a tensor is missing, extra, of another shape or no float.
-
-    It names them, the first 20 of many.
-    """
+    """Raise ValueError naming tensors, 20 at most, that are missing, extra, misshapen, no floats."""
     problems = [f"missing {name}" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:
             problems.append(f"unexpected {name}")
-        elif tuple(tensor.shape) != tuple(shapes[name]):
-            problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
+        elif tensor.shape != tuple(shapes[name]):
+            problems.append(f"{name} is {tensor.shape}, expected {tuple(shapes[name])}")
         elif tensor.dtype not in FLOATS:
             problems.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected "
                             "float32, float16 or bfloat16")
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{where}: {'; '.join(problems[:20])}{more}")
+        raise ValueError(f"{where}: {'; '.join(problems[:20])}" + "; ..." * (len(problems) > 20))
 
 
 def published_only(tensors):
@@ -187,23 +185,18 @@ def split(stem, tensors, shard_size):
     """
     shards, room = [{}], shard_size
     for name, tensor in tensors.items():
-        if shards[-1] and size_of(tensor) > room:
+        if shards[-1] and tensor.nbytes > room:
             shards.append({})
             room = shard_size
         shards[-1][name] = tensor
-        room -= size_of(tensor)
+        room -= tensor.nbytes
     if len(shards) == 1:
         return {f"{stem}.safetensors": tensors}, {}
     files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard
              for i, shard in enumerate(shards, 1)}
     return files, {f"{stem}.safetensors.index.json": {
-        "metadata": {"total_size": sum(map(size_of, tensors.values()))},
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: Path(file).name for file, shard in files.items() for name in shard}}}
-
-
-def size_of(tensor):
-    """Return the bytes of a tensor or Stored."""
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def write_files(folder, files):
@@ -234,6 +227,12 @@ def describe_file(path):
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
+def sha256_of(path):
+    """Return the SHA-256 of a file in hex, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path):
     """Bring a file or a folder's list of names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -260,25 +259,23 @@ def saved_steps(run, state=False):
 def read_training(folder, step):
     """Return the object in a checkpoint's training.json, an empty one for a published checkpoint.
 
-    Raises ValueError on what no run can have saved, and if it is of another step: the folder was
-    copied or renamed.
+    Raises ValueError on what no run can have saved, and if it is of another step.
     """
     path = folder / "training.json"
     if not os.path.lexists(path):
         return {}
     training = read_json(path)
-    for name, most in (("step", 1 << 50), ("updates", training.get("step")), ("tokens", 1 << 62)):
+    if training.get("step") != step:
+        raise ValueError(f"{path}: is of step {repr(training.get('step'))[:20]}; was {folder.name} "
+                         "copied or renamed? Move it away")
+    for name, most in (("updates", step), ("tokens", 1 << 62)):
         if type(training.get(name)) is not int or not 0 <= training[name] <= most:
             raise ValueError(f"{path}: {name} is {repr(training.get(name))[:50]}, expected an "
-                             f"integer from 0 to {most:,}; restore the file or move the folder "
-                             "away")
+                             f"integer from 0 to {most:,}; move {folder.name} away")
     scaler = training.get("scaler")
     if type(scaler) is not dict or not all(type(value) in (int, float) and abs(value) < 1 << 50
                                            for value in scaler.values()):
         raise ValueError(f"{path}: scaler is {repr(scaler)[:50]}, expected an object of numbers")
-    if training["step"] != step:
-        raise ValueError(f"{path}: is of step {training['step']}; was {folder.name} copied or "
-                         "renamed? Move it away")
     return training
 
 
@@ -290,7 +287,8 @@ def manifest_of(folder):
     path = folder / "manifest.json"
     entries = read_json(path) if os.path.lexists(path) else {}
     for name, entry in entries.items():
-        if type(entry) is not dict or not re.fullmatch(FILE_NAME, name, re.ASCII):
+        if type(entry) is not dict or not re.fullmatch(r"(optimizer/)?\w[\w.-]{0,99}", name,
+                                                       re.ASCII):
             raise ValueError(f"{path}: {repr(name)[:50]} is no name of a file here")
     return entries
 
@@ -308,16 +306,15 @@ def check_hashes(folder):
     with ThreadPoolExecutor() as hashers:
         for name, found in zip(names, hashers.map(lambda name: sha256_of(folder / name), names)):
             if found != entries[name].get("sha256"):
-                raise ValueError(
-                    f"{folder / name}: its SHA-256 is {found[:12]}..., the manifest says "
-                    f"{str(entries[name].get('sha256'))[:12]}...: the file is damaged; restore it, "
-                    f"or move {folder.name} away to go on from the checkpoint before it")
+                raise ValueError(f"{folder / name}: damaged, its SHA-256 is not the manifest's; "
+                                 f"restore it, or move {folder.name} away to go on from the "
+                                 "checkpoint before it")
 
 
 def files_of(folder):
     """Return {name in a manifest: path} of what lies in a checkpoint, but for hidden files."""
     return {str(path.relative_to(folder)): path
-            for path in (*Path(folder).iterdir(), *Path(folder).glob("optimizer/*"))
+            for path in (*folder.iterdir(), *folder.glob("optimizer/*"))
             if path.name[0] != "." and not path.is_dir()}
 
 
@@ -335,16 +332,16 @@ def is_whole(folder):
     """Tell whether all files are there: a manifest's with their bytes, or those of a download."""
     try:
         if (folder / "manifest.json").exists():
-            entries = manifest_of(folder)
-            return bool(entries) and all(
-                (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
-                for name, entry in entries.items())
+            sizes = {name: entry["bytes"] for name, entry in manifest_of(folder).items()}
+            return bool(sizes) and all((folder / name).is_file()
+                                       and (folder / name).stat().st_size == size
+                                       for name, size in sizes.items())
         indices = list(folder.glob("*.index.json"))
         singles = [folder / "model.safetensors", folder / "pytorch_model.bin",
                    *folder.glob("layer_*.pt")]
         return any(map(Path.is_file, indices + singles)) and all(
             (folder / file).is_file() for index in indices for file in read_index(index).values())
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, OSError):
         return False
 
 
@@ -356,9 +353,8 @@ def load_model(folder, device="cpu"):
     config, tensors = open_any(folder)
     with torch.device("meta"):
         model = Pythia(config)
-    names = [name for name, _ in model.named_parameters()]
     state = {name: tensors[hf_name(name)].read().to(device, torch.float32, copy=True)
-             for name in names}
+             for name, _ in model.named_parameters()}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -374,7 +370,9 @@ def load_training(run, step, model, optimizer):
     training = read_training(folder, step)
     check_hashes(folder)
     parameters = dict(model.named_parameters())
-    _, weights = open_any(folder, n_heads=model.config.n_heads)
+    found, weights = open_any(folder)
+    if found.n_heads != model.config.n_heads:
+        raise ValueError(f"{folder}: n_heads is {found.n_heads}, the run's {model.config.n_heads}")
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
     for name, parameter in parameters.items():
         fill(parameter, weights[hf_name(name)].read())
@@ -434,20 +432,17 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     if exists:
         return
     parameters = dict(model.named_parameters())
-    weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     # There are no moments before the first update.
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
                for kind in ("exp_avg", "exp_avg_sq") if optimizer.state}
     files, notes = split("optimizer/moments", moments, SHARD_BYTES)
-    weight_files, weight_index = split("model", weights, SHARD_BYTES)
-    files |= weight_files
-    notes |= weight_index | {"training.json": {"step": step, "scheduled": scheduled, **training},
-                             "config.json": hf_config(model.config),
-                             "generation_config.json": GENERATION}
-    mine = own_share(files, asynchronous)
+    weight_files, weight_index = split(
+        "model", {hf_name(name): p.detach() for name, p in parameters.items()}, SHARD_BYTES)
+    notes |= weight_index | {"training.json": {"step": step, "scheduled": scheduled, **training}}
+    mine = own_share(files | weight_files, asynchronous)
 
     def write():
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if process_place()[0] > 0:
             exchange()  # the first process has made the folder
             exchange(write_files(folder.with_name(f".{folder.name}.tmp"), mine))
         else:
@@ -456,11 +451,7 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
                 entries = {}
                 for part in exchange(write_files(temporary, mine)):
                     entries |= part
-                for name, note in notes.items():
-                    write_json(temporary / name, note)
-                if tokenizer:
-                    write_tokenizer(temporary, tokenizer, model.config.seq_length)
-                write_manifest(temporary, entries)
+                write_notes(temporary, notes, hf_config(model.config), tokenizer, entries)
             make_room(run, step, state_every)
         exchange()
 
@@ -479,22 +470,21 @@ def finish_writing():
         _WRITING.pop().result()
 
 
-@functools.cache
-def _group():
-    return dist.new_group(backend="gloo")  # another than training's, for a thread
-
-
 def process_place():
     """Return this process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+@functools.cache
+def _group():
+    return dist.new_group(backend="gloo")  # another than training's, for a thread
+
+
 def exchange(value=None):
     """Return every process's value, by rank, once all of them have come here."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_group())
+    values = [value] * process_place()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value, group=_group())
     return values
 
 
@@ -517,24 +507,51 @@ def own_share(files, copy):
     return mine
 
 
+def write_notes(folder, notes, spec, tokenizer, entries):
+    """Write what lies beside the tensors: {name: object}, config.json (spec), and the manifest.
+
+    entries: the manifest's for the tensors. With clean_up_tokenization_spaces, which transformers 4
+    takes for granted, "Hello , world" would be decoded as "Hello, world".
+    """
+    ends = {f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}
+    notes = notes | {"config.json": spec, "generation_config.json": {
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}}
+    if tokenizer:
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        notes["tokenizer_config.json"] = ends | {
+            "tokenizer_class": "GPTNeoXTokenizer", "pad_token": "<|padding|>",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": spec["max_position_embeddings"]}
+    for name, note in notes.items():
+        write_json(folder / name, note)
+    write_manifest(folder, entries)
+
+
+def write_manifest(folder, known={}):
+    """Write folder/manifest.json: bytes and sha256 of every file; `known` has some already."""
+    entries = {name: describe_file(path) for name, path in files_of(folder).items()
+               if name != "manifest.json" and name not in known}
+    write_json(folder / "manifest.json", dict(sorted((entries | known).items())))
+
+
 def make_room(run, step, state_every):
     """Remove what no later step needs: unscheduled checkpoints before `step`, moments off the grid.
 
-    Left alone: links, which lead to another run, and what is damaged.
+    Left alone: links, which lead to another run, what is damaged, and what is published.
     """
     for other, folder in step_folders(run):
         if other >= step or folder.is_symlink() or not is_whole(folder):
             continue
         try:
-            training = read_training(folder, other)
+            scheduled = read_training(folder, other).get("scheduled")
         except ValueError:
             continue
-        if training and not training.get("scheduled", True):
+        if scheduled is False:
             # Renamed before it is removed, so that no half checkpoint has the name at any moment.
             temporary = folder.with_name(f".{folder.name}.tmp")
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
-        elif training and state_every and other % state_every:
+        elif scheduled and state_every and other % state_every:
             kept = {name: entry for name, entry in manifest_of(folder).items()
                     if not name.startswith("optimizer/")}
             if has_state(folder):
@@ -566,8 +583,7 @@ def writing(folder):
 
     What had the name stays as NAME.broken, unless the new folder has all of its bytes.
     """
-    folder, before = Path(folder), None
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, before = folder.with_name(f".{folder.name}.tmp"), None
     remove(temporary)  # a killed process may have left it
     temporary.mkdir(parents=True)
     try:
@@ -589,99 +605,72 @@ def writing(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_tokenizer(folder, tokenizer, seq_length):
-    """Copy a tokenizer.json into a checkpoint, with what AutoTokenizer wants beside it.
-
-    Without clean_up_tokenization_spaces transformers 4 decodes "Hello , world" as "Hello, world".
-    """
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "GPTNeoXTokenizer", "model_max_length": seq_length,
-        "clean_up_tokenization_spaces": False, "pad_token": "<|padding|>",
-        **{f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}})
-
-
-def write_manifest(folder, known={}):
-    """Write folder/manifest.json: bytes and sha256 of every file; `known` has some already."""
-    entries = {name: describe_file(path) for name, path in files_of(folder).items()
-               if name != "manifest.json" and name not in known}
-    write_json(Path(folder) / "manifest.json", dict(sorted((entries | known).items())))
-
-
 # ---------------------------------------------------------------------------- published forms
 
 
-def open_any(source, gelu=None, n_heads=None):
+def open_any(source):
     """Return the ModelConfig and {published name: Stored} of a checkpoint in any published form.
 
-    gelu, n_heads: what NeoX files do not say. Nothing of the weights is read yet. Raises ValueError
-    naming the tensors that are missing, extra or misshapen, the first 20 of many.
+    Nothing of the weights is read yet. Raises ValueError naming tensors that do not fit.
     """
     source = Path(source)
     if not source.is_dir():
         raise ValueError(f"{source}: no such folder")
     layers = sorted(source.glob("layer_*-model_*-model_states.pt"))
-    if list(source.glob("model.safetensors*")):
-        config, tensors = read_config(source), open_folder(source)
-    elif layers:
-        config, tensors = open_neox(source, layers, n_heads)
-    elif list(source.glob("pytorch_model.bin*")):
-        config, tensors = read_config(source), open_folder(source, "pytorch_model.bin", open_pickle)
+    names = [name for name in ("model.safetensors", "pytorch_model.bin")
+             if list(source.glob(f"{name}*"))]
+    if layers and "model.safetensors" not in names:
+        config, tensors = open_neox(source, layers)
+    elif names:
+        config, tensors = read_config(source), open_folder(source, names[0])
     else:
         raise ValueError(f"{source}: no checkpoint; expected model.safetensors, pytorch_model.bin, "
                          "the index of their shards, or layer_XX-model_YY-model_states.pt of "
                          "gpt-neox")
     tensors = published_only(tensors)
     check_tensors(source, tensors, parameter_shapes(config))
-    if n_heads not in (None, config.n_heads):
-        raise ValueError(f"{source}: n_heads = {n_heads}, the checkpoint says {config.n_heads}")
-    return replace(config, gelu=gelu or config.gelu), tensors
+    return config, tensors
 
 
-def open_neox(folder, paths, n_heads=None):
+def open_neox(folder, paths):
     """Return the ModelConfig, {published name: Stored} of gpt-neox's layer files, ranks merged."""
-    ranks = {}  # layer -> its files, by tensor-parallel rank
+    files = {}  # by layer and tensor-parallel rank
     for path in paths:
         match = re.fullmatch(r"layer_(\d{2,3})-model_(\d{2,3})-model_states\.pt", path.name)
         if not match:
             raise ValueError(f"{path}: expected a name like layer_00-model_00-model_states.pt")
-        ranks.setdefault(int(match[1]), {})[int(match[2])] = path
-    count = max(max(files) for files in ranks.values()) + 1
-    missing = [f"layer_{layer:02}-model_{rank:02}-model_states.pt" for layer in sorted(ranks)
-               for rank in range(count) if rank not in ranks[layer]]
+        files[int(match[1]), int(match[2])] = path
+    layers = sorted({layer for layer, _ in files})
+    ranks = range(max(rank for _, rank in files) + 1)
+    missing = [f"layer_{layer:02}-model_{rank:02}-model_states.pt" for layer in layers
+               for rank in ranks if (layer, rank) not in files]
     if missing:
         raise ValueError(f"{folder}: no {', no '.join(missing[:20])}")
     # Layer 0 is the embedding, 1 and L + 2 have no weights, L + 3 is the norm, L + 4 the head.
-    head, tensors, rotary = max(ranks), {}, None
-    for layer, files in sorted(ranks.items()):
-        parts = [open_pickle(files[rank]) for rank in range(count)]
+    head, tensors, rotary = layers[-1], {}, None
+    ends = {(0, "word_embeddings.weight"): "gpt_neox.embed_in.weight",
+            (head - 1, "norm.weight"): "gpt_neox.final_layer_norm.weight",
+            (head - 1, "norm.bias"): "gpt_neox.final_layer_norm.bias",
+            (head, "final_linear.weight"): "embed_out.weight"}
+    for layer in layers:
+        parts = [open_pickle(files[layer, rank]) for rank in ranks]
         rotary = parts[0].get("attention.rotary_emb.inv_freq", rotary)
         for name in published_only(parts[0]):
-            published = published_name(layer, name, head)
+            published = ends.get((layer, name), f"gpt_neox.layers.{layer - 2}.{name}")
             tensors[published] = merged(parts, name, published)
-    ends = ("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "embed_out.weight")
-    if absent := [name for name in ends if name not in tensors or not tensors[name].shape]:
-        raise ValueError(f"{folder}: missing {', '.join(absent)} (layers {min(ranks)} to {head} "
-                         "are there)")
-    d_model, vocab_size = tensors[ends[1]].shape[0], tensors[ends[0]].shape[0]
-    if rotary and math.prod(rotary.shape):
-        # One frequency for two dims of the first quarter of a head.
-        n_heads = d_model // (8 * math.prod(rotary.shape))
-    if not n_heads:
-        raise ValueError(f"{folder}: these files do not say how many heads there are; import them "
-                         "with --n_heads=N")
+    if absent := [name for name in ends.values() if name not in tensors or not tensors[name].shape]:
+        raise ValueError(f"{folder}: missing {', '.join(absent)} (layers {layers[0]} to {head} are "
+                         "there)")
+    vocab_size, d_model = tensors["gpt_neox.embed_in.weight"].shape
+    if not rotary or not math.prod(rotary.shape):
+        raise ValueError(f"{folder}: no attention.rotary_emb.inv_freq, which says how many heads "
+                         "there are")
+    # One frequency for two dims of the first quarter of a head. Trained with the tanh form.
+    n_heads = d_model // (8 * math.prod(rotary.shape))
     return ModelConfig(head - 4, d_model, n_heads, vocab_size=vocab_size, gelu="tanh"), tensors
 
 
-def published_name(layer, name, head):
-    """Return the published name of a tensor of gpt-neox's layer file."""
-    if layer == 0:
-        return {"word_embeddings.weight": "gpt_neox.embed_in.weight"}.get(name, f"layer_00 {name}")
-    if layer == head:
-        return {"final_linear.weight": "embed_out.weight"}.get(name, f"layer_{layer:02} {name}")
-    if layer == head - 1:
-        return f"gpt_neox.final_layer_norm.{name.removeprefix('norm.')}"
-    return f"gpt_neox.layers.{layer - 2}.{name}"
+NORMS = ("norm.weight", "norm.bias")
 
 
 def merged(parts, name, published):
@@ -694,39 +683,34 @@ def merged(parts, name, published):
         if (own.shape, own.dtype) != (first.shape, first.dtype):
             raise ValueError(f"{own.path}: {name} is {own.shape} {own.dtype}, of rank 0 "
                              f"{first.shape} {first.dtype}")
-        if is_norm(published):
+        if published.endswith(NORMS):
             a, b = own.read().double(), first.read().double()
             # Copies of one tensor with equal gradients: rounding takes them little apart (weights
             # begin at 1, biases at 0), another step or another run takes them far.
             if (a - b).norm() > 0.1 * b.norm() + 0.01 * math.sqrt(b.numel()):
                 raise ValueError(f"{own.path}: {name} is not that of {first.path.name}, of which "
                                  "it should be a copy: these files do not belong together")
-    read = lambda: merge(published, [part[name].read() for part in parts])
     try:
         whole = merge(published, [torch.empty(first.shape, dtype=first.dtype, device="meta")]
                       * len(parts))
     except (RuntimeError, IndexError) as error:  # a tensor without the dimension to merge
         raise ValueError(f"{first.path}: {name} cannot be merged ({error})") from None
-    return Stored(first.path, whole.dtype, tuple(whole.shape), read)
-
-
-def is_norm(name):
-    return name.endswith(("norm.weight", "norm.bias"))
+    return Stored(first.path, whole.dtype, tuple(whole.shape),
+                  lambda: merge(published, [part[name].read() for part in parts]))
 
 
 def merge(name, parts):
     """Return a whole tensor from its tensor-parallel parts, in their dtype, as gpt-neox does."""
     if len(parts) == 1:
         return parts[0].detach().clone()
-    # Row parallel: split over inputs.
-    if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
-        return torch.cat(parts, 1)
     if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # each rank adds its part
         return sum(parts)
-    if is_norm(name):  # every rank has all of it; rounding took the copies apart
+    if name.endswith(NORMS):  # every rank has all of it; rounding took the copies apart
         return sum(parts) / len(parts)
-    # Column parallel: split over outputs, whole heads and rows of the vocabulary.
-    return torch.cat(parts, 0)
+    # Row parallel layers are split over inputs, the others over outputs: whole heads, or rows of
+    # the vocabulary.
+    by_row = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+    return torch.cat(parts, 1 if by_row else 0)
 
 
 # ---------------------------------------------------------------------------- known bad uploads
@@ -739,8 +723,7 @@ FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), 70000, 80000, 90000, 100000, 10
 KNOWN_BAD = (
     ("pythia-2.8b", FINAL_2_8B, "serves weights of the end of training (#205, #195)"),
     ("pythia-2.8b(-deduped)?", EARLY | {1000},
-     "2.8b and 2.8b-deduped have equal published evaluations up to step 1000: one is a copy of the "
-     "other"),
+     "up to step 1000 the published evaluations of 2.8b and 2.8b-deduped are equal: one is a copy"),
     ("pythia-12b", {50000, 58000}, "its first shard is the final checkpoint's (#206)"),
     ("pythia-12b-deduped", {32000}, "was the final model until June 2023: is yours older? (#108)"),
     ("neox-ckpt-pythia-6.9b-deduped.*", None,
@@ -755,7 +738,7 @@ KNOWN_BAD = (
 
 def known_bad(name, step):
     """Return a line for everything known to be wrong with a published checkpoint."""
-    return [f"{name} step {step}: {words}" for repository, steps, words in KNOWN_BAD
+    return [f"warning: {name} step {step}: {words}" for repository, steps, words in KNOWN_BAD
             if re.fullmatch(repository, name) and (steps is None or step in steps)]
 
 
@@ -766,97 +749,25 @@ def identify(source):
     return name[1] if name else "", int(step[1]) if step else None
 
 
-# ---------------------------------------------------------------------------- commands
-
-
-@dataclass(frozen=True)
-class Import:
-    source: str  # folder of a checkpoint: ours, or a published one as it was downloaded
-    output: str  # folder to write, e.g. runs/pythia-70m/step512
-    dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
-    shard_size: str = "5GB"  # bytes of a file at most, also as 500MB
-    # erf or tanh; default: config.json's, or tanh, as trained, for NeoX files
-    gelu: str | None = None
-    n_heads: int | None = None  # for NeoX files without rotary frequencies
-    # where the source has no tokenizer.json; None: leave it out
-    tokenizer: str | None = "20B_tokenizer.json"
-
-    def __post_init__(self):
-        config.check(self, "float32, float16 or bfloat16",
-                     ("float32", "float16", "bfloat16").__contains__, "dtype")
-        config.check(self, "erf (as published) or tanh (as trained)", ("erf", "tanh").__contains__,
-                     "gelu")
-        parse_size(self.shard_size)
-
-
-@dataclass(frozen=True)
-class Export(Import):
-    push: bool = False  # also print the command that uploads it
-
-
-CARD = ("data", "steps", "batch_size", "learning_rate", "min_lr_ratio", "warmup", "weight_decay",
-        "beta1", "beta2", "clip_norm", "dtype", "init", "seed", "branch_from", "intervention")
-
-
-def parse_size(text):
-    """Return the bytes that 500MB, 5GB or 123456 mean."""
-    match = re.fullmatch(r"(\d+)(|KB|MB|GB)", text)
-    if not match or int(match[1]) == 0:
-        raise ValueError(f"shard_size = {text!r}, expected bytes, also as 500MB or 5GB")
-    return int(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
-
-
-def import_(options):
-    """Turn a published checkpoint of any form into a folder that everything here reads."""
-    for line in known_bad(*identify(options.source)):
-        print(f"warning: {line}", file=sys.stderr)
-    config, tensors = open_any(options.source, options.gelu, options.n_heads)
-    output = Path(options.output)
-    if output.exists():
-        raise ValueError(f"{output}: is there already; nothing was written")
-    tokenizer = find_tokenizer(options)
-    if options.dtype:
-        dtype = getattr(torch, options.dtype)
-        tensors = {name: cast(name, stored, dtype) for name, stored in tensors.items()}
-    size = sum(map(size_of, tensors.values()))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < size:
-        raise ValueError(f"{output}: {size:,} bytes to write, {free:,} free")
-    files, notes = split("model", tensors, parse_size(options.shard_size))
-    dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
-    notes["config.json"] = hf_config(config) | {
-        "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
-    notes["generation_config.json"] = GENERATION
-    with writing(output) as folder:
-        written = {}
-        for name in tqdm(files, unit="file", disable=None):
-            written |= write_files(folder, {name: files[name]})
-        for name, note in notes.items():
-            write_json(folder / name, note)
-        if tokenizer:
-            write_tokenizer(folder, tokenizer, config.seq_length)
-        if isinstance(options, Export):
-            (folder / "README.md").write_text(model_card(Path(options.source), notes["config.json"]))
-        write_manifest(folder, written)
-    print(f"{output}: {len(tensors)} tensors, {size:,} bytes in {len(files)} file(s), "
-          f"gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
-
-
-def find_tokenizer(options):
-    """Return the tokenizer.json to copy, the source's own if it has one, or None."""
-    own = Path(options.source) / "tokenizer.json"
-    tokenizer = own if own.exists() else options.tokenizer
-    if tokenizer and not os.path.exists(tokenizer):
-        raise ValueError(f"{tokenizer}: no such tokenizer; `make tokenizer` gets it, "
-                         "--tokenizer=PATH names it, --tokenizer=None leaves it out")
-    # A stranger's tokenizer.json may be a link to any file of ours, which would be published next.
-    if tokenizer and type(read_json(tokenizer).get("added_tokens")) is not list:
-        raise ValueError(f"{tokenizer}: no tokenizer: it has no added_tokens")
-    return tokenizer
-
+# ---------------------------------------------------------------------------- tokenizers
 
 COMPARED = set()  # SHA-256 of tokenizer files that were found to be GPT-NeoX-20B's
+
+
+def check_tokenizer(path):
+    """Raise ValueError unless a tokenizer.json is GPT-NeoX-20B's, as published or saved again."""
+    if not os.path.lexists(path):
+        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it, --tokenizer=PATH "
+                         "names it, --tokenizer=None leaves it out")
+    if file_size(path) and sha256_of(path) in COMPARED:
+        return
+    spec = read_json(path)
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if spec.get("normalizer") != {"type": "NFC"} or spec.get("pre_tokenizer") not in (
+            bytewise, bytewise | {"use_regex": True}):  # transformers 5 writes it out
+        raise ValueError(f"{path}: splits text otherwise than GPT-NeoX-20B's tokenizer")
+    Tokenizer(path)
+    COMPARED.add(sha256_of(path))
 
 
 def folder_tokenizer(folder, named=None):
@@ -866,20 +777,64 @@ def folder_tokenizer(folder, named=None):
     """
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
-        file_size(own)
-        if sha256_of(own) not in COMPARED:
-            spec, bytewise = read_json(own), {"type": "ByteLevel", "add_prefix_space": False,
-                                              "trim_offsets": True}
-            if spec.get("normalizer") != {"type": "NFC"} or spec.get("pre_tokenizer") not in (
-                    bytewise, bytewise | {"use_regex": True}):  # transformers 5 writes it out
-                raise ValueError(f"{own}: splits text otherwise than GPT-NeoX-20B's tokenizer; "
-                                 "--tokenizer=PATH names another")
-            Tokenizer(own)
-            COMPARED.add(sha256_of(own))
+        check_tokenizer(own)
+        named = own
     if (size := open_any(folder)[0].vocab_size) < N_TOKENS:
         raise ValueError(f"{folder}: vocab_size is {size:,}, but GPT-NeoX-20B's tokenizer, the "
                          f"only one that is known here, has {N_TOKENS:,} ids")
-    return named or (own if os.path.lexists(own) else "20B_tokenizer.json")
+    return named or "20B_tokenizer.json"
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class Import:
+    source: str  # folder of a checkpoint: ours, or a published one as it was downloaded
+    output: str  # folder to write, e.g. runs/pythia-70m/step512
+    dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
+    shard_size: int = SHARD_BYTES  # bytes of a file at most, e.g. 5e8
+    tokenizer: str | None = "20B_tokenizer.json"  # where the source has none; None: leave it out
+
+    def __post_init__(self):
+        config.check(self, "float32, float16 or bfloat16",
+                     ("float32", "float16", "bfloat16").__contains__, "dtype")
+        config.check(self, "at least 1", lambda value: value >= 1, "shard_size")
+
+
+@dataclass(frozen=True)
+class Export(Import):
+    push: bool = False  # also print the command that uploads it
+
+
+def import_(options):
+    """Turn a published checkpoint of any form into a folder that everything here reads."""
+    for line in known_bad(*identify(options.source)):
+        print(line, file=sys.stderr)
+    config, tensors = open_any(options.source)
+    output, tokenizer = Path(options.output), options.tokenizer
+    if output.exists():
+        raise ValueError(f"{output}: is there already; nothing was written")
+    if tokenizer:
+        own = Path(options.source) / "tokenizer.json"
+        tokenizer = own if os.path.lexists(own) else tokenizer
+        check_tokenizer(tokenizer)  # own may be a stranger's link to any file of ours
+    if options.dtype:
+        dtype = getattr(torch, options.dtype)
+        tensors = {name: cast(name, stored, dtype) for name, stored in tensors.items()}
+    size = sum(stored.nbytes for stored in tensors.values())
+    files, notes = split("model", tensors, options.shard_size)
+    dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
+    spec = hf_config(config) | {"torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    with writing(output) as folder:
+        entries = {}
+        for name in tqdm(files, unit="file", disable=None):
+            entries |= write_files(folder, {name: files[name]})
+        if isinstance(options, Export):
+            (folder / "README.md").write_text(model_card(Path(options.source).resolve(), spec))
+        write_notes(folder, notes, spec, tokenizer, entries)
+    print(f"{output}: {len(tensors)} tensors, {size:,} bytes in {len(files)} file(s), "
+          f"gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
 
 
 def cast(name, stored, dtype):
@@ -895,23 +850,17 @@ def cast(name, stored, dtype):
 
 
 def model_card(source, spec):
-    """Return a README.md for the Hub: the model's config.json and, of a run of ours, its settings.
-
-    source: the folder that is exported.
-    """
-    source = source.resolve()
-    name, step = f"{source.parent.name} {source.name}", identify(source)[1]
-    facts = {key: spec[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads",
-                                        "max_position_embeddings", "hidden_act", "torch_dtype")}
+    """Return a README.md for the Hub: the model's config.json and how a run of ours trained it."""
+    facts, step = dict(list(spec.items())[2:]), identify(source)[1]
     if step is not None and (training := read_training(source, step)):
         run = source.parent / "config.json"
         settings = read_json(run) if run.exists() else {}
         facts |= {"step": step, "tokens": training["tokens"]} | {
-            key: settings[key] for key in CARD if settings.get(key) is not None}
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    return (f"---\nlibrary_name: transformers\ntags: [gpt_neox, pythia]\n---\n\n# {name}\n\n"
-            "A language model of the architecture of Pythia, for transformers' "
-            f"`GPTNeoXForCausalLM`.\n\n| | |\n|---|---|\n{rows}")
+            name: value for name, value in settings.items() if type(value) in (int, float)}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
+    return ("---\nlibrary_name: transformers\ntags: [gpt_neox, pythia]\n---\n\n"
+            f"# {source.parent.name} {source.name}\n\nA language model of the architecture of "
+            f"Pythia, for transformers' `GPTNeoXForCausalLM`.\n\n| | |\n|---|---|\n{rows}")
 
 
 def export(options):
@@ -945,7 +894,7 @@ def fetch(options):
     run = Path(options.out_dir or name)
     for step in tqdm(steps, unit="checkpoint", disable=None):
         for line in known_bad(name, step):
-            tqdm.write(f"warning: {line}", file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
         folder = run / f"step{step}"
         if (folder / "manifest.json").exists() and is_whole(folder):
             continue
@@ -956,8 +905,8 @@ def fetch(options):
             weights = r"model.*\.safetensors.*"
             if not any(re.fullmatch(weights, file) for file in files):
                 weights = r"pytorch_model.*\.bin.*"
-            others = r"config\.json|tokenizer\.json|tokenizer_config\.json"
-            wanted = [file for file in files if re.fullmatch(f"{weights}|{others}", file)]
+            wanted = [file for file in files if re.fullmatch(
+                rf"{weights}|config\.json|tokenizer\.json|tokenizer_config\.json", file)]
             for file in wanted:  # by commit: all of one upload, whatever is pushed meanwhile
                 huggingface_hub.hf_hub_download(repository, file, revision=info.sha,
                                                 local_dir=folder)
@@ -999,11 +948,12 @@ def list_(options):
                     ("weights", ("model", "pytorch_model", "layer_")), ("state", ("optimizer/",)),
                     ("tokenizer", ("tokenizer.json",)), ("manifest", ("manifest.json",)))
                 if any(name.startswith(beginnings) for name in files)]
-        total += sum(files.values())
+        size = sum(files.values())
+        total += size
         tokens = f"{training['tokens']:,}" if training else "-"
         # The loss is that of the batch that these weights met next.
         print(f"{step:7} {tokens:>15} {(losses.get(str(step)) or '-')[:7]:>8} "
-              f"{sum(files.values()) / 1e6:8,.1f} MB  {', '.join(held)}"
+              f"{size / 1e6:8,.1f} MB  {', '.join(held)}"
               + ("" if is_whole(folder) else ": NOT WHOLE") + damage)
     print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
 

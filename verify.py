@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import (checkpoint_steps, files_of, manifest_of, one_line, open_any, read_training,
-                         sha256_of, size_of, step_folders)
+                         sha256_of, step_folders)
 from config import command, file_size, read_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
@@ -73,7 +73,7 @@ def scan(step, folder):
             found.config, tensors = open_any(folder)
             for name, stored in tensors.items():
                 measure(found, name, stored)
-                found.bytes += size_of(stored)
+                found.bytes += stored.nbytes
         with noting(found):
             hashes.result()
     return found

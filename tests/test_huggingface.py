@@ -1,17 +1,30 @@
-"""pytest tests/test_huggingface.py"""
+"""pytest tests/test_huggingface.py
 
+Published checkpoints of every form in, ours out, and the Hub.
+"""
+
+import http.server
 import json
 import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM,
-                          PreTrainedTokenizerFast)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoints import load_model, saved_steps
-from checkpoints import Import, folder_tokenizer, import_, load_training, merge, open_any
+from checkpoints import (Export, Import, checkpoint_steps, export, folder_tokenizer, identify,
+                         import_, known_bad, load_model, load_training, merge, open_any,
+                         saved_steps, sha256_of)
+from conftest import ROOT
 from model import ModelConfig, Pythia, parameter_shapes, read_config, warn_once
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
@@ -96,18 +109,6 @@ def test_every_published_form_is_imported_bit_for_bit(tmp_path, form, dtype, leg
                                rtol=1e-5, atol=1e-3)  # of ~60
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shard_size", ["50GB", "100KB"])
-def test_what_transformers_saves_is_imported(tmp_path, dtype, shard_size):
-    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**CONFIG_2022)).to(dtype)
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
-    import_(Import(str(tmp_path / "theirs"), str(tmp_path / "ours"), tokenizer=None))
-    stored = load_file(tmp_path / "ours/model.safetensors")
-    for name, parameter in theirs.named_parameters():
-        name = name.replace("lm_head", "embed_out")
-        assert torch.equal(stored[name], parameter) and stored[name].dtype == dtype, name
-
-
 def aged(**changes):
     return {name: value for name, value in (CONFIG_2022 | changes).items() if value != "absent"}
 
@@ -169,7 +170,7 @@ def test_the_head_by_its_newer_name_and_weights_alone_of_any_form_begin_a_branch
         model = Pythia(CONFIG)
         assert load_training(tmp_path, step, model, None) is None
         assert_equal(bits(model), expected)
-    with pytest.raises(ValueError, match="n_heads = 8, the checkpoint says 4"):
+    with pytest.raises(ValueError, match="n_heads is 4, the run's 8"):
         load_training(tmp_path, 0, Pythia(replace(CONFIG, n_heads=8)), None)
 
 
@@ -195,13 +196,8 @@ def test_every_missing_extra_or_misshapen_tensor_is_named(tmp_path, form):
 def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, form):
     tensors = weights()
     tensors["gpt_neox.embed_in.weight"] = tensors["gpt_neox.embed_in.weight"].to(dtype)
-    source = published(tmp_path / "source", tensors, form)
-    words = f"embed_in.weight is {str(dtype)[6:]}, expected float32, float16 or bfloat16"
-    with pytest.raises(ValueError, match=words):
-        import_(Import(str(source), str(tmp_path / "out"), tokenizer=None))
-    if "safetensors" in form:
-        with pytest.raises(ValueError, match="embed_in.weight is"):
-            load_model(source)
+    with pytest.raises(ValueError, match=f"embed_in.weight is {str(dtype)[6:]}, expected float32"):
+        open_any(published(tmp_path / "source", tensors, form))
 
 
 @pytest.mark.parametrize("edit, words", [
@@ -334,7 +330,7 @@ def put(key, name, tensor):
     (lambda layers: [put((5, rank), "norm.bias", torch.ones(63).half())(layers) for rank in (0, 1)],
      r"final_layer_norm.bias is \(63,\), expected \(64,\)"),
     (lambda layers: [drop((layer, rank), "attention.rotary_emb.inv_freq")(layers)
-                     for layer in (2, 3) for rank in (0, 1)], "import them with --n_heads=N"),
+                     for layer in (2, 3) for rank in (0, 1)], "no attention.rotary_emb.inv_freq, which says how many"),
     (lambda layers: layers[2, 1]["input_layernorm.weight"].mul_(3),
      "layer_02-model_01-model_states.pt: input_layernorm.weight is not that of layer_02-model_00"),
     (lambda layers: layers[5, 1]["norm.bias"].add_(0.5), "norm.bias is not that of")])
@@ -348,19 +344,206 @@ def test_neox_files_that_do_not_fit_are_named(tmp_path, edit, words):
 def test_neox_norms_that_rounding_took_apart_are_no_mistake(tmp_path):
     layers = neox_layers(weights(), 2)
     layers[2, 1]["input_layernorm.weight"].mul_(1 + 2**-9)
-    open_any(neox(tmp_path / "global_step8", layers))
+    source = neox(tmp_path / "global_step8", layers)
+    open_any(source)
+    (source / "layer_1-model_0-model_states.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="layer_1-model_0-.*: expected a name like layer_"):
+        open_any(source)
 
 
-def test_another_number_of_heads_than_the_checkpoint_says_is_refused(tmp_path):
-    for source in (published(tmp_path / "hf", weights()),
-                   neox(tmp_path / "global_step8", neox_layers(weights(), 1))):
-        open_any(source, n_heads=4)
-        with pytest.raises(ValueError, match="n_heads = 8, the checkpoint says 4"):
-            open_any(source, n_heads=8)
+# ---------------------------------------------------------------------------- export
 
 
-def test_a_neox_file_of_another_name_is_named(tmp_path):
-    (tmp_path / "layer_1-model_0-model_states.pt").write_bytes(b"")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shard_size", [5_000_000_000, 100_000])
+def test_export_goes_round_without_losing_a_bit(tmp_path, dtype, shard_size, tokenizer_path):
+    expected = {name: tensor.to(getattr(torch, dtype))
+                for name, tensor in weights(torch.float32).items()}
+    source = published(tmp_path / "run/step8", weights(torch.float32))
+    export(Export(str(source), str(tmp_path / "hf"), dtype, shard_size,
+                  tokenizer=str(tokenizer_path)))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == getattr(torch, dtype)
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(parameter, expected[name.replace("lm_head", "embed_out")]), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("Hello, I am")["input_ids"] == [
+        12092, 13, 309, 717]
+    assert (len(list((tmp_path / "hf").glob("*.safetensors"))) > 1) == (shard_size < 10**9)
+    import_(Import(str(tmp_path / "hf"), str(tmp_path / "back")))
+    assert_equal(load_file(tmp_path / "back/model.safetensors"), expected)
+    assert (tmp_path / "back/tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)  # round through theirs
+    import_(Import(str(tmp_path / "theirs"), str(tmp_path / "again"), tokenizer=None))
+    assert_equal(load_file(tmp_path / "again/model.safetensors"), expected)
+
+
+def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
+    tensors = weights(torch.float32)
+    tensors["gpt_neox.layers.0.mlp.dense_h_to_4h.bias"][3] = 1e6
+    source = published(tmp_path / "step8", tensors)
     with pytest.raises(ValueError,
-                       match="layer_1-model_0-model_states.pt: expected a name like layer_"):
-        open_any(tmp_path)
+                       match="layers.0.mlp.dense_h_to_4h.bias: 1e.06 overflows torch.float16"):
+        export(Export(str(source), str(tmp_path / "out"), "float16", tokenizer=None))
+    assert os.listdir(tmp_path) == ["step8"]
+
+
+def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
+    """A stranger's folder may have a link to any file."""
+    source = published(tmp_path / "step8", weights())
+    (tmp_path / "secret").write_text("private key")
+    (tmp_path / "token").write_text('{"token": "secret"}')
+    for target, words in (("secret", "not JSON"), ("token", "splits text otherwise"),
+                          ("/dev/zero", "not a regular file")):
+        (source / "tokenizer.json").unlink(missing_ok=True)
+        (source / "tokenizer.json").symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match=f"step8/tokenizer.json: .*{words}"):
+            export(Export(str(source), str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def run_checkpoints(monkeypatch, *arguments):
+    """Run checkpoints.py's command line here; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
+    try:
+        runpy.run_path(str(ROOT / "checkpoints.py"), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "pythia-12b/step50000", weights())
+    assert run_checkpoints(monkeypatch, "import", "pythia-12b/step50000", "runs/x/step7",
+                           "--tokenizer=None") == 0
+    assert "first shard is the final checkpoint's (#206)" in capsys.readouterr().err
+    assert run_checkpoints(monkeypatch, "export", "runs/x/step7", "out", "--dtype=bfloat16",
+                           "--push", "--tokenizer=None") == 0
+    assert "hf upload x out . --revision=step7" in capsys.readouterr().out.splitlines()
+    published(tmp_path / "a; touch x/step8", weights())
+    assert run_checkpoints(monkeypatch, "export", "a; touch x/step8", "o p", "--push",
+                           "--tokenizer=None") == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == [
+        "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
+    for wrong, words in ((("import", "nowhere", "b"), "nowhere: no such folder"),
+                         (("import", ".", "b"), "no checkpoint; expected model.safetensors"),
+                         (("import", "a"), "missing: --output"),
+                         (("import", "a", "b", "c"), "expected source output"),
+                         (("import", "runs/x/step7", "out"), "out: is there already"),
+                         (("export", "runs/x/step7", "b", "--dtype=int8"),
+                          "expected float32, float16 or"),
+                         (("export", "runs/x/step7", "b", "--shard_size=0"), "at least 1"),
+                         (("export", "runs/x/step7", "b", "--tokenizer=none.json"),
+                          "none.json: no such tokenizer; `make tokenizer` gets it, --tokenizer="),
+                         (("export", "runs/x/step7", "b"), "20B_tokenizer.json: no such tokenizer"),
+                         (("exprot",), "expected one of")):
+        assert run_checkpoints(monkeypatch, *wrong) == 2, wrong
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and words in lines[0], wrong
+    assert not (tmp_path / "b").exists()
+
+
+# ---------------------------------------------------------------------------- known bad uploads
+
+
+@pytest.mark.parametrize("name, step, issue", [
+    ("pythia-2.8b", 0, "#205"), ("pythia-2.8b", 53000, "#205"), ("pythia-2.8b", 64000, "#205"),
+    ("pythia-12b", 58000, "#206"), ("pythia-12b-deduped", 32000, "#108"),
+    ("pythia-160m-weight-seed2", 512, "#203"),
+    ("pythia-70m", 2, "#198"), ("neox-ckpt-pythia-6.9b-deduped-v1", 1000, "#195")])
+def test_known_bad_uploads_warn(name, step, issue):
+    assert any(issue in line for line in known_bad(name, step))
+
+
+def test_good_uploads_do_not_warn():
+    assert not any(known_bad(name, step) for name, step in (
+        ("pythia-2.8b", 66000), ("pythia-2.8b", 143000), ("pythia-12b", 51000),
+        ("pythia-160m", 512), ("pythia-12b-deduped", 33000), ("", None)))
+    bad = [step for step in checkpoint_steps(143000)
+           if any("#205" in line for line in known_bad("pythia-2.8b", step))]
+    assert len(bad) == 85  # of 86 equal ones; in step143000 these weights are where they belong
+    assert identify("/data/pythia-2.8b/step1000") == ("pythia-2.8b", 1000)
+    assert identify("neox-ckpt-pythia-70m-deduped-v1/global_step143000")[1] == 143000
+    assert identify("/somewhere/else") == ("", None)
+
+
+# ---------------------------------------------------------------------------- the Hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers what huggingface_hub asks for one repository, from {revision: folder}, on this
+    machine.
+    """
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        path = self.path.split("?")[0]
+        self.server.asked.append(path)
+        if match := re.fullmatch(r"/api/models/EleutherAI/(pythia-\w+)/revision/(\w+)", path):
+            folder = self.server.folders.get(match[2])
+            if folder is None:
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+            siblings = [{
+                "rfilename": file.name, "size": file.stat().st_size, "blobId": "0" * 40, "lfs": {
+                    "sha256": self.server.claimed.get(file.name) or sha256_of(file),
+                    "size": file.stat().st_size, "pointerSize": 1}}
+                for file in sorted(folder.iterdir())]
+            commit = (folder.name.encode().hex() + "0" * 40)[:40]
+            self.server.folders[commit] = folder
+            return self.send(200, json.dumps({
+                "_id": "1", "id": f"EleutherAI/{match[1]}", "sha": commit, "siblings": siblings,
+                "private": False, "downloads": 0, "likes": 0, "tags": []}).encode(),
+                {"Content-Type": "application/json"}, body)
+        if match := re.fullmatch(r"/EleutherAI/pythia-\w+/resolve/(\w+)/([\w.-]+)", path):
+            data = (self.server.folders[match[1]] / match[2]).read_bytes()
+            return self.send(200, data, {"X-Repo-Commit": match[1],
+                                         "ETag": sha256(data).hexdigest()}, body)
+        self.send(404, b"{}", {}, body)
+
+    def send(self, code, data, headers, body):
+        self.send_response(code)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_fetch_downloads_checks_and_goes_on(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folders, server.claimed, server.asked = {}, {}, []
+    for step in (0, 512):
+        folder = published(tmp_path / f"hub/step{step}", weights() | legacy_buffers())
+        shutil.copy(folder / "model.safetensors", folder / "pytorch_model.bin")  # not wanted twice
+        server.folders[f"step{step}"] = folder
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                                "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, ROOT / "checkpoints.py", "fetch", *arguments],
+                              cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, said = run("pythia-70m", "--steps=0,512")
+    assert code == 0 and "warning: pythia-70m step 0: steps 0 and 1 are equal" in said
+    assert saved_steps(tmp_path / "pythia-70m") == [0, 512]
+    assert not (tmp_path / "pythia-70m/step0/pytorch_model.bin").exists()
+    assert_equal(bits(load_model(tmp_path / "pythia-70m/step512")), weights())
+    code, said = run("pythia-70m", "--steps=512,7")
+    assert sum(path.endswith("/revision/step512") for path in server.asked) == 1  # not again
+    assert code == 2 and "EleutherAI/pythia-70m step7: " in said.splitlines()[-1]
+    server.claimed["model.safetensors"] = "0" * 64
+    code, said = run("pythia-70m", "--steps=512", "--out_dir=other")
+    assert code == 2 and "its SHA-256 is not the Hub's" in said
+    assert not (tmp_path / "other/step512/manifest.json").exists()
+    server.shutdown()
