@@ -155,7 +155,7 @@ def read_index(index):
 
 
 def check_tensors(where, tensors, shapes):
-    """Raise ValueError naming tensors, 20 at most, that are missing, extra, misshapen, no floats."""
+    """Raise ValueError naming 20 tensors at most that are missing, extra, misshapen, no floats."""
     problems = [f"missing {name}" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:

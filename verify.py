@@ -17,8 +17,7 @@ Training moves through weight space in small steps, so a checkpoint lies between
 Two neighbours in each other's place stay near; there the path gets shorter once both are exchanged.
 
 Without a manifest not all can be seen: not a few values that changed by less than their tensor
-moves between two checkpoints anyway, as after a flipped bit that made one small, and not the biases
-and LayerNorms of the checkpoint beside.
+moves between two checkpoints anyway, and not the biases and LayerNorms of the checkpoint beside.
 """
 
 import math
@@ -34,8 +33,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import (checkpoint_steps, files_of, manifest_of, one_line, open_any, read_training,
-                         sha256_of, step_folders)
+from checkpoints import (checkpoint_steps, describe_file, files_of, manifest_of, one_line, open_any,
+                         read_training, step_folders)
 from config import command, file_size, read_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
@@ -94,17 +93,32 @@ def noting(found, name=""):
 def check_files(found):
     """Compare every file with the manifest, and torch.save's archives with their own checksums."""
     with noting(found, "manifest.json"):
-        if (found.folder / "manifest.json").exists():
+        there = files_of(found.folder)
+        if "manifest.json" in there:
             entries, found.hashed = manifest_of(found.folder), 0
             for name, entry in entries.items():
-                check_file(found, name, entry)
-            for name in sorted(files_of(found.folder).keys() - entries.keys() - {"manifest.json"}):
+                with noting(found, name):
+                    check_file(found.folder / name, entry)
+                    found.hashed += 1
+            for name in sorted(there.keys() - entries.keys() - {"manifest.json"}):
                 found.problems.append(f"{ascii(name)[1:-1]}: not in the manifest")
-        elif (found.folder / "training.json").exists():
+        elif "training.json" in there:
             found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
         with noting(found, path.name):
             check_archive(path)
+
+
+def check_file(path, entry):
+    """Raise ValueError unless a file is as its entry in the manifest says."""
+    if not path.is_file():
+        raise ValueError(f"{path}: in the manifest but not there")
+    real = describe_file(path)
+    if real["bytes"] != entry.get("bytes"):
+        raise ValueError(f"{path}: {real['bytes']:,} bytes, the manifest says "
+                         f"{entry.get('bytes')!r}")
+    if real["sha256"] != entry.get("sha256"):
+        raise ValueError(f"{path}: its SHA-256 is not the manifest's")
 
 
 def check_archive(path):
@@ -115,45 +129,25 @@ def check_archive(path):
             # torch.save never compresses; a stranger's record could swell without end.
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ValueError("compressed records, which torch.save never writes")
-            damaged = archive.testzip()
-            if damaged:
+            if damaged := archive.testzip():
                 raise ValueError(f"checksum of {damaged} is wrong")
     except Exception as error:  # a broken archive raises whatever it likes
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
-def check_file(found, name, entry):
-    """Compare one file with its entry in the manifest, {"bytes": N, "sha256": HEX}."""
-    path = found.folder / name
-    with noting(found, name):
-        if not path.is_file():
-            found.problems.append(f"{name}: in the manifest but not there")
-        elif path.stat().st_size != entry.get("bytes"):
-            found.problems.append(f"{name}: {path.stat().st_size:,} bytes, the manifest says "
-                                  f"{entry.get('bytes')!r}")
-        elif sha256_of(path) != entry.get("sha256"):
-            found.problems.append(f"{name}: its SHA-256 is not the manifest's")
-        else:
-            found.hashed += 1
-
-
 def measure(found, name, stored):
     """Read a tensor; note its norm, some entries and whether it is finite and no part is empty."""
-    tensor, zeros = stored.read().reshape(-1), 0
-    # The square of any finite float32 fits float64, so a sum that is not finite means NaN or inf.
-    square = 0.0
-    for chunk in tensor.split(1 << 20):
-        if len(stored.shape) == 2 and len(chunk) - chunk.count_nonzero() >= BLOCK:
-            blocks = chunk[:len(chunk) // BLOCK * BLOCK].view(-1, BLOCK)
-            zeros += BLOCK * (~blocks.any(1)).sum().item()
-        chunk = chunk.double()
-        square += chunk.dot(chunk).item()
-    if not math.isfinite(square):
+    tensor = stored.read().reshape(-1)
+    # The square of any finite float32 fits float64, so a norm that is not finite means NaN or inf.
+    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+    if not math.isfinite(norm):
         broken = tensor.numel() - tensor.isfinite().sum()
         found.problems.append(f"{name}: {broken:,} values are NaN or infinite")
-    if zeros:  # such as pages that never reached the disk, or rows that were cut out
-        found.problems.append(f"{name}: {zeros:,} values side by side are 0")
-    found.norms[name], found.files[name] = math.sqrt(square), stored.path.name
+    if len(stored.shape) == 2 and len(tensor) - tensor.count_nonzero() >= BLOCK:
+        blocks = tensor[:len(tensor) // BLOCK * BLOCK].view(-1, BLOCK)
+        if zeros := BLOCK * (~blocks.any(1)).sum().item():  # pages that never reached the disk
+            found.problems.append(f"{name}: {zeros:,} values side by side are 0")
+    found.norms[name], found.files[name] = norm, stored.path.name
     found.shapes[name], count = stored.shape, tensor.numel()
     if count > ENTRIES:
         generator = torch.Generator().manual_seed(count)
@@ -176,142 +170,149 @@ def one_model(scans):
     return [here for here in scans if here.config == usual and here.samples.keys() == names]
 
 
-def distances(scans, name):
-    """Return a tensor's norms, (n,), and its distances between any two of n checkpoints, (n, n)."""
-    norms = torch.tensor([here.norms[name] for here in scans], dtype=torch.float64)
-    stack = torch.stack([here.samples[name] for here in scans]).double()
-    apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
-    whole = apart * math.sqrt(math.prod(scans[0].shapes[name]) / stack.shape[1])
-    # A value that was not sampled still moves the norm, and the distance is at least that much.
-    return norms, whole.maximum((norms[:, None] - norms).abs())
+# ---------------------------------------------------------------------------- the path
+
+
+class Way:
+    """How far n checkpoints of one model, in order, are apart, for each of its M tensors.
+
+    Every question about checkpoint i is answered for all tensors at once, (M,) bool.
+    """
+
+    def __init__(self, scans):
+        self.scans, self.names = scans, list(scans[0].samples)
+        self.sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
+        self.matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in self.names])
+        # float16 rounds early steps away, so distances below these floors mean nothing. (Biases
+        # begin at 0, where the floor would be 0 too.)
+        self.floors = (1e-3 * self.sizes).clamp_min(1e-30)
+        self.ratios = {}  # step: its largest distance over the neighbours'
+
+    def distances(self, name):
+        """Return a tensor's norms, (n,), and distances between any two checkpoints, (n, n)."""
+        norms = torch.tensor([here.norms[name] for here in self.scans], dtype=torch.float64)
+        stack = torch.stack([here.samples[name] for here in self.scans]).double()
+        apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
+        whole = apart * math.sqrt(math.prod(self.scans[0].shapes[name]) / stack.shape[1])
+        # A value that was not sampled still moves the norm: the distance is at least that much.
+        return norms, whole.maximum((norms[:, None] - norms).abs())
+
+    def note(self, i, which, words):
+        """Note a problem of checkpoint i's tensors `which`; return whether there are any."""
+        here, far = self.scans[i], [name for name, is_far in zip(self.names, which) if is_far]
+        if not far:
+            return False
+        files = {here.files[name] for name in far}
+        where = f" of {', '.join(sorted(files))}" if files != set(here.files.values()) else ""
+        example = min(far) + ", ..." * (len(far) > 1)
+        which = (f"all {len(far)} tensors" if len(far) == len(self.names) else
+                 f"{len(far)} of {len(self.names)} tensors{where} ({example})")
+        here.problems.append(f"{which} are {words}")
+        return True
+
+    def note_duplicates(self, i):
+        """Note which tensors of checkpoint i are equal to an earlier one's, once each."""
+        left, apart = torch.ones(len(self.names), dtype=torch.bool), self.apart
+        for j in range(i):
+            # Before the second update nothing has changed: the first has learning rate 0.
+            updates = self.scans[i].updates, self.scans[j].updates
+            if updates[0] != updates[1] and max(updates) > 1:
+                equal = left & (apart[:, i, j] == 0)
+                # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only
+                # if they moved away and came back, or if all matrices are equal too.
+                away = apart[:, i, j:i].amax(1) > 2 * self.floors[:, i]
+                equal &= self.matrix | away | equal[self.matrix].all()
+                left &= ~equal
+                self.note(i, equal, f"equal to step {self.scans[j].step}'s")
+
+    def note_place(self, i):
+        """Note the tensors of checkpoint i that do not lie where it stands; return if any do."""
+        last = len(self.scans) - 1
+        noted = False
+        if 0 < i < last:
+            before, after = self.scans[i - 1].step, self.scans[i + 1].step
+            ratio = self.apart[:, i, [i - 1, i + 1]].amin(1) / (
+                self.apart[:, i - 1, i + 1].clamp_min(self.floors[:, i]))
+            far = ratio > torch.where(self.matrix, RATIO, VECTOR_RATIO)
+            self.ratios[self.scans[i].step] = ratio.max().item()
+            noted = self.note(i, far, f"up to {ratio.where(far, 0).max():.1f} times as far from "
+                              f"steps {before} and {after} as these are apart")
+        elif last > 1:
+            one, two = (1, 2) if i == 0 else (i - 1, i - 2)
+            steps = [self.scans[k].step for k in (i, one, two)]
+            gap = max(1, abs(steps[0] - steps[1]) / max(1, abs(steps[1] - steps[2])))
+            limit = torch.where(self.matrix, FAR, VECTOR_FAR) * self.sizes[:, one]
+            moved = self.apart[:, one, two]
+            far = self.apart[:, i, one] > limit.maximum(3 * gap * moved)
+            far &= moved > self.floors[:, one]  # steps 0 and 1 are equal
+            noted = self.note(i, far, f"too far from step {steps[1]} to stand beside it")
+        other, belongs = self.elsewhere(i)
+        return self.note(i, belongs, f"nearer to step {self.scans[other].step} and its neighbour "
+                         "than to their own") or noted
+
+    def elsewhere(self, i):
+        """Return the place j where checkpoint i fits better (0 without), and which tensors do.
+
+        There it is nearer to j and to one beside j than to the two on either side of its own place.
+        (A copy of it standing elsewhere is near too, but what is beside the copy is not.)
+        """
+        apart, count = self.apart, len(self.scans)
+        own = apart[:, i, [k for k in range(count) if 1 <= abs(k - i) <= 2]].amin(1)
+        best, belongs, nearest = 0, torch.zeros(len(apart), dtype=torch.bool), math.inf
+        for j in (j for j in range(count) if abs(j - i) > 2):
+            beside = [k for k in (j - 1, j + 1) if 0 <= k < count and abs(k - i) > 2]
+            if beside:
+                there = apart[:, i, j].maximum(apart[:, i, beside].amin(1))
+                fits = (RATIO * there < own) & (own > self.floors[:, i])
+                if fits.any() and (fits.sum(), -there.sum()) > (belongs.sum(), -nearest):
+                    best, belongs, nearest = j, fits, there.sum()
+        return best, belongs
+
+    def note_exchanged(self, i):
+        """Note if the path is shorter with checkpoints i and i + 1 exchanged."""
+        j, square = i + 1, self.apart.square()
+        keep = swap = torch.zeros(len(self.apart), dtype=self.apart.dtype)
+        if i > 0:
+            keep, swap = keep + square[:, i - 1, i], swap + square[:, i - 1, j]
+        if j + 1 < len(self.scans):
+            keep, swap = keep + square[:, j, j + 1], swap + square[:, i, j + 1]
+        moved = self.apart[:, i, j] > self.floors[:, i]
+        swapped = (keep > EXCHANGED * swap) & moved
+        # Noise exchanges single tensors, a real exchange nearly all of them.
+        if swapped.sum() >= 0.9 * moved.sum():
+            self.note(i, swapped, f"in the place of step {self.scans[j].step}'s: the path is "
+                      "shorter with both exchanged")
+
+    def matrices(self, i, j, measure):
+        """Return the mean over matrices of measure(a, b) of checkpoints i's and j's samples."""
+        values = [measure(self.scans[i].samples[name], self.scans[j].samples[name])
+                  for name, is_matrix in zip(self.names, self.matrix) if is_matrix]
+        return float(sum(values) / len(values))
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a, b, dim=0)
 
 
 def check_path(scans):
-    """Note every checkpoint whose tensors do not belong where it stands; return {step: ratio}.
+    """Note every checkpoint whose tensors do not belong where it stands; return the Way or None.
 
-    scans: of one model, in order. ratio: the largest distance of a tensor to the nearer neighbour,
-    over the neighbours' distance to each other.
+    scans: of one model, in order.
     """
     if len(scans) < 2:
-        return {}
-    names = list(scans[0].samples)
-    sizes, apart = map(torch.stack, zip(*(distances(scans, name) for name in names)))
-    matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in names])
-    # float16 rounds early steps away, so distances below these floors mean nothing. (Biases begin
-    # at 0, where the floor would be 0 too.)
-    floors = (1e-3 * sizes).clamp_min(1e-30)
-    ratios, noted = {}, set()
-
-    def note(i, which, words):
-        far = [name for name, is_far in zip(names, which.tolist()) if is_far]
-        if far:
-            noted.add(i)
-            scans[i].problems.append(f"{_tensors(scans[i], far)} {words}")
-
-    for i in range(len(scans)):
-        for j, equal in duplicates(scans, apart, matrix, floors, i):
-            note(i, equal, f"equal to step {scans[j].step}'s")
-    noted.clear()
-    for i, here in enumerate(scans):
-        if 0 < i < len(scans) - 1:
-            nearer = apart[:, i, [i - 1, i + 1]].amin(1)
-            ratio = nearer / apart[:, i - 1, i + 1].clamp_min(floors[:, i])
-            far = ratio > torch.where(matrix, RATIO, VECTOR_RATIO)
-            ratios[here.step] = ratio.max().item()
-            note(i, far, f"up to {ratio.where(far, 0).max():.1f} times as far from steps "
-                 f"{scans[i - 1].step} and {scans[i + 1].step} as these are apart")
-        elif len(scans) > 2:
-            beside = 1 if i == 0 else i - 1
-            note(i, too_far(scans, sizes, apart, matrix, floors, i),
-                 f"too far from step {scans[beside].step} to stand beside it")
-        other, belongs = elsewhere(apart, i, floors[:, i])
-        if belongs.any():
-            note(i, belongs, f"nearer to step {scans[other].step} and its neighbour than to "
-                             "their own")
-    for i in range(len(scans) - 1):
-        moved = apart[:, i, i + 1] > floors[:, i]
-        swapped = exchanged(apart, i) & moved
-        # Noise exchanges single tensors, a real exchange nearly all of them.
-        if not {i, i + 1} & noted and swapped.sum() >= 0.9 * moved.sum():
-            note(i, swapped, f"in the place of step {scans[i + 1].step}'s: the path is shorter "
-                             "with both exchanged")
-    check_descent(scans, [name for name, is_matrix in zip(names, matrix) if is_matrix])
-    return ratios
-
-
-def too_far(scans, sizes, apart, matrix, floors, i):
-    """Return which tensors of the first or last checkpoint are far from the one beside it, (M,)."""
-    one, two = (1, 2) if i == 0 else (i - 1, i - 2)
-    gap = abs(scans[i].step - scans[one].step) / max(1, abs(scans[one].step - scans[two].step))
-    limit = torch.where(matrix, FAR, VECTOR_FAR) * sizes[:, one]
-    far = apart[:, i, one] > limit.maximum(3 * max(1, gap) * apart[:, one, two])
-    return far & (apart[:, one, two] > floors[:, one])  # steps 0 and 1 are equal
-
-
-def check_descent(scans, matrices):
-    """Note a step 0 from which the next checkpoint does not descend."""
-    start, first = scans[0], scans[1]
-    cosine = mean([torch.cosine_similarity(start.samples[name], first.samples[name], dim=0)
-                   for name in matrices])
-    if start.step == 0 and first.step <= 2000 and cosine < SAME_INIT:
-        start.problems.append(f"step {first.step} does not descend from it: their cosine is "
-                              f"{cosine:.3f}")
-
-
-def elsewhere(apart, i, floor):
-    """Return the place j where checkpoint i fits better, and which matrices do, (M,) bool.
-
-    There it is nearer to j and to one beside j than to the two on either side of its own place. (A
-    copy of it standing elsewhere is near too, but what is beside the copy is not.)
-    """
-    count = apart.shape[1]
-    own = apart[:, i, [k for k in range(count) if 1 <= abs(k - i) <= 2]].amin(1)
-    best, belongs, nearest = None, torch.zeros(len(apart), dtype=torch.bool), math.inf
-    for j in (j for j in range(count) if abs(j - i) > 2):
-        beside = [k for k in (j - 1, j + 1) if 0 <= k < count and abs(k - i) > 2]
-        if beside:
-            there = apart[:, i, j].maximum(apart[:, i, beside].amin(1))
-            fits = (RATIO * there < own) & (own > floor)
-            if fits.any() and (fits.sum(), -there.sum()) > (belongs.sum(), -nearest):
-                best, belongs, nearest = j, fits, there.sum()
-    return best, belongs
-
-
-def exchanged(apart, i):
-    """Return whose path is shorter with checkpoints i and i + 1 exchanged, (M,) bool."""
-    j, square = i + 1, apart.square()
-    keep = swap = torch.zeros(len(apart), dtype=apart.dtype)
-    if i > 0:
-        keep, swap = keep + square[:, i - 1, i], swap + square[:, i - 1, j]
-    if j + 1 < apart.shape[1]:
-        keep, swap = keep + square[:, j, j + 1], swap + square[:, i, j + 1]
-    return keep > EXCHANGED * swap
-
-
-def duplicates(scans, apart, matrix, floors, i):
-    """Give every earlier checkpoint j and which tensors of checkpoint i are first equal there."""
-    left = torch.ones(len(apart), dtype=torch.bool)
-    for j in range(i):
-        # Before the second update nothing has changed: the first has learning rate 0.
-        updates = scans[i].updates, scans[j].updates
-        if updates[0] != updates[1] and max(updates) > 1:
-            equal = left & (apart[:, i, j] == 0)
-            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
-            # they moved away and came back, or if all matrices are equal too.
-            away = apart[:, i, j:i].amax(1) > 2 * floors[:, i]
-            equal &= matrix | away | equal[matrix].all()
-            left &= ~equal
-            yield j, equal
-
-
-def _tensors(found, names):
-    """Return "3 of 28 tensors of SHARD (NAME, ...) are"; SHARD: if it is one of several files."""
-    files = {found.files[name] for name in names}
-    where = f" of {', '.join(sorted(files))}" if files != set(found.files.values()) else ""
-    if len(names) == len(found.samples):
-        return f"all {len(names)} tensors are"
-    example = min(names) + ", ..." * (len(names) > 1)
-    return f"{len(names)} of {len(found.samples)} tensors{where} ({example}) are"
+        return None
+    way, count = Way(scans), len(scans)
+    for i in range(count):
+        way.note_duplicates(i)
+    noted = [way.note_place(i) for i in range(count)]
+    for i in range(count - 1):
+        if not noted[i] and not noted[i + 1]:
+            way.note_exchanged(i)
+    descent = way.matrices(0, 1, cosine)
+    if scans[0].step == 0 and scans[1].step <= 2000 and descent < SAME_INIT:
+        scans[0].problems.append(f"step {scans[1].step} does not descend from it: their cosine is "
+                                 f"{descent:.3f}")
+    return way
 
 
 # ---------------------------------------------------------------------------- verify
@@ -372,15 +373,12 @@ def verify(options):
     if ours and wanted[-1:] > there[-1:]:
         extent = f" up to step {there[-1]} of {wanted[-1]}"
         wanted = [step for step in wanted if step <= there[-1]]
-    missing = [step for step in wanted if step not in there]
-    if missing:
+    if missing := [step for step in wanted if step not in there]:
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
     scans = [scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
-    usual = one_model(scans)
-    ratios = check_path(usual)
-    print_table(scans, usual, ratios)
+    print_table(scans, check_path(one_model(scans)))
     problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
     for problem in problems:
         print(problem)
@@ -391,37 +389,24 @@ def verify(options):
         sys.exit(1)
 
 
-def print_table(scans, usual, ratios):
-    """Print a line a checkpoint: its matrices' mean distance and cosine and their largest ratio.
-
-    usual: the checkpoints of one model. Distances are relative to the first one's norm.
-    """
+def print_table(scans, way):
+    """Print a line a checkpoint: its matrices' mean distance and cosine and their largest ratio."""
     print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
           f"{'to previous':>11} {'between':>7}  problems")
     for here in scans:
-        norm = math.sqrt(sum(norm**2 for norm in here.norms.values())) if here.norms else math.nan
-        matrices = [name for name, shape in here.shapes.items() if len(shape) == 2]
-        distance = cosine = math.nan
-        if here in usual:
-            place, first = usual.index(here), usual[0].samples
-            distance = mean([(here.samples[name] - first[name]).norm() / first[name].norm()
-                             for name in matrices])
+        numbers = [math.sqrt(sum(norm**2 for norm in here.norms.values())) or math.nan, math.nan,
+                   math.nan, math.nan]
+        if way and here in way.scans:
+            place = way.scans.index(here)
+            numbers[1] = way.matrices(place, 0, lambda a, b: (a - b).norm() / b.norm())
             if place:
-                before = usual[place - 1].samples
-                cosine = mean([torch.cosine_similarity(here.samples[name], before[name], dim=0)
-                               for name in matrices])
+                numbers[2] = way.matrices(place, place - 1, cosine)
+            numbers[3] = way.ratios.get(here.step, math.nan)
+        cells = [f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
+                 for value, width, digits in zip(numbers, (9, 10, 11, 7), (3, 4, 5, 2))]
         hashed = "-" if here.hashed is None else f"{here.hashed} ok"
-        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {number(norm, 9, 3)} "
-              f"{number(distance, 10, 4)} {number(cosine, 11, 5)} "
-              f"{number(ratios.get(here.step, math.nan), 7, 2)}  {len(here.problems) or '-'}")
-
-
-def mean(values):
-    return float(sum(values) / len(values)) if values else math.nan
-
-
-def number(value, width, digits):
-    return f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
+        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
+              f"{len(here.problems) or '-'}")
 
 
 # ---------------------------------------------------------------------------- diff
@@ -436,10 +421,9 @@ class Diff:
 def diff(options):
     """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
     (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
-    fields = asdict(config_a), asdict(config_b)
-    configs = [name for name in fields[0] if fields[0][name] != fields[1][name]]
+    configs = [name for name, value in asdict(config_a).items() if value != getattr(config_b, name)]
     for name in configs:
-        print(f"config: {name} is {fields[0][name]} and {fields[1][name]}")
+        print(f"config: {name} is {getattr(config_a, name)} and {getattr(config_b, name)}")
     print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
     differing = sorted(a.keys() ^ b.keys())
     for name in differing:
@@ -450,29 +434,19 @@ def diff(options):
             differing.append(name)
             tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
             continue
-        largest, total, square, norm, equal = torch.zeros(()).double(), 0.0, 0.0, 0.0, True
-        chunks = (stored.read().reshape(-1).split(1 << 20) for stored in (a[name], b[name]))
-        for x, y in zip(*chunks):
-            x, y = x.double(), y.double()
-            delta = (x - y).abs()
-            equal = equal and torch.equal(x, y)
-            largest = largest.maximum(delta.max())  # Python's max would lose a NaN
-            total += delta.sum().item()
-            square, norm = square + delta.square().sum().item(), norm + y.square().sum().item()
-        if not equal:
+        x, y = a[name].read().double(), b[name].read().double()
+        if not torch.equal(x, y):
             differing.append(name)
-        tqdm.write(f"{line} {largest:10.3g} {total / max(1, math.prod(a[name].shape)):10.3g} "
-                   + (f"{math.sqrt(square / norm):10.3g}" if norm else f"{'-':>10}"))
+        norm, delta = y.norm(), (x - y).abs()
+        relative = f"{delta.norm() / norm:10.3g}" if norm else f"{'-':>10}"
+        tqdm.write(f"{line} {delta.max():10.3g} {delta.mean():10.3g} {relative}")
+    dtypes = ["/".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in c.values()}))
+              for c in (a, b)]
     print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
-          + (f", dtypes {_dtypes(a)} and {_dtypes(b)}" if _dtypes(a) != _dtypes(b) else "")
+          + (f", dtypes {dtypes[0]} and {dtypes[1]}" if dtypes[0] != dtypes[1] else "")
           + (f"; configs differ: {', '.join(configs)}" if configs else ""))
     if differing or configs:
         sys.exit(1)
-
-
-def _dtypes(tensors):
-    names = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
-    return "/".join(sorted(names))
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def put(key, name, tensor):
     (lambda layers: [put((5, rank), "norm.bias", torch.ones(63).half())(layers) for rank in (0, 1)],
      r"final_layer_norm.bias is \(63,\), expected \(64,\)"),
     (lambda layers: [drop((layer, rank), "attention.rotary_emb.inv_freq")(layers)
-                     for layer in (2, 3) for rank in (0, 1)], "no attention.rotary_emb.inv_freq, which says how many"),
+                     for layer in (2, 3) for rank in (0, 1)], "no attention.rotary_emb"),
     (lambda layers: layers[2, 1]["input_layernorm.weight"].mul_(3),
      "layer_02-model_01-model_states.pt: input_layernorm.weight is not that of layer_02-model_00"),
     (lambda layers: layers[5, 1]["norm.bias"].add_(0.5), "norm.bias is not that of")])
