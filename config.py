@@ -19,6 +19,7 @@ import inspect
 import io
 import json
 import math
+import operator
 import os
 import re
 import runpy
@@ -246,7 +247,7 @@ def lock(path, busy):
     if held and not held.closed and os.path.exists(path) and os.path.samestat(
             os.fstat(held.fileno()), os.stat(path)):  # else the file was replaced or deleted
         return held
-    file = open(path, "ab")
+    file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -311,11 +312,12 @@ def read_table(path, columns):
     """
     with open(path, "rb") as file:
         first, *lines = file.readlines() or [b""]
-    header, rows, broken = ",".join(columns).encode(), [], []
-    named = first.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") == header  # a spreadsheet's too
-    if not named and (lines or not header.startswith(first)):  # a kill may have torn it
+    header, named = ",".join(columns).encode(), first.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+    near = len(named) == len(header) and sum(map(operator.ne, named, header)) <= 1  # a flipped bit
+    if not near and (lines or not header.startswith(first)):  # a kill may have torn it
         raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected {header.decode()}; "
                          "mend it or move it away")
+    rows, broken = [], [(1, first)] * (near and named != header)
     for number, line in enumerate(lines, 2):
         try:
             [cells] = csv.reader([line.decode().rstrip("\r\n")], strict=True)
@@ -359,8 +361,13 @@ class Table:
             self.file = lock(path, busy)
 
     def append(self, *rows):
-        self.file.write(b"".join(map(self.line, rows)))
-        self.file.flush()
+        text = b"".join(map(self.line, rows))
+        try:
+            while text:  # all at once, unless the disk gets full
+                text = text[self.file.write(text):]
+        except OSError as error:
+            error.filename = self.path
+            raise
 
     def line(self, row):
         """Return a row as a line, or raise ValueError for a cell that could not be read again."""
