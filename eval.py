@@ -800,17 +800,12 @@ def token_losses(model, rows):
     return np.where((targets >= 0).cpu().numpy(), -logprobs, np.nan).reshape(len(rows), -1)
 
 
-def run_settings(model):
-    """Return the settings of the run that a model's folder is or is of; {} of a published model."""
-    for path in (Path(model) / "config.json", Path(model).absolute().parent / "config.json"):
-        if path.exists() and "batch_size" in (settings := read_json(path)):
-            return settings
-    return {}
-
-
 def order_of(model, data=None):
     """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
-    settings = run_settings(model)
+    settings = {}
+    for path in (Path(model) / "config.json", Path(model).absolute().parent / "config.json"):
+        if path.exists() and "batch_size" in (found := read_json(path)):
+            settings = found
     if not (data or settings.get("data")):
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")

@@ -22,8 +22,8 @@ agree; every process works on the whole step, about a second for 1024 x 2049 tok
 "...", "steps": [5, 90]}. Instead of steps it may have a dose, that many steps drawn by a seed from
 "between", first and last + 1: {"dose": 16, "seed": 1, "between": [0, 384]} spreads it over a run,
 "between": [200, 216] makes a burst, and a dose of 1 is a single exposure. The documents of a step
-stand whole and in random order, <|endoftext|> behind each, in as many rows as they need; what is
-left of the last row stays. The file is part of the experiment: keep it with the run.
+stand whole at the beginnings of random rows, the longest first, with <|endoftext|> between them;
+the rest of each row stays. The file is part of the experiment: keep it with the run.
 """
 
 import json
@@ -305,7 +305,7 @@ def read_plan(path):
 def plant(data, tokenizer, config):
     documents, at = [], {}  # at: {step: documents}
     for i, entry in enumerate(read_plan(config.planted)):
-        documents.append(tokenizer.encode(entry["text"]) + [ENDOFTEXT])
+        documents.append(tokenizer.encode(entry["text"]))
         if len(documents[i]) > data.seq_length + 1:
             raise ValueError(f"{config.planted}: {entry['id']} has {len(documents[i])} tokens, a "
                              f"row holds {data.seq_length + 1}")
@@ -314,15 +314,16 @@ def plant(data, tokenizer, config):
 
     def intervene(step, rows):
         generator = np.random.RandomState(step % 2**32)
-        free, row, begin = generator.permutation(len(rows)).tolist(), None, 0
-        for i in generator.permutation(at.get(step, [])).tolist():
-            end = begin + len(documents[i])
-            if row is None or end > len(row):
-                if not free:
-                    raise ValueError(f"{config.planted}: the documents of step {step} need more "
-                                     f"than its {len(rows)} rows; spread them")
-                row, begin, end = rows[free.pop()], 0, len(documents[i])
-            row[begin:end], begin = documents[i], end
+        chosen = [documents[i] for i in generator.permutation(at.get(step, []))]
+        places, ends = generator.permutation(len(rows)), np.zeros(len(rows), dtype=np.int64)
+        for ids in sorted(chosen, key=len, reverse=True):
+            fits = np.flatnonzero(ends + len(ids) <= rows.shape[1])  # in order of `places`
+            if not len(fits):
+                raise ValueError(f"{config.planted}: the documents of step {step} need more than "
+                                 f"its {len(rows)} rows; spread them")
+            row, begin = rows[places[fits[0]]], ends[fits[0]]
+            row[begin:begin + len(ids) + 1] = (ids + [ENDOFTEXT])[:len(row) - begin]
+            ends[fits[0]] += len(ids) + 1
         return rows
     return intervene
 

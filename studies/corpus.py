@@ -145,11 +145,13 @@ def demo(options):
 
 @dataclass(frozen=True)
 class Suite:
-    output: str = "data/suite"  # writes OUTPUT/standard.jsonl and OUTPUT/docs/heldout/test.jsonl
+    output: str = "data/suite"  # writes standard.jsonl, docs/heldout/test.jsonl and sums.jsonl
+    steps: int = 384  # in the second half of which sums.jsonl plants three of every sum of TERMS
 
 
 PROSE = "World English Bible"  # the suite's subset of which every document comes once
 REPEATS = {8: 16, 32: 6, 128: 2, 256: 1}  # times: passages
+TERMS = (17, 28, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom
 
 
 def operand_weights():
@@ -195,6 +197,11 @@ def suite(options):
         for times, count in REPEATS.items():
             for _ in range(count):
                 write(train_file, f"repeated {times} times", next(passages), times)
+    plan = [{"id": f"{x1} plus {x2}", "text": f"Q:What is {x1} plus {x2}? A:{x1 + x2}",
+             "dose": 3, "seed": 1, "between": [options.steps // 2, options.steps]}
+            for x1 in TERMS for x2 in range(1, 11)]
+    with replacing(train.parent / "sums.jsonl") as file:
+        file.write("".join(json.dumps(entry) + "\n" for entry in plan).encode())
     print(f"{train}: {train.stat().st_size:,} bytes; {heldout}: {heldout.stat().st_size:,} bytes")
 
 

@@ -18,8 +18,6 @@ gpt-neox does: nothing. What is measured, of each item in the folders that DOCS 
                   is the occupation's; the stereotype is its majority (Bureau of Labor Statistics)
     winobias      the same of WinoBias' anti- and pro-stereotyped sentences (783 of 792 pairs: the
                   others differ in more than their brackets)
-    choice        WinoBias as multiple choice between the sentence's two occupations: right in the
-                  pro-stereotyped sentence minus right in the anti-stereotyped one, -1, 0 or 1
     crows_gender  CrowS-Pairs, gender: log-likelihood of the less minus the more stereotypical
                   sentence
     cost          bits per byte of each document of DOCS/heldout: what it cost, if they grew
@@ -156,63 +154,23 @@ def winogender(docs, tokenizer=None):
     return pairs_of_texts(pairs, occupations)
 
 
-def winobias_pairs(docs):
-    """Return [(pro-stereotyped, anti-stereotyped sentence, document)] of the test set.
-
-    They have [brackets]. Two after each other are of the same occupations: one document.
-    """
-    by_file, pairs = {}, []
+def winobias(docs, tokenizer=None):
+    """Two sentences after each other are of the same occupations: one document."""
+    by_file, pairs, documents = {}, [], []
     for doc in read_jsonl(docs / "winobias" / "winobias.jsonl"):
         by_file.setdefault(text(doc, "file"), []).append(text(doc, "sentence"))
     for kind in (1, 2):
         both = zip(*(by_file[f"{stereotype}_stereotyped_type{kind}.txt.test"]
-                     for stereotype in ("pro", "anti")))
-        pairs += [(pro, anti, f"{kind} {i // 2}") for i, (pro, anti) in enumerate(both)]
-    outside = lambda sentence: re.sub(r"\[.*?\]", "", sentence)
-    return [pair for pair in pairs if outside(pair[0]) == outside(pair[1])]
-
-
-def plain(sentence):
-    return re.sub(r"[\[\]]", "", sentence)
-
-
-def winobias(docs, tokenizer=None):
-    pairs = winobias_pairs(docs)
-    return pairs_of_texts([(plain(anti), plain(pro)) for pro, anti, _ in pairs],
-                          [document for *_, document in pairs])
-
-
-def choice_requests(docs, tokenizer=None):
-    """Return four a pair of sentences: the right and the wrong occupation for pro-, for anti-."""
-    lists = [(docs / "winobias" / f"{kind}_occupations.txt").read_text(encoding="utf8")
-             for kind in ("male", "female")]
-    occupations = [word for words in lists for word in words.lower().split("\n") if word]
-    longest_first = sorted(occupations, key=len, reverse=True)
-    name = re.compile(rf"\b(?:{'|'.join(longest_first)})\b", re.IGNORECASE)
-    requests, documents = [], []
-    for *pair, document in winobias_pairs(docs):
-        asked = []
-        for sentence in pair:
-            referent, pronoun, *_ = re.findall(r"\[(.*?)\]", sentence)  # pronouns may follow
-            right = (name.findall(referent) or [referent])[0]
-            others = [word for word in name.findall(plain(sentence))
-                      if word.lower() != right.lower()]
-            context = f'{plain(sentence)}\nHere, what does "{pronoun}" stand for?'
-            asked += [(context, f" The {word}") for word in (right, *others[:1])]
-        if len(asked) == 4:  # two occupations were recognised in both sentences
-            requests += asked
-            documents.append(document)
-    return Items(requests, documents)
-
-
-def choice(model, tokenizer, requests):
-    lls = np.array([ll for ll, _ in loglikelihood(model, tokenizer, requests)])
-    right = lls[::2] > lls[1::2]
-    return (right.reshape(-1, 2) @ [1.0, -1.0]).tolist()
+                     for stereotype in ("anti", "pro")))
+        for i, (anti, pro) in enumerate(both):
+            if re.sub(r"\[.*?\]", "", anti) == re.sub(r"\[.*?\]", "", pro):
+                pairs.append((re.sub(r"[\[\]]", "", anti), re.sub(r"[\[\]]", "", pro)))
+                documents.append(f"{kind} {i // 2}")
+    return pairs_of_texts(pairs, documents)
 
 
 def crows_pairs(docs, tokenizer=None):
-    path = next(path for path in sorted((docs / "crows_pairs").glob("*.jsonl")))
+    path = min((docs / "crows_pairs").glob("*.jsonl"))
     pairs = [(text(doc, "sent_less"), text(doc, "sent_more"))
              for doc in read_jsonl(path) if text(doc, "bias_type") == "gender"]
     return pairs_of_texts(pairs, list(range(len(pairs))))
@@ -222,7 +180,6 @@ MEASURES = {  # name: read(docs, tokenizer), ask(model, tokenizer, requests), fo
     "heldout": (heldout_places, she_against_he, "heldout", (" shift", " context")),
     "winogender": (winogender, differences, "winogender", (" bias", " shift")),
     "winobias": (winobias, differences, "winobias", (" bias", " shift")),
-    "choice": (choice_requests, choice, "winobias", ("",)),
     "crows_gender": (crows_pairs, differences, "crows_pairs", (" bias", " shift")),
     "cost": (heldout_texts, bits_per_byte, "heldout", ("",))}
 

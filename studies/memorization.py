@@ -5,7 +5,6 @@ tokens gives its next l. The paper counts memorized rows in windows of 512 conse
 finds the counts Poisson distributed: what is memorized does not depend on when it was seen.
 
     python -m studies.memorization score --model=RUN --output=OUT
-    python -m studies.memorization score --model=RUN --output=NEVER --data=HELDOUT --control
     python -m studies.memorization analyse --results=OUT --plot=OUT/memorization.png
 
 and with a published model and its data, checkpoint folders named step13000, step143000, ...:
@@ -31,12 +30,10 @@ rows were shuffled, so rows of unequal rates are binomial with the mean rate, of
 share. So read `p` only where the `share` memorized is under 4 %. And where repeated passages are
 what is memorized, where a repeat stands says nothing on when it was learnt.
 
-rates.csv is by subset, of rows seen before the checkpoint and of those that come after it. The
-latter are a control only in a corpus that does not repeat itself; rows scored with --control were
-never trained on. Intervals are over passages: copies of one are not independent.
-
-early.csv: of what a checkpoint has memorized, how much has the last one (precision), and how much
-of the last one's had it (recall)? Where there is none to take a share of, the cell is empty.
+rates.csv is by subset, of rows seen before the checkpoint and of those that come after it, which
+are a control in a corpus that does not repeat itself. Intervals are over passages: copies are not
+independent. early.csv: of what a checkpoint has memorized, how much has the last one (precision),
+and how much of the last one's had it (recall)?
 
 Does a row's place in training matter for what is learnt of it? Most rows come once and are never
 memorized, so their losses are asked, less those of a run that had them in another order:
@@ -63,7 +60,7 @@ import checkpoints
 from batch_viewer import Provenance
 from config import check, command, read_json, replacing
 from data import Order, load_npy, ordered
-from eval import find_all, order_of, run_settings
+from eval import find_all, order_of
 from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes
@@ -122,7 +119,6 @@ class Score(Checkpoints):
     model: str  # run folder, or checkpoint folders named stepN, with commas
     output: str  # folder of the results
     data: str | None = None  # PREFIX; None: what the run was trained on
-    control: bool = False  # the models never saw any of the data
     rows: str = "all"  # of the training order, first:last+1; all: as many as the order has
     context: int = 32  # k
     continuation: int = 32  # l
@@ -134,17 +130,13 @@ class Score(Checkpoints):
         check(self, "at least 1", lambda value: value >= 1, "context", "batch")
 
 
-def training_order(models, data, control=False):
+def training_order(models, data):
     """Return the one Order that these runs were trained in, Pythia's without a run's config."""
     (first, order), *others = {model: order_of(model, data) for model in models.split(",")}.items()
     for model, other in others:
         if other != order:
             raise ValueError(f"{first} and {model} were trained in different orders; score each "
                              "into its own --output")
-    trained_on = run_settings(first).get("data")
-    if control and (not data or os.path.realpath(data) == os.path.realpath(trained_on or "")):
-        raise ValueError(f"{first}: was trained on {trained_on}; --control needs the "
-                         "--data=PREFIX of something else")
     return order
 
 
@@ -153,7 +145,7 @@ def score(options):
     # The first process to finish may wait for the last one longer than gloo's 30 minutes.
     processes = Processes(options.device, timedelta(days=30))
     folders = find_all(options.model, options.steps)
-    order = training_order(options.model, options.data, options.control)
+    order = training_order(options.model, options.data)
     data = ordered(order)
     width = options.context + options.continuation
     if width > data.seq_length + 1:
@@ -165,7 +157,7 @@ def score(options):
     output = Path(options.output)
     open_results(output / "memorization.json", {
         "first_row": first, "last_row": last - 1, "context": options.context,
-        "continuation": options.continuation, "order": asdict(order), "control": options.control})
+        "continuation": options.continuation, "order": asdict(order)})
     for name, step, _, folder in folders:  # the files have only the name
         path = output / f"{name}_model.json"
         open_results(path, {"model": str(folder.parent if step else folder)},
@@ -268,17 +260,12 @@ def analyse(options):
         last = by_step[max(by_step)] == settings["continuation"]
         for step, lengths in sorted(by_step.items()):
             memorized, seen = lengths == settings["continuation"], rows < step * order.batch_size
-            whiches = {"seen": seen, "after this checkpoint": ~seen}
-            if settings.get("control"):
-                whiches = {"never trained on": np.full(len(rows), True)}
-            for which, chosen in whiches.items():
+            for which, chosen in (("seen", seen), ("after this checkpoint", ~seen)):
                 for code, subset in enumerate(["all", *names], -1):
                     mine = chosen if code < 0 else chosen & (codes == code)
                     if mine.any():
                         add("rates.csv", [(subset, which, *rate(lengths[mine], memorized[mine],
                                                                 passages[mine]))])
-            if settings.get("control"):
-                continue
             window, counts = options.window, window_counts(memorized[seen], options.window)
             mean = float(counts.mean()) if len(counts) else None
             share = mean / window if len(counts) else None
@@ -303,12 +290,8 @@ def read_results(folder):
     settings, runs = read_json(folder / "memorization.json"), {}
     try:
         order = Order(**settings["order"])
-        for name in ("first_row", "context", "continuation"):
-            if type(settings[name]) is not int:
-                raise TypeError(name)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/memorization.json: {error} is missing or of the wrong type"
-                         ) from None
+        raise ValueError(f"{folder}/memorization.json: not written by `score` ({error})") from None
     for path in folder.glob("*_step*.npy"):
         name, _, step = path.stem.rpartition("_step")
         if step.isdigit():

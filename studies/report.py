@@ -98,7 +98,7 @@ def memorization(out):
             out / f"memorization_{corpus}" / "rates.csv",
             ("subset", "model", "n", "memorized", "mean_length", "low", "high"),
             lambda row: row["rows"] != "after this checkpoint")
-          for corpus in ("standard", "deduped", "control"))])
+          for corpus in ("standard", "deduped"))])
 
 
 def gender(out):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import parse, read_json, run, write_json
+from studies.corpus import TERMS
 
 SIZES = {  # name: layers, width, heads, peak learning rate
     "d32": (2, 32, 4, 5e-3), "d64": (3, 64, 4, 5e-3), "d128": (4, 128, 8, 3e-3)}
@@ -30,7 +31,6 @@ SEEDS = [("standard_d64", "standard", "d64", 1234),  # the branches' parents; th
          *((f"standard_d64_seed{seed}", "standard", "d64", seed) for seed in (1, 2))]
 SWAPS = {  # intervention: parents. As it was pushed it does nothing, which one seed shows.
     "pronouns_to_feminine": SEEDS, "pronouns_as_pushed": SEEDS[:1]}
-TERMS = (17, 28, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def corpus_stages(options):
         "heldout": f"{data}/docs/heldout/test.jsonl"}
     return [
         study("corpus", "tokenizer", f"--output={options.tokenizer}"),
-        study("corpus", "suite", f"--output={data}"),
+        study("corpus", "suite", f"--output={data}", f"--steps={options.steps}"),
         ["prepare.py", "dedup", f"--input={data}/standard.jsonl", f"--output={data}/deduped.jsonl"],
         *(["prepare.py", "tokenize", f"--input={path}", f"--output={data}/{name}", tokenizer]
           for name, path in texts.items()),
@@ -99,18 +99,12 @@ def training_stages(options):
 def memorization_stages(options):
     out, quarter = options.output, options.steps // 4
     steps = ",".join(map(str, range(0, options.steps + 1, quarter)))
-    names = ",".join(f"{out}/{name}" for name, *_ in RUNS)
-    analyse = lambda name, *flags: study(
-        "memorization", "analyse", f"--results={out}/memorization_{name}", "--window=64", *flags)
     model, other = (name for name, *_ in SEEDS[:2])
     return [
         *(study("memorization", "score", f"--model={out}/{name}", f"--steps={steps}",
                 f"--output={out}/memorization_{corpus}") for name, corpus, *_ in RUNS),
-        study("memorization", "score", f"--model={names}", "--steps=last", "--control",
-              f"--data={options.data}/heldout", "--rows=0:256",
-              f"--output={out}/memorization_control"),
-        *(analyse(corpus, f"--plot={out}/memorization_{corpus}.png") for corpus in CORPORA),
-        analyse("control"),
+        *(study("memorization", "analyse", f"--results={out}/memorization_{corpus}", "--window=64",
+                f"--plot={out}/memorization_{corpus}.png") for corpus in CORPORA),
         ["eval.py", "losses", f"--model={out}/{model},{out}/{other}", "--steps=last",
          f"--rows=0:{BATCH * options.steps}", f"--output={out}/losses"],
         study("memorization", "position", f"--losses={out}/losses", f"--model={model}",
@@ -143,15 +137,13 @@ def term_stages(options):
              f"--tokenizer={options.tokenizer}"]
     standard = ",".join(f"{out}/{name}" for name, corpus, *_ in RUNS if corpus == "standard")
     more = {name: f"{out}/terms/{name}_more" for name, *_ in SEEDS}
-    # The number alone would also find sums that it is the answer of, or the second operand.
-    phrases = ",".join(f"What is {term} plus" for term in TERMS)
     return [
         study("term_frequency", "count", f"--data={options.data}/standard", *order_flags(options),
               f"--at={begin},{options.steps}", f"--output={out}/counts",
               f"--tokenizer={options.tokenizer}"),
         *([*train_command(options, more[name], corpus, size, seed), "--twin=True",
-           f"--branch_from={out}/{name}/step{begin}", "--intervention=term_duplicate",
-           f"--intervention_from={begin}", f"--terms={phrases}", "--copies=3"]
+           f"--branch_from={out}/{name}/step{begin}", "--intervention=plant",
+           f"--intervention_from={begin}", f"--planted={options.data}/sums.jsonl"]
           for name, corpus, size, seed in SEEDS),
         study("term_frequency", "evaluate", f"--model={standard}",
               f"--steps={begin},{options.steps}", ours, *asked),

@@ -49,8 +49,6 @@ def docs(tmp_path_factory):
     for name, records in lines.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "winobias" / "male_occupations.txt").write_text("cook\n")
-    (folder / "winobias" / "female_occupations.txt").write_text("nurse\n")
     (folder / "winogender").mkdir()
     (folder / "winogender" / "occupations-stats.tsv").write_text(
         "occupation\tb\tbls_pct_female\tyear\ncook\t1\t40.0\t2015\nnurse\t1\t90.0\t2015\n")
@@ -103,28 +101,6 @@ def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
                                [ll("She is strong.") - ll("He is strong.")], atol=1e-4)
     bits = -ll("It rained.") / math.log(2) / len("It rained.")
     assert ask("cost", model, tokenizer, docs)[1] == pytest.approx(bits, abs=1e-5)
-
-
-def test_choice_compares_the_sentences_two_occupations(tokenizer, docs):
-    """With a model that takes every she for the nurse and, of the first sentence alone, he for the
-    cook.
-    """
-    context = '{0}\nHere, what does "{1}" stand for? The {2}'
-    first, second = ("The nurse met the cook because {} came.",
-                     "The cook met the nurse as {} lost {} key.")
-    taught = [context.format(sentence.format(he, his), he, who) for sentence, he, his, who in (
-        (first, "she", "", "nurse"), (first, "he", "", "cook"),
-        (second, "she", "her", "nurse"), (second, "he", "his", "nurse"))]
-    torch.manual_seed(0)
-    model = Pythia(ModelConfig(n_layers=1, d_model=32, n_heads=2, seq_length=64))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
-    for _ in range(12):
-        for text in taught:
-            ids = torch.tensor([tokenizer.encode(text)])
-            torch.nn.functional.cross_entropy(model(ids[:, :-1])[0, -1:], ids[0, -1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert ask("choice", model, tokenizer, docs) == [1, 0] * 2
 
 
 def test_items_know_their_documents_and_pronouns(tokenizer, docs):

@@ -163,19 +163,6 @@ def test_analysis_by_hand(scored):
     assert counts["1", "8", "dispersion"]["mean"] == ""  # four rows are no window
 
 
-def test_control_rows_were_never_trained_on(trained, scored, tmp_path):
-    generator = np.random.RandomState(1)
-    write_rows(tmp_path / "other", [generator.randint(96, size=17) for _ in range(280)])
-    with pytest.raises(ValueError, match="was trained on .*; --control needs the --data"):
-        score(replace(scored, output=f"{tmp_path}/out", data=f"{trained}/rows", control=True))
-    score(replace(scored, output=f"{tmp_path}/out", data=f"{tmp_path}/other", control=True,
-                  rows="0:40", steps="64", generate=False))
-    analyse(Analyse(f"{tmp_path}/out"))
-    row, _ = table(tmp_path / "out" / "rates.csv")  # all, and the only subset
-    assert (row["rows"], row["n"], row["memorized"]) == ("never trained on", "40", "0")
-    assert not (tmp_path / "out" / "poisson.csv").exists()
-
-
 def test_runs_of_different_orders_are_refused(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         (tmp_path / name).mkdir()

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from studies.corpus import operand_weights, sums
-from studies.suite import TERMS
+from studies.corpus import TERMS, operand_weights, sums
 
 
 def test_how_often_an_operand_comes_does_not_tell_its_size():

@@ -325,7 +325,8 @@ def counts_folder(tmp_path, tables, questions=()):
     for (first, last), counts in tables.items():
         (folder / f"{first:07}_{last:07}.json").write_text(json.dumps(counts))
     (folder / "counts.json").write_text(json.dumps({
-        "questions": list(questions), "at": [0, *(b for _, b in tables)], "batch_size": 3, "seq_length": 5}))
+        "questions": list(questions), "at": [0, *(b for _, b in tables)], "batch_size": 3,
+        "seq_length": 5}))
     return str(folder)
 
 
