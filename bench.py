@@ -1,17 +1,16 @@
 """Measure ourselves beside what one would use instead, in turn, in one run on one machine.
 
     python bench.py train --size=14m           # an optimizer step, beside transformers
-    python bench.py start --size=14m           # from the command to the first step
     python bench.py tokenize                   # documents to ids, beside the tokenizers library
-    python bench.py find                       # the search of 2 GB of tokens
     python bench.py checkpoints --size=160m    # beside safetensors.torch and torch.save
     python bench.py memorization               # rows scored, beside transformers' generate
     python bench.py eval --docs=DIR            # beside lm_eval; pip install lm_eval accelerate
-    python bench.py gpu --output=FOLDER        # a step, evaluation, memorization on one GPU
+    python bench.py gpu --output=steps.csv     # steps of every size on one GPU
 
 Speeds are medians, and a ratio is the median of the rounds' ratios. `train` gives each contender a
 process of its own, for peak memory is a process's. All of them, ours and theirs, start with the
-variables of ALLOCATOR, so that glibc keeps freed memory for all or for none.
+variables of ALLOCATOR, so that glibc keeps freed memory for all or for none. With --device=cuda
+`memorization` and `eval` measure a GPU.
 """
 
 import csv
@@ -19,9 +18,7 @@ import gc
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,13 +29,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import eval as harness
-from checkpoints import load_model, save
+from checkpoints import save
 from config import command, parse
-from data import OrderedData, samples_needed, TokenFile, TokenWriter
-from model import ModelConfig, Pythia, hf_config, hf_name
+from model import ModelConfig, Pythia, hf_config
 from parallel import (LaunchConfig, Processes, flops_per_token, matmul_flops, memory_per_process,
                       peak_flops)
 from studies.memorization import matched_lengths
@@ -55,24 +51,24 @@ class Bench:
     size: str = "70m"  # of the model
     rounds: int = 5
     threads: int = 2
-    batch: int = 4  # train, start: sequences a step
-    seq_length: int = 512  # train, start: tokens of a sequence
-    data: str = "data/demo/train"  # start, find: PREFIX of token files; tokenize: of .jsonl
+    batch: int = 4  # train: sequences a step
+    seq_length: int = 512  # train: tokens of a sequence
+    data: str = "data/demo/train.jsonl"  # tokenize: documents
     docs: str = ""  # eval: folder of evaluation sets, as for eval.py
     documents: int = 48  # eval: of each task
-    folder: str = "."  # find, checkpoints: on the disk to measure
+    device: str = "cpu"  # memorization, eval
+    folder: str = "."  # checkpoints: on the disk to measure
 
 
 @dataclass(frozen=True)
 class GPUBench:
     sizes: str = "14m,31m,70m,160m,410m,1b,1.4b"
     compiled_theirs: str = "70m,410m"  # sizes of which transformers is compiled: a minute each
-    profiled: str = "70m,410m"  # sizes whose step is profiled and evaluation measured
     steps: int = 5  # timed, after three
     micro_batch: int = 64  # sequences at most; halved until it fits
     seq_length: int = 2048
     device: str = "cuda"  # "cpu" tries the script, in float32
-    output: str = "bench_gpu"  # folder of steps.csv and the profiles
+    output: str = "steps.csv"
 
 
 def race(title, rounds, amount, unit, contenders, memory=False):
@@ -97,15 +93,11 @@ def race(title, rounds, amount, unit, contenders, memory=False):
     return values
 
 
-def flags_of(size, seq_length):
-    """Return train.py's arguments for a size."""
-    return [f"configs/pythia_{size.replace('.', '_')}.py", "--gelu=erf",
-            f"--seq_length={seq_length}"]
-
-
 def configs(size, seq_length=2048):
     """Return the ModelConfig and TrainConfig of a size."""
-    return parse(flags_of(size, seq_length), ModelConfig, TrainConfig, LaunchConfig)[:2]
+    flags = [f"configs/pythia_{size.replace('.', '_')}.py", "--gelu=erf",
+             f"--seq_length={seq_length}"]
+    return parse(flags, ModelConfig, TrainConfig, LaunchConfig)[:2]
 
 
 # ---------------------------------------------------------------------------- training
@@ -170,31 +162,11 @@ def train(options):
         pool = ProcessPoolExecutor(1, get_context("spawn"), prepare_step, (who, options))
         contenders[who] = lambda pool=pool: pool.submit(step).result()
         contenders[who]()  # wait until it is prepared
-    config, _ = configs(options.size, options.seq_length)
-    tokens = options.batch * options.seq_length
-    allocator = " ".join(f"{name}={value}" for name, value in ALLOCATOR.items())
     race(f"{options.size}, {options.batch} x {options.seq_length} tokens, {options.threads} "
-         f"threads, all with {allocator}", options.rounds, tokens, "tokens", contenders, True)
-    print(f"  the peak of matmul is {matmul_flops() / flops_per_token(config):,.2f} tokens/s")
-
-
-def start(options):
-    """Time a run of one step, from the command to its end, and the reading of a batch."""
-    rows = samples_needed(100, options.batch)
-    data = OrderedData(options.data, options.seq_length, rows, 1234)
-    for _ in range(options.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            flags = [*flags_of(options.size, options.seq_length), f"--data={options.data}",
-                     f"--batch_size={options.batch}", f"--micro_batch_size={options.batch}",
-                     "--steps=100", "--stop_at=1", f"--out_dir={folder}/run"]
-            subprocess.run([sys.executable, "train.py", *flags], stdout=subprocess.DEVNULL,
-                           check=True)
-            ended = time.perf_counter()
-            for step in range(100):
-                data.batch(step, options.batch)
-            print(f"a run of one step takes {ended - began:.1f} s; "
-                  f"a batch is read in {(time.perf_counter() - ended) * 10:.2f} ms")
+         f"threads, all with {ALLOCATOR}", options.rounds, options.batch * options.seq_length,
+         "tokens", contenders, memory=True)
+    needed = flops_per_token(configs(options.size, options.seq_length)[0])
+    print(f"  the peak of matmul is {matmul_flops() / needed:,.2f} tokens/s")
 
 
 def tokenize(options):
@@ -202,7 +174,7 @@ def tokenize(options):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer  # pip install tokenizers
     ours, theirs = load_tokenizer(TOKENIZER), Tokenizer.from_file(TOKENIZER)
-    with open(f"{options.data}.jsonl", encoding="utf8") as file:
+    with open(options.data, encoding="utf8") as file:
         texts = [json.loads(line)["text"] for line in file]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     ids = race("one core", options.rounds, megabytes, "MB", {
@@ -212,45 +184,27 @@ def tokenize(options):
     print("  the same ids:", ids["ours"] == ids["encode"] == ids["encode_batch_fast"])
 
 
-def find(options):
-    """Time the search of a text and of a token in 2 GB, on one core and on all."""
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        tokens, writer = TokenFile(options.data), TokenWriter(f"{folder}/long", "bench")
-        for _ in range(10**9 // tokens.n_tokens + 1):
-            writer.append(tokens.slice(0, tokens.n_tokens), tokens.sizes)
-        writer.finish({})
-        for pattern in ("--text=the waters of Shiloah", "--tokens=45190"):
-            for workers in (1, os.cpu_count()):
-                done = subprocess.run(
-                    [sys.executable, "batch_viewer.py", "find", f"--data={folder}/long", pattern,
-                     f"--workers={workers}", "--steps=1", "--batch_size=1"],
-                    text=True, stdout=subprocess.PIPE, check=True)
-                print(f"{pattern}, {workers} process(es): {done.stdout.splitlines()[-1]}")
-
-
 # ---------------------------------------------------------------------------- models
 
 
 def saved(options, folder):
-    """Return our model of a size, freshly initialised, saved as FOLDER/step0."""
+    """Return our model of a size and its optimizer, new, and saved as FOLDER/step0."""
     torch.set_num_threads(options.threads)
     config, training = configs(options.size)
     model = Pythia(config).eval()
-    save(folder, 0, model, make_optimizer(model, training), STATE, TOKENIZER)
-    return model
+    optimizer = make_optimizer(model, training)
+    save(folder, 0, model, optimizer, STATE, TOKENIZER)
+    return model, optimizer
 
 
 def checkpoints(options):
-    """Time float32 weights to the disk, ours also hashed, and back into a model."""
+    """Time float32 weights to the disk; ours are also hashed."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        model = saved(options, folder)
-        optimizer = make_optimizer(model, configs(options.size)[1])
-        weights, step0, out = model.state_dict(), f"{folder}/step0", f"{folder}/out"
-        save_file(weights, f"{folder}/weights.safetensors")
-        torch.save(weights, f"{folder}/weights.pt")
+        model, optimizer = saved(options, folder)
+        weights, out = model.state_dict(), f"{folder}/out"
 
         def save_ours():
-            shutil.rmtree(step0)  # the others overwrite their file
+            shutil.rmtree(f"{folder}/step0")  # the others overwrite their file
             save(folder, 0, model, optimizer, STATE)
 
         def save_theirs(write):
@@ -262,38 +216,37 @@ def checkpoints(options):
         race(f"save a {options.size}", options.rounds, megabytes, "MB", {
             "ours": save_ours, "safetensors.torch": lambda: save_theirs(save_file),
             "torch.save": lambda: save_theirs(torch.save)})
-        race(f"load a {options.size}", options.rounds, megabytes, "MB", {
-            "ours": lambda: load_model(step0),
-            "safetensors.torch": lambda: model.load_state_dict(
-                load_file(f"{folder}/weights.safetensors")),
-            "torch.load": lambda: model.load_state_dict(torch.load(f"{folder}/weights.pt"))})
 
 
 def memorization(options):
-    """Time the scoring of 64 rows for (32, 32), beside transformers' greedy generation."""
+    """Time the scoring of rows for (32, 32), beside transformers' greedy generation."""
     from transformers import GPTNeoXForCausalLM  # pip install transformers
+    device = Processes(options.device).device
     with tempfile.TemporaryDirectory() as folder:
-        model = saved(options, folder)
+        model = saved(options, folder)[0].to(device)
         theirs = GPTNeoXForCausalLM.from_pretrained(f"{folder}/step0", dtype=torch.float32)
-    prompt, other = torch.randint(2, 50277, (2, 64, 32))
+    theirs = theirs.to(device)
+    n = 256 if device.type == "cuda" else 64
+    prompt, other = torch.randint(2, 50277, (2, n, 32), device=device)
     right = model.generate(prompt, 32, temperature=0)
     for name, rows in (("wrong at once", torch.cat([prompt, other], 1)), ("all right", right)):
-        values = race(f"{options.size}, rows {name}", options.rounds, 64, "rows", {
-            "ours": lambda: matched_lengths(model, rows, 32),
-            "our generate": lambda: model.generate(prompt, 32, temperature=0),
+        values = race(f"{options.size}, rows {name}", options.rounds, n, "rows", {
+            "ours": lambda: matched_lengths(model, rows, 32).tolist(),
             "transformers' generate": lambda: theirs.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False,
-                eos_token_id=None, pad_token_id=0)})
-    print("  both generate the same:", torch.equal(values["transformers' generate"], right))
+                eos_token_id=None, pad_token_id=0).tolist()})
+    print("  both generate the same:", values["transformers' generate"] == right.tolist())
 
 
 def evaluation(options):
-    """Time the same requests with ours and lm_eval's HFLM (batches of 8)."""
+    """Time the same requests with ours and lm_eval's HFLM (batches of 8, of 64 on a GPU)."""
     from lm_eval.api.instance import Instance  # pip install lm_eval accelerate
     from lm_eval.models.huggingface import HFLM
+    device = Processes(options.device).device
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = saved(options, folder), load_tokenizer(TOKENIZER)
-        theirs = HFLM(pretrained=f"{folder}/step0", dtype="float32", device="cpu", batch_size=8)
+        model, tokenizer = saved(options, folder)[0].to(device), load_tokenizer(TOKENIZER)
+        theirs = HFLM(pretrained=f"{folder}/step0", dtype="float32", device=str(device),
+                      batch_size=64 if device.type == "cuda" else 8)
 
     def score():
         harness._encode_piece.cache_clear()  # every round encodes its texts itself
@@ -313,44 +266,25 @@ def evaluation(options):
 
 
 def gpu(options):
-    """Measure steps at every size beside transformers, where their time goes, and evaluation."""
+    """Measure steps of every size on one GPU in bfloat16, beside transformers."""
     device = Processes(options.device).device
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    print(f"{name}, torch {torch.__version__}, T = {options.seq_length}")
-    Path(options.output).mkdir(parents=True, exist_ok=True)
-    table = [("size", "who", "micro_batch", "tokens/s", "MFU", "MFU, whole attention",
-              "peak GB", "planned GB", "first step s")]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    table = [("size", "who", "micro_batch", "tokens/s", "MFU", "peak GB", "planned GB")]
+    print(f"{name}, torch {torch.__version__}, T = {options.seq_length}: {' | '.join(table[0])}")
     for size in options.sizes.split(","):
         for who in ("ours", "ours compiled", "transformers", "transformers compiled"):
             if who != "transformers compiled" or size in options.compiled_theirs.split(","):
                 table.append(measure_steps(size, who, options, device))
                 print(*table[-1], sep=" | ", flush=True)
-                with open(f"{options.output}/steps.csv", "w") as file:
+                with open(options.output, "w") as file:
                     csv.writer(file).writerows(table)
-        if size in options.profiled.split(","):
-            measure_evaluation(size, options.seq_length, device)
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(act, n, device):
-    """Return the mean seconds of n calls."""
-    synchronize(device)
-    began = time.perf_counter()
-    for _ in range(n):
-        act()
-    synchronize(device)
-    return (time.perf_counter() - began) / n
 
 
 def measure_steps(size, who, options, device):
     """Return a row of the table: the step with the largest micro-batch that fits."""
     config, training = configs(size, options.seq_length)
     on_gpu, B = device.type == "cuda", options.micro_batch
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     while B:
         torch.compiler.reset()
         gc.collect()
@@ -358,110 +292,31 @@ def measure_steps(size, who, options, device):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            began = time.perf_counter()
             tokens = torch.randint(50277, (B, options.seq_length + 1))
             act = make_step(who, config, training, tokens, device,
                             "bfloat16" if on_gpu else "float32")
-            first = seconds_of(act, 1, device) + time.perf_counter() - began
-            seconds_of(act, 2, device)
-            seconds = seconds_of(act, options.steps, device)
+            for n in (3, options.steps):  # three to warm up
+                began = time.perf_counter()
+                for _ in range(n):
+                    act()
+                wait()
+            seconds = (time.perf_counter() - began) / options.steps
             break
         except torch.OutOfMemoryError:
             act, B = None, B // 2
     if not B:
-        raise ValueError(f"{size}, {who}: not even one sequence fits into the GPU's memory")
+        raise ValueError(f"{size}, {who}: one sequence does not fit into the GPU's memory")
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
     planned = memory_per_process(config, LaunchConfig(), 1, B, False)["peak"] / 1e9
-    if size in options.profiled.split(",") and "ours" in who:
-        profile_step(act, f"{options.output}/{size}_{who.replace(' ', '_')}", device)
-    speed, flops = B * options.seq_length / seconds, flops_per_token(config)
-    whole = flops + 6 * config.n_layers * config.d_model * config.seq_length
-    mfu, mfu_whole = (speed * f / peak_flops(device) for f in (flops, whole))
-    return (size, who, B, f"{speed:,.0f}", f"{mfu:.1%}", f"{mfu_whole:.1%}", f"{peak:.2f}",
-            f"{planned:.2f}" if "ours" in who else "", f"{first:.1f}")
-
-
-KINDS = (("attention", "flash|fmha|attention|cudnn"), ("matmul", "gemm|nvjet|cutlass|xmma|mm_"),
-         ("optimizer", "adam|multi_tensor"), ("copy", "memcpy|memset"), ("elementwise", ""))
-
-
-def profile_step(act, path, device):
-    """Print where a step's time goes by kind of kernel; PATH.txt lists the kernels."""
-    from torch.profiler import ProfilerActivity, profile
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as seen:
-        wall = seconds_of(act, 1, device)
-    spent = dict.fromkeys([kind for kind, _ in KINDS], 0.0)
-    events = seen.key_averages()
-    for event in events:
-        kind = next(kind for kind, names in KINDS if re.search(names, event.key.lower()))
-        spent[kind] += event.self_device_time_total / 1e6
-    spent["gaps"] = wall - sum(spent.values())
-    print("  " + ", ".join(f"{kind} {taken / wall:.0%}" for kind, taken in spent.items())
-          + f" of {wall * 1e3:.1f} ms", flush=True)
-    Path(path + ".txt").write_text(events.table(
-        sort_by="self_device_time_total", row_limit=60, max_name_column_width=110))
-
-
-def plain_scores(model, rows, batch=64):
-    """Score rows as lm_eval does: padded batches of like length, whole logits, log softmax."""
-    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
-    for start in range(0, len(order), batch):
-        chosen = order[start:start + batch]
-        inputs = torch.zeros(len(chosen), len(rows[chosen[0]][0]) - 1, dtype=torch.int64)
-        for b, i in enumerate(chosen):
-            inputs[b, :len(rows[i][0]) - 1] = torch.tensor(rows[i][0][:-1])
-        logprobs = model(inputs.to(model.device)).logits.log_softmax(-1)
-        for b, i in enumerate(chosen):
-            row, n = rows[i]
-            targets = torch.tensor(row[-n:], device=model.device)
-            results[i] = float(logprobs[b, len(row) - 1 - n:len(row) - 1].gather(
-                1, targets[:, None]).sum())
-    return [results[i] for i in range(len(rows))]
-
-
-def question_rows(generator, questions, shots, context, choices, n):
-    """Return rows for score: random tokens in the form of a task's questions behind its shots."""
-    draw = lambda length: torch.randint(2, 50277, (length,), generator=generator).tolist()
-    prefix, rows = draw(shots), []
-    for _ in range(questions):
-        question = prefix + draw(context)
-        rows += [(question + draw(n), n) for _ in range(choices)]
-    return rows
-
-
-@torch.no_grad()
-def measure_evaluation(size, seq_length, device):
-    """Print tokens/s of evaluation in float32 beside lm_eval's way, rows/s of memorization."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # pip install transformers
-    config, _ = configs(size, seq_length)
-    model = Pythia(config).eval().to(device)
-    with device:
-        theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config))).eval()
-    names = {hf_name(name).replace("embed_out", "lm_head"): parameter
-             for name, parameter in model.named_parameters()}
-    theirs.load_state_dict(names, strict=False)
-    generator = torch.Generator().manual_seed(0)
-    for task, *form in (("lambada", 512, 0, 80, 1, 2), ("hellaswag", 256, 0, 60, 4, 25),
-                        ("MMLU, 5 shots", 64, 600, 100, 4, 1)):
-        rows = question_rows(generator, *form)
-        tokens, speed = sum(len(row) for row, _ in rows), {}
-        for who, act in (("ours", lambda: [value for value, _ in harness.score(model, rows)]),
-                         ("lm_eval's way", lambda: plain_scores(theirs, rows))):
-            values = act()
-            speed[who] = tokens / seconds_of(act, 1, device), values
-        (ours, a), (plain, b) = speed.values()
-        worst = max(abs(x - y) for x, y in zip(a, b))
-        print(f"{size}, {task}: ours {ours:,.0f} tokens/s, {ours / plain:.2f}x lm_eval's way, "
-              f"largest difference {worst:.1e} nats", flush=True)
-    tokens = torch.randint(2, 50277, (256, 64), device=device)
-    matched_lengths(model, tokens, 32)
-    seconds = seconds_of(lambda: matched_lengths(model, tokens, 32), 5, device)
-    print(f"{size}, memorization: {256 / seconds:,.0f} rows/s that miss at once", flush=True)
+    speed = B * options.seq_length / seconds
+    cells = (f"{speed:,.0f}", f"{speed * flops_per_token(config) / peak_flops(device):.1%}",
+             f"{peak:.2f}", f"{planned:.2f}")
+    return size, who, B, *("-" if "nan" in cell else cell for cell in cells)
 
 
 if __name__ == "__main__":
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # configs are named from here
-    command(sys.argv[1:], {"gpu": (GPUBench, gpu)} | {name: (Bench, act) for name, act in (
-        ("train", train), ("start", start), ("tokenize", tokenize), ("find", find),
-        ("checkpoints", checkpoints), ("memorization", memorization), ("eval", evaluation))})
+    command(sys.argv[1:], {
+        "train": (Bench, train), "tokenize": (Bench, tokenize), "checkpoints": (Bench, checkpoints),
+        "memorization": (Bench, memorization), "eval": (Bench, evaluation),
+        "gpu": (GPUBench, gpu)})

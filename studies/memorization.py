@@ -16,7 +16,7 @@ Cost: a 70m on two CPU cores decides 187 rows/s that miss at once, 49 that are r
 (`python bench.py memorization`): Pythia's 146,432,000 rows take 9 to 35 days a checkpoint,
 --rows=0:1000000 1.5 to 6 hours. A miss at once is one pass over 32 tokens, 7.6e11 FLOPs with the
 12B (47 GB of weights in float32), 1.1e20 for all its rows. On an
-H100 a 70m decides 25,157 such rows/s, a 410m 2,152 (float32; `python bench.py gpu`).
+H100 a 70m decides 25,157 such rows/s, a 410m 2,152 (float32; `memorization --device=cuda`).
 
 OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss. With
 --generate=True NAME_stepN_generated.npy is the original's score times l: how many of the l are
