@@ -9,10 +9,8 @@ import statistics
 import pytest
 
 import tasks as metrics
-from tasks import Document, prompts, Question
-from tasks import (
-    GROUPS, MMLU, mmlu_rows, SEVERAL, SUBJECTS, TASKS, V03_TASKS, winobias, winobias_rows,
-    wsc_documents)
+from tasks import (Document, GROUPS, MMLU, mmlu_rows, prompts, Question, SEVERAL, SUBJECTS, TASKS,
+                   V03_TASKS, winobias, winobias_rows, wsc_documents)
 
 
 def test_bootstrap_draws_are_the_harness_draws():
@@ -145,12 +143,12 @@ def test_superglue_files_become_the_repaired_set():
 
 
 def test_winobias_asks_by_bigscience_s_prompts():
-    sentence = "The developer argued with the designer because he didn 't like the design ."
-    sentence = sentence.replace("didn 't", "did n't")  # as in the CoNLL files
-    assert winobias(Document(sentence="[The developer] argued with the designer because [he] didn't "
-                             "like the design.")).requests == [
+    asked = winobias(Document(sentence="[The developer] left the designer because [he] didn't."))
+    sentence = "The developer left the designer because he did n't ."  # as in the CoNLL files
+    assert asked.requests == [
         f'{sentence}\nHere, what does "he" stand for?',
         f'What does "he" refer to in the following sentence?\n{sentence}']
+    assert asked.gold == "The developer"
 
 
 def test_winobias_summary_is_the_paper_s_notebook_s():
@@ -168,9 +166,6 @@ def test_groups_weigh_by_size():
     value, stderr, n = metrics.pooled([(0.5, 0.1, 10), (0.25, 0.05, 30)])
     assert (value, n) == (0.3125, 40)
     assert stderr == pytest.approx(math.sqrt((9 * 10 * 0.01 + 29 * 30 * 0.0025) / 38 / 40))
-
-
-def test_mmlu_s_categories_hold_the_right_subjects_and_the_whole_holds_all():
     rows = mmlu_rows([(f"mmlu_{subject}", "acc", float(i), 0.1, 10)
                       for i, subject in enumerate(SUBJECTS)])
     assert {name: n for name, *_, n in rows} == {
@@ -197,35 +192,34 @@ def test_published_documents_become_requests(pythia_data):
                    or 0 <= question.gold < len(question.requests) for _, question in prompted)
 
 
+PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
+ARC = {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}
+MMLU_ONE = {"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 0}
+WSC273 = {"text": "t x", "pronoun": "x", "options": ["a", ""], "label": 0}
+
+
 @pytest.mark.parametrize("task, document, words", [
-    ("piqa", {"goal": "g", "sol1": 3, "sol2": "b", "label": 0}, "sol1 is 3, expected a str"),
-    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": 2}, "label is 2, expected one of ['0', '1']"),
-    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "label is -1, expected one of ['0', '1']"),
+    ("piqa", PIQA | {"sol1": 3}, "sol1 is 3, expected a str"),
+    ("piqa", PIQA | {"label": 2}, "label is 2, expected one of ['0', '1']"),
+    ("piqa", PIQA | {"label": -1}, "label is -1, expected one of ['0', '1']"),
+    ("piqa", PIQA | {"label": "True"}, "label is 'True', expected one of ['0', '1']"),
     ("piqa", [1], "line 1: not a JSON object of text"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
      "has no _"),
     ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3},
      "answer is 3, expected one of"),
-    ("arc_easy", {"question": "q", "choices": {"text": ["a"], "label": "A"}, "answerKey": "A"},
+    ("arc_easy", ARC | {"choices": {"text": ["a"], "label": "A"}},
      "choices.label is 'A', expected a list of str"),
+    ("arc_easy", ARC, "answerKey is 'B', expected one of ['A']"),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"},
      "endings is [1]"),
-    ("mmlu_anatomy", {"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 0},
-     "1 choices, expected 4"),
-    ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": [], "answer": 0},
-     "no documents of this task"),
+    ("mmlu_anatomy", MMLU_ONE, "1 choices, expected 4"),
+    ("mmlu_anatomy", MMLU_ONE | {"subject": "law"}, "no documents of this task"),
     ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"},
      "found the spans"),
     ("triviaqa", {"question": "q", "answer": []}, "answer.aliases is None"),
-    ("wsc273", {"text": "t", "pronoun": "x", "options": [], "label": 0},
-     "pronoun_loc is None, expected a int"),
-    ("wsc273", {"text": "t x", "pronoun": "x", "pronoun_loc": 2, "options": ["a", ""], "label": 0},
-     "options is empty"),
-    ("arc_easy",
-     {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"},
-     "answerKey is 'B', expected one of ['A']"),
-    ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": "True"},
-     "label is 'True', expected one of ['0', '1']")])
+    ("wsc273", WSC273, "pronoun_loc is None, expected a int"),
+    ("wsc273", WSC273 | {"pronoun_loc": 2}, "options is empty")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
     write(tmp_path, f"{TASKS[task].folder}/"
           f"{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
@@ -235,8 +229,7 @@ def test_a_wrong_document_is_named(tmp_path, task, document, words):
 
 
 def test_documents_from_a_pipe_are_refused(tmp_path):
-    """Instead of waited for without end."""
     (tmp_path / "piqa").mkdir()
-    os.mkfifo(tmp_path / "piqa/validation.jsonl")
+    os.mkfifo(tmp_path / "piqa/validation.jsonl")  # would be waited for without end
     with pytest.raises(ValueError, match="validation.jsonl: not a regular file"):
         prompts(TASKS["piqa"], tmp_path)
