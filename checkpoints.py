@@ -670,47 +670,44 @@ def open_neox(folder, paths):
     return ModelConfig(head - 4, d_model, n_heads, vocab_size=vocab_size, gelu="tanh"), tensors
 
 
-NORMS = ("norm.weight", "norm.bias")
-
-
 def merged(parts, name, published):
-    """Return the Stored of a tensor of which each of `parts`, a rank's {name: Stored}, has one."""
-    first = parts[0][name]
-    for part in parts[1:]:
+    """Return the whole of a tensor of which each of `parts`, a rank's {name: Stored}, has a part.
+
+    As gpt-neox does, in its dtype: row parallel layers are split over inputs, the others over
+    outputs (whole heads, or rows of the vocabulary). The biases of row parallel ones add up; of
+    LayerNorms every rank has a copy, which rounding took apart.
+    """
+    first, shape, dim = parts[0][name], list(parts[0][name].shape), 0
+    copies = published.endswith(("norm.weight", "norm.bias"))
+    if published.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+        dim = 1
+    elif copies or published.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):
+        dim = None
+    for part in parts:
         if name not in part:
             raise ValueError(f"{next(iter(part.values())).path}: missing {name}")
         own = part[name]
-        if (own.shape, own.dtype) != (first.shape, first.dtype):
+        if (own.shape, own.dtype) != (first.shape, first.dtype) or len(shape) <= (dim or 0):
             raise ValueError(f"{own.path}: {name} is {own.shape} {own.dtype}, of rank 0 "
                              f"{first.shape} {first.dtype}")
-        if published.endswith(NORMS):
+        if copies and own is not first:
             a, b = own.read().double(), first.read().double()
             # Copies of one tensor with equal gradients: rounding takes them little apart (weights
             # begin at 1, biases at 0), another step or another run takes them far.
             if (a - b).norm() > 0.1 * b.norm() + 0.01 * math.sqrt(b.numel()):
                 raise ValueError(f"{own.path}: {name} is not that of {first.path.name}, of which "
                                  "it should be a copy: these files do not belong together")
-    try:
-        whole = merge(published, [torch.empty(first.shape, dtype=first.dtype, device="meta")]
-                      * len(parts))
-    except (RuntimeError, IndexError) as error:  # a tensor without the dimension to merge
-        raise ValueError(f"{first.path}: {name} cannot be merged ({error})") from None
-    return Stored(first.path, whole.dtype, tuple(whole.shape),
-                  lambda: merge(published, [part[name].read() for part in parts]))
+    if dim is not None:
+        shape[dim] *= len(parts)
 
+    def read():
+        tensors = [part[name].read() for part in parts]
+        if dim is not None:
+            return torch.cat(tensors, dim)
+        total = functools.reduce(torch.add, tensors)
+        return total / len(parts) if copies else total.clone()
 
-def merge(name, parts):
-    """Return a whole tensor from its tensor-parallel parts, in their dtype, as gpt-neox does."""
-    if len(parts) == 1:
-        return parts[0].detach().clone()
-    if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):  # each rank adds its part
-        return sum(parts)
-    if name.endswith(NORMS):  # every rank has all of it; rounding took the copies apart
-        return sum(parts) / len(parts)
-    # Row parallel layers are split over inputs, the others over outputs: whole heads, or rows of
-    # the vocabulary.
-    by_row = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
-    return torch.cat(parts, 1 if by_row else 0)
+    return Stored(first.path, first.dtype, tuple(shape), read)
 
 
 # ---------------------------------------------------------------------------- known bad uploads
@@ -944,10 +941,10 @@ def list_(options):
             training, damage = {}, f" ({config.explain(error)})"
         files = {name: path.stat().st_size for name, path in files_of(folder).items()
                  if path.is_file()}
-        held = [word for word, beginnings in (
-                    ("weights", ("model", "pytorch_model", "layer_")), ("state", ("optimizer/",)),
-                    ("tokenizer", ("tokenizer.json",)), ("manifest", ("manifest.json",)))
-                if any(name.startswith(beginnings) for name in files)]
+        held = [word for word, start in (("weights", ("model", "pytorch_model", "layer_")),
+                                         ("state", "optimizer/"), ("tokenizer", "tokenizer.json"),
+                                         ("manifest", "manifest.json"))
+                if any(name.startswith(start) for name in files)]
         size = sum(files.values())
         total += size
         tokens = f"{training['tokens']:,}" if training else "-"

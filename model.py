@@ -400,19 +400,17 @@ def hf_config(config):
     }
 
 
-# Every key of a GPT-NeoX config.json that changes numbers (transformers 4.24 to 5.23) and is no
-# size, under each of its names, with the value that every Pythia has; then those that change none.
-PYTHIAS = {"model_type": "gpt_neox", "rotary_pct": 0.25, "partial_rotary_factor": 0.25,
-           "rotary_emb_base": 10000, "rope_theta": 10000, "rope_type": "default", "type": "default",
-           "rope_scaling": None, "rope_parameters": None, "use_parallel_residual": True,
-           "attention_bias": True, "is_causal": True, "tie_word_embeddings": False,
-           "layer_norm_eps": 1e-5, "quantization_config": None}
-NEUTRAL = {"architectures", "attention_dropout", "bos_token_id", "classifier_dropout", "dtype",
-           "eos_token_id", "hidden_act", "hidden_dropout", "initializer_range", "is_decoder",
-           "pad_token_id", "torch_dtype", "transformers_version", "use_cache"}
+# All else that transformers' GPT-NeoX, 4.24 to 5.23, reads in a config.json: what changes numbers,
+# with the value that every Pythia has, and what changes none.
+PYTHIAS = {"partial_rotary_factor": 0.25, "rope_theta": 10000, "rope_type": "default",
+           "type": "default", "rope_scaling": None, "rope_parameters": None,
+           "attention_bias": True, "is_causal": True, "quantization_config": None}
+FREE = {"architectures", "attention_dropout", "bos_token_id", "classifier_dropout", "dtype",
+        "eos_token_id", "hidden_act", "hidden_dropout", "initializer_range", "is_decoder",
+        "pad_token_id", "torch_dtype", "transformers_version", "use_cache"}
 GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
-         "max_position_embeddings")
+SIZES = {"n_layers": "num_hidden_layers", "d_model": "hidden_size", "vocab_size": "vocab_size",
+         "n_heads": "num_attention_heads", "seq_length": "max_position_embeddings"}
 
 
 def read_config(folder):
@@ -421,7 +419,7 @@ def read_config(folder):
     Raises ValueError naming whatever makes it another architecture than Pythia's.
     """
     path = Path(folder) / "config.json"
-    spec = {"model_type": None, "hidden_act": None} | dict.fromkeys(SIZES) | read_json(path)
+    spec = dict.fromkeys(("model_type", "hidden_act", *SIZES.values())) | read_json(path)
     for inner in ("rope_parameters", "rope_scaling"):  # transformers 5; 4.31 to 4.57
         if type(spec.get(inner)) is dict:
             spec |= {f"{inner}: {name}": value for name, value in spec.pop(inner).items()}
@@ -431,29 +429,31 @@ def read_config(folder):
             raise ValueError(f"{path}: {ascii(name)[1:-1][:60]} is {repr(spec[name])[:100]}, "
                              f"expected {expected}")
 
-    for name in SIZES:  # the limits keep a hostile file from making a model of 2^60 layers
-        most = 1 << 10 if name == "num_hidden_layers" else 1 << 20
+    expect(spec["model_type"] == "gpt_neox", "model_type", "'gpt_neox'")
+    for ours, name in SIZES.items():  # a hostile file could make a model of 2^60 layers
+        most = 1 << 10 if ours == "n_layers" else 1 << 20
         expect(type(spec[name]) is int and 1 <= spec[name] <= most, name,
                f"a positive integer up to {most:,}")
-    layers, width, heads, vocabulary, context = (spec[name] for name in SIZES)
-    pythias = PYTHIAS | {"intermediate_size": 4 * width, "head_dim": width // heads,
-                         "num_key_value_heads": heads}
+    expect(str(spec["hidden_act"]) in GELUS, "hidden_act", f"one of {list(GELUS)}")
+    try:
+        config = ModelConfig(**{ours: spec[name] for ours, name in SIZES.items()},
+                             gelu=GELUS[spec["hidden_act"]])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    pythias = hf_config(config) | PYTHIAS | {
+        "head_dim": config.d_head, "num_key_value_heads": config.n_heads}
     unknown = []
     for name, value in spec.items():
         inner, _, key = name.rpartition(": ")
-        if key in pythias or inner:
+        if inner or key in pythias.keys() - FREE:
             expect(key in pythias and value == pythias[key], name,
                    f"Pythia's {pythias[key]!r}" if key in pythias else "no such key")
-        elif key not in NEUTRAL.union(SIZES) and key[:1] != "_":
+        elif key not in FREE and key[:1] != "_":
             unknown.append(repr(key)[:50])
-    expect(str(spec["hidden_act"]) in GELUS, "hidden_act", f"one of {list(GELUS)}")
     if unknown:
         warn_once("warning: keys of config.json that are no GPT-NeoX's of transformers are ignored:"
                   f" {', '.join(sorted(unknown)[:10])}")
-    try:
-        return ModelConfig(layers, width, heads, vocabulary, context, GELUS[spec["hidden_act"]])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return config
 
 
 @functools.cache

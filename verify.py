@@ -3,9 +3,9 @@
     python verify.py verify runs/mini             # or several folders, of any published form
     python verify.py diff runs/mini/step512 OTHER
 
-No model is run, and one tensor at a time is in memory. Every byte is read: hashes are compared with
-the manifest, norms are exact. Distances and cosines come from the same 2,048 random entries of a
-tensor in every checkpoint (within about 2 %), and no distance is less than the difference of norms.
+No model is run; one tensor at a time is in memory. Hashes are compared with the manifest and norms
+are exact. Distances and cosines come from the same 2,048 random entries of a tensor in every
+checkpoint (within about 2 %), and no distance is less than the difference of norms.
 
 Training moves through weight space in small steps, so a checkpoint lies between its neighbours:
 
@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import (checkpoint_steps, describe_file, files_of, manifest_of, one_line, open_any,
-                         read_training, step_folders)
+from checkpoints import (checkpoint_steps, describe_file, files_of, identify, manifest_of, one_line,
+                         open_any, read_training, step_folders)
 from config import command, file_size, read_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
@@ -54,10 +54,9 @@ class Scan:
         self.step, self.folder = step, folder
         self.updates = step  # successful ones; the first has learning rate 0
         self.config = None  # the ModelConfig; None: the tensors are not those of any Pythia
-        self.bytes = 0
         self.hashed = None  # files that agree with the manifest; None: there is no manifest
-        self.norms, self.shapes = {}, {}  # of each tensor
-        self.samples, self.files = {}, {}  # some of its entries in float32, its file's name
+        self.norms, self.samples = {}, {}  # of each tensor; some of its entries in float32
+        self.stored = {}  # where it lies
         self.problems = []
 
 
@@ -72,7 +71,6 @@ def scan(step, folder):
             found.config, tensors = open_any(folder)
             for name, stored in tensors.items():
                 measure(found, name, stored)
-                found.bytes += stored.nbytes
         with noting(found):
             hashes.result()
     return found
@@ -147,11 +145,11 @@ def measure(found, name, stored):
         blocks = tensor[:len(tensor) // BLOCK * BLOCK].view(-1, BLOCK)
         if zeros := BLOCK * (~blocks.any(1)).sum().item():  # pages that never reached the disk
             found.problems.append(f"{name}: {zeros:,} values side by side are 0")
-    found.norms[name], found.files[name] = norm, stored.path.name
-    found.shapes[name], count = stored.shape, tensor.numel()
-    if count > ENTRIES:
+    if (count := len(tensor)) > ENTRIES:
         generator = torch.Generator().manual_seed(count)
         tensor = tensor[torch.randint(count, (ENTRIES,), generator=generator)]
+    # Not `stored` itself: its read() would keep the file open.
+    found.norms[name], found.stored[name] = norm, stored._replace(read=None)
     found.samples[name] = tensor.float()
 
 
@@ -182,7 +180,7 @@ class Way:
     def __init__(self, scans):
         self.scans, self.names = scans, list(scans[0].samples)
         self.sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
-        self.matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in self.names])
+        self.matrix = torch.tensor([len(scans[0].stored[name].shape) == 2 for name in self.names])
         # float16 rounds early steps away, so distances below these floors mean nothing. (Biases
         # begin at 0, where the floor would be 0 too.)
         self.floors = (1e-3 * self.sizes).clamp_min(1e-30)
@@ -193,7 +191,8 @@ class Way:
         norms = torch.tensor([here.norms[name] for here in self.scans], dtype=torch.float64)
         stack = torch.stack([here.samples[name] for here in self.scans]).double()
         apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
-        whole = apart * math.sqrt(math.prod(self.scans[0].shapes[name]) / stack.shape[1])
+        count = math.prod(self.scans[0].stored[name].shape)
+        whole = apart * math.sqrt(count / stack.shape[1])
         # A value that was not sampled still moves the norm: the distance is at least that much.
         return norms, whole.maximum((norms[:, None] - norms).abs())
 
@@ -202,8 +201,9 @@ class Way:
         here, far = self.scans[i], [name for name, is_far in zip(self.names, which) if is_far]
         if not far:
             return False
-        files = {here.files[name] for name in far}
-        where = f" of {', '.join(sorted(files))}" if files != set(here.files.values()) else ""
+        files = {here.stored[name].path.name for name in far}
+        apart = files != {stored.path.name for stored in here.stored.values()}
+        where = f" of {', '.join(sorted(files))}" * apart
         example = min(far) + ", ..." * (len(far) > 1)
         which = (f"all {len(far)} tensors" if len(far) == len(self.names) else
                  f"{len(far)} of {len(self.names)} tensors{where} ({example})")
@@ -332,35 +332,31 @@ def find(folders):
             raise ValueError(f"{path}: no such folder")
     if len(paths) == 1 and step_folders(paths[0]):
         return paths[0], step_folders(paths[0])
-    found = []
-    for path in paths:
-        match = re.fullmatch(r"(?:global_)?step(\d+)", path.resolve().name)
-        if not match:
-            raise ValueError(f"{path}: neither a run (step0, step1, ... in it, named alone) nor a "
-                             "checkpoint called stepN, by which name they are told apart")
-        found.append((int(match[1]), path))
+    found = [(identify(path.resolve())[1], path) for path in paths]
+    if bad := [path for step, path in found if step is None]:
+        raise ValueError(f"{bad[0]}: neither a run (step0, step1, ... in it, named alone) nor a "
+                         "checkpoint called stepN, by which name they are told apart")
     return None, sorted(found)
 
 
 def scheduled_steps(run, expected):
     """Return the steps of a run's checkpoints that are to be there once it has ended."""
-    if expected is None:
-        settings = read_json(run / "config.json") if (run / "config.json").exists() else {}
-        steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
-        for number in (steps, every):
-            if type(number) is not int or not 1 <= number <= 1 << 30 or steps > 100_000 * every:
-                raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
-                                 "expected a schedule of at most 100,000 checkpoints; --steps=any "
-                                 "checks without one")
-        # A branch does not have the checkpoint that it began from; its parent has it.
-        parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
-        return [step for step in checkpoint_steps(steps, every)
-                if not parent or step > int(parent[1])]
     if expected == "any":
         return []
-    if not re.fullmatch(r"\d+(,\d+)*", expected):
-        raise ValueError(f"steps = {expected!r}, expected numbers with commas, or any")
-    return [int(step) for step in expected.split(",")]
+    if expected is not None:
+        if not re.fullmatch(r"\d+(,\d+)*", expected):
+            raise ValueError(f"steps = {expected!r}, expected numbers with commas, or any")
+        return [int(step) for step in expected.split(",")]
+    settings = read_json(run / "config.json") if (run / "config.json").exists() else {}
+    steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
+    if not (type(steps) is type(every) is int and 1 <= every and 1 <= steps <= 100_000 * every
+            and steps < 1 << 40):
+        raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: expected "
+                         "at most 100,000 checkpoints; --steps=any checks without a schedule")
+    # A branch does not have the checkpoint that it began from; its parent has it.
+    parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
+    return [step for step in checkpoint_steps(steps, every)
+            if not parent or step > int(parent[1])]
 
 
 def verify(options):
@@ -404,8 +400,9 @@ def print_table(scans, way):
             numbers[3] = way.ratios.get(here.step, math.nan)
         cells = [f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
                  for value, width, digits in zip(numbers, (9, 10, 11, 7), (3, 4, 5, 2))]
+        size = sum(stored.nbytes for stored in here.stored.values())
         hashed = "-" if here.hashed is None else f"{here.hashed} ok"
-        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
+        print(f"{here.step:7} {size / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
               f"{len(here.problems) or '-'}")
 
 

@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoints import (Export, Import, checkpoint_steps, export, folder_tokenizer, identify,
-                         import_, known_bad, load_model, load_training, merge, open_any,
+from checkpoints import (Export, Import, Stored, checkpoint_steps, export, folder_tokenizer,
+                         identify, import_, known_bad, load_model, load_training, merged, open_any,
                          saved_steps, sha256_of)
 from conftest import ROOT
 from model import ModelConfig, Pythia, parameter_shapes, read_config, warn_once
@@ -295,13 +295,15 @@ def test_neox_ranks_merge_to_the_same_bits(tmp_path, ranks, dtype):
 
 
 def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
-    parts = [torch.tensor(x).half() for x in (0.1, 0.2, 0.3, 0.4)]
+    parts = [torch.tensor([x]).half() for x in (0.1, 0.101, 0.102, 0.103)]
+    ranks = [{"x": Stored(None, part.dtype, part.shape, part.detach)} for part in parts]
     total = ((parts[0] + parts[1]) + parts[2]) + parts[3]
-    assert torch.equal(merge("gpt_neox.layers.0.attention.dense.bias", parts), total)
-    assert torch.equal(merge("gpt_neox.layers.0.mlp.dense_4h_to_h.bias", parts), total)
-    for name in ("layers.0.input_layernorm.weight", "layers.0.post_attention_layernorm.bias",
-                 "final_layer_norm.weight"):
-        assert torch.equal(merge(f"gpt_neox.{name}", parts), total / 4)
+    for name, expected in (("layers.0.attention.dense.bias", total),
+                           ("layers.0.mlp.dense_4h_to_h.bias", total),
+                           ("layers.0.input_layernorm.weight", total / 4),
+                           ("layers.0.post_attention_layernorm.bias", total / 4),
+                           ("final_layer_norm.weight", total / 4)):
+        assert torch.equal(merged(ranks, "x", f"gpt_neox.{name}").read(), expected)
 
 
 def drop(key, name=None):
