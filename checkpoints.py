@@ -48,7 +48,7 @@ from tqdm import tqdm
 import config
 from config import command, file_size, read_json, write_json
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
-from tokenizer import N_TOKENS, Tokenizer
+from tokenizer import N_TOKENS, load_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
@@ -746,25 +746,7 @@ def identify(source):
     return name[1] if name else "", int(step[1]) if step else None
 
 
-# ---------------------------------------------------------------------------- tokenizers
-
 COMPARED = set()  # SHA-256 of tokenizer files that were found to be GPT-NeoX-20B's
-
-
-def check_tokenizer(path):
-    """Raise ValueError unless a tokenizer.json is GPT-NeoX-20B's, as published or saved again."""
-    if not os.path.lexists(path):
-        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it, --tokenizer=PATH "
-                         "names it, --tokenizer=None leaves it out")
-    if file_size(path) and sha256_of(path) in COMPARED:
-        return
-    spec = read_json(path)
-    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if spec.get("normalizer") != {"type": "NFC"} or spec.get("pre_tokenizer") not in (
-            bytewise, bytewise | {"use_regex": True}):  # transformers 5 writes it out
-        raise ValueError(f"{path}: splits text otherwise than GPT-NeoX-20B's tokenizer")
-    Tokenizer(path)
-    COMPARED.add(sha256_of(path))
 
 
 def folder_tokenizer(folder, named=None):
@@ -774,8 +756,10 @@ def folder_tokenizer(folder, named=None):
     """
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
-        check_tokenizer(own)
         named = own
+        if file_size(own) and sha256_of(own) not in COMPARED:
+            load_tokenizer(own)
+            COMPARED.add(sha256_of(own))
     if (size := open_any(folder)[0].vocab_size) < N_TOKENS:
         raise ValueError(f"{folder}: vocab_size is {size:,}, but GPT-NeoX-20B's tokenizer, the "
                          f"only one that is known here, has {N_TOKENS:,} ids")
@@ -815,7 +799,7 @@ def import_(options):
     if tokenizer:
         own = Path(options.source) / "tokenizer.json"
         tokenizer = own if os.path.lexists(own) else tokenizer
-        check_tokenizer(tokenizer)  # own may be a stranger's link to any file of ours
+        load_tokenizer(tokenizer)  # own may be a stranger's link to any file of ours
     if options.dtype:
         dtype = getattr(torch, options.dtype)
         tensors = {name: cast(name, stored, dtype) for name, stored in tensors.items()}

@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,20 @@ def run(*argv, expect=0, **options):
                           capture_output=True, text=True, **options)
     assert done.returncode == expect and (expect == 0 or done.stderr.count("\n") == 1), done.stderr
     return done
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script's command line in this process: (exit code, stdout, stderr)."""
+    def run_here(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return run_here
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -200,13 +199,11 @@ def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, form):
         open_any(published(tmp_path / "source", tensors, form))
 
 
-@pytest.mark.parametrize("edit, words", [
-    (lambda spec: spec.update(normalizer=None), "splits text otherwise"),
-    (lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True), "splits text otherwise"),
-    (lambda spec: spec.update(pre_tokenizer=[]), "splits text otherwise"),
-    (lambda spec: spec["model"]["merges"].reverse(), "not the GPT-NeoX-20B tokenizer"),
-    (lambda spec: spec["added_tokens"].pop(), "not the GPT-NeoX-20B tokenizer")])
-def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path, edit, words):
+@pytest.mark.parametrize("edit", [
+    lambda spec: spec.update(normalizer=None), lambda spec: spec.update(pre_tokenizer=[]),
+    lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
+    lambda spec: spec["model"]["merges"].reverse(), lambda spec: spec["added_tokens"].pop()])
+def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path, edit):
     wide = replace(CONFIG, vocab_size=50304)
     folder = published(tmp_path / "x", weights(config=wide), config=CONFIG_2022 | {
         "vocab_size": 50304})
@@ -217,7 +214,7 @@ def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path,
     spec = json.loads((folder / "tokenizer.json").read_text())
     edit(spec)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match=f"tokenizer.json: {words}"):
+    with pytest.raises(ValueError, match="x/tokenizer.json: not the GPT-NeoX-20B tokenizer"):
         folder_tokenizer(folder)
     assert folder_tokenizer(folder, "named.json") == "named.json"
     small = published(tmp_path / "small", weights())
@@ -394,7 +391,7 @@ def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
     source = published(tmp_path / "step8", weights())
     (tmp_path / "secret").write_text("private key")
     (tmp_path / "token").write_text('{"token": "secret"}')
-    for target, words in (("secret", "not JSON"), ("token", "splits text otherwise"),
+    for target, words in (("secret", "not JSON"), ("token", "not the GPT"),
                           ("/dev/zero", "not a regular file")):
         (source / "tokenizer.json").unlink(missing_ok=True)
         (source / "tokenizer.json").symlink_to(tmp_path / target)
@@ -403,45 +400,31 @@ def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def run_checkpoints(monkeypatch, *arguments):
-    """Run checkpoints.py's command line here; return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["checkpoints.py", *map(str, arguments)])
-    try:
-        runpy.run_path(str(ROOT / "checkpoints.py"), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def test_the_command_line(tmp_path, monkeypatch, capsys):
+def test_the_command_line(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "pythia-12b/step50000", weights())
-    assert run_checkpoints(monkeypatch, "import", "pythia-12b/step50000", "runs/x/step7",
-                           "--tokenizer=None") == 0
-    assert "first shard is the final checkpoint's (#206)" in capsys.readouterr().err
-    assert run_checkpoints(monkeypatch, "export", "runs/x/step7", "out", "--dtype=bfloat16",
-                           "--push", "--tokenizer=None") == 0
-    assert "hf upload x out . --revision=step7" in capsys.readouterr().out.splitlines()
     published(tmp_path / "a; touch x/step8", weights())
-    assert run_checkpoints(monkeypatch, "export", "a; touch x/step8", "o p", "--push",
-                           "--tokenizer=None") == 0
-    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == [
+    code, _, error = command("checkpoints.py", "import", "pythia-12b/step50000", "runs/x/step7",
+                             "--tokenizer=None")
+    assert code == 0 and "first shard is the final checkpoint's (#206)" in error
+    code, said, _ = command("checkpoints.py", "export", "a; touch x/step8", "o p", "--push",
+                            "--tokenizer=None", "--dtype=bfloat16")
+    assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
+    x = "runs/x/step7"
     for wrong, words in ((("import", "nowhere", "b"), "nowhere: no such folder"),
                          (("import", ".", "b"), "no checkpoint; expected model.safetensors"),
                          (("import", "a"), "missing: --output"),
                          (("import", "a", "b", "c"), "expected source output"),
-                         (("import", "runs/x/step7", "out"), "out: is there already"),
-                         (("export", "runs/x/step7", "b", "--dtype=int8"),
-                          "expected float32, float16 or"),
-                         (("export", "runs/x/step7", "b", "--shard_size=0"), "at least 1"),
-                         (("export", "runs/x/step7", "b", "--tokenizer=none.json"),
+                         (("import", x, "o p"), "o p: is there already"),
+                         (("export", x, "b", "--dtype=int8"), "expected float32, float16 or"),
+                         (("export", x, "b", "--shard_size=0"), "at least 1"),
+                         (("export", x, "b", "--tokenizer=none.json"),
                           "none.json: no such tokenizer; `make tokenizer` gets it, --tokenizer="),
-                         (("export", "runs/x/step7", "b"), "20B_tokenizer.json: no such tokenizer"),
+                         (("export", x, "b"), "20B_tokenizer.json: no such tokenizer"),
                          (("exprot",), "expected one of")):
-        assert run_checkpoints(monkeypatch, *wrong) == 2, wrong
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and words in lines[0], wrong
+        code, _, error = command("checkpoints.py", *wrong)
+        assert code == 2 and error.count("\n") == 1 and words in error, (wrong, error)
     assert not (tmp_path / "b").exists()
 
 
