@@ -400,8 +400,9 @@ def open_run(out_dir, settings):
                    for name, value in settings.items()
                    if name not in MAY_CHANGE and before.get(name) != value]
     if differences:
-        raise ValueError(f"{out_dir} holds another run: {'; '.join(differences)}. "
-                         "Go back to its settings, or name another --out_dir")
+        raise ValueError(f"{out_dir} holds another run: {'; '.join(differences[:8])}"
+                         + "; and more" * (len(differences) > 8)
+                         + ". Go back to its settings, or name another --out_dir")
 
 
 def compare_with_parent(settings):
