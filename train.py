@@ -3,11 +3,9 @@
     python train.py configs/mini.py --data=data/demo/train --out_dir=runs/mini
     torchrun --standalone --nproc_per_node=8 train.py configs/pythia_160m.py --data=PREFIX \\
         --out_dir=RUN
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        --shutdown-timeout=600 train.py ...     # RUN on a disk that all nodes share
     python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child \\
         --intervention=NAME --twin=True
-    python train.py configs/pythia_12b.py --plan=True --gpus=64
+    python train.py configs/pythia_12b.py --plan=True --gpus=64   # the torchrun line for many nodes
 
 Checkpoint N is the weights after N updates, so step 0 is the initialisation. Step s is the update
 that makes checkpoint s + 1 from the rows s * batch_size to (s + 1) * batch_size - 1 of the order.
@@ -249,7 +247,7 @@ class Batches:
     """This process's micro-batches of every step of `data`, an OrderedData or IntervenedData."""
 
     def __init__(self, data, model_config, config, launch, processes):
-        self.data, self.vocab_size = data, model_config.vocab_size
+        self.data, self.prefix, self.vocab_size = data, data.tokens.prefix, model_config.vocab_size
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
         processes.together(lambda: self.read(0))  # a mistake shows before anything is computed
@@ -258,8 +256,8 @@ class Batches:
         """Return micro-batches (A, B, T + 1) int64 on the host, and the rows that were changed."""
         batch = self.data.batch(step, **self.share)
         if batch.max() >= self.vocab_size:
-            raise ValueError(f"token {batch.max()} in step {step} of the data, but vocab_size is "
-                             f"{self.vocab_size}")
+            raise ValueError(f"{self.prefix}: token {batch.max()} in step {step}, but vocab_size "
+                             f"is {self.vocab_size}")
         return torch.from_numpy(batch), getattr(self.data, "changed", [])
 
 
@@ -384,41 +382,40 @@ SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", 
 
 
 def open_run(out_dir, settings):
-    """Write RUN/config.json, or raise ValueError naming every setting that differs there."""
-    path = os.path.join(out_dir, "config.json")
-    if not os.path.exists(path):
-        if checkpoints.step_folders(out_dir):
-            raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which "
-                             "nothing explains now. Put it back, or name another --out_dir")
-        if settings["branch_from"]:
-            settings["differs_from_parent"] = compare_with_parent(settings)
-        return write_json(path, settings)
-    before = read_json(path)
-    if Path(str(before.get("branch_from"))) == Path(str(settings["branch_from"])):
-        before["branch_from"] = settings["branch_from"]  # RUN/step8/ is RUN/step8
-    differences = [f"{name} was {before.get(name)!r}, is {value!r}"
-                   for name, value in settings.items()
-                   if name not in MAY_CHANGE and before.get(name) != value]
-    if differences:
-        raise ValueError(f"{out_dir} holds another run: {'; '.join(differences[:8])}"
-                         + "; and more" * (len(differences) > 8)
-                         + ". Go back to its settings, or name another --out_dir")
+    """Write RUN/config.json, or raise ValueError naming what differs there.
+
+    Of a branch, "differs_from_parent" notes {setting: [the parent's, ours]}.
+    """
+    path, parent = Path(out_dir) / "config.json", Path(str(settings["branch_from"])).parent
+    if path.exists():
+        before = read_json(path)
+        if Path(str(before.get("branch_from"))) == Path(str(settings["branch_from"])):
+            before["branch_from"] = settings["branch_from"]  # RUN/step8/ is RUN/step8
+        return refuse(f"{out_dir} holds another run", differences(before, settings))
+    if checkpoints.step_folders(out_dir):
+        raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which nothing "
+                         "explains now. Put it back, or name another --out_dir")
+    if settings["branch_from"] and (parent / "config.json").exists():
+        found = differences(read_json(parent / "config.json"), settings)
+        refuse("a branch keeps its parent's model, data, order and schedule",
+               {name: found[name] for name in SHARED if name in found})
+        found.pop("branch_from", None)
+        settings["differs_from_parent"] = found
+    write_json(path, settings)
 
 
-def compare_with_parent(settings):
-    """Return {setting: [the parent's, ours]}; raise ValueError on what a branch must share."""
-    path = Path(settings["branch_from"]).parent / "config.json"
-    before = read_json(path) if path.exists() else {}
-    differences = {name: [before.get(name), value] for name, value in settings.items()
-                   if name not in MAY_CHANGE | {"branch_from"} and before.get(name) != value}
-    if not before:  # a published model: weights alone, so only their shapes can be compared
-        return "unknown: the parent has no config.json"
-    refused = [f"{name} is {differences[name][1]!r}, the parent's {differences[name][0]!r}"
-               for name in SHARED if name in differences]
-    if refused:
-        raise ValueError(f"branch_from = {settings['branch_from']}: a branch keeps its parent's "
-                         f"model, order and schedule, but {'; '.join(refused)}")
-    return differences
+def differences(before, settings):
+    """Return {setting: [before, now]} of what decides the numbers and is not the same."""
+    return {name: [before.get(name), value] for name, value in settings.items()
+            if name not in MAY_CHANGE and before.get(name) != value}
+
+
+def refuse(why, different):
+    """Raise ValueError if anything is different, naming the first eight."""
+    if different:
+        words = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in different.items()]
+        raise ValueError(f"{why}: {'; '.join(words[:8])}{'; and more' * (len(words) > 8)}. Go back "
+                         "to that, or name another --out_dir")
 
 
 def note_launch(config, launch, processes):
@@ -541,15 +538,6 @@ class Log:
             self.watch(step, loss)
         return steps[-1], losses[-1], rates[-1], norms[-1], seconds
 
-    def sync(self):
-        """Bring the tables to the disk.
-
-        Otherwise a checkpoint could outlive a power failure that the lines before it do not, and a
-        run that goes on from it would never write them again.
-        """
-        for table in self.tables.values():
-            os.fsync(table.file.fileno())
-
     def watch(self, step, loss):
         """Say when a loss is 6 standard deviations above the last 128's mean; changes nothing."""
         if len(self.recent) == self.recent.maxlen:
@@ -592,7 +580,9 @@ def save(training, step, scheduled, log):
         raise FloatingPointError(f"step {step - 1}: the update left weights or moments that are "
                                  f"not finite; step{step} was not saved. Branch from an earlier "
                                  "checkpoint with a lower rate")
-    log.sync()
+    # Or a checkpoint could outlive a power failure that the lines of the steps before it do not.
+    for table in log.tables.values():
+        os.fsync(table.file.fileno())
     checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
         "tokens": step * log.tokens_per_step, "updates": training.updates,
         "scaler": dict(training.scaler.state)

@@ -323,9 +323,9 @@ def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp
 
 
 def test_a_branch_keeps_its_parents_order_and_schedule(data, tmp_path, parent):
-    refused(data, tmp_path, "gelu is 'erf', the parent's 'tanh'", "steps is 13, the parent's 12",
-            "batch_size is 4, the parent's 8", "warmup is 0.5, the parent's 0.25",
-            "min_lr_ratio is 0.0, the parent's 0.1", branch_from=parent / "step6", batch_size=4,
+    refused(data, tmp_path, "gelu was 'tanh', is 'erf'", "steps was 12, is 13",
+            "batch_size was 8, is 4", "warmup was 0.25, is 0.5", "min_lr_ratio was 0.1, is 0.0",
+            branch_from=parent / "step6", batch_size=4,
             steps=13, gelu="erf", warmup=0.5, min_lr_ratio=0.0)
     refused(data, tmp_path, "steps = 12: nothing is left to train", branch_from=parent / "step12")
 
