@@ -1,7 +1,6 @@
 """Figures from the CSV files that training, evaluation and studies write; only this file draws.
 
-    python plots.py training --run=runs/mini --results=runs/mini/results.csv \\
-        --output=runs/mini/curves.png
+    python plots.py training --run=runs/mini --results=runs/mini/results.csv --output=mini.png
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
     python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv \\
         --output=figures
@@ -48,19 +47,55 @@ def pyplot():
     except ImportError:
         raise ValueError("plots need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams.update({
+        "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+        "figure.titlesize": 11, "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1,
+        "lines.markersize": 4})
     from matplotlib import pyplot
     return pyplot
 
 
+def grid(n, columns, width, height, legend=0.0, **options):
+    """Return a figure and the axes of n panels, `columns` in a row; width, height in inches each.
+
+    legend: inches kept free below the panels.
+    """
+    rows = math.ceil(n / columns)
+    figure, axes = pyplot().subplots(rows, columns, squeeze=False, layout="constrained",
+                                     figsize=(width * columns, height * rows + legend), **options)
+    for unused in axes.flat[n:]:
+        unused.remove()
+    return figure, list(axes.flat[:n])
+
+
 def finish(figure, output):
     """Write the figure to a file and return it."""
-    for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output, dpi=150)
     pyplot().close(figure)
     print(output)
     return figure
+
+
+def numbers(rows, name):
+    """Return a column as floats; an empty cell is nan, which is not drawn."""
+    return [float(row[name] or "nan") for row in rows]
+
+
+def in_order(rows, name="step", /, **kept):
+    """Return the rows that have these cells, by the number in column `name`."""
+    chosen = [row for row in rows if all(row[key] == cell for key, cell in kept.items())]
+    return sorted(chosen, key=lambda row: float(row[name]))
+
+
+def natural(text):
+    """Sort "8 times" before "32 times"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def shades(names):
+    """Return {name: colour}, evenly from one map in the names' order."""
+    return {name: pyplot().cm.viridis(i / max(1, len(names) - 1)) for i, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -72,29 +107,24 @@ class Training:
 
 def training(options):
     """Draw loss and held-out bits per byte against tokens."""
-    plt = pyplot()
-    steps = read_csv(os.path.join(options.run, "metrics.csv"))
     name = os.path.basename(os.path.normpath(options.run))
-    rows = [row for row in read_csv(options.results)
-            if row["model"] == name and row["metric"] == "bits_per_byte" and int(row["tokens"]) > 0]
+    steps = [row for row in read_csv(os.path.join(options.run, "metrics.csv"))
+             if int(row["tokens"]) > 0]  # the axis is logarithmic
+    rows = [row for row in in_order(read_csv(options.results), model=name, metric="bits_per_byte")
+            if int(row["tokens"]) > 0]
     if not rows:
         raise ValueError(f"{options.results}: no bits_per_byte of {name}; "
                          "run eval.py --tasks=heldout first")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    points = [(int(row["tokens"]), float(row["loss"])) for row in steps if int(row["tokens"]) > 0]
-    left.plot(*zip(*points), color="tab:blue", linewidth=1)
+    figure, (left, right) = grid(2, 2, 5, 4)
+    left.plot(numbers(steps, "tokens"), numbers(steps, "loss"))
     left.set(xlabel="tokens seen", ylabel="training loss (nats per token)", xscale="log")
-    tasks = sorted({row["task"] for row in rows})
-    for i, task in enumerate(tasks):
-        curve = sorted((int(row["tokens"]), float(row["value"]))
-                       for row in rows if row["task"] == task)
-        n = next(row["n"] for row in rows if row["task"] == task)
-        label = "all" if task == "heldout" else task.removeprefix("heldout:")
-        right.plot(*zip(*curve), marker="o", markersize=4, label=f"{label} (n = {n})",
-                   color="black" if task == "heldout" else plt.cm.viridis(i / len(tasks)),
-                   linewidth=2 if task == "heldout" else 1)
+    for task, colour in shades(sorted({row["task"] for row in rows})).items():
+        curve, subset = in_order(rows, task=task), task.removeprefix("heldout:")
+        label, colour, width = ("all", "black", 2) if subset == "heldout" else (subset, colour, 1)
+        right.plot(numbers(curve, "tokens"), numbers(curve, "value"), marker="o", color=colour,
+                   linewidth=width, label=f"{label} (n = {curve[0]['n']})")
     right.set(xlabel="tokens seen", ylabel="held-out bits per byte", xscale="log")
-    right.legend(frameon=False, loc="lower left")
+    right.legend(loc="lower left")
     figure.suptitle(name)
     return finish(figure, options.output)
 
@@ -118,7 +148,7 @@ CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality"
 
 
 def evaluations(paths, columns=()):
-    """Return {(task, shots, metric): {model: [(tokens, value, stderr or None)]}} of any CSVs.
+    """Return {(task, shots, metric): {model: [(tokens, value, stderr or nan)]}} of any CSVs.
 
     A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a
     file that is neither or lacks one of `columns`, and for a curve of rows that cannot be compared.
@@ -130,30 +160,28 @@ def evaluations(paths, columns=()):
             raise ValueError(f"{path}: has no column {' or '.join(missing)}; this is another file "
                              "than the published one (see the top of plots.py)")
         for number, row in enumerate(rows, 2):
-            where = f"{path}, line {number}"
-            if row.get("suite") == "v0":  # models before the published ones
+            # Not drawn: models before the published ones, and those of other batch sizes.
+            if row.get("suite") == "v0" or "MtokBS" in (row.get("model") or ""):
                 continue
+            where = f"{path}, line {number}"
             try:
                 model, tokens = model_and_tokens(row)
                 task = row["task"] + (":" + row["prompt"] if row.get("prompt") else "")
-                metric = METRIC_NAMES.get(row["metric"], row["metric"])
-                panel = task, int(row["shots"] or 0), metric
-                points[panel][model, tokens] = (float(row["value"]),
-                                                float(row["stderr"]) if row["stderr"] else None)
+                panel = (task, int(row["shots"] or 0),
+                         METRIC_NAMES.get(row["metric"], row["metric"]))
+                points[panel][model, tokens] = float(row["value"]), float(row["stderr"] or "nan")
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{where}: neither results of eval.py nor the published CSV "
                                  f"({type(error).__name__}: {error})") from None
-            how = [row[name] for name in ("style", "dtype", "docs") if row.get(name)] or [
-                "published"]
+            how = " ".join(row.get(name) or "published" for name in ("style", "dtype", "docs"))
             first, before = made.setdefault((panel, model), (where, how))
             if how != before:
-                raise ValueError(f"{where}: {metric} of {task} by {model} in {' '.join(how)}, but "
-                                 f"in {' '.join(before)} at {first}; draw them from two files")
+                raise ValueError(f"{where}: {panel[2]} of {task} by {model} in {how}, but in "
+                                 f"{before} at {first}; draw them from two files")
     curves = {panel: defaultdict(list) for panel in points}
     for panel, values in points.items():
-        in_order = sorted(values.items(), key=lambda item: (size(item[0][0]), item[0]))
-        for (model, tokens), point in in_order:
-            curves[panel][model].append((tokens, *point))
+        for model, tokens in sorted(values, key=lambda key: (name_parts(key[0])[0], key)):
+            curves[panel][model].append((tokens, *values[model, tokens]))
     return curves
 
 
@@ -163,15 +191,8 @@ def model_and_tokens(row):
         variant = "" if row["variant"] == "baseline" else f"-{row['variant']}"
         return f"pythia-{row['model']}-deduped{variant}", int(row["step"]) << 21
     if "deduped" in row:
-        tokens = int(row["step"]) * published_batch(row["model"])
-        return row["model"] + ("-deduped" if row["deduped"] == "1" else ""), tokens
+        return row["model"] + "-deduped" * (row["deduped"] == "1"), int(row["step"]) << 21
     return row["model"], int(row["tokens"] or -1)
-
-
-def published_batch(model):
-    """Return the tokens of a published model's step: 2^21, but for the batch-size ablations."""
-    name = model.rpartition("-")[2].removesuffix("MtokBS")
-    return {"0.5": 1 << 19, "0.25": 1 << 18}.get(name, 1 << 21)
 
 
 def name_parts(model):
@@ -183,130 +204,107 @@ def name_parts(model):
     return 0, model
 
 
-def size(model):
-    return name_parts(model)[0]
-
-
 def looks(models, colours):
     """Return {model: (colour, line)}, in order: a colour a size, a line for the rest of the name.
 
-    Pythia's sizes have theirs in every figure; other sizes, and names that tell none, share the
+    Pythia's sizes have theirs in every figure; smaller ones, and names that tell none, share the
     map out among them.
     """
     parts = {model: name_parts(model)
-             for model in sorted(models, key=lambda name: (size(name), name))}
-    smallest, largest = 14e6, 12e9
-    places = {number: math.log(number / smallest) / math.log(largest / smallest)
-              for number, _ in parts.values() if smallest <= number <= largest}
-    others = list(dict.fromkeys(number or model for model, (number, _) in parts.items()
-                                if number not in places))
-    places |= {name: i / max(1, len(others) - 1) for i, name in enumerate(others)}
-    # Names without a size get the last line, which no rest of a name has.
+             for model in sorted(models, key=lambda model: (name_parts(model)[0], model))}
+    small = list(dict.fromkeys(number or model for model, (number, _) in parts.items()
+                               if number < 14e6))
     rests = sorted({rest for number, rest in parts.values() if number},
-                   key=lambda rest: ("deduped" in rest, rest)) + [None]
-    lines = ["-", "--", ":"]
-    for dots in range(1, len(rests)):  # then a dash and ever more dots: lengths of on, off, on, ...
-        lines.append((0, (6, 1.5) + (1, 1.5) * dots))
-    styles = dict(zip(rests, lines))
-    return {model: (colours(0.08 + 0.92 * places[number or model]),
-                    styles[rest if number else None])
-            for model, (number, rest) in parts.items()}
+                   key=lambda rest: ("deduped" in rest, rest))
+    # After three plain lines a dash and ever more dots: lengths of on, off, on, off, ...
+    lines = ["-", "--", ":"] + [(0, (6, 1.5) + (1, 1.5) * dots) for dots in range(1, len(rests))]
+    look = {}
+    for model, (number, rest) in parts.items():
+        if number < 14e6:
+            place = small.index(number or model) / max(1, len(small) - 1)
+        else:
+            place = min(1, math.log(number / 14e6) / math.log(12e9 / 14e6))
+        line = lines[rests.index(rest) if number else len(rests)]
+        look[model] = colours(0.08 + 0.92 * place), line
+    return look
 
 
-def choose_panels(curves, tasks, metrics, shots):
+def choose_panels(curves, tasks, metrics):
     """Return the (task, shots, metric) to draw, or raise ValueError saying what there is.
 
     Without `tasks`, a group stands for its members: MMLU has 57. Without `metrics`, each task is
     drawn by its main one.
     """
-    there = sorted(panel for panel in curves if shots in (None, panel[1]))
-    if not tasks:
-        members = {(member, n) for task, n, _ in there if task in GROUPS
-                   for member in GROUPS[task][0]}
-        there = [panel for panel in there if (panel[0].partition(":")[0], panel[1]) not in members]
-    at = "" if shots is None else f" at {shots} shots"
+    members = {(member, shots) for task, shots, _ in curves if task in GROUPS
+               for member in GROUPS[task][0]}
     panels = []
-    for name in tasks.split(",") if tasks else sorted({task for task, _, _ in there}):
-        own = [panel for panel in there if panel[0] == name]
-        main = [metric for metric in MAIN_METRICS if any(metric == panel[2] for panel in own)]
-        kept = metrics.split(",") if metrics else main[:1]
-        found = [panel for panel in own if panel[2] in kept]
-        if not found and (tasks or not metrics):
-            own = [f"{metric} at {n} shots" for task, n, metric in sorted(curves) if task == name]
-            tasks_there = ", ".join(sorted({task for task, _, _ in curves}))
-            raise ValueError(f"no {' or '.join(kept) or 'main metric'} of {name}{at} in the "
-                             f"results; there are {', '.join(own) or 'the tasks ' + tasks_there}")
-        panels += found
-    if not panels:
-        shot_counts = sorted({n for _, n, _ in curves})
-        raise ValueError(f"the results have no {metrics or 'evaluation'}{at}; there are those at "
-                         f"{', '.join(map(str, shot_counts))} shots")
+    for task, shots, metric in sorted(curves):
+        if metrics:
+            fits = metric in metrics.split(",")
+        else:
+            fits = metric == next((main for main in MAIN_METRICS if (task, shots, main) in curves),
+                                  None)
+        if tasks:
+            fits = fits and task in tasks.split(",")
+        elif (task.partition(":")[0], shots) in members:
+            fits = False
+        panels += [(task, shots, metric)] * fits
+    missing = set(tasks.split(",") if tasks else ()) - {task for task, _, _ in panels}
+    if missing or not panels:
+        there = sorted({f"{metric} of {task}" for task, _, metric in curves})
+        raise ValueError(f"the results have no {metrics or 'main metric'} of "
+                         f"{' or '.join(sorted(missing)) or 'any task'}; there are "
+                         f"{', '.join(there)}")
     return panels
 
 
 def draw(curves, panels, output, reference=None, title=None, xscale="log"):
     """Draw a panel for each (task, shots, metric) over tokens; the log axis has no step 0."""
-    plt = pyplot()
     columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained",
-                                figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9))
-    look = looks({model for panel in panels for model in curves.get(panel, ())}, plt.cm.viridis_r)
+    figure, grid_axes = grid(len(panels), columns, max(3.1, 5.5 / columns), 2.6, legend=0.9)
+    look = looks({model for panel in panels for model in curves.get(panel, ())},
+                 pyplot().cm.viridis_r)
     handles = {}
-    for axes, panel in zip(grid.flat, panels):
+    for axes, panel in zip(grid_axes, panels):
         task, shots, metric = panel
-        axes.set_title(f"{task.replace(':', chr(10))}, {shots}-shot", fontsize=9)
-        axes.set_ylabel(AXIS_NAMES.get(metric, metric), fontsize=8)
-        axes.set(xscale=xscale, yscale="log" if metric.endswith("perplexity") else "linear")
-        axes.tick_params(labelsize=7, which="both")  # a short log axis labels minor ticks too
-        axes.xaxis.get_offset_text().set_fontsize(7)
+        axes.set(title=f"{task.replace(':', chr(10))}, {shots}-shot", xscale=xscale,
+                 ylabel=AXIS_NAMES.get(metric, metric),
+                 yscale="log" if metric.endswith("perplexity") else "linear")
         draw_published(axes, (reference or {}).get(panel, {}), handles)
         draw_models(axes, curves.get(panel, {}), look, handles)
-    for axes in list(grid.flat)[len(panels):]:
-        axes.set_visible(False)
-    for column in range(columns):
-        below = [axes for axes in grid[:, column] if axes.get_visible()]
-        below[-1].set_xlabel("tokens seen", fontsize=8)
+    for axes in grid_axes[-columns:]:  # the lowest of every column
+        axes.set_xlabel("tokens seen")
     shown = [handles[name] for name in (*look, "published") if name in handles]
-    entry = 0.5 + 0.075 * max((len(line.get_label()) for line in shown), default=1)  # inches, about
     figure.legend(shown, [line.get_label() for line in shown], loc="outside lower center",
-                  frameon=False, fontsize=8, handlelength=3,
-                  ncols=max(1, min(len(shown), int(figure.get_figwidth() / entry))))
-    if title:
-        figure.suptitle(title, fontsize=11)
+                  handlelength=3, ncols=columns)
+    figure.suptitle(title or "")
     return finish(figure, output)
 
 
 def draw_published(axes, models, handles):
     """Draw published curves in grey; name the first and the last, which show their order."""
-    drawn = {model: [point for point in points if point[0] > 0 and math.isfinite(point[1])]
-             for model, points in models.items() if "MtokBS" not in model}
-    drawn = {model: points for model, points in drawn.items() if points}
-    for model, points in drawn.items():
-        x, y, _ = zip(*points)
-        [handles["published"]] = axes.plot(x, y, color="0.78", linewidth=1, zorder=1,
-                                           label="published")
-    for model in dict.fromkeys([*list(drawn)[:1], *list(drawn)[-1:]]):
-        axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), drawn[model][-1][:2],
-                      xytext=(3, 0), textcoords="offset points", fontsize=7,
-                      color="0.5", va="center")
-        axes.margins(x=0.1)
+    models = {model: points for model, points in models.items() if points[-1][0] > 0}
+    for model, points in models.items():
+        x, y, _ = zip(*(point for point in points if point[0] > 0))
+        [handles["published"]] = axes.plot(x, y, color="0.78", zorder=1, label="published")
+        if model in (list(models)[0], list(models)[-1]):
+            axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), (x[-1], y[-1]),
+                          xytext=(3, 0), textcoords="offset points", fontsize=7, color="0.5",
+                          va="center")
+            axes.margins(x=0.1)
 
 
 def draw_models(axes, models, look, handles):
     """Draw our curves, each with a band of one standard error if it has them."""
-    logarithmic = axes.get_yscale() == "log"
     for model, points in models.items():
-        points = [point for point in points if point[0] > 0]
-        x, y = [p[0] for p in points], [p[1] for p in points]
         colour, line = look[model]
-        [handles[model]] = axes.plot(x, y, color=colour, linestyle=line, linewidth=1.4, marker="o",
+        x, y, error = np.array(points, dtype=float)[[point[0] > 0 for point in points]].T
+        [handles[model]] = axes.plot(x, y, color=colour, linestyle=line, marker="o",
                                      markersize=2.2, label=model)
-        if points and None not in (error for *_, error in points):
-            # An error as large as its value would reach down without end on a log axis.
-            low = [max(v - e, v / 10) if logarithmic else v - e for _, v, e in points]
-            high = [v + e for _, v, e in points]
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        low = y - error
+        if axes.get_yscale() == "log":  # where an error as large as its value has no end below
+            low = np.maximum(low, y / 10)
+        axes.fill_between(x, low, y + error, color=colour, alpha=0.15, linewidth=0)
 
 
 @dataclass(frozen=True)
@@ -314,7 +312,6 @@ class Curves:
     results: str  # CSV of eval.py; several with commas
     tasks: str | None = None  # with commas; all without
     metrics: str | None = None  # with commas; each task's main one without
-    shots: int | None = None  # all there are without
     reference: str | None = None  # published results, drawn in grey
     output: str = "curves.png"
 
@@ -322,7 +319,7 @@ class Curves:
 def curves(options):
     """Draw evaluations over tokens: a panel a task, a colour a model, error bands."""
     results = evaluations(options.results)
-    panels = choose_panels(results, options.tasks, options.metrics, options.shots)
+    panels = choose_panels(results, options.tasks, options.metrics)
     reference = evaluations(options.reference) if options.reference else None
     # The published results are of v0.3: another style beside them is not quite comparable.
     styles = sorted({row["style"] for path in options.results.split(",")
@@ -351,19 +348,21 @@ def paper(options):
 
     for deduped, name in ((False, "standard"), (True, "deduplicated")):
         chosen = {panel: {model: points for model, points in models.items()
-                          if model.endswith("-deduped") == deduped and "MtokBS" not in model}
+                          if model.endswith("-deduped") == deduped}
                   for panel, models in published.items()}
+        title = f"Pythia, {name} Pile"
         for shots in (0, 5):
             save(f"{name}_{shots}_shot", chosen, [(task, shots, "acc") for task in PAPER_TASKS],
-                 f"Pythia, {name} Pile, {shots}-shot")
+                 f"{title}, {shots}-shot")
         save(f"{name}_bias", chosen, [(f"crows_pairs_english{kind}", 0, "pct_stereotype")
-                                      for kind in CROWS_TYPES], f"Pythia, {name} Pile")
+                                      for kind in CROWS_TYPES], title)
     if options.bias:
         # From where the longest intervention begins; on a log axis nothing could be seen.
-        begin = 113000 << 21
-        study = {panel: {model: late for model, points in models.items()
-                         if (late := [point for point in points if point[0] >= begin])}
-                 for panel, models in evaluations(options.bias, ["suite", "variant"]).items()}
+        begin, study = 113000 << 21, {}
+        for panel, models in evaluations(options.bias, ["suite", "variant"]).items():
+            late = {model: [point for point in points if point[0] >= begin]
+                    for model, points in models.items()}
+            study[panel] = {model: points for model, points in late.items() if points}
         panels = sorted(panel for panel in study
                         if panel[0].startswith("wino_bias") and panel[2] == "em")
         save("gender", study, [*panels, ("crows_pairs_english_gender", 0, "pct_stereotype")],
@@ -379,43 +378,33 @@ def paper(options):
 class TermFrequency:
     bins: str  # OUTPUT_bins.csv of studies/term_frequency.py
     model: str = ""  # empty: the first in the file
-    shots: str = ""  # empty: the most
     output: str = "term_frequency.png"
 
 
 def term_frequency(options):
     """Draw accuracy and log-probability against frequency so far, a line a checkpoint."""
-    plt, rows = pyplot(), [row for row in read_csv(options.bins) if row["bins"] == "quantile"]
+    rows = in_order(read_csv(options.bins), bins="quantile")
     model = options.model or rows[0]["model"]
-    shots = options.shots or max((row["shots"] for row in rows), key=int)
-    rows = [row for row in rows if row["model"] == model and row["shots"] == shots]
+    shots = max((row["shots"] for row in rows), key=int)
+    rows = in_order(rows, model=model, shots=shots)
     if not rows:
         raise ValueError(f"{options.bins}: holds nothing of {model} at {shots} shots")
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    steps = sorted({int(row["step"]) for row in rows})
+    colours = shades(list(dict.fromkeys(row["step"] for row in rows)))
     labels = {"acc": "accuracy", "logprob": "log-probability of the right answer (nats)"}
-    figure, panels = plt.subplots(len(tasks), 2, figsize=(10, 4 * len(tasks)), squeeze=False,
-                                  layout="constrained")
-    for task, line in zip(tasks, panels):
-        for axes, metric in zip(line, labels):
-            for i, step in enumerate(steps):
-                curve = [row for row in rows if row["task"] == task and int(row["step"]) == step]
-                x, y, error = (numbers(curve, name)
-                               for name in ("frequency", metric, f"{metric}_stderr"))
-                colour = plt.cm.viridis(i / max(len(steps) - 1, 1))
-                axes.errorbar(x, y, error, marker="o", markersize=4, linewidth=1, color=colour,
-                              label=f"step {step:,}")
-            axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
-            axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
-                     ylabel=labels[metric], title=f"{task}, {shots}-shot")
-    panels[0, 0].legend(frameon=False)
+    panels = [(task, metric) for task in sorted({row["task"] for row in rows}) for metric in labels]
+    figure, grid_axes = grid(len(panels), 2, 5, 4)
+    for axes, (task, metric) in zip(grid_axes, panels):
+        for step, colour in colours.items():
+            curve = in_order(rows, "frequency", task=task, step=step)
+            x, y, error = (numbers(curve, name)
+                           for name in ("frequency", metric, f"{metric}_stderr"))
+            axes.errorbar(x, y, error, marker="o", color=colour, label=f"step {int(step):,}")
+        axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
+        axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
+                 ylabel=labels[metric], title=f"{task}, {shots}-shot")
+    grid_axes[0].legend()
     figure.suptitle(model)
     return finish(figure, options.output)
-
-
-def numbers(rows, name):
-    """Return a column as floats; an empty cell is nan, which is not drawn."""
-    return [float(row[name] or "nan") for row in rows]
 
 
 def memorization(folder, output):
@@ -423,43 +412,37 @@ def memorization(folder, output):
 
     folder: where `analyse` of studies/memorization.py wrote rates.csv and windows.csv.
     """
-    plt = pyplot()
     rates, windows = (read_csv(os.path.join(folder, name)) for name in ("rates.csv", "windows.csv"))
     models = sorted({row["model"] for row in rates}, key=natural)
     subsets = sorted({row["subset"] for row in rates} - {"all"}, key=natural)
-    figure, panels = plt.subplots(2, len(models), figsize=(4 * len(models) + 2, 7.5), squeeze=False,
-                                  layout="constrained", sharey="row")
-    for model, (top, bottom) in zip(models, panels.T):
-        for i, subset in enumerate(["all", *subsets]):
-            curve = sorted((row for row in rates if row["rows"] == "seen"
-                            and (row["model"], row["subset"]) == (model, subset)),
-                           key=lambda row: int(row["step"]))
+    figure, axes = grid(2 * len(models), len(models), 4 + 2 / len(models), 3.75, sharey="row")
+    for model, top, bottom in zip(models, axes, axes[len(models):]):
+        for subset, colour in ({"all": "black"} | shades(subsets)).items():
+            curve = in_order(rates, rows="seen", model=model, subset=subset)
             if curve:
                 top.errorbar(*(numbers(curve, name) for name in ("step", "mean_length", "stderr")),
-                             marker="o", markersize=3, linewidth=1, label=subset,
-                             color="black" if subset == "all" else plt.cm.viridis(i / len(subsets)))
+                             marker="o", label=subset, color=colour)
         top.set(title=model, xlabel="step")
-        quantiles(bottom, [row for row in windows if row["model"] == model])
-    panels[0, 0].set(ylabel="tokens right before the first miss")
-    panels[1, 0].set(ylabel="memorized rows of a window")
-    panels[0, -1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        quantiles(bottom, in_order(windows, model=model))
+    axes[0].set(ylabel="tokens right before the first miss")
+    axes[len(models)].set(ylabel="memorized rows of a window")
+    axes[len(models) - 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return finish(figure, output)
 
 
 def quantiles(axes, rows):
     """Draw the last checkpoint's counts per window against those of a Poisson with their mean."""
-    last = max(int(row["step"]) for row in rows)
-    size = rows[0]["window"]
-    counts = [int(row["memorized"]) for row in rows for _ in range(int(row["windows"]))
-              if (int(row["step"]), row["window"]) == (last, size)]
+    last, size = rows[-1]["step"], rows[0]["window"]
+    counts = [int(row["memorized"]) for row in in_order(rows, step=last, window=size)
+              for _ in range(int(row["windows"]))]
     if not counts:
-        axes.set(title=f"step {last:,}: fewer rows than the {size} of a window")
+        axes.set(title=f"step {last}: fewer rows than the {size} of a window")
         return
     mean = sum(counts) / len(counts)
     x = poisson_quantiles(len(counts), mean)
-    axes.plot(x, sorted(counts), ".", color="tab:blue")
-    axes.plot([0, max(x)], [0, max(x)], "--", color="grey", linewidth=1)
-    axes.set(xlabel=f"Poisson, rate {mean:.2f}", title=f"step {last:,}, windows of {size} rows")
+    axes.plot(x, sorted(counts), ".")
+    axes.plot([0, max(x)], [0, max(x)], "--", color="grey")
+    axes.set(xlabel=f"Poisson, rate {mean:.2f}", title=f"step {last}, windows of {size} rows")
 
 
 def poisson_quantiles(n, mean):
@@ -469,39 +452,22 @@ def poisson_quantiles(n, mean):
     return np.searchsorted(below.numpy(), (np.arange(n) + 0.5) / n)
 
 
-def natural(text):
-    """Sort "8 times" before "32 times"."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
 def differences(path, output):
     """Draw branch minus twin with its interval over steps, a panel a measure."""
-    plt, rows = pyplot(), read_csv(path)
+    rows = read_csv(path)
     measures = list(dict.fromkeys(row["measure"] for row in rows))
-    columns = min(3, len(measures))
-    lines = -(-len(measures) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines),
-                                  squeeze=False, layout="constrained")
-    for axes in panels.flat[len(measures):]:
-        axes.set_visible(False)
+    figure, grid_axes = grid(len(measures), min(3, len(measures)), 4.2, 3.4)
     units = {"choice": "", "cost": " (bits per byte)"}
-    for axes, measure in zip(panels.flat, measures):
-        mine = sorted((row for row in rows if row["measure"] == measure),
-                      key=lambda row: int(row["step"]))
+    for axes, measure in zip(grid_axes, measures):
+        mine = in_order(rows, measure=measure)
         step, value, low, high = (numbers(mine, name)
                                   for name in ("step", "difference", "low", "high"))
-        items, seeds = count(mine[0]["items"], "item"), count(mine[0]["seeds"], "seed")
-        axes.axhline(0, color="grey", linewidth=1)
-        axes.fill_between(step, low, high, color="tab:blue", alpha=0.2, linewidth=0)
-        axes.plot(step, value, color="tab:blue", marker="o", markersize=4)
+        axes.axhline(0, color="grey")
+        axes.fill_between(step, low, high, alpha=0.2, linewidth=0)
+        axes.plot(step, value, marker="o")
         axes.set(xlabel="step", ylabel="branch - twin" + units.get(measure, " (nats)"),
-                 title=f"{measure}, {items}, {seeds}")
+                 title=f"{measure}, {int(mine[0]['items']):,} item(s), {mine[0]['seeds']} seed(s)")
     return finish(figure, output)
-
-
-def count(n, noun):
-    """Return "1 seed" or "3 seeds"."""
-    return f"{int(n):,} {noun}" + "s" * (int(n) != 1)
 
 
 if __name__ == "__main__":
