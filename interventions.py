@@ -30,7 +30,7 @@ import json
 import re
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,7 @@ from tokenizer import ENDOFTEXT
 @dataclass(frozen=True)
 class InterventionConfig:
     intervention: str | None = None  # a name of interventions.py, or None
-    # the first step it applies to (0-based: what makes checkpoint step + 1)
-    intervention_from: int = 0
+    intervention_from: int = 0  # first step it applies to (0-based: it makes checkpoint step + 1)
     terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
     copies: int = 1  # term_duplicate: how many more times a row comes
     planted: str = ""  # plant: file of the documents and of where they come, JSON lines
@@ -57,16 +56,17 @@ class InterventionConfig:
         if self.intervention is None and self.intervention_from:
             raise ValueError(f"intervention_from = {self.intervention_from}: of no use without "
                              "--intervention=NAME")
-        if bool(self.terms) != bool(self.intervention and self.intervention.startswith("term_")):
-            raise ValueError(f"intervention = {self.intervention} with terms = {self.terms!r}: "
-                             "the term_ ones need --terms=WORD,WORD, the others take none")
+        for name, wanted, words in (
+                ("terms", str(self.intervention).startswith("term_"),
+                 "the term_ ones need --terms=WORD,WORD"),
+                ("planted", self.intervention == "plant", "plant needs --planted=FILE")):
+            if bool(getattr(self, name)) != wanted:
+                raise ValueError(f"intervention = {self.intervention} with {name} = "
+                                 f"{getattr(self, name)!r}: {words}, the others take none")
         if self.terms and not all(term.strip() for term in self.terms.split(",")):
             raise ValueError(f"terms = {self.terms!r}: an empty word among them")
         if self.copies > 1 and self.intervention != "term_duplicate":
             raise ValueError(f"copies = {self.copies} without --intervention=term_duplicate")
-        if bool(self.planted) != (self.intervention == "plant"):
-            raise ValueError(f"intervention = {self.intervention} with planted = {self.planted!r}: "
-                             "plant needs --planted=FILE, the others take none")
 
     def covers(self, step):
         return self.intervention_from <= step
@@ -79,8 +79,7 @@ class InterventionConfig:
 class IntervenedData:
     """Ordered data whose batches pass through a config's intervention; `batch` as OrderedData's.
 
-    After a call `changed` holds the rows of that step, 0 to batch_size - 1, that are not as they
-    were.
+    `changed`: the rows of the last step, 0 to batch_size - 1, that are not as they were.
     """
 
     def __init__(self, data, tokenizer, config):
@@ -94,8 +93,7 @@ class IntervenedData:
             self.changed = []
             return before
         rows = self.intervene(step, before.copy())
-        assert rows.shape == before.shape, (
-            "an intervention keeps the number of rows and their length")
+        assert rows.shape == before.shape, "an intervention keeps the rows' number and length"
         self.changed = np.flatnonzero((rows != before).any(axis=1)).tolist()
         return rows
 
@@ -124,8 +122,8 @@ class PronounSwap:
     follows in its last document, swapped too; at the document's end, with padding.
     """
 
-    def __init__(self, table, data, tokenizer):
-        self.data, self.tokenizer, self.token_bytes = data, tokenizer, tokenizer.token_bytes()
+    def __init__(self, table, data, tokenizer, config):
+        self.data, self.token_bytes = data, tokenizer.token_bytes()
         self.lengths = np.array([len(token) for token in self.token_bytes])
         self.forms = {case(old): case(new).encode() for old, new in table.items()
                       for case in (str.lower, str.capitalize, str.upper)}
@@ -134,7 +132,8 @@ class PronounSwap:
         # After an apostrophe the cut may move: 'she is "'s", "he" to the tokenizer, unless other
         # signs stand before it. So the signs that touch the word are encoded with it.
         self.signs = re.compile(r" ?(?:[^\s\w]|_)*'\Z")
-        self.encode = lru_cache(maxsize=1 << 16)(self._encode)
+        self.encode = lru_cache(maxsize=1 << 16)(
+            lambda raw: tokenizer.encode(raw.decode("utf8", "surrogateescape")))
 
     def __call__(self, step, rows):
         for i in range(len(rows)):
@@ -169,8 +168,7 @@ class PronounSwap:
 
     def swaps(self, raw):
         """Yield (first byte, end, new bytes) of each word to swap, with the signs before it."""
-        # Bytes that are not UTF-8 (a character cut in two) become one surrogate each: never a
-        # letter.
+        # Bytes that are not UTF-8 (a character cut in two) become surrogates, which are no letters.
         text = raw.decode("utf8", "surrogateescape")
         at, place = 0, 0  # characters and bytes passed
         for word in self.words.finditer(text):
@@ -181,17 +179,6 @@ class PronounSwap:
             at, end = word.end(), place + len(signs) + len(word[0])
             yield place, end, signs + self.forms[word[0]]
             place = end
-
-    def _encode(self, raw):
-        return self.tokenizer.encode(raw.decode("utf8", "surrogateescape"))
-
-
-def pronouns_to_feminine(data, tokenizer, config):
-    return PronounSwap(TO_FEMININE, data, tokenizer)
-
-
-def pronouns_to_masculine(data, tokenizer, config):
-    return PronounSwap(TO_MASCULINE, data, tokenizer)
 
 
 def pronouns_as_pushed(data, tokenizer, config):
@@ -328,6 +315,7 @@ def plant(data, tokenizer, config):
     return intervene
 
 
-INTERVENTIONS = {function.__name__: function for function in (
-    pronouns_to_feminine, pronouns_to_masculine, pronouns_as_pushed,
-    term_drop, term_replace, term_duplicate, plant)}
+INTERVENTIONS = {"pronouns_to_feminine": partial(PronounSwap, TO_FEMININE),
+                 "pronouns_to_masculine": partial(PronounSwap, TO_MASCULINE)} | {
+    function.__name__: function for function in (
+        pronouns_as_pushed, term_drop, term_replace, term_duplicate, plant)}
