@@ -317,7 +317,7 @@ def read_table(path, columns):
     if not near and (lines or not header.startswith(first)):  # a kill may have torn it
         raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected {header.decode()}; "
                          "mend it or move it away")
-    rows, broken = [], [(1, first)] * (near and named != header)
+    rows, broken = [], [(1, first)] if near and named != header else []
     for number, line in enumerate(lines, 2):
         try:
             [cells] = csv.reader([line.decode().rstrip("\r\n")], strict=True)
@@ -346,12 +346,11 @@ class Table:
         self.file = lock(path, busy)
         rows, broken = read_table(path, columns)
         for number, line in broken:
-            damaged = line.endswith(b"\n")
-            print(f"{path}, line {number} is {'damaged' if damaged else 'torn'} and goes: "
-                  f"{line[:200]!r}" + f"; {path}.damaged is the file as it was" * damaged,
-                  file=sys.stderr)
-            if damaged:
+            words = "is torn and goes"
+            if line.endswith(b"\n"):
+                words = f"is damaged and goes; {path}.damaged is the file as it was"
                 shutil.copyfile(path, f"{path}.damaged")
+            note(f"{path}, line {number} {words}: {line[:200]!r}")
         rows = [(line, row) for line, row in rows if keep(row)]
         self.rows, text = [row for _, row in rows], b"".join(line for line, _ in rows)
         text = ",".join(columns).encode() + b"\n" + text

@@ -480,10 +480,10 @@ def main(config):
     with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
           tqdm(total=sum(len(job.requests) for jobs in todo.values() for job in jobs),
                unit="request", disable=processes.rank > 0 or None) as bar):
-        loading = [loader.submit(load, folder) for folder in folders[:1]]
+        loading = loader.submit(load, folders[0]) if folders else None
         for i, entry in enumerate(todo):
-            model = loading.pop().result()
-            loading += [loader.submit(load, folder) for folder in folders[i + 1:i + 2]]
+            model = loading.result()
+            loading = loader.submit(load, folders[i + 1]) if i + 1 < len(folders) else None
             for job in todo[entry]:
                 bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
                 before = bar.n
