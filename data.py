@@ -404,34 +404,30 @@ def load_order(tokens, seq_length, num_samples, seed):
             with replacing(path) as file:
                 np.save(file, array)
     order = tuple(load_npy(path) for path in paths)
-    doc_idx, sample_idx, shuffle_idx = order
-    epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
-    if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
-            or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples
-            or any(array.dtype.kind not in "iu" for array in order)
-            or not samples_fit(tokens, order, seq_length)):
+    if not belongs(order, tokens, seq_length, num_samples):
         raise ValueError(f"{paths[0]} and its two siblings do not belong to {tokens.prefix}.idx "
                          f"({len(tokens):,} documents); delete them to rebuild")
     return order
 
 
-def samples_fit(tokens, order, seq_length, some=300):
-    """Return whether samples spread over an order are seq_length tokens from the next each, and no
-    sample is served twice.
-    """
+def belongs(order, tokens, seq_length, num_samples):
+    """Return whether an order is of a TokenFile, by its lengths and by 300 of its samples."""
     doc_idx, sample_idx, shuffle_idx = order
-    served = shuffle_idx[np.linspace(0, len(shuffle_idx) - 1, some, dtype=np.int64)]
-    for sample in {int(sample) for sample in served}:
-        if sample >= len(shuffle_idx):
-            return False
-        (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
-        documents = doc_idx[first:last + 1]
-        if (not 0 <= first <= last < len(doc_idx)
-                or documents.min() < 0 or documents.max() >= len(tokens)):
-            return False
-        if int(tokens.sizes[documents[:-1]].sum(dtype=np.int64)) + stop - start != seq_length:
-            return False
-    return len(np.unique(served)) == min(some, len(shuffle_idx))
+    epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
+    if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
+            or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples
+            or any(array.dtype.kind not in "iu" for array in order)):
+        return False
+    samples = shuffle_idx[np.linspace(0, n_samples - 1, 300, dtype=np.int64)]
+    try:
+        for sample in samples.tolist():
+            (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
+            sizes = tokens.sizes[doc_idx[first:last]]
+            if int(sizes.sum(dtype=np.int64)) + stop - start != seq_length:
+                return False
+    except (ValueError, IndexError):
+        return False
+    return len(np.unique(samples)) == min(300, n_samples)  # none is served twice
 
 
 def check_index(tokens, block=1 << 24):
@@ -604,13 +600,12 @@ class Order:
     steps: int = 143000
     batch_size: int = 1024  # rows of a step
     seq_length: int = 2048
-    num_samples: int | None = None  # default: ceil(1.005 * steps * batch_size)
     seed: int = 1234
 
     def __post_init__(self):
         check(self, "the PREFIX of a token file", bool, "data")
         check(self, "at least 1", lambda value: value >= 1,
-              "steps", "batch_size", "seq_length", "num_samples")
+              "steps", "batch_size", "seq_length")
         check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
 
 
@@ -621,8 +616,8 @@ class OrderReport(Order):
 
 def ordered(options):
     """Return the OrderedData of an Order's settings."""
-    num_samples = options.num_samples or samples_needed(options.steps, options.batch_size)
-    return OrderedData(options.data, options.seq_length, num_samples, options.seed)
+    return OrderedData(options.data, options.seq_length,
+                       samples_needed(options.steps, options.batch_size), options.seed)
 
 
 def order(options):
