@@ -23,7 +23,6 @@ weights_only, so that nothing in a file runs. Sources: transformers' GPTNeoXForC
 gpt-neox v1.0, tools/convert_to_hf.py, for its layer_XX-model_YY-model_states.pt files.
 """
 
-import csv
 import errno
 import functools
 import hashlib
@@ -46,7 +45,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
-from config import command, file_size, read_json, write_json
+from config import command, file_size, read_json, read_lines, write_json
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
@@ -915,8 +914,8 @@ def list_(options):
         raise ValueError(f"{options.run}: no step0, step1, ... in it")
     losses, total = {}, 0
     if (Path(options.run) / "metrics.csv").exists():
-        with open(Path(options.run) / "metrics.csv", newline="", errors="replace") as file:
-            losses = {row["step"]: row["loss"] for row in csv.DictReader(file)}
+        losses = {cells[0]: cells[2] for _, cells in read_lines(Path(options.run) / "metrics.csv")
+                  if len(cells) > 2}
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     for step, folder in folders:
         try:

@@ -8,7 +8,6 @@ dataclasses, so `--help` simply prints their source. A user's mistake is one lin
 """
 
 import ast
-import codecs
 import csv
 import dataclasses
 import difflib
@@ -304,25 +303,49 @@ COUNT, NUMBER = "[0-9]{1,18}", r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?|nan|-?inf
 TEXT = r"[^\r\n\ud800-\udfff]{0,1000}"
 
 
-def read_table(path, columns):
-    """Return ([(line, row)], [(number, line)]): a CSV file's rows {column: cell}, and what is none.
+def read_lines(path):
+    """Return (bytes, cells) of each line of a CSV file; cells are empty if it is no line of one.
 
-    columns: {name: pattern of its cells}. No cell has a line break, so a damaged line takes no
-    other with it. Raises ValueError if the first line does not name the columns.
+    No cell of ours has a line break, so a damaged line takes no other with it.
     """
+    lines = []
     with open(path, "rb") as file:
-        first, *lines = file.readlines() or [b""]
-    header, named = ",".join(columns).encode(), first.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
-    near = len(named) == len(header) and sum(map(operator.ne, named, header)) <= 1  # a flipped bit
-    if not near and (lines or not header.startswith(first)):  # a kill may have torn it
-        raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected {header.decode()}; "
-                         "mend it or move it away")
-    rows, broken = [], [(1, first)] if near and named != header else []
-    for number, line in enumerate(lines, 2):
-        try:
-            [cells] = csv.reader([line.decode().rstrip("\r\n")], strict=True)
-        except (ValueError, csv.Error):
-            cells = ()
+        for line in file:
+            try:
+                [cells] = csv.reader([line.decode("utf-8-sig").rstrip("\r\n")], strict=True)
+            except (ValueError, csv.Error):
+                cells = []
+            lines.append((line, cells))
+    return lines
+
+
+def read_csv(path):
+    """Return the rows {column: cell} of any CSV file; ValueError names a broken line, or no row."""
+    (_, names), *lines = read_lines(path) or [(b"", [])]
+    for number, (line, cells) in enumerate(lines, 2):
+        if line.strip() and (not names or len(cells) != len(names)):
+            raise ValueError(f"{path}, line {number}: {line[:100]!r} is no row of a CSV file with "
+                             f"{len(names)} columns")
+    if not any(cells for _, cells in lines):
+        raise ValueError(f"{path}: holds no rows")
+    return [dict(zip(names, cells)) for _, cells in lines if cells]
+
+
+def read_table(path, columns):
+    """Return ([(line, row)], [(number, line)]): a table's rows {column: cell}, and what is none.
+
+    columns: {name: pattern of its cells}. Raises ValueError if the first line does not name them.
+    """
+    (first, names), *lines = read_lines(path) or [(b"", [])]
+    header, rows, broken = ",".join(columns).encode(), [], []
+    if names != list(columns):
+        flipped = sum(map(operator.ne, first, header + b"\n")) + abs(len(first) - len(header) - 1)
+        if flipped == 1:  # one byte of it is another
+            broken.append((1, first))
+        elif lines or not header.startswith(first):  # a kill may have torn it
+            raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected {header.decode()}; "
+                             "mend it or move it away")
+    for number, (line, cells) in enumerate(lines, 2):
         whole = line.endswith(b"\n") and len(cells) == len(columns)
         if whole and all(map(re.fullmatch, columns.values(), cells)):
             rows.append((line.rstrip(b"\r\n") + b"\n", dict(zip(columns, cells))))

@@ -13,7 +13,6 @@ stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gend
 matplotlib is an extra: pip install matplotlib.
 """
 
-import csv
 import math
 import os
 import re
@@ -24,20 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from config import command
+from config import command, read_csv
 from tasks import GROUPS
-
-
-def read_csv(path):
-    """Return the rows of a CSV file as dicts, or raise ValueError if it holds none."""
-    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet's has a BOM
-        try:
-            rows = list(csv.DictReader(file))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}: not a CSV file ({error})") from None
-    if not rows:
-        raise ValueError(f"{path}: holds no rows")
-    return rows
 
 
 def pyplot():
