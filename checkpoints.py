@@ -33,7 +33,7 @@ import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -414,13 +414,12 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
          state_every=None):
     """Write RUN/step{N} whole or not at all. Every process calls.
 
-    training: a JSON object to come back from load_training, with the number of successful updates
-    and the loss scaler's state. An unscheduled checkpoint (of an interrupted run) gives way to the
-    next one. A checkpoint that is already there, whole, is left alone. (One without moments is
-    written again: a run that went back behind it passes it once more, and may be interrupted
-    there.) asynchronous: return once the tensors are copied to host memory; the next call or
-    finish_writing waits for the rest. state_every: Adam's moments stay only in checkpoints of its
-    multiples and in the newest.
+    training: the object that load_training gives back, with updates, tokens and the loss scaler's
+    state. An unscheduled checkpoint (of an interrupted run) gives way to the next one. What is
+    there already, whole, is left alone, unless it has lost its moments: a run that went back behind
+    it may be interrupted there. asynchronous: return once the tensors are copied to host memory;
+    the next call or finish_writing waits for the rest. state_every: Adam's moments stay only in
+    checkpoints of its multiples and in the newest.
     """
     finish_writing()
     folder = Path(run) / f"step{step}"
@@ -441,16 +440,15 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     mine = own_share(files | weight_files, asynchronous)
 
     def write():
-        if process_place()[0] > 0:
+        first = process_place()[0] == 0
+        with writing(folder) if first else nullcontext(temporary_of(folder)) as temporary:
             exchange()  # the first process has made the folder
-            exchange(write_files(folder.with_name(f".{folder.name}.tmp"), mine))
-        else:
-            with writing(folder) as temporary:
-                exchange()
-                entries = {}
-                for part in exchange(write_files(temporary, mine)):
-                    entries |= part
+            entries = {}
+            for part in exchange(write_files(temporary, mine)):
+                entries |= part
+            if first:
                 write_notes(temporary, notes, hf_config(model.config), tokenizer, entries)
+        if first:
             make_room(run, step, state_every)
         exchange()
 
@@ -547,7 +545,7 @@ def make_room(run, step, state_every):
             continue
         if scheduled is False:
             # Renamed before it is removed, so that no half checkpoint has the name at any moment.
-            temporary = folder.with_name(f".{folder.name}.tmp")
+            temporary = temporary_of(folder)
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
         elif scheduled and state_every and other % state_every:
@@ -571,6 +569,10 @@ def lock(run):
         remove(path)
 
 
+def temporary_of(folder):
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 def remove(path):
     """Remove a folder, or a link without what it leads to."""
     path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
@@ -582,7 +584,7 @@ def writing(folder):
 
     What had the name stays as NAME.broken, unless the new folder has all of its bytes.
     """
-    temporary, before = folder.with_name(f".{folder.name}.tmp"), None
+    temporary, before = temporary_of(folder), None
     remove(temporary)  # a killed process may have left it
     temporary.mkdir(parents=True)
     try:
@@ -660,7 +662,8 @@ def open_neox(folder, paths):
     if absent := [name for name in ends.values() if name not in tensors or not tensors[name].shape]:
         raise ValueError(f"{folder}: missing {', '.join(absent)} (layers {layers[0]} to {head} are "
                          "there)")
-    vocab_size, d_model = tensors["gpt_neox.embed_in.weight"].shape
+    vocab_size = tensors["gpt_neox.embed_in.weight"].shape[0]
+    d_model = tensors["gpt_neox.final_layer_norm.weight"].shape[0]
     if not rotary or not math.prod(rotary.shape):
         raise ValueError(f"{folder}: no attention.rotary_emb.inv_freq, which says how many heads "
                          "there are")
@@ -807,9 +810,7 @@ def import_(options):
     dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
     spec = hf_config(config) | {"torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
     with writing(output) as folder:
-        entries = {}
-        for name in tqdm(files, unit="file", disable=None):
-            entries |= write_files(folder, {name: files[name]})
+        entries = write_files(folder, files)
         if isinstance(options, Export):
             (folder / "README.md").write_text(model_card(Path(options.source).resolve(), spec))
         write_notes(folder, notes, spec, tokenizer, entries)
@@ -867,8 +868,8 @@ def fetch(options):
         raise ValueError("fetch needs huggingface_hub: pip install huggingface_hub") from None
     if not re.fullmatch(r"all|\d+(,\d+)*", options.steps):
         raise ValueError(f"steps = {options.steps!r}, expected numbers with commas, or all")
-    steps = checkpoint_steps(143000) if options.steps == "all" else [
-        int(step) for step in options.steps.split(",")]
+    steps = (checkpoint_steps(143000) if options.steps == "all" else
+             list(map(int, options.steps.split(","))))
     repository = options.name if "/" in options.name else f"EleutherAI/{options.name}"
     name = repository.split("/")[1]
     run = Path(options.out_dir or name)

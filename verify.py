@@ -351,8 +351,8 @@ def scheduled_steps(run, expected):
     steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
     if not (type(steps) is type(every) is int and 1 <= every and 1 <= steps <= 100_000 * every
             and steps < 1 << 40):
-        raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: expected "
-                         "at most 100,000 checkpoints; --steps=any checks without a schedule")
+        raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
+                         "expected at most 100,000 checkpoints; --steps=any asks for none")
     # A branch does not have the checkpoint that it began from; its parent has it.
     parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
     return [step for step in checkpoint_steps(steps, every)
