@@ -11,78 +11,20 @@ import sys
 import pytest
 import torch
 
-import checkpoints
 import config
-from checkpoints import load_model, load_training, lock, saved_steps, step_folders
-from conftest import ROOT
-from model import ModelConfig, Pythia
-from checkpoints import sha256_of
+from checkpoints import load_model, load_training, lock, saved_steps, sha256_of, step_folders
 from config import read_json
-from train import make_optimizer, TrainConfig
-
-SAVER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-import checkpoints, config, model, train
-torch.set_num_threads(1)
-RUN = Path(sys.argv[1])
-MODEL = model.Pythia(model.ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
-OPTIMIZER = train.make_optimizer(MODEL, train.TrainConfig(data='', out_dir='', learning_rate=1e-3))
-ids = torch.zeros(1, 8, dtype=int)
-MODEL(ids, ids).backward()
-OPTIMIZER.step()
-def save(step, **options):
-    checkpoints.save(RUN, step, MODEL, OPTIMIZER, {'updates': min(step, 1), 'tokens': 8,
-                     'scaler': {}}, **options)
-def first():
-    return max(checkpoints.saved_steps(RUN), default=-1) + 1
-"""
-
-# Children of one process, which has imported everything, save without pause until they are killed.
-KILLER = SAVER + """
-random.seed(int(sys.argv[3]))
-lost = []
-for attempt in range(int(sys.argv[2])):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        checkpoints.lock(RUN)
-        step = first()
-        while True:  # every third is of an interrupted run, and the moments stay on every fifth
-            os.write(writer, b'begun %d\\n' % step)
-            save(step, scheduled=step % 3 > 0, state_every=5)
-            os.write(writer, b'saved %d\\n' % step)
-            step += 1
-    os.close(writer)
-    time.sleep(random.uniform(0.0, 0.25))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    words = [line.split() for line in open(reader, 'rb').read().splitlines()]
-    begun, saved = ([int(w[1]) for w in words if w[0] == name] for name in (b'begun', b'saved'))
-    there = checkpoints.saved_steps(RUN)
-    assert not saved or there[-1] >= saved[-1], (saved, there)
-    # Scheduled ones, and the last whether it is or not: an unscheduled one gives way to the next.
-    lost.append(len([s for s in begun if s not in there and (s % 3 or s == begun[-1])]))
-    print(attempt, len(begun), len(saved), lost[-1], flush=True)
-    if there:
-        assert checkpoints.saved_steps(RUN, state=True)[-1] == there[-1]
-        checkpoints.load_training(RUN, there[-1], MODEL, OPTIMIZER)
-    for name, folder in checkpoints.step_folders(RUN):
-        assert checkpoints.is_whole(folder), folder
-        for file, entry in config.read_json(folder / 'manifest.json').items():
-            assert checkpoints.sha256_of(folder / file) == entry['sha256'], (folder, file)
-    scheduled = [s for s in range(max(there, default=0)) if s % 3]  # these stay
-    assert set(scheduled) <= set(there), there
-"""
+from conftest import ROOT
+from launch import ENVIRONMENT
+from saver import Saver
 
 
-def python(code, *arguments, namespace=None, expect=0):
-    """Run code in a process of its own, after the mounts of `namespace`, which it alone sees."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    if namespace:
-        command = ["unshare", "-m", "sh", "-ec", f"{namespace}\nexec \"$@\"", "sh", *command]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def saver(*arguments, mounts=None, expect=0):
+    """Run saver.py in a process of its own, after mounts that it alone sees."""
+    command = [sys.executable, "tests/saver.py", *map(str, arguments)]
+    if mounts:
+        command = ["unshare", "-m", "sh", "-ec", f"{mounts}\nexec \"$@\"", "sh", *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == expect, done.stderr
     return done
 
@@ -96,55 +38,29 @@ def hashes(folder):
     return {path: sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def kills(run, count, seed):
-    run.mkdir()
-    done = python(KILLER, run, count, seed)
-    rows = [list(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert len(rows) == count
-    return {"tried": count, "saves begun": sum(row[1] for row in rows),
-            "saved": sum(row[2] for row in rows), "checkpoints lost": max(row[3] for row in rows)}
-
-
-def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(tmp_path):
-    assert kills(tmp_path / "run", 15, seed=1)["checkpoints lost"] <= 1
-
-
-@pytest.mark.proof
-def test_a_hundred_kills(tmp_path):
+@pytest.mark.parametrize("count", [15, pytest.param(100, marks=pytest.mark.proof)])
+def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(tmp_path, count):
     """`-m proof -s` prints what a hundred kills lost: the most of any one of them."""
-    result = kills(tmp_path / "run", 100, seed=2)
-    print(result)
-    assert result["checkpoints lost"] <= 1
+    done = saver("kill_often", tmp_path, count, count)
+    rows = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    begun, saved, lost = zip(*rows, strict=True)
+    print({"tried": len(rows), "saves begun": sum(begun), "saved": sum(saved), "lost": max(lost)})
+    assert len(rows) == count and max(lost) <= 1 and sum(saved) > count / 2
 
 
 @needs_mounts
 def test_a_full_disk_loses_the_new_checkpoint_only(tmp_path):
     """A disk of 3 MB: saving stops with an OSError that says so; made larger, the run goes on."""
-    (tmp_path / "run").mkdir()
-    done = python(SAVER + """
-for step in range(100):
-    try:
-        save(step)
-    except OSError as error:
-        print(error.strerror)
-        break
-assert step > 2 and checkpoints.saved_steps(RUN) == list(range(step)), checkpoints.saved_steps(RUN)
-assert sorted(os.listdir(RUN)) == sorted(f'step{s}' for s in range(step)), os.listdir(RUN)
-assert checkpoints.load_training(RUN, step - 1, MODEL, OPTIMIZER)['updates'] == 1
-os.system(f'mount -o remount,size=30m {RUN}')
-save(step)
-assert checkpoints.saved_steps(RUN)[-1] == step
-""", tmp_path / "run", namespace=f"mount -t tmpfs -o size=3m tmpfs {tmp_path / 'run'}")
+    done = saver("fill_disk", tmp_path, mounts=f"mount -t tmpfs -o size=3m tmpfs {tmp_path}")
     assert done.stdout.splitlines() == ["No space left on device"]
 
 
 @needs_mounts
 def test_a_read_only_folder_is_an_error_and_nothing_else(tmp_path, save):
     save(0)
-    before = hashes(tmp_path)
-    done = python(SAVER + "config.run(save, 1)", tmp_path / "run", expect=2,
-                  namespace=f"mount --bind {tmp_path / 'run'} {tmp_path / 'run'}\n"
-                            f"mount -o remount,bind,ro {tmp_path / 'run'}")
+    before, run = hashes(tmp_path), tmp_path / "run"
+    done = saver("save_once", run, expect=2,
+                 mounts=f"mount --bind {run} {run}\nmount -o remount,bind,ro {run}")
     assert "Read-only file system" in done.stderr and len(done.stderr.splitlines()) == 1
     assert hashes(tmp_path) == before
 
@@ -173,19 +89,8 @@ def test_two_processes_cannot_write_one_run(tmp_path):
 
 @pytest.fixture
 def save(tmp_path):
-    """Save a step of a model with Adam's moments in tmp_path/run, from this process."""
-    model = Pythia(ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
-    optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1e-3))
-    model(torch.zeros(1, 8, dtype=int), torch.zeros(1, 8, dtype=int)).backward()
-    optimizer.step()
     (tmp_path / "run").mkdir()
-
-    def save(step, run=tmp_path / "run", **options):
-        checkpoints.save(run, step, model, optimizer, {"updates": 1, "tokens": 8, "scaler": {}},
-                         **options)
-
-    save.model, save.optimizer = model, optimizer
-    return save
+    return Saver(tmp_path / "run")
 
 
 def test_links_lead_nowhere(tmp_path, save):
