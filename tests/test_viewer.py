@@ -3,34 +3,19 @@
 import json
 import re
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from conftest import ROOT, script_of
+from conftest import run
 from data import MASKED, OrderedData, samples_needed, times_seen, TokenFile
 from data import TokenWriter
-from tokenizer import Tokenizer
 from batch_viewer import rows_with, sample_counts, search, TextPattern, TokenPattern
 from batch_viewer import Provenance
 
 SEQ, STEPS, BATCH = 16, 40, 4
 FLAGS = [f"--seq_length={SEQ}", f"--steps={STEPS}", f"--batch_size={BATCH}"]
-
-
-def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == expect, done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
 
 
 @pytest.fixture(scope="module")
