@@ -178,10 +178,8 @@ def test_a_context_too_short_for_a_task_shows_before_any_other(workplace, tmp_pa
 
 
 def test_two_processes_write_the_same_file(workplace):
-    """Of log-likelihoods, whose batches are shared out, and of generated texts, whose prompts
-    are.
-    """
-    flags = "--tasks=heldout,piqa,triviaqa", "--steps=8"
+    """Of log-likelihoods, whose batches are shared out, and of texts, whose prompts are."""
+    flags = "--tasks=heldout,piqa,triviaqa", "--steps=8", "--batch_tokens=8"
     evaluate(workplace, *flags, output="one.csv")
     run(workplace, *flags, output="two.csv", launcher=(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))

@@ -6,9 +6,6 @@ transformers' model and tokenizer, one request at a time, without batching or pa
 
 import math
 import random
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer as OriginalTokenizer
 
 import eval as scoring
-from conftest import ROOT
 from model import ModelConfig, Pythia
 from test_model import randomized, transformers_twin
 
@@ -202,14 +198,3 @@ def test_a_row_that_has_ended_stays_ended(model):
         return torch.arange(len(new)) == new.shape[1] - 1  # a row after the other
     model.generate(torch.ones(6, 3, dtype=torch.int64), 6, 0, finished=finished)
     assert rows == [6, 6, 4, 3, 3, 3]  # they leave the batch when a quarter of it has ended
-
-
-def test_two_processes_give_the_same_numbers():
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", "tests/score_ranks.py"], capture_output=True,
-                          text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    shares = [list(map(int, line.split()[1:]))
-              for line in done.stdout.splitlines() if line.startswith("equal")]
-    assert (sum(share for share, _ in shares) == shares[0][1]
-            and min(share for share, _ in shares) > 0)
