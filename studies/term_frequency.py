@@ -55,7 +55,6 @@ rows 18 or 63 core hours. A checkpoint answers 50,000 arithmetic prompts of 89 t
 2, 4, 8 and 16 shots: 6.3 hours in all. Not measured on a GPU.
 """
 
-import csv
 import itertools
 import random
 import re
@@ -70,7 +69,7 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-from config import command, read_json, write_json
+from config import command, read_csv, read_json, write_json
 from data import Order, ordered
 from eval import find_all, generate_until, loglikelihood
 from parallel import Processes
@@ -420,10 +419,9 @@ def grouped(folder):
     groups = {}
     for path in sorted(Path(folder).glob("*.csv")):
         try:
-            with open(path, newline="", encoding="utf8") as file:
-                for row in csv.DictReader(file):
-                    groups.setdefault(tuple(row[name] for name in HEADER[:5]), []).append(
-                        (row["term"], row["item"], int(row["correct"]), float(row["logprob"])))
+            for row in read_csv(path):
+                groups.setdefault(tuple(row[name] for name in HEADER[:5]), []).append(
+                    (row["term"], row["item"], int(row["correct"]), float(row["logprob"])))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not written by `evaluate` ({type(error).__name__}: {error})"
                              ) from None
