@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from config import command, read_json, replacing
+from config import check, command, replacing
 from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, batch_rows, load_npy,
                   order_paths, ordered)
 from interventions import IntervenedData, InterventionConfig
 from prepare import in_workers, serve_parent
-from tokenizer import load_tokenizer
+from tokenizer import SPECIAL, SPECIAL_RE, load_tokenizer
 
 # ---------------------------------------------------------------------------- where it comes from
 
@@ -31,8 +31,7 @@ from tokenizer import load_tokenizer
 class Provenance:
     """For each row its documents, for each document its subset, source, and the rows it came in.
 
-    data: OrderedData. A baked order is traced to the token file it was baked from, if that is
-    there.
+    A baked order is traced to the token file it was baked from, if that is there.
     """
 
     def __init__(self, data):
@@ -41,17 +40,15 @@ class Provenance:
         self.names, self.inverses = None, {}
         prefix = self.data.tokens.prefix
         if self.known and os.path.exists(f"{prefix}_documents.npy"):
-            self.names = read_json(f"{prefix}.json")
+            self.names = names = self.data.tokens.notes()
             self.table = load_npy(f"{prefix}_documents.npy")
-            fits = (self.table.dtype == PROVENANCE
-                    and self.table.shape == (len(self.data.tokens),))
+            fits = self.table.dtype == PROVENANCE and self.table.shape == (len(self.data.tokens),)
             for key, column in (("subsets", "subset"), ("files", "file")):
-                names = self.names.get(key)
-                fits = fits and type(names) is list and self.table[column].max() < len(names)
+                fits = (fits and type(names.get(key)) is list
+                        and self.table[column].max() < len(names[key]))
             if not fits:
                 raise ValueError(f"{prefix}_documents.npy and {prefix}.json do not belong to "
-                                 f"{prefix}.idx ({len(self.data.tokens):,} documents); tokenize "
-                                 "again")
+                                 f"{prefix}.idx ({len(self.data.tokens):,} documents); tokenize")
 
     def describe(self, document):
         """Return "subset, file:line" of a document, as far as it is recorded."""
@@ -60,74 +57,60 @@ class Provenance:
         file, line, subset = self.table[document].tolist()
         return f"{self.names['subsets'][subset]}, {self.names['files'][file]}:{line}"
 
+    def _samples(self, position, start, stop):
+        """Return the range of the samples with any of tokens start..stop of a copy in doc_idx.
+
+        Sample s is the tokens from sample_idx[s] to sample_idx[s + 1], both included.
+        """
+        sample_idx = self.data.order[1]
+        samples, begins = range(len(sample_idx) - 1), lambda s: tuple(sample_idx[s].tolist())
+        first = bisect_left(samples, (position, start), key=begins) - 1
+        return range(max(first, 0), bisect_right(samples, (position, stop - 1), key=begins))
+
     def appearances(self, document):
         """Return the rows in which each copy of a document has tokens: a sorted list a copy."""
-        sample_idx = self.data.order[1]
-        begins = lambda sample: sample_idx[sample, 0]
-        copies = []
-        for position in self._inverse("doc")[document].tolist():
-            # From the sample that begins before this place and reaches it, to the last that begins
-            # in it.
-            first = max(bisect_left(range(len(sample_idx)), position, key=begins) - 1, 0)
-            last = min(bisect_right(range(len(sample_idx)), position, key=begins),
-                       len(sample_idx) - 1)
-            copies.append(sorted(self._inverse("shuffle")[first:last].tolist()))
-        return copies
+        size, rows = int(self.data.tokens.sizes[document]), self._inverse("shuffle")
+        return [sorted(int(rows[sample, 0]) for sample in self._samples(position, 0, size))
+                for position in self._inverse("doc")[document].tolist()]
 
     def rows_of(self, document, offset, length):
         """Yield (row, offset in it) of served rows with `length` tokens of a document whole."""
-        sample_idx, sizes = self.data.order[1], self.data.tokens.sizes
+        doc_idx, sample_idx, _ = self.data.order
         for position in self._inverse("doc")[document].tolist():
-            place = (position, offset)
-            after = bisect_right(range(len(sample_idx)), place,
-                                 key=lambda s: tuple(sample_idx[s].tolist()))
-            # A token that begins one sample is also the last one of another sample.
-            for sample in (after - 1, after - 2):
-                if not 0 <= sample < len(sample_idx) - 1:
-                    continue
-                (first, start) = sample_idx[sample].tolist()
-                between = self.data.order[0][first:position]
-                within = int(sizes[between].sum(dtype=np.int64)) - start + offset
-                row = int(self._inverse("shuffle")[sample])
-                if (0 <= within and within + length <= self.data.seq_length + 1
-                        and row < len(self.data)):
+            for sample in self._samples(position, offset, offset + 1):
+                first, start = sample_idx[sample].tolist()
+                before = self.data.tokens.sizes[doc_idx[first:position]].sum(dtype=np.int64)
+                within = int(before) - start + offset
+                row = int(self._inverse("shuffle")[sample, 0])
+                if 0 <= within <= self.data.seq_length + 1 - length and row < len(self.data):
                     yield row, within
 
     def _inverse(self, name):
-        """Return each value's place in doc_idx, (documents, epochs), or shuffle_idx, (samples,).
+        """Return each value's places in doc_idx, (documents, epochs), or shuffle_idx, (samples, 1).
 
         Made once, beside the order's own files, so that the next look takes no time.
         """
-        if name in self.inverses:
-            return self.inverses[name]
-        array = self.data.order[0 if name == "doc" else 2]
-        path = self.data.paths[0].replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
-        if not os.path.exists(path):
-            if name == "shuffle":
-                inverse = np.empty(len(array), dtype=np.uint32)
-                inverse[array] = np.arange(len(array), dtype=np.uint32)
-            else:  # every document comes once an epoch
-                inverse = np.argsort(array, kind="stable").astype(np.uint32).reshape(
-                    len(self.data.tokens), -1)
-            with replacing(path) as file:
-                np.save(file, inverse)
-        inverse = load_npy(path)
-        some = np.linspace(0, len(inverse) - 1, 300, dtype=np.int64)
-        if inverse.size != len(array) or (
-                array[inverse[some].reshape(len(some), -1)] != some[:, None]).any():
-            raise ValueError(f"{path}: does not belong to {self.data.paths[0]}; delete it to "
-                             "rebuild")
-        self.inverses[name] = inverse
-        return inverse
+        if name not in self.inverses:
+            array = self.data.order[0 if name == "doc" else 2]
+            path = self.data.paths[0].replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
+            n_values = len(self.data.tokens) if name == "doc" else len(array)
+            if not os.path.exists(path):
+                inverse = np.argsort(array, kind="stable").astype(np.uint32)
+                with replacing(path) as file:
+                    np.save(file, inverse)
+            inverse, some = load_npy(path), np.linspace(0, n_values - 1, 300, dtype=np.int64)
+            if inverse.size != len(array) or (
+                    array[inverse.reshape(n_values, -1)[some]] != some[:, None]).any():
+                raise ValueError(f"{path}: does not belong to {self.data.paths[0]}; delete it to "
+                                 "rebuild")
+            self.inverses[name] = inverse.reshape(n_values, -1)
+        return self.inverses[name]
 
 
 def _baked_from(data):
     """Return the OrderedData a baked file was made from, None unless there, whole, and the same."""
-    summary = f"{data.tokens.prefix}.json"
-    if not data.preshuffled or not os.path.exists(summary):
-        return None
     try:
-        job = read_json(summary)["baked_from"]
+        job = data.tokens.notes()["baked_from"]
         order = [int(job["order"][name]) for name in ("seq_length", "num_samples", "seed")]
         # The prefix comes out of a file that may be a stranger's. So no order is built beside it;
         # it is only read if it is there.
@@ -167,10 +150,9 @@ def view(options):
     if last > options.batch_size:
         raise ValueError(f"rows = {options.rows!r}, but a step has {options.batch_size} rows, "
                          f"the last is {options.batch_size - 1}")
-    numbers = np.arange(first_step * options.batch_size, (last_step + 1) * options.batch_size)
-    shown = f"step {first_step:,}" + (
-        f" to {last_step:,} (both included)" if last_step > first_step else "")
-    print(f"{shown}: rows {numbers[0]:,} to {numbers[-1]:,} (both included); "
+    first_row, stop_row = (step * options.batch_size for step in (first_step, last_step + 1))
+    until = f" to {last_step:,} (both included)" if last_step > first_step else ""
+    print(f"step {first_step:,}{until}: rows {first_row:,} to {stop_row - 1:,} (both included); "
           f"checkpoint step{last_step + 1} is the first to have seen them all")
     tokenizer = load_tokenizer(options.tokenizer)
     served = IntervenedData(data, tokenizer, options) if options.intervention else None
@@ -195,6 +177,8 @@ def save_steps(options, data, steps):
     # uint16 as in the token file; but an intervention's padding is a negative id.
     dtype = np.dtype("<i4" if options.intervention else "<u2")
     shape = (len(steps) * options.batch_size, options.seq_length + 1)
+    if os.path.lexists(options.save):
+        raise ValueError(f"{options.save}: there already; name another file")
     with replacing(options.save) as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
@@ -241,6 +225,10 @@ class Find(Order):
     workers: int = 0  # processes; 0: one a core
     tokenizer: str = "20B_tokenizer.json"
 
+    def __post_init__(self):
+        Order.__post_init__(self)
+        check(self, "0 or more", lambda value: value >= 0, "limit")
+
 
 def find(options):
     """Find every step, row and offset at which a text or a token sequence was seen.
@@ -251,25 +239,28 @@ def find(options):
     """
     if bool(options.text) == bool(options.tokens):
         raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
-    tokenizer = load_tokenizer(options.tokenizer)
-    if options.tokens and not (re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens)
-                               and max(map(int, options.tokens.split(","))) < 1 << 16):
-        raise ValueError(f"tokens = {options.tokens!r}, expected ids below 65,536 with commas")
-    data = ordered(options)
+    if special := SPECIAL_RE.search(options.text):
+        raise ValueError(f"text has {special[0]}, which is a token of its own: --tokens="
+                         f"{SPECIAL[special[0]]}")
+    if options.tokens and not re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens):
+        raise ValueError(f"tokens = {options.tokens!r}, expected ids with commas")
+    tokenizer, data = load_tokenizer(options.tokenizer), ordered(options)
     data.tokens.require_uint16()
-    counts = sample_counts(data.tokens)
     if options.tokens:
-        pattern = TokenPattern([int(id_) for id_ in options.tokens.split(",")], counts)
+        text = "".join(chr(int(id_)) for id_ in options.tokens.split(","))
+        pattern = Pattern(text, IDS, data.tokens)
     else:
-        pattern = TextPattern(tokenizer.normalize(options.text).encode(),
-                              tokenizer.token_bytes(), counts)
+        text = tokenizer.normalize(options.text).encode()
+        pattern = Pattern(text, tokenizer.token_bytes(), data.tokens)
     began = time.perf_counter()
     found = search(data.tokens.prefix, data.tokens.n_tokens, pattern, options.workers)
     seconds = time.perf_counter() - began
     provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
     for first, length in tqdm(found, desc="rows", unit="place", disable=None):
-        places += [place for place in rows_with(data, provenance, first, length)
-                   if place[0] < n_rows]
+        document, offset = document_at(data.tokens, first)
+        rows = ([(document, offset)] if data.preshuffled
+                else provenance.rows_of(document, offset, length))
+        places += [(row, within, length, document) for row, within in rows if row < n_rows]
     places.sort()
     for row, offset, length, document in places[:options.limit]:
         where = "" if data.preshuffled else (
@@ -283,44 +274,34 @@ def find(options):
           f"steps; searched {size:.3f} GB in {seconds:.2f} s, {size / seconds:.2f} GB/s")
 
 
-class TokenPattern:
-    """A sequence of ids, searched by its rarest one; `reach` tokens around it decide a hit."""
-
-    def __init__(self, ids, counts):
-        self.ids, self.reach = np.array(ids), len(ids)
-        self.rarest = min(range(len(ids)), key=lambda i: counts[ids[i]])
-        self.anchors = [ids[self.rarest]]
-
-    def matches(self, tokens, at):
-        """Yield (first, length) of the match whose anchor is tokens[at]."""
-        first = at - self.rarest
-        if first >= 0 and np.array_equal(tokens[first:first + len(self.ids)], self.ids):
-            yield first, len(self.ids)
+IDS = [chr(id_) for id_ in range(1 << 16)]  # each id spelled as a character of its own
 
 
-class TextPattern:
-    """Bytes, searched by the tokens that can cover one of them; `reach` as above.
+class Pattern:
+    """A text in bytes, or ids as characters, searched by the tokens that can cover one of them.
 
     " banana" may be cut into " banana", " ban|ana", "s ban|an|as" ...: whatever the cut, some token
     covers its first "n", and only tokens that agree with the bytes around it can, as "ban" or "an".
+    `reach` tokens around such a token, an anchor, decide a hit.
     """
 
-    def __init__(self, text, token_bytes, counts, most=32):
-        self.text, self.token_bytes, self.reach = text, token_bytes, len(text)
+    def __init__(self, text, spelled, tokens, most=32):
+        self.text, self.spelled, self.reach = text, spelled, len(text)
         # For each of the first bytes, the ids of all tokens that can cover it.
         covering = [set() for _ in text[:most]]
-        for id_, token in enumerate(token_bytes):
+        for id_, token in enumerate(spelled):
             for start in range(1 - len(token), len(covering)):  # where the token begins in the text
                 first, end = max(start, 0), min(start + len(token), len(text))
                 if token[first - start:end - start] == text[first:end]:
                     for byte in range(first, min(end, len(covering))):
                         covering[byte].add(id_)
+        counts = sample_counts(tokens)
         self.anchors = sorted(min(covering, key=lambda ids: sum(counts[id_] for id_ in ids)))
 
-    def matches(self, tokens, at):
+    def matches(self, tokens):
         """Yield (first, length) of the tokens that hold the text, wherever it stands in them."""
-        pieces = [self.token_bytes[id_] for id_ in tokens.tolist()]
-        joined = b"".join(pieces)
+        pieces = [self.spelled[id_] for id_ in tokens.tolist()]
+        joined = self.text[:0].join(pieces)
         begin = joined.find(self.text)
         if begin < 0:  # as nearly always: nothing more is worth computing
             return
@@ -335,9 +316,8 @@ class TextPattern:
 def sample_counts(tokens, blocks=64, size=1 << 15):
     """Return how often each id occurs in a spread-out sample of the file."""
     starts = np.linspace(0, max(tokens.n_tokens - size, 0), blocks, dtype=np.int64).tolist()
-    return sum(np.bincount(tokens.slice(start, min(start + size, tokens.n_tokens)),
-                           minlength=1 << 16)
-               for start in starts)
+    sample = [tokens.slice(start, min(start + size, tokens.n_tokens)) for start in starts]
+    return np.bincount(np.concatenate(sample), minlength=1 << 16)
 
 
 def search(prefix, n_tokens, pattern, workers, block=1 << 22):
@@ -348,6 +328,8 @@ def search(prefix, n_tokens, pattern, workers, block=1 << 22):
     with tqdm(total=n_tokens * 2, unit="B", unit_scale=True, disable=None) as bar:
         for matches in in_workers(search_range, ranges, workers, _start_searching, prefix, pattern):
             found.update(matches)
+            if len(found) > 10**7:
+                raise ValueError("more than 10,000,000 places: search for something rarer")
             bar.update(2 * block)
     return sorted(found)
 
@@ -363,8 +345,7 @@ def search_range(start, stop, block=1 << 16):
 
     A block's arrays fit the processor's cache: larger ones took four times as long.
     """
-    found = []
-    table = np.zeros(1 << 16, dtype=bool)
+    found, table = [], np.zeros(1 << 16, dtype=bool)
     table[_pattern.anchors] = True
     for first in range(start, stop, block):
         low = max(first - _pattern.reach, 0)
@@ -376,35 +357,19 @@ def search_range(start, stop, block=1 << 16):
             is_anchor = table.take(ids, mode="clip")
         for at in np.flatnonzero(is_anchor).tolist():
             left = max(at - _pattern.reach, 0)
-            near = ids[left:at + _pattern.reach + 1]
-            for begin, length in _pattern.matches(near, at - left):
+            for begin, length in _pattern.matches(ids[left:at + _pattern.reach + 1]):
                 place = low + left + begin
-                if place + length <= end_of(_tokens, document_at(_tokens, place)):
+                document, offset = document_at(_tokens, place)
+                if offset + length <= _tokens.sizes[document]:
                     found.append((place, length))
     return found
 
 
-def end_of(tokens, document):
-    """Return the place in the file, in tokens, where a document ends."""
-    return int(tokens.pointers[document]) // tokens.dtype.itemsize + int(tokens.sizes[document])
-
-
-def document_at(tokens, position):
-    """Return the document that holds a token of the file."""
-    place = position * tokens.dtype.itemsize
-    return bisect_right(range(len(tokens)), place,
-                        key=lambda document: tokens.pointers[document]) - 1
-
-
-def rows_with(data, provenance, first, length):
-    """Yield (row, offset, length, document) of the rows where tokens first.. were served whole."""
-    document = document_at(data.tokens, first)
-    offset = first - int(data.tokens.pointers[document]) // data.tokens.dtype.itemsize
-    if data.preshuffled:
-        yield document, offset, length, document
-    else:
-        for row, within in provenance.rows_of(document, offset, length):
-            yield row, within, length, document
+def document_at(tokens, place):
+    """Return (document, offset in it) of a token of the file."""
+    document = bisect_right(range(len(tokens)), place * tokens.dtype.itemsize,
+                            key=lambda document: tokens.pointers[document]) - 1
+    return document, place - int(tokens.pointers[document]) // tokens.dtype.itemsize
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from batch_viewer import IDS, Pattern, Provenance, document_at, search
 from conftest import run
-from data import MASKED, OrderedData, samples_needed, times_seen, TokenFile
-from data import TokenWriter
-from batch_viewer import rows_with, sample_counts, search, TextPattern, TokenPattern
-from batch_viewer import Provenance
+from data import MASKED, OrderedData, TokenFile, TokenWriter, samples_needed, times_seen
 
 SEQ, STEPS, BATCH = 16, 40, 4
 FLAGS = [f"--seq_length={SEQ}", f"--steps={STEPS}", f"--batch_size={BATCH}"]
@@ -20,9 +18,7 @@ FLAGS = [f"--seq_length={SEQ}", f"--steps={STEPS}", f"--batch_size={BATCH}"]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, tokenizer):
-    """Documents of words that tokenise in several ways, in an order of two epochs and as baked
-    rows.
-    """
+    """Documents of words that tokenise in several ways, in two epochs' order and as baked rows."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.RandomState(0)
     words = ["banana", " banana", "ban", "ana", " ananas", " an", "a", " a", "\n", "é", " 12",
@@ -47,9 +43,7 @@ def data(corpus):
 
 
 def rows_of_every_copy(data):
-    """{(document, place in the order): rows with tokens of that copy}, by walking every row's
-    samples.
-    """
+    """{(document, place in the order): rows with tokens of that copy}, by walking every row."""
     doc_idx, sample_idx, shuffle_idx = data.order
     rows = {}
     for row, sample in enumerate(shuffle_idx.tolist()):
@@ -102,9 +96,9 @@ def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
     saved = np.load(tmp_path / "batch.npy")
     assert saved.dtype == np.uint16 and saved.shape == (3 * BATCH, SEQ + 1)
     assert np.array_equal(saved, np.concatenate([data.batch(step, BATCH)[0] for step in (3, 4, 5)]))
-    run("view", f"--data={corpus}/d", *FLAGS, "--step=3", f"--save={tmp_path}/batch.npy",
+    run("view", f"--data={corpus}/d", *FLAGS, "--step=3", f"--save={tmp_path}/dropped.npy",
         "--intervention=term_drop", "--terms=banana")
-    dropped = np.load(tmp_path / "batch.npy")
+    dropped = np.load(tmp_path / "dropped.npy")
     assert set(map(tuple, dropped.tolist())) <= {
         *map(tuple, saved[:BATCH].tolist()), (MASKED,) * (SEQ + 1)}
     assert (dropped == MASKED).any()
@@ -115,8 +109,18 @@ def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
     (["--step=5:3"], "step = '5:3'"), (["--step=-1"], "step = '-1'"),
     (["--rows=3:1"], "rows = '3:1'"), (["--rows=0:9"], "rows = '0:9', but a step has 4")])
 def test_steps_and_rows_that_are_not_there(corpus, flags, words):
-    done = run("view", f"--data={corpus}/d", *FLAGS, *flags, expect=2)
-    assert words in done.stderr and done.stderr.count("\n") == 1
+    assert words in run("view", f"--data={corpus}/d", *FLAGS, *flags, expect=2).stderr
+
+
+def test_saving_never_writes_over_a_file(corpus):
+    before = {path: path.read_bytes() for path in corpus.iterdir()}
+    (corpus / "link").symlink_to(corpus / "d.bin")
+    for name in ("d.bin", "d.json", "d_documents.npy", "baked.idx", "a.jsonl", "link"):
+        path = corpus / name
+        assert f"{path}: there already" in run("view", f"--data={corpus}/d", *FLAGS,
+                                               f"--save={path}", expect=2).stderr
+    (corpus / "link").unlink()
+    assert {path: path.read_bytes() for path in corpus.iterdir()} == before
 
 
 # ---------------------------------------------------------------------------- find
@@ -128,9 +132,7 @@ def token_bytes(tokenizer):
 
 
 def places_by_decoding(tokens, text, token_bytes):
-    """Every (first token, length) that holds a text, found by decoding each document and
-    looking.
-    """
+    """Every (first token, length) that holds a text, by decoding each document and looking."""
     found, before = set(), 0
     for document in range(len(tokens)):
         ids = tokens.read(document).tolist()
@@ -151,14 +153,14 @@ def places_by_decoding(tokens, text, token_bytes):
                  st.text("ban é12\n", min_size=1, max_size=8)), st.sampled_from([160, 1 << 24]))
 def test_a_text_is_found_however_it_was_tokenised(corpus, tokenizer, token_bytes, text, block):
     text, tokens = tokenizer.normalize(text).encode(), TokenFile(corpus / "d")
-    pattern = TextPattern(text, token_bytes, sample_counts(tokens))
+    pattern = Pattern(text, token_bytes, tokens)
     found = search(tokens.prefix, tokens.n_tokens, pattern, workers=1, block=block)
     assert found == places_by_decoding(tokens, text, token_bytes)
 
 
 def test_two_processes_find_what_one_finds(corpus, tokenizer, token_bytes):
     tokens = TokenFile(corpus / "d")
-    pattern = TextPattern(b"an", token_bytes, sample_counts(tokens))
+    pattern = Pattern(b"an", token_bytes, tokens)
     one, two = (search(tokens.prefix, tokens.n_tokens, pattern, workers, block=1600)
                 for workers in (1, 2))
     assert one == two == places_by_decoding(tokens, b"an", token_bytes)
@@ -170,11 +172,11 @@ def test_tokens_are_found_in_every_row_that_holds_them(corpus, data, where, leng
     tokens = data.tokens
     document = where % len(tokens)
     ids = tokens.read(document)[where % max(1, tokens.sizes[document] - length):][:length].tolist()
-    pattern = TokenPattern(ids, sample_counts(tokens))
+    pattern = Pattern("".join(map(chr, ids)), IDS, tokens)
     found = search(tokens.prefix, tokens.n_tokens, pattern, workers=1)
     provenance, rows = Provenance(data), data.rows(range(len(data)))
     places = sorted((row, offset) for first, n in found
-                    for row, offset, _, _ in rows_with(data, provenance, first, n))
+                    for row, offset in provenance.rows_of(*document_at(tokens, first), n))
     windows = np.lib.stride_tricks.sliding_window_view(rows, len(ids), axis=1)
     within = [(row, offset) for row, offset in np.argwhere((windows == ids).all(-1)).tolist()
               if inside_one_document(data, row, offset, len(ids))]
@@ -195,7 +197,8 @@ def test_find_from_the_shell_agrees_with_the_baked_rows(corpus):
 
 @pytest.mark.parametrize("flags, words", [
     ([], "find takes one of"), (["--text=a", "--tokens=1"], "find takes one of"),
-    (["--tokens=1,x"], "tokens = '1,x'")])
+    (["--tokens=1,x"], "tokens = '1,x'"), (["--limit=-1", "--tokens=1"], "limit = -1"),
+    (["--text=a<|endoftext|>"], "which is a token of its own: --tokens=0")])
 def test_find_needs_one_pattern(corpus, flags, words):
     assert words in run("find", f"--data={corpus}/d", *FLAGS, *flags, expect=2).stderr
 
@@ -246,9 +249,7 @@ def test_a_missing_shard_is_missed_only_where_it_is_needed(tmp_path):
 
 
 def test_any_step_of_600_gigabytes_in_a_second(tmp_path):
-    """The published form: 146,432,000 rows in 21 shards, here sparse; row 1024 s begins with a
-    mark.
-    """
+    """The published form: 146,432,000 rows in 21 shards, here sparse; a mark begins one row."""
     rows, row_bytes, shard_bytes = 146_432_000, 2 * 2049, 30_000_000_000
     with open(tmp_path / "document.idx", "wb") as file:
         file.write(b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, rows, rows + 1))
