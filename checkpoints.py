@@ -524,11 +524,11 @@ def write_notes(folder, notes, spec, tokenizer, entries):
     write_manifest(folder, entries)
 
 
-def write_manifest(folder, known={}):
+def write_manifest(folder, known=()):
     """Write folder/manifest.json: bytes and sha256 of every file; `known` has some already."""
-    entries = {name: describe_file(path) for name, path in files_of(folder).items()
-               if name != "manifest.json" and name not in known}
-    write_json(folder / "manifest.json", dict(sorted((entries | known).items())))
+    entries = dict(known) | {name: describe_file(path) for name, path in files_of(folder).items()
+                             if name not in ("manifest.json", *known)}
+    write_json(folder / "manifest.json", dict(sorted(entries.items())))
 
 
 def make_room(run, step, state_every):

@@ -409,8 +409,8 @@ FREE = {"architectures", "attention_dropout", "bos_token_id", "classifier_dropou
         "eos_token_id", "hidden_act", "hidden_dropout", "initializer_range", "is_decoder",
         "pad_token_id", "torch_dtype", "transformers_version", "use_cache"}
 GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-SIZES = {"n_layers": "num_hidden_layers", "d_model": "hidden_size", "vocab_size": "vocab_size",
-         "n_heads": "num_attention_heads", "seq_length": "max_position_embeddings"}
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
+         "max_position_embeddings")  # in ModelConfig's order
 
 
 def read_config(folder):
@@ -419,7 +419,7 @@ def read_config(folder):
     Raises ValueError naming whatever makes it another architecture than Pythia's.
     """
     path = Path(folder) / "config.json"
-    spec = dict.fromkeys(("model_type", "hidden_act", *SIZES.values())) | read_json(path)
+    spec = dict.fromkeys(("model_type", "hidden_act", *SIZES)) | read_json(path)
     for inner in ("rope_parameters", "rope_scaling"):  # transformers 5; 4.31 to 4.57
         if type(spec.get(inner)) is dict:
             spec |= {f"{inner}: {name}": value for name, value in spec.pop(inner).items()}
@@ -430,14 +430,13 @@ def read_config(folder):
                              f"expected {expected}")
 
     expect(spec["model_type"] == "gpt_neox", "model_type", "'gpt_neox'")
-    for ours, name in SIZES.items():  # a hostile file could make a model of 2^60 layers
-        most = 1 << 10 if ours == "n_layers" else 1 << 20
+    for name in SIZES:  # a hostile file could make a model of 2^60 layers
+        most = 1 << 10 if name == "num_hidden_layers" else 1 << 20
         expect(type(spec[name]) is int and 1 <= spec[name] <= most, name,
                f"a positive integer up to {most:,}")
     expect(str(spec["hidden_act"]) in GELUS, "hidden_act", f"one of {list(GELUS)}")
     try:
-        config = ModelConfig(**{ours: spec[name] for ours, name in SIZES.items()},
-                             gelu=GELUS[spec["hidden_act"]])
+        config = ModelConfig(*map(spec.get, SIZES), gelu=GELUS[spec["hidden_act"]])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     pythias = hf_config(config) | PYTHIAS | {
