@@ -883,9 +883,9 @@ def fetch(options):
             info = huggingface_hub.HfApi().model_info(repository, revision=folder.name,
                                                       files_metadata=True)
             files = {file.rfilename: file.lfs for file in info.siblings}
-            weights = r"model.*\.safetensors.*"
+            weights = r"model[\w.-]*\.safetensors[\w.]*"
             if not any(re.fullmatch(weights, file) for file in files):
-                weights = r"pytorch_model.*\.bin.*"
+                weights = r"pytorch_model[\w.-]*\.bin[\w.]*"
             wanted = [file for file in files if re.fullmatch(
                 rf"{weights}|config\.json|tokenizer\.json|tokenizer_config\.json", file)]
             for file in wanted:  # by commit: all of one upload, whatever is pushed meanwhile
