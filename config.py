@@ -313,6 +313,8 @@ def read_lines(path):
         for line in file:
             try:
                 [cells] = csv.reader([line.decode("utf-8-sig").rstrip("\r\n")], strict=True)
+                if b'""' not in line and any('"' in cell for cell in cells):
+                    cells = []  # a quote inside a cell is written twice
             except (ValueError, csv.Error):
                 cells = []
             lines.append((line, cells))

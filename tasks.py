@@ -192,10 +192,10 @@ def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def choose(question, choices, gold, delimiter=" "):
+def choose(question, choices, gold):
     """One context, several continuations."""
-    return Question([(question, delimiter + choice) for choice in choices],
-                    question + delimiter + choices[gold], gold, [len(choice) for choice in choices])
+    return Question([(question, f" {choice}") for choice in choices],
+                    f"{question} {choices[gold]}", gold, [len(choice) for choice in choices])
 
 
 def fill(beginnings, rest, gold):

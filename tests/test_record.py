@@ -44,7 +44,7 @@ def test_a_spike_is_named_after_overflows_and_a_resume(tmp_path):
 
 
 COLUMNS = {"step": COUNT, "loss": NUMBER, "name": TEXT}
-WHOLE = b"step,loss,name\n8,4.25,run\n9,1e-05,\"a, b\"\n10,nan,\xc3\xa9\n"
+WHOLE = b"step,loss,name\n8,4.25,r2\n9,1e-05,\"a, b\"\n10,nan,\xc3\xa9\n"
 
 
 def reopened(path, text, **how):
@@ -82,6 +82,7 @@ def test_a_flipped_bit_takes_one_row_and_is_said(tmp_path, capsys, monkeypatch):
         said = capsys.readouterr().err
         assert len(rows) == len(lines) - 1 >= 3 - 1 - (WHOLE[place] == 10) and lines[0] == good[0]
         assert len(set(good) - set(lines)) <= 1 + (WHOLE[place] == 10)
+        assert not any('"' in row["name"] for row in rows)
         if len(rows) < 3 or place < len(good[0]):
             assert re.search(rf"^{path}, line [1234] is (torn|damaged) and goes.*: b", said)
             assert "torn" in said or Path(f"{path}.damaged").read_bytes() == text
