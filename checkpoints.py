@@ -25,7 +25,6 @@ gpt-neox v1.0, tools/convert_to_hf.py, for its layer_XX-model_YY-model_states.pt
 
 import errno
 import functools
-import hashlib
 import math
 import os
 import re
@@ -45,7 +44,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import config
-from config import command, file_size, read_json, read_lines, write_json
+from config import command, file_size, read_json, read_lines, sha256_of, write_json
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
@@ -224,12 +223,6 @@ def write_files(folder, files):
 def describe_file(path):
     """Return a file's entry in a manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def sha256_of(path):
-    """Return the SHA-256 of a file in hex, streamed."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path):
