@@ -252,8 +252,10 @@ class TokenWriter:
 
     def _refuse_strangers(self):
         """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
-        names = sorted(os.listdir(self.folder)) if os.path.lexists(self.folder) else []
-        if names and not ("lock" in names and all(map(self.NAMES.fullmatch, names))):
+        files = list(os.scandir(self.folder)) if os.path.lexists(self.folder) else []
+        names = sorted(file.name for file in files)
+        if files and not ("lock" in names and all(map(self.NAMES.fullmatch, names))
+                          and all(file.is_file(follow_symlinks=False) for file in files)):
             raise ValueError(f"{self.folder}: holds {', '.join(names[:3])}, not an unfinished job; "
                              "move it away or name another output")
         notes = read_json(f"{self.prefix}.json") if os.path.exists(f"{self.prefix}.json") else {}

@@ -15,7 +15,7 @@ import zstandard
 
 from conftest import ROOT, run
 from data import TokenFile, TokenWriter, load_npy
-from prepare import LONGEST, chunks, input_files
+from prepare import LONGEST, Dedup, Tokenize, chunks, dedup, input_files, tokenize
 
 WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 1234",
          " <|endoftext|>", " \x00", "'s"]
@@ -185,21 +185,25 @@ def test_each_real_file_comes_once(tmp_path):
             input_files(str(spec))
 
 
-@pytest.mark.parametrize("argv, strangers", [
-    (["tokenize"], ["out.partial/notes.txt"]), (["tokenize"], ["out.partial/bin"]),
-    (["tokenize"], ["out.partial/lock", "out.partial/in/bin"]), (["tokenize"], ["out.json"]),
-    (["tokenize"], ["out.bin", "out.idx"]), (["tokenize"], ["out_documents.npy"]),
-    (["dedup", "--threshold=1"], ["out"])])
-def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, argv, strangers):
+@pytest.mark.parametrize("strangers", [
+    ["out.partial/notes.txt"], ["out.partial/bin"], ["out.partial/lock", "out.partial/in/bin"],
+    ["out.partial/lock", "out.partial/sizes"], ["out.json"], ["out.bin", "out.idx"],
+    ["out_documents.npy"]])
+def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, strangers):
     (tmp_path / "a.jsonl").write_text(line("one"))
     for name in strangers:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    flags = [*argv, f"--input={tmp_path}/a.jsonl", f"--output={tmp_path}/out"]
+        if name.endswith("sizes"):
+            (tmp_path / name).symlink_to(tmp_path / "a.jsonl")
+        else:
+            (tmp_path / name).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    assert f"{tmp_path}/out" in run(*flags, expect=2).stderr
+    with pytest.raises(ValueError, match="/out.*name another output"):
+        tokenize(Tokenize(f"{tmp_path}/a.jsonl", f"{tmp_path}/out", str(tokenizer_path)))
+    with pytest.raises(ValueError, match="name another"):
+        dedup(Dedup(f"{tmp_path}/a.jsonl", str(before[-1]), threshold=1.0))
     assert sorted(tmp_path.rglob("*")) == before
-    assert all((tmp_path / name).read_text() == "{}" for name in strangers)
+    assert all(path.read_text() in ("{}", line("one")) for path in before if path.is_file())
 
 
 def test_what_is_ours_is_replaced(tmp_path, tokenizer_path):
