@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import check, command, replacing
-from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, batch_rows, load_npy,
-                  order_paths, ordered)
+from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, load_npy, order_paths,
+                  ordered)
 from interventions import IntervenedData, InterventionConfig
 from prepare import in_workers, serve_parent
 from tokenizer import SPECIAL, SPECIAL_RE, load_tokenizer
@@ -140,31 +140,22 @@ class View(InterventionConfig, Order):
 
 def view(options):
     """Print what the model saw at a step: text by document, with subset, source and repeats."""
-    first_step, last_step = _range(options.step, "step", inclusive=True)
-    first, last = _range(options.rows or f"0:{min(4, options.batch_size)}", "rows", inclusive=False)
-    data = ordered(options)
-    steps = min(options.steps, len(data) // options.batch_size)
-    if last_step >= steps:
-        raise ValueError(f"step = {options.step}, but there are {steps:,} steps of "
-                         f"{options.batch_size} rows, the last is {steps - 1:,}")
-    if last > options.batch_size:
-        raise ValueError(f"rows = {options.rows!r}, but a step has {options.batch_size} rows, "
-                         f"the last is {options.batch_size - 1}")
-    first_row, stop_row = (step * options.batch_size for step in (first_step, last_step + 1))
-    until = f" to {last_step:,} (both included)" if last_step > first_step else ""
-    print(f"step {first_step:,}{until}: rows {first_row:,} to {stop_row - 1:,} (both included); "
-          f"checkpoint step{last_step + 1} is the first to have seen them all")
+    data, size = ordered(options), options.batch_size
+    steps = _range(options.step, "step", min(options.steps, len(data) // size), 1)
+    places = _range(options.rows or f"0:{min(4, size)}", "rows", size, 0)
+    until = f" to {steps[-1]:,} (both included)" if len(steps) > 1 else ""
+    print(f"step {steps[0]:,}{until}: rows {steps[0] * size:,} to {steps.stop * size - 1:,} (both "
+          f"included); checkpoint step{steps.stop} is the first to have seen them all")
     tokenizer = load_tokenizer(options.tokenizer)
     served = IntervenedData(data, tokenizer, options) if options.intervention else None
     if options.save:
-        return save_steps(options, served or data, range(first_step, last_step + 1))
+        return save_steps(options, served or data, steps)
     provenance = Provenance(data)
-    for step in range(first_step, last_step + 1):
-        rows = served.step_rows(step, options.batch_size) if served else None
-        for row in batch_rows(step, options.batch_size)[0][first:last].tolist():
-            place = row - step * options.batch_size
-            print(f"\n=== row {row:,} (step {step:,}, row {place})")
-            show_row(data, provenance, tokenizer, row, step * options.batch_size)
+    for step in steps:
+        rows = served.step_rows(step, size) if served else None
+        for place in places:
+            print(f"\n=== row {step * size + place:,} (step {step:,}, row {place})")
+            show_row(data, provenance, tokenizer, step * size + place, step * size)
             if served and place in served.changed:
                 padding = (rows[place] == MASKED).sum()
                 print(f"--- after {options.intervention}"
@@ -174,11 +165,11 @@ def view(options):
 
 def save_steps(options, data, steps):
     """Write all rows of the steps as one .npy, a step at a time."""
+    if os.path.lexists(options.save):
+        raise ValueError(f"{options.save}: there already; name another file")
     # uint16 as in the token file; but an intervention's padding is a negative id.
     dtype = np.dtype("<i4" if options.intervention else "<u2")
     shape = (len(steps) * options.batch_size, options.seq_length + 1)
-    if os.path.lexists(options.save):
-        raise ValueError(f"{options.save}: there already; name another file")
     with replacing(options.save) as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
@@ -203,15 +194,15 @@ def show_row(data, provenance, tokenizer, row, rows_before):
         print(tokenizer.decode(provenance.data.tokens.read(document, start, stop).tolist()))
 
 
-def _range(text, name, inclusive):
-    """Return (first, last) of "3" or "3:5"; unless `inclusive`, last is one beyond and 3 is 3:4."""
+def _range(text, name, n, end):
+    """Return the range that is "3", or "3:5" with its `end` (0 or 1) included, out of n."""
     if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
         first = int(match[1])
-        last = int(match[2]) if match[2] else first + (not inclusive)
-        if first < last + inclusive:
-            return first, last
-    raise ValueError(f"{name} = {text!r}, expected a number or first:last"
-                     + ("" if inclusive else "+1"))
+        stop = int(match[2]) + end if match[2] else first + 1
+        if first < stop <= n:
+            return range(first, stop)
+    raise ValueError(f"{name} = {text!r}, expected a number from 0 to {n - 1:,} or first:last"
+                     + ("" if end else "+1"))
 
 
 # ---------------------------------------------------------------------------- find

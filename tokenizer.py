@@ -20,7 +20,7 @@ ENDOFTEXT = 0  # also Pythia's only beginning of text
 N_TOKENS = 50277  # the model's rows above this are padding
 SPECIAL = {"<|endoftext|>": 0, "<|padding|>": 1}
 SPECIAL_RE = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
-DIGEST = "878e0f0d104256dfe7a92f2eabe245d6ce766f84635bb6dcd44df637b5e334f9"  # see _digest
+DIGEST = "2a9639ede0a484e3aa7254504a8ff6fa60bb8873ec8c504d95fe618b48f63bf0"  # see _digest
 
 # The original first cuts every run of 2 to 24 spaces out of the text, longest and leftmost first,
 # and then splits what lies between by GPT-2's pattern, each part as if it stood alone. In one
@@ -106,7 +106,7 @@ class Tokenizer:
     @staticmethod
     def normalize(text):
         """Return text in the tokenizer's own NFC, as every text is before it is encoded."""
-        if text.isascii() or unicodedata.is_normalized("NFC", text):
+        if text.isascii() or unicodedata.is_normalized("NFC", text):  # so it is in Unicode 9
             return text
         pieces = _NEWER.split(_sort_marks(text))
         pieces[::2] = [unicodedata.normalize("NFC", piece) for piece in pieces[::2]]
@@ -116,8 +116,7 @@ class Tokenizer:
 def load_tokenizer(path):
     """Return the Tokenizer at a path, or raise ValueError that says where to get one."""
     if not os.path.exists(path):
-        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it, --tokenizer=PATH "
-                         "names it")
+        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it")
     return Tokenizer(path)
 
 
@@ -139,12 +138,13 @@ def _sort_marks(text):
 
 def _digest(spec):
     """Return the SHA-256 of what decides the ids in a parsed tokenizer.json, whoever saved it."""
-    model, splitter = spec["model"], spec["pre_tokenizer"]
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    splitter = spec["pre_tokenizer"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+    model = {key: value for key, value in spec["model"].items() if value} | {"merges": merges}
     added = [[token[key] for key in ("id", "content", "single_word", "lstrip", "rstrip")]
              for token in spec["added_tokens"]]
-    facts = [spec["normalizer"]["type"], splitter["type"], splitter["add_prefix_space"],
-             model["vocab"], merges, added]
+    facts = [spec["normalizer"], splitter["type"], splitter["add_prefix_space"],
+             splitter.get("use_regex", True), model, added]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -113,7 +113,9 @@ def test_what_is_no_file_is_refused(tmp_path):
 @pytest.mark.parametrize("path, value", [
     (["added_tokens", 22, "id"], 50277), (["added_tokens", 0, "rstrip"], True),
     (["normalizer"], None), (["normalizer", "type"], "NFD"), (["pre_tokenizer"], {}),
-    (["pre_tokenizer", "add_prefix_space"], True), (["model", "merges", 7], "a b"),
+    (["pre_tokenizer", "add_prefix_space"], True), (["model", "dropout"], 0.1),
+    (["pre_tokenizer", "use_regex"], False), (["model"], []), (["added_tokens", 3], {}),
+    (["model", "merges", 7], "a b"),
     (["model", "merges", 7], 3), (["model", "vocab", "a"], 67), (["model", "vocab", "é"], 999),
     (["model", "vocab", "世"], 40), (["model", "vocab", "Hello"], "x"), (["model", "vocab"], [])])
 def test_another_tokenizer_is_refused(tokenizer_path, tmp_path, path, value):

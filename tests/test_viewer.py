@@ -105,9 +105,10 @@ def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--step=40"], "step = 40, but there are 40 steps of 4 rows, the last is 39"),
+    (["--step=40"], "step = '40', expected a number from 0 to 39 or first:last"),
     (["--step=5:3"], "step = '5:3'"), (["--step=-1"], "step = '-1'"),
-    (["--rows=3:1"], "rows = '3:1'"), (["--rows=0:9"], "rows = '0:9', but a step has 4")])
+    (["--step=0:40"], "step = '0:40'"), (["--rows=3:1"], "rows = '3:1'"),
+    (["--rows=0:9"], "rows = '0:9', expected a number from 0 to 3 or first:last+1")])
 def test_steps_and_rows_that_are_not_there(corpus, flags, words):
     assert words in run("view", f"--data={corpus}/d", *FLAGS, *flags, expect=2).stderr
 
