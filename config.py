@@ -356,6 +356,16 @@ def read_table(path, columns):
     return rows, broken
 
 
+def write_all(file, text):
+    """Write bytes to an unbuffered file: all at once, unless the disk gets full, which names it."""
+    try:
+        while text:
+            text = text[file.write(text):]
+    except OSError as error:
+        error.filename = file.name
+        raise
+
+
 class Table:
     """A CSV file that one process at a time repairs and appends to; `rows` are those it had.
 
@@ -385,13 +395,7 @@ class Table:
             self.file = lock(path, busy)
 
     def append(self, *rows):
-        text = b"".join(map(self.line, rows))
-        try:
-            while text:  # all at once, unless the disk gets full
-                text = text[self.file.write(text):]
-        except OSError as error:
-            error.filename = self.path
-            raise
+        write_all(self.file, b"".join(map(self.line, rows)))
 
     def line(self, row):
         """Return a row as a line, or raise ValueError for a cell that could not be read again."""

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import checkpoints
 from config import (check, COUNT, note, NUMBER, parse, read_json, replacing, run, Table, TEXT,
-                    write_json)
+                    write_all, write_json)
 from data import Order, ordered
 from model import Cache, head_blocks, Prefix
 from parallel import Processes
@@ -599,8 +599,8 @@ def append_samples(path, name, step, job, results):
         else:
             line |= dict(context=request, loglikelihood=finite(result))
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    with open(path, "a", encoding="utf8") as file:
-        file.writelines(lines)
+    with open(path, "ab", buffering=0) as file:
+        write_all(file, "".join(lines).encode())
 
 
 def find_all(models, steps):
