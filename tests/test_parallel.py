@@ -2,11 +2,9 @@
 
 import itertools
 import math
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import checkpoints
-from checkpoints import load_training, saved_steps
+from checkpoints import fill, load_training, saved_steps
 from config import parse
 from conftest import ROOT
 from launch import ENVIRONMENT, Launched
@@ -27,7 +25,6 @@ from model import ModelConfig, Pythia
 from test_train import (assert_same_bits, command, data, losses, odd, parent,  # noqa: F401
                         published, refused, run_here, SCHEMAS, SHAPE, train)
 from train import main, make_optimizer, TrainConfig
-from checkpoints import fill
 from parallel import (LaunchConfig, communicate, forget_gradients, gpu_peak, parallelize,
                       rehearse)
 
@@ -57,22 +54,18 @@ def assert_same_steps(first, second, step=10):
                                    msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("sharding, changes", [
-    ("ddp", {}), ("fsdp", {}),
-    pytest.param("ddp", dict(compile=True, activation_checkpointing=True), marks=pytest.mark.proof),
-    ("fsdp", dict(compile=True, activation_checkpointing=True))])
-def test_two_processes_take_the_steps_of_one(data, tmp_path, single, sharding, changes):
-    """With accumulation: the gradients of both micro-batches travel together."""
-    train(data, tmp_path, 2, **RUN, micro_batch_size=2, sharding=sharding, **changes)
+@pytest.mark.parametrize("processes, changes", [
+    (1, {}), (2, {}), (2, dict(sharding="fsdp")),
+    pytest.param(2, dict(compile=True, activation_checkpointing=True), marks=pytest.mark.proof),
+    (2, dict(sharding="fsdp", compile=True, activation_checkpointing=True))])
+def test_micro_batches_and_processes_take_the_same_steps(data, tmp_path, single, processes,
+                                                         changes):
+    """The gradients of all micro-batches travel together."""
+    train(data, tmp_path, processes, **RUN, micro_batch_size=2, **changes)
     assert_same_steps(single, tmp_path)
     config = tmp_path / "step10/config.json"
     assert config.read_bytes() == (single / "step10/config.json").read_bytes()
     assert not (tmp_path / "step10/model.safetensors.index.json").exists()
-
-
-def test_accumulation_takes_the_same_steps(data, tmp_path, single):
-    train(data, tmp_path, **RUN, micro_batch_size=2)
-    assert_same_steps(single, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # inductor's own
@@ -116,15 +109,13 @@ def test_processes_that_see_different_checkpoints_stop(data, tmp_path):
     assert "/step1'" in done.stderr and "/step2'" in done.stderr
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
 def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single):
     """Files of 20 kB from 2 processes of torchrun hold the bits of one; transformers reads them."""
     flags = command(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
                     async_save=True)[1:]
-    subprocess.run([*TORCHRUN, "--nproc_per_node=2", "tests/odd_runs.py", "small_files", *flags],
-                   cwd=ROOT, check=True, capture_output=True, env=ENVIRONMENT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, "tests/odd_runs.py", "small_files", *flags], cwd=ROOT, check=True,
+                   capture_output=True, env=ENVIRONMENT)
     files = sorted(path.name for path in (tmp_path / "run/step1").glob("model-*"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     ours = checkpoints.load_model(tmp_path / "run/step1")
@@ -144,19 +135,22 @@ def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single)
 
 
 @pytest.fixture
-def alone():
-    """A process group of one process, this one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
+def group():
+    """Return a function that starts a process group and gives a model, plain and wrapped."""
+    def group(backend, sharding="ddp", **options):
+        dist.init_process_group(backend, **options)
+        with torch.device("meta"):
+            model = Pythia(ModelConfig(**SHAPE))
+        processes = SimpleNamespace(count=2, device=torch.device("cpu"))
+        return model, parallelize(model, LaunchConfig(sharding=sharding), torch.float32, processes)
+
+    yield group
     dist.destroy_process_group()
 
 
-def test_ddp_accumulates_where_its_messages_lie(alone):
+def test_ddp_accumulates_where_its_messages_lie(group):
     """A gradient that moves between micro-batches is held twice: there, and in DDP's buckets."""
-    with torch.device("meta"):
-        model = Pythia(ModelConfig(**SHAPE))
-    processes = SimpleNamespace(count=2, device=torch.device("cpu"))
-    wrapped = parallelize(model, LaunchConfig(), torch.float32, processes)
+    model, wrapped = group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sent, micro_batch = set(), None
 
     def send(state, bucket):
@@ -193,23 +187,16 @@ class Sends(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_fsdp_sends_gradients_after_the_last_micro_batch_alone():
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # sends nothing
-    try:
-        with torch.device("meta"):
-            model = Pythia(ModelConfig(**SHAPE))
-        processes = SimpleNamespace(count=2, device=torch.device("cpu"))
-        parallelize(model, LaunchConfig(sharding="fsdp"), torch.float32, processes)
-        model.init_weights(0, fill)
-        sent = []
-        for micro_batch in range(6):
-            communicate(model, last=micro_batch % 3 == 2)
-            with Sends() as sends:
-                model(*torch.zeros(2, 2, 8, dtype=torch.int64)).backward()
-            sent.append(sends.count)
-        assert sent == [0, 0, 3, 0, 0, 3]  # two blocks and the root
-    finally:
-        dist.destroy_process_group()
+def test_fsdp_sends_gradients_after_the_last_micro_batch_alone(group):
+    model, _ = group("fake", "fsdp", store=FakeStore(), rank=0, world_size=2)  # sends nothing
+    model.init_weights(0, fill)
+    sent = []
+    for micro_batch in range(6):
+        communicate(model, last=micro_batch % 3 == 2)
+        with Sends() as sends:
+            model(*torch.zeros(2, 2, 8, dtype=torch.int64)).backward()
+        sent.append(sends.count)
+    assert sent == [0, 0, 3, 0, 0, 3]  # two blocks and the root
 
 
 # ---------------------------------------------------------------------------- signals during saves
@@ -275,20 +262,16 @@ def test_three_processes_interrupted_end_with_the_same_bits(data, tmp_path, shar
     """The order in which DDP's messages are laid out must survive: three round in that order."""
     settings = dict(steps=40, batch_size=12, micro_batch_size=2, checkpoint_every=20,
                     sharding=sharding, compile=True, deterministic=True)
-    train(data, tmp_path / "whole", 3, **settings)
-    process = subprocess.Popen(
-        [*TORCHRUN, "--nproc_per_node=3", *command(data, tmp_path / "cut", **settings)], cwd=ROOT,
-        text=True, env=ENVIRONMENT, stdout=subprocess.PIPE)
-    for line in process.stdout:
-        if line.startswith("step     27/"):
-            # torchrun passes SIGTERM on; of a SIGKILL its workers would not hear, so one gets it.
-            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(process.pid if number == signal.SIGTERM else int(workers[0]), number)
-            break
-    process.communicate()
-    assert 40 not in saved_steps(tmp_path / "cut")
-    train(data, tmp_path / "cut", 3, **settings)
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(data, whole, 3, **settings)
+    run = Launched(command(data, cut, **settings), 3)
+    run.wait_until(run.printed("step     27/"))
+    for rank in range(3) if number == signal.SIGTERM else [1]:  # torchrun passes on SIGTERM only
+        run.send(number, rank)
+    run.finish()
+    assert 40 not in saved_steps(cut)
+    train(data, cut, 3, **settings)
+    assert_same_bits(whole, cut)
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -299,24 +282,31 @@ PUBLISHED = {"14m": (32, 32), "31m": (32, 32), "70m": (32, 32), "160m": (32, 32)
              "1b": (64, 16), "1_4b": (64, 16), "2_8b": (64, 16), "6_9b": (128, 8), "12b": (256, 4)}
 
 
+@pytest.fixture
+def plan(capsys, monkeypatch):
+    """Return a function of flags: what --plan prints for them."""
+    def plan(*flags):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        main(*parse([*flags, "--plan", "--data=nowhere"], *SCHEMAS))
+        return capsys.readouterr().out
+    return plan
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, capsys, monkeypatch):
+def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, plan):
     """With activation checkpointing where the published YAML has it: all but 14m and 31m."""
-    monkeypatch.chdir(ROOT)
     gpus, sequences = PUBLISHED[size]
-    main(*parse([f"configs/pythia_{size}.py", "--plan=True", f"--gpus={gpus}", "--gpu_memory=40",
-                 "--data=nowhere", f"--activation_checkpointing={size not in ('14m', '31m')}"],
-                *SCHEMAS))
-    printed = capsys.readouterr().out
+    printed = plan(f"configs/pythia_{size}.py", f"--gpus={gpus}", "--gpu_memory=40",
+                   f"--activation_checkpointing={size not in ('14m', '31m')}")
     assert int(printed.split("--micro_batch_size=")[1].split()[0]) >= sequences
     assert f"on each of {gpus} GPUs: 1024 sequences a step" in printed
 
 
 @pytest.mark.parametrize("name, peak", [  # as torch.cuda.get_device_name has them
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-    ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 990),
-    ("NVIDIA GH200 144G HBM3e", 990), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A100-PCIE-40GB", 312), ("Tesla V100-SXM2-16GB", 125),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 144G HBM3e", 990), ("NVIDIA B200", 2250),
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("Tesla V100-SXM2-16GB", 125),
     ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
     ("NVIDIA L40", math.nan), ("NVIDIA GB200", math.nan), ("Tesla V100-PCIE-16GB", math.nan),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan), ("NVIDIA GeForce RTX 4090 D", math.nan)])
@@ -324,23 +314,17 @@ def test_a_gpus_peak_is_its_own_or_unknown(name, peak):
     assert gpu_peak(name) == pytest.approx(peak * 1e12, nan_ok=True)
 
 
-def test_a_plan_that_fits_nowhere_says_what_to_try(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_plan_that_fits_nowhere_says_what_to_try(plan):
     with pytest.raises(ValueError, match="no micro-batch fits .*try --sharding=fsdp"):
-        main(*parse(["configs/pythia_12b.py", "--plan", "--sharding=ddp", "--data=nowhere"],
-                    *SCHEMAS))
+        plan("configs/pythia_12b.py", "--sharding=ddp")
 
 
-def test_the_plans_command_is_the_given_one_with_what_was_chosen(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    flags = ["configs/pythia_12b.py", "--plan", "--gpus=64", "--data=nowhere"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    main(*parse(flags, *SCHEMAS))
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torchrun ")]
-    assert line == ("torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d "
-                    "--rdzv_endpoint=HOST:29500 --shutdown-timeout=600 train.py "
-                    "configs/pythia_12b.py --gpus=64 --data=nowhere --micro_batch_size=16 "
-                    "--out_dir=RUN")
+def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
+    printed = plan("configs/pythia_12b.py", "--plan=True", "--gpus=64")
+    assert [line for line in printed.splitlines() if line.startswith("torchrun ")] == [
+        "torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 "
+        "--shutdown-timeout=600 train.py configs/pythia_12b.py --gpus=64 --micro_batch_size=16 "
+        "--out_dir=RUN"]
 
 
 @pytest.mark.parametrize("size, accumulation, flags", [

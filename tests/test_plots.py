@@ -129,18 +129,6 @@ v0,baseline,1.4b,71500,143000,0,crows_pairs_english_gender,,pct_stereotype,0.9,0
 """
 
 
-def test_the_gender_study_is_read_without_the_models_before_the_published_ones(files):
-    (files / "bias.csv").write_text(BIAS)
-    curves, end = plots.evaluations(f"{files}/bias.csv"), 143000 << 21
-    assert curves == {
-        ("crows_pairs_english_gender", 0, "pct_stereotype"): {
-            "pythia-1.4b-deduped": [(end, 0.6, 0.02)],
-            "pythia-1.4b-deduped-intervention_7": [(end, 0.5, 0.02)]},
-        ("wino_bias_type1_pro:refers_to", 0, "em"): {
-            "pythia-1.4b-deduped": [(3000 << 21, 0.1, 0.01), (end, 0.2, 0.01)],
-            "pythia-1.4b-deduped-intervention_7": [(end, 0.3, 0.01)]}}
-
-
 def test_the_paper_s_figures(files):
     (files / "bias.csv").write_text(BIAS)
     figures = plots.paper(plots.Paper(f"{files}/ref.csv", f"{files}/bias.csv", f"{files}/figures"))
@@ -151,9 +139,10 @@ def test_the_paper_s_figures(files):
     wino, crows = figures["gender"].axes
     assert (wino.get_title() == "wino_bias_type1_pro\nrefers_to, 0-shot"
             and wino.get_xscale() == "linear")
-    assert contents(wino) == {"pythia-1.4b-deduped": ([143000 << 21], [0.2]),
-                              "pythia-1.4b-deduped-intervention_7": ([143000 << 21], [0.3])}
-    assert crows.get_title() == "crows_pairs_english_gender, 0-shot" and len(crows.lines) == 2
+    assert crows.get_title() == "crows_pairs_english_gender, 0-shot"
+    for axes, plain, swapped in ((wino, 0.2, 0.3), (crows, 0.6, 0.5)):  # no v0, no step 3000
+        assert contents(axes) == {"pythia-1.4b-deduped": ([143000 << 21], [plain]),
+                                  "pythia-1.4b-deduped-intervention_7": ([143000 << 21], [swapped])}
 
 
 def test_the_paper_s_figures_are_of_the_published_files_only(files):
