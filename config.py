@@ -18,7 +18,6 @@ import inspect
 import io
 import json
 import math
-import operator
 import os
 import re
 import runpy
@@ -333,29 +332,6 @@ def read_csv(path):
     return [dict(zip(names, cells)) for _, cells in lines if cells]
 
 
-def read_table(path, columns):
-    """Return ([(line, row)], [(number, line)]): a table's rows {column: cell}, and what is none.
-
-    columns: {name: pattern of its cells}. Raises ValueError if the first line does not name them.
-    """
-    (first, names), *lines = read_lines(path) or [(b"", [])]
-    header, rows, broken = ",".join(columns).encode(), [], []
-    if names != list(columns):
-        flipped = sum(map(operator.ne, first, header + b"\n")) + abs(len(first) - len(header) - 1)
-        if flipped == 1:  # one byte of it is another
-            broken.append((1, first))
-        elif lines or not header.startswith(first):  # a kill may have torn it
-            raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected {header.decode()}; "
-                             "mend it or move it away")
-    for number, (line, cells) in enumerate(lines, 2):
-        whole = line.endswith(b"\n") and len(cells) == len(columns)
-        if whole and all(map(re.fullmatch, columns.values(), cells)):
-            rows.append((line.rstrip(b"\r\n") + b"\n", dict(zip(columns, cells))))
-        elif line.strip():
-            broken.append((number, line))
-    return rows, broken
-
-
 def write_all(file, text):
     """Write bytes to an unbuffered file: all at once, unless the disk gets full, which names it."""
     try:
@@ -369,30 +345,45 @@ def write_all(file, text):
 class Table:
     """A CSV file that one process at a time repairs and appends to; `rows` are those it had.
 
-    A kill or a full disk can tear only the last line, whose step or evaluation is done again. Rows
-    that keep(row) is false of go, for they will be written again.
+    columns: {name: pattern of its cells}. A kill or a full disk can tear only the last line, whose
+    step or evaluation is done again. Rows that keep(row) is false of go, for they will be written
+    again. Raises ValueError if the first line does not name the columns.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
-        self.path, self.columns = path, columns
+        self.path, self.columns, self.rows = path, columns, []
         if os.path.exists(path):
             file_size(path)  # refuses what is no file
         busy = f"{path}: another process writes it; wait for it or name another file"
         self.file = lock(path, busy)
-        rows, broken = read_table(path, columns)
-        for number, line in broken:
-            words = "is torn and goes"
-            if line.endswith(b"\n"):
-                words = f"is damaged and goes; {path}.damaged is the file as it was"
-                shutil.copyfile(path, f"{path}.damaged")
-            note(f"{path}, line {number} {words}: {line[:200]!r}")
-        rows = [(line, row) for line, row in rows if keep(row)]
-        self.rows, text = [row for _, row in rows], b"".join(line for line, _ in rows)
-        text = ",".join(columns).encode() + b"\n" + text
+        header = (",".join(columns) + "\n").encode()
+        (first, names), *lines = read_lines(path) or [(b"", [])]
+        if names != list(columns) and (lines or not header.startswith(first)):
+            raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected "
+                             f"{','.join(columns)}; mend it or move it away")
+        text = bytearray(header)
+        for number, (line, cells) in enumerate(lines, 2):
+            if not line.strip():
+                continue
+            ends, row = line.endswith(b"\n"), dict(zip(columns, cells))
+            if (not ends or len(cells) != len(columns)
+                    or not all(map(re.fullmatch, columns.values(), cells))):
+                self.say_broken(number, line, ends)
+            elif keep(row):
+                self.rows.append(row)
+                text += line.rstrip(b"\r\n") + b"\n"
         if text != Path(path).read_bytes():
             with replacing(os.path.realpath(path)) as file:
                 file.write(text)
             self.file = lock(path, busy)
+
+    def say_broken(self, number, line, ends):
+        """Say that a line goes; if it is not the torn end of the file, keep the file as it was."""
+        words = "is torn and goes"
+        if ends:
+            words = f"is damaged and goes; {self.path}.damaged is the file as it was"
+            shutil.copyfile(self.path, f"{self.path}.damaged")
+        note(f"{self.path}, line {number} {words}: {line[:200]!r}")
 
     def append(self, *rows):
         write_all(self.file, b"".join(map(self.line, rows)))

@@ -73,7 +73,7 @@ def test_a_flipped_bit_takes_one_row_and_is_said(tmp_path, capsys, monkeypatch):
     for place, bit in itertools.product(range(len(WHOLE)), range(8)):
         text = bytearray(WHOLE)
         text[place] ^= 1 << bit
-        if place == len(good[0]) - 1:  # the header and a row become one line
+        if place < len(good[0]):
             with pytest.raises(ValueError, match="t.csv, line 1: found .* expected step,loss,name"):
                 reopened(path, text)
             assert path.read_bytes() == text
@@ -83,8 +83,8 @@ def test_a_flipped_bit_takes_one_row_and_is_said(tmp_path, capsys, monkeypatch):
         assert len(rows) == len(lines) - 1 >= 3 - 1 - (WHOLE[place] == 10) and lines[0] == good[0]
         assert len(set(good) - set(lines)) <= 1 + (WHOLE[place] == 10)
         assert not any('"' in row["name"] for row in rows)
-        if len(rows) < 3 or place < len(good[0]):
-            assert re.search(rf"^{path}, line [1234] is (torn|damaged) and goes.*: b", said)
+        if len(rows) < 3:
+            assert re.search(rf"^{path}, line [234] is (torn|damaged) and goes.*: b", said)
             assert "torn" in said or Path(f"{path}.damaged").read_bytes() == text
 
 
