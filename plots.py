@@ -123,10 +123,9 @@ METRIC_NAMES = {"ppl": "perplexity", "likelihood_difference": "likelihood_diff"}
 # What a task is judged by, if nothing else is asked: the first of these that it has.
 MAIN_METRICS = ("acc", "pct_stereotype", "exact_match", "em", "bits_per_byte", "perplexity",
                 "word_perplexity")
-AXIS_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised",
-              "perplexity": "perplexity per word",
+AXIS_NAMES = {"acc": "accuracy", "acc_norm": "accuracy, length-normalised", "em": "exact match",
+              "exact_match": "exact match", "perplexity": "perplexity per word",
               "pct_stereotype": "stereotype preferred", "bits_per_byte": "bits per byte",
-              "em": "exact match", "exact_match": "exact match",
               "likelihood_diff": "difference of log-likelihoods (nats)"}
 PAPER_TASKS = ("lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "sciq",
                "logiqa")
@@ -226,16 +225,12 @@ def choose_panels(curves, tasks, metrics):
                for member in GROUPS[task][0]}
     panels = []
     for task, shots, metric in sorted(curves):
-        if metrics:
-            fits = metric in metrics.split(",")
-        else:
-            fits = metric == next((main for main in MAIN_METRICS if (task, shots, main) in curves),
-                                  None)
-        if tasks:
-            fits = fits and task in tasks.split(",")
-        elif (task.partition(":")[0], shots) in members:
-            fits = False
-        panels += [(task, shots, metric)] * fits
+        main = [main for main in MAIN_METRICS if (task, shots, main) in curves][:1]
+        fits = metric in (metrics.split(",") if metrics else main)
+        shown = (task in tasks.split(",") if tasks
+                 else (task.partition(":")[0], shots) not in members)
+        if fits and shown:
+            panels.append((task, shots, metric))
     missing = set(tasks.split(",") if tasks else ()) - {task for task, _, _ in panels}
     if missing or not panels:
         there = sorted({f"{metric} of {task}" for task, _, metric in curves})
@@ -383,9 +378,8 @@ def term_frequency(options):
     for axes, (task, metric) in zip(grid_axes, panels):
         for step, colour in colours.items():
             curve = in_order(rows, "frequency", task=task, step=step)
-            x, y, error = (numbers(curve, name)
-                           for name in ("frequency", metric, f"{metric}_stderr"))
-            axes.errorbar(x, y, error, marker="o", color=colour, label=f"step {int(step):,}")
+            cells = [numbers(curve, name) for name in ("frequency", metric, f"{metric}_stderr")]
+            axes.errorbar(*cells, marker="o", color=colour, label=f"step {int(step):,}")
         axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
         axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
                  ylabel=labels[metric], title=f"{task}, {shots}-shot")
