@@ -128,7 +128,7 @@ class TokenFile:
     def notes(self):
         """Return the object in PREFIX.json, an empty one if there is none."""
         path = f"{self.prefix}.json"
-        return read_json(path) if os.path.exists(path) else {}
+        return read_json(path, 64 << 20) if os.path.exists(path) else {}  # names every input file
 
     def equal_length(self):
         """Return how long every document is, by 1000 of them and the sum of all; 0 if they differ.
@@ -258,7 +258,8 @@ class TokenWriter:
                           and all(file.is_file(follow_symlinks=False) for file in files)):
             raise ValueError(f"{self.folder}: holds {', '.join(names[:3])}, not an unfinished job; "
                              "move it away or name another output")
-        notes = read_json(f"{self.prefix}.json") if os.path.exists(f"{self.prefix}.json") else {}
+        path = f"{self.prefix}.json"
+        notes = read_json(path, 64 << 20) if os.path.exists(path) else {}
         if "progress.json" in names or {"documents", "tokens"} <= notes.keys():
             return
         for suffix in (".json", ".bin", ".idx", "_documents.npy"):

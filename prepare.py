@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import check, command, file_size, replacing
+from config import command, file_size, replacing
 from data import PROVENANCE, Order, TokenWriter, fingerprint, ordered
 from tokenizer import ENDOFTEXT, load_tokenizer
 
@@ -73,7 +73,7 @@ def pieces(path, raw, skip):
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{path}: reading .zst needs zstandard: pip install zstandard") from None
+        raise ValueError(f"{path}: .zst needs zstandard: pip install zstandard") from None
     frame = None
     while block := raw.read(1 << 10):  # of zeros, 1 kB holds 32 MB
         while block:
@@ -165,8 +165,8 @@ def subset_name(record):
 def in_workers(function, tasks, workers, start, *arguments):
     """Yield function(*task) of each task, in order, from `workers` processes (0: one a core).
 
-    start(*arguments) is called first in each, and calls serve_parent. They run ahead by a bounded
-    number of tasks. One worker is this process.
+    start(*arguments) comes first in each, and calls serve_parent. They are a bounded number of
+    tasks ahead. One worker is this process.
     """
     workers = workers or os.cpu_count()
     if workers == 1:
@@ -321,9 +321,6 @@ class Dedup:
     # Jaccard similarity of the sets of words' 5-grams, as the deduplicated Pile's; 1: equal only
     threshold: float = 0.87
 
-    def __post_init__(self):
-        check(self, "more than 0, at most 1", lambda value: 0 < value <= 1, "threshold")
-
 
 def dedup(options):
     """Remove equal and nearly equal documents; the first of each cluster stays."""
@@ -334,7 +331,7 @@ def dedup(options):
         raise ValueError(f"output = {options.output}: one of the inputs, or there already and not "
                          "of this command (no .removed.csv beside it); name another")
     known, counts = {}, Counter()  # known: digest of a text: (who stands for it, kind, similarity)
-    similar = Near(options.threshold) if options.threshold < 1 else None
+    similar = Near(options.threshold) if options.threshold != 1 else None
     with (replacing(options.output) as output, replacing(report) as file,
           tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
                disable=None) as bar):
@@ -365,20 +362,16 @@ def dedup(options):
 
 
 class Near:
-    """MinHash LSH over documents that stay, by datasketch; candidates are held to the threshold.
-
-    The weights prefer candidates too many to candidates missed: at similarity 0.87 it finds 88 % of
-    the pairs, at 0.9 96 % (datasketch's own balance: 45 % and 68 %).
-    """
+    """MinHash LSH over documents that stay, by datasketch; candidates are held to the threshold."""
 
     def __init__(self, threshold):
         try:
             import datasketch
         except ImportError:
-            raise ValueError("near duplicates need datasketch: pip install datasketch; or "
-                             "--threshold=1") from None
+            raise ValueError("near duplicates need datasketch (or --threshold=1)") from None
         self.new_hash = lambda: datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
         self.threshold, self.hashes = threshold, {}
+        # These weights find 88 % of the pairs of similarity 0.87 (datasketch's own balance: 45 %).
         self.index = datasketch.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS,
                                            weights=(0.1, 0.9))
 

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
 import zstandard
 
+import prepare
 from conftest import ROOT, run
 from data import TokenFile, TokenWriter, load_npy
 from prepare import LONGEST, Dedup, Tokenize, chunks, dedup, input_files, tokenize
@@ -23,6 +24,10 @@ WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 123
 
 def line(text, subset="A", key="meta"):
     return json.dumps({"text": text, key: {"pile_set_name": subset}}) + "\n"
+
+
+def gz(content):
+    return gzip.compress(content, 1, mtime=0)  # the time would be in a test's name
 
 
 @pytest.fixture(scope="module")
@@ -81,28 +86,29 @@ def test_subset_file_and_line_are_kept(folder, tokenized, texts):
             and names["documents"] == len(expected))
 
 
-def test_a_killed_job_goes_on_to_the_same_bytes(folder, tokenized, tmp_path):
-    big = tmp_path / "big.jsonl.gz"
+def test_a_killed_job_goes_on_to_the_same_bytes(folder, tmp_path, tokenizer_path, monkeypatch):
     content = gzip.decompress((folder / "b.jsonl.gz").read_bytes()) * 10
-    big.write_bytes(gzip.compress(content, 1))
-    run("tokenize", f"--input={big}", f"--output={tmp_path}/whole", "--workers=1")
-    command = [sys.executable, "-c",  # commits after every chunk, slowly
-               "import sys, time\nimport prepare\n"
-               "prepare.time.monotonic = "
-               "lambda c=iter(range(0, 10**6, 9)): time.sleep(0.05) or next(c)\n"
-               "import config; "
-               "config.run(prepare.tokenize, config.parse(sys.argv[1:], prepare.Tokenize))",
-               f"--input={big}", f"--output={tmp_path}/cut", "--workers=1"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    progress = tmp_path / "cut.partial/progress.json"
-    while not (progress.exists() and json.loads(progress.read_text())["position"]):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    at = json.loads(progress.read_text())["position"]["at"]
+    (tmp_path / "big.jsonl.gz").write_bytes(gz(content))
+    flags = ["tokenize", f"--input={tmp_path}/big.jsonl.gz"]
+    run(*flags, f"--output={tmp_path}/whole", "--workers=1")
+    ticks = iter(range(0, 10**6, 9))  # so that every chunk is committed
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+
+    def commit(self, position, commit=TokenWriter.commit):
+        commit(self, position)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(TokenWriter, "commit", commit)
+    if not (child := os.fork()):
+        try:
+            tokenize(Tokenize(f"{tmp_path}/big.jsonl.gz", f"{tmp_path}/cut", workers=1,
+                              tokenizer=str(tokenizer_path)))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    at = json.loads((tmp_path / "cut.partial/progress.json").read_text())["position"]["at"]
     assert 0 < at[1] < len(content) and not (tmp_path / "cut.idx").exists()
-    run("tokenize", f"--input={big}", f"--output={tmp_path}/cut")
+    run(*flags, f"--output={tmp_path}/cut")
     for suffix in (".bin", ".idx", "_documents.npy"):
         assert ((tmp_path / f"cut{suffix}").read_bytes()
                 == (tmp_path / f"whole{suffix}").read_bytes())
@@ -131,10 +137,6 @@ def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path, bad, words):
     done = run(*flags, "--skip_malformed=True", "--append_eod=False")
     assert "2 documents" in done.stdout and "1 bad lines" in done.stdout
     assert TokenFile(tmp_path / "out").read(0).tolist() == [12092, 1533]
-
-
-def gz(content):
-    return gzip.compress(content, mtime=0)  # the time would be in the test's name
 
 
 @pytest.mark.parametrize("name, content, words", [

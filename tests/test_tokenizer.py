@@ -6,12 +6,14 @@ The reference is the `tokenizers` library reading the same file.
 import json
 import os
 import random
+import re
+from unittest import mock
 
 import pytest
 import tokenizers
 from hypothesis import given, settings, strategies as st
 
-from tokenizer import N_TOKENS, Tokenizer
+from tokenizer import LONG_RUN, N_TOKENS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,16 @@ AWKWARD = st.sampled_from([
 def test_any_text(ours, original, pieces):
     text = "".join(pieces)
     assert ours.encode(text) == original.encode(text).ids
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.sampled_from([" ", "  ", "\n", "\t", "\r\n", "\x85", "\xa0", "\u3000", "\x1c", "a",
+                                 "1", ".", "'s", "é", "\u200b", " " * 25]), max_size=30))
+def test_every_run_of_blanks_may_be_cut(ours, original, pieces):
+    text = "".join(pieces)
+    with mock.patch("tokenizer.LONG_RUN", re.compile(LONG_RUN.pattern.replace("100000", "1"))):
+        parts = list(ours._around_long_runs(text))
+    assert [id_ for ids in parts for id_ in ids] == original.encode(text).ids
 
 
 @pytest.mark.parametrize("run", [
