@@ -41,7 +41,7 @@ from config import (check, COUNT, note, NUMBER, parse, read_json, replacing, run
                     write_all, write_json)
 from data import Order, ordered
 from model import Cache, head_blocks, Prefix
-from parallel import Processes
+from parallel import Processes, leave_processes
 from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_jsonl, read_split,
                    SEVERAL, STYLES, text as field)
 from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
@@ -494,8 +494,7 @@ def main(config):
             del model  # before the one after the next is loaded
     if processes.rank == 0:
         print(f"{config.output}: {n} evaluations done, {len(entries) * len(jobs) - n} were there")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def prepare_all(config):
@@ -748,8 +747,7 @@ def losses(config):
             os.replace(f"{config.output}.partial", f"{config.output}.npy")
         print(f"{config.output}.npy: {len(entries)} checkpoints of {len(rows):,} rows, "
               f"{len(todo)} done now")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def loss_rows(config, entries):

@@ -108,6 +108,15 @@ class Processes:
         self.together(compare)
 
 
+def leave_processes():
+    """End what Processes began."""
+    if dist.is_initialized():
+        # gloo's thread needs Python to let go of its last message; a group that is freed before
+        # would wait for that thread, and Python with it, for ever.
+        time.sleep(0.2)
+        dist.destroy_process_group()
+
+
 class Interrupt:
     """From `listen` on, notes a SIGINT or SIGTERM, on which the loop acts between steps."""
 

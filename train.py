@@ -45,7 +45,6 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
@@ -55,8 +54,8 @@ from data import OrderedData, TokenFile, check_whole, fingerprint, samples_neede
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
 from parallel import (Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes, communicate,
-                      compute_dtype, flops_per_token, forget_gradients, parallelize, peak_flops,
-                      plan, rehearse)
+                      compute_dtype, flops_per_token, forget_gradients, leave_processes,
+                      parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
 
 
@@ -721,8 +720,4 @@ if __name__ == "__main__":
         fail(str(error))
     finally:
         run(checkpoints.finish_writing)
-        if dist.is_initialized():
-            # gloo's thread needs Python to let go of its last message; a group that is freed
-            # before would wait for that thread, and Python with it, for ever.
-            time.sleep(0.2)
-            dist.destroy_process_group()
+        leave_processes()

@@ -53,7 +53,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
@@ -63,7 +62,7 @@ from data import Order, load_npy, ordered
 from eval import find_all, order_of
 from interventions import read_plan
 from model import Cache, head_blocks
-from parallel import Processes
+from parallel import Processes, leave_processes
 from studies.results import (Checkpoints, first_and_last, open_results, permutation_p, regression,
                              student_p, write_csv, write_table)
 
@@ -179,8 +178,7 @@ def score(options):
                 whole = np.mean(results == options.continuation)
                 print(f"{path}: {len(results):,} rows, {whole:.3%} of which whole, "
                       f"{np.mean(results):.3f} of {options.continuation} tokens right on average")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def score_rows(act, data, width, results, rows, batch, processes, title):
