@@ -165,8 +165,9 @@ def view(options):
 
 def save_steps(options, data, steps):
     """Write all rows of the steps as one .npy, a step at a time."""
-    if os.path.lexists(options.save):
-        raise ValueError(f"{options.save}: there already; name another file")
+    of_data = options.save.endswith(("_documents.npy", "_idx.npy"))
+    if not options.save.endswith(".npy") or of_data or os.path.lexists(options.save):
+        raise ValueError(f"save = {options.save}, expected the name of a new BATCH.npy")
     # uint16 as in the token file; but an intervention's padding is a negative id.
     dtype = np.dtype("<i4" if options.intervention else "<u2")
     shape = (len(steps) * options.batch_size, options.seq_length + 1)

@@ -326,10 +326,10 @@ def dedup(options):
     """Remove equal and nearly equal documents; the first of each cluster stays."""
     paths, report = input_files(options.input), f"{options.output}.removed.csv"
     inputs = set(map(os.path.realpath, paths))
-    if os.path.exists(options.output) and (
-            os.path.realpath(options.output) in inputs or not os.path.exists(report)):
-        raise ValueError(f"output = {options.output}: one of the inputs, or there already and not "
-                         "of this command (no .removed.csv beside it); name another")
+    if (not options.output.endswith(".jsonl") or os.path.realpath(options.output) in inputs
+            or os.path.exists(options.output) and not os.path.exists(report)):
+        raise ValueError(f"output = {options.output}, expected a .jsonl, none of the inputs, that "
+                         "is new or was written by this command (with a .removed.csv)")
     known, counts = {}, Counter()  # known: digest of a text: (who stands for it, kind, similarity)
     similar = Near(options.threshold) if options.threshold != 1 else None
     with (replacing(options.output) as output, replacing(report) as file,

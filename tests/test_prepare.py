@@ -202,8 +202,11 @@ def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, strangers):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="/out.*name another output"):
         tokenize(Tokenize(f"{tmp_path}/a.jsonl", f"{tmp_path}/out", str(tokenizer_path)))
-    with pytest.raises(ValueError, match="name another"):
-        dedup(Dedup(f"{tmp_path}/a.jsonl", str(before[-1]), threshold=1.0))
+    for name in ("a.jsonl", "./a.jsonl", "b.jsonl", "new.bin", *strangers):
+        (tmp_path / "b.jsonl").write_text(line("one"))
+        with pytest.raises(ValueError, match="output = .*expected a .jsonl"):
+            dedup(Dedup(f"{tmp_path}/a.jsonl", f"{tmp_path}/{name}", threshold=1.0))
+    (tmp_path / "b.jsonl").unlink()
     assert sorted(tmp_path.rglob("*")) == before
     assert all(path.read_text() in ("{}", line("one")) for path in before if path.is_file())
 

@@ -115,12 +115,13 @@ def test_steps_and_rows_that_are_not_there(corpus, flags, words):
 
 def test_saving_never_writes_over_a_file(corpus):
     before = {path: path.read_bytes() for path in corpus.iterdir()}
-    (corpus / "link").symlink_to(corpus / "d.bin")
-    for name in ("d.bin", "d.json", "d_documents.npy", "baked.idx", "a.jsonl", "link"):
+    (corpus / "link.npy").symlink_to(corpus / "d.bin")
+    for name in ("d.bin", "d.json", "d_documents.npy", "baked.idx", "a.jsonl", "link.npy",
+                 "new_documents.npy", "new.bin"):
         path = corpus / name
-        assert f"{path}: there already" in run("view", f"--data={corpus}/d", *FLAGS,
-                                               f"--save={path}", expect=2).stderr
-    (corpus / "link").unlink()
+        done = run("view", f"--data={corpus}/d", *FLAGS, f"--save={path}", expect=2)
+        assert f"save = {path}, expected the name of a new BATCH.npy" in done.stderr
+    (corpus / "link.npy").unlink()
     assert {path: path.read_bytes() for path in corpus.iterdir()} == before
 
 
