@@ -762,15 +762,21 @@ def loss_rows(config, entries):
         what = {"text": config.text, "documents": [doc.get("id") for doc in documents]}
     else:
         order = order_of(config.model.split(",")[0], config.data)
-        data, match = ordered(order), re.fullmatch(r"(\d{1,15}):(\d{1,15})", config.rows)
-        first, last = map(int, match.groups()) if match else (0, 0)
-        if not first < last <= len(data):
-            raise ValueError(f"rows = {config.rows!r}, expected FIRST:LAST+1 within 0:{len(data)}")
+        data = ordered(order)
+        first, last = first_and_last("rows", config.rows, len(data))
         rows = data.rows(range(first, last)).astype(np.int64)
         what = {"order": asdict(order), "rows": [first, last]}
     if not 1 < rows.shape[1] <= L + 1:
         raise ValueError(f"rows of {rows.shape[1] - 1} tokens, expected 1 to {L}")
     return rows, what
+
+
+def first_and_last(name, text, n):
+    """Return the numbers of a setting "first:last", 0 <= first < last <= n, or raise ValueError."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= n):
+        raise ValueError(f"{name} = {text!r}, expected FIRST:LAST+1 within 0:{n}")
+    return int(first), int(last)
 
 
 def open_losses(output, what, rows):

@@ -152,12 +152,6 @@ def demo(options):
             print(f"{subset:27} {counts[0]:5,} documents, {counts[1]:3} held out, {size:,} bytes")
 
 
-@dataclass(frozen=True)
-class Suite:
-    output: str = "data/suite"  # writes standard.jsonl, docs/heldout/test.jsonl and sums.jsonl
-    steps: int = 384  # in the second half of which sums.jsonl plants three of every sum of TERMS
-
-
 CITIES = ("Paris London Berlin Madrid Oslo Vienna Dublin Chicago Boston Toronto Tokyo Moscow Delhi "
           "Lima Sydney Denver").split()
 OCCUPATIONS = ("baker farmer teacher doctor lawyer painter driver nurse singer writer banker "

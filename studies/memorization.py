@@ -59,12 +59,12 @@ import checkpoints
 from batch_viewer import Provenance
 from config import check, command, read_json, replacing
 from data import Order, load_npy, ordered
-from eval import find_all, order_of
+from eval import find_all, first_and_last, order_of
 from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes, leave_processes
-from studies.results import (Checkpoints, first_and_last, open_results, permutation_p, regression,
-                             student_p, write_csv, write_table)
+from studies.results import (Checkpoints, open_results, permutation_p, regression, student_p,
+                             write_csv, write_table)
 
 UNKNOWN = 255  # in a .npy that is being made
 

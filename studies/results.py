@@ -29,22 +29,11 @@ def open_results(path, settings, remedy="name another --output"):
     if not path.exists():
         write_json(path, settings)
         return
-    before, differences = read_json(path), []
-    for name, value in settings.items():
-        found, given = repr(before.get(name)), repr(value)
-        if found != given:  # a list of 2,000 questions is no message
-            differences.append(f"{name} was {found}, is {given}" if len(found + given) < 500
-                               else f"{name} is another")
+    before = read_json(path)
+    differences = [f"{name} was {str(before.get(name)):.200}, is {str(value):.200}"
+                   for name, value in settings.items() if str(before.get(name)) != str(value)]
     if differences:
         raise ValueError(f"{path.parent} holds other results: {'; '.join(differences)}; {remedy}")
-
-
-def first_and_last(name, text, n):
-    """Return the numbers of a setting "first:last", 0 <= first < last <= n, or raise ValueError."""
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= n):
-        raise ValueError(f"{name} = {text!r}, expected FIRST:LAST+1 within 0:{n}")
-    return int(first), int(last)
 
 
 def write_csv(path, header, rows):

@@ -34,12 +34,12 @@ import torch
 
 import checkpoints
 import plots
-from config import check, parse, read_json, replacing, run
+from config import check, parse, replacing, run
 from data import OrderedData, samples_needed
 from eval import loglikelihood, loglikelihood_rolling, token_losses
 from interventions import IntervenedData, InterventionConfig, read_plan
 from parallel import Processes
-from studies.corpus import CITIES, PLACES, SAID, lives
+from studies.corpus import CITIES, SAID, lives
 from studies.gender_bias import heldout_places, she_against_he
 from studies.memorization import matched_lengths, poisson_tests, position_test, window_counts
 from studies.results import holm, regression, write_table
@@ -134,7 +134,7 @@ def measure(options, name, seed, plan, step, tokenizer):
         model = checkpoints.load_model(Path(options.output) / name / f"step{step}", device)
         found = ask(model, tokenizer, plan) | heldout(model, tokenizer, Path(options.data) / "docs")
         if step == options.steps:
-            found["rows"] = memorized_rows(options, model, tokenizer, seed, device)
+            found["rows"] = memorized_rows(options, model, tokenizer, seed, plan, device)
         with replacing(path) as file:
             np.savez(file, **found)
     return dict(np.load(path))
@@ -187,8 +187,9 @@ def heldout(model, tokenizer, docs):
             "she_documents": np.array(documents), "she_x": np.array(x)}
 
 
-def memorized_rows(options, model, tokenizer, seed, device):
-    """Return whether each row, as it was trained on, is (32, 32)-memorized."""
+def memorized_rows(options, model, tokenizer, seed, plan, device):
+    """Return whether each row, as it was trained on, is (32, 32)-memorized and no burst's."""
+    bursts = {tuple(tokenizer.encode(entry["text"])) for entry in plan if entry["group"] == "burst"}
     data = OrderedData(f"{options.data}/prose", LENGTH, samples_needed(options.steps, BATCH), seed)
     served = IntervenedData(data, tokenizer, InterventionConfig(
         intervention="plant", planted=f"{options.data}/plan_{seed}.jsonl"))
@@ -196,8 +197,10 @@ def memorized_rows(options, model, tokenizer, seed, device):
     for start in range(0, options.steps, 64):
         rows = np.concatenate([served.step_rows(step, BATCH)[:, :64]
                                for step in range(start, min(start + 64, options.steps))])
-        found.append(matched_lengths(model, torch.tensor(rows, device=device), 32) == 32)
-    return torch.cat(found).cpu().numpy()
+        whole = matched_lengths(model, torch.tensor(rows, device=device), 32) == 32
+        found += [flag and tuple(row) not in bursts
+                  for flag, row in zip(whole.tolist(), rows.tolist())]
+    return np.array(found)
 
 
 # ---------------------------------------------------------------------------- claims

@@ -71,11 +71,10 @@ from tqdm import tqdm
 import checkpoints
 from config import command, read_csv, read_json, write_json
 from data import Order, ordered
-from eval import find_all, generate_until, loglikelihood
+from eval import find_all, first_and_last, generate_until, loglikelihood
 from parallel import Processes
 from prepare import in_workers
-from studies.results import (Checkpoints, first_and_last, open_results, regression, write_csv,
-                             write_table)
+from studies.results import Checkpoints, open_results, regression, write_csv, write_table
 from tasks import digest, read_jsonl, text, texts, without_articles
 from tokenizer import SPECIAL, load_tokenizer
 
@@ -488,7 +487,7 @@ def by_term(answers):
 def binned(means, task, tenths=10):
     """Yield rows of BINS behind the first five: the paper's bins, tenths of the terms by frequency.
 
-    Equally frequent terms are in one tenth, so that there are fewer of them in a small corpus.
+    Equally frequent terms are in one tenth.
     """
     frequency = means[:, 0]
     edges = np.geomspace(1, 1e6, 7) if task == "triviaqa" else np.geomspace(1e5, 2e8, 20)

@@ -1,13 +1,10 @@
-"""python -m pytest tests/test_estimators.py: size, power and coverage of what the studies report.
-
-`python -m tests.test_estimators` prints the table.
-"""
+"""python -m pytest tests/test_estimators.py: size, power and coverage of what the studies report."""
 
 import numpy as np
 import pytest
 
 from studies.memorization import poisson_tests, position_test, window_counts
-from studies.results import holm, permutation_p, regression, student_p, student_quantile
+from studies.results import holm, regression, student_p, student_quantile
 
 # What is simulated: a function (generator, effect) -> what `regression` is given. Documents have 1
 # to 12 items; an item is what its document, its seed and chance make of it.
@@ -178,16 +175,3 @@ def test_position_by_hand():
     (_, line, *_), (_, hump, *_) = position_test(np.arange(5.0), -(np.arange(5.0) - 2)**2)
     assert (line, hump) == pytest.approx((0, 4))
     assert position_test(np.arange(3), np.arange(3)) == []
-
-
-if __name__ == "__main__":
-    for name, (*_, effect, _) in SIMULATED.items():
-        size, _ = rejected_and_covered(name, 0.0, 2000)
-        power, covered = rejected_and_covered(name, effect, 2000)
-        print(f"{name:20} size {size:.3f}  power at {effect}: {power:.3f}  coverage {covered:.3f}")
-    print("p of Poisson and by permutation, of dispersion, then of trend; then t and permutation, "
-          "of the line, then of the hump")
-    for kind in ("shuffled", "crowded", "clumped", "rising"):
-        print(f"{kind:20}", *poisson_rejections(kind))
-    for profile in ("flat", "line", "hump"):
-        print(f"{profile:20}", *position_rejections(profile))

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import string
 from collections import Counter
 
@@ -137,45 +138,10 @@ def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
 
 
 def naive(text):
-    """Return numbers_near_numbers, sorted, of a tidy text, read one character at a time."""
-    text, found = " " + text, []
-
-    def digits(at):
-        """Return where a number of at most five digits ends that begins here, if any."""
-        end = at
-        while end < min(at + 5, len(text)) and text[end].isdecimal():
-            end += 1
-        return end
-
-    def words(at):
-        """Return where one, two and three words with the white space behind them end."""
-        ends = []
-        while len(ends) < 3:
-            end = at
-            while end < len(text) and (text[end].isalnum() or text[end] in string.punctuation):
-                end += 1
-            space = end
-            while space < len(text) and text[space].isspace():
-                space += 1
-            if end == at or space == end:
-                break
-            at = space
-            ends.append(at)
-        return ends
-
-    for at in (i for i, character in enumerate(text) if character == " "):
-        end = digits(at + 1)
-        if end > at + 1 and text[end:end + 1] == " ":
-            stops = [digits(e) for e in words(end + 1) if digits(e) > e]
-            inside = at
-            while stops and inside < stops[-1]:  # every number of the longest window
-                if text[inside].isdecimal():
-                    after = min(digits(inside), stops[-1])
-                    found.append(int(text[inside:after]))
-                    inside = after
-                else:
-                    inside += 1
-    return sorted(found)
+    """Return numbers_near_numbers, sorted, by one pattern that looks ahead from every space."""
+    word = rf"[\w{re.escape(string.punctuation)}]+\s+"
+    windows = re.findall(rf"(?=( \d{{1,5}} (?:{word}){{1,3}}\d{{1,5}}))", " " + text)
+    return sorted(int(number) for window in windows for number in re.findall(r"\d{1,5}", window))
 
 
 PIECES = st.sampled_from([
