@@ -83,26 +83,19 @@ def test_what_is_no_file_is_named(tmp_path):
                 read(path)
 
 
-@pytest.mark.parametrize("where", ["../x.safetensors", "/etc/passwd", "a/b", "", ".hidden", "x\n",
-                                   3, None, "x\0"])
-def test_an_index_stays_in_its_folder(tmp_path, where):
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": where}}))
-    with pytest.raises(ValueError, match="not the name of a file beside it"):
-        open_folder(tmp_path / "in")
-
-
 @pytest.mark.parametrize("index, words", [
+    *(({"weight_map": {"a": where}}, "not the name of a file beside it") for where in (
+        "../x", "/etc/passwd", "a/b", "", ".hidden", "x\n", 3, None, "x\0")),
     ({}, "no weight_map"), ({"weight_map": []}, "no weight_map"),
     ({"weight_map": {"a": "y"}}, "no such"),
     ({"weight_map": {"a": "x", "b": "x", "z": "x"}}, "other tensors than it says: 'c'")])
-def test_an_index_and_its_shards_agree(tmp_path, index, words):
-    save_file(TENSORS, tmp_path / "x")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+def test_an_index_stays_in_its_folder_and_agrees_with_its_shards(tmp_path, index, words):
+    (tmp_path / "in").mkdir()
+    for folder in (tmp_path, tmp_path / "in"):
+        save_file(TENSORS, folder / "x")
+    (tmp_path / "in/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=words):
-        open_folder(tmp_path)
+        open_folder(tmp_path / "in")
 
 
 # ---------------------------------------------------------------------------- torch.save's files

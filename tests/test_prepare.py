@@ -38,9 +38,7 @@ def texts():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, texts):
-    """The same texts as plain, gzipped and zstandard JSON lines and one .txt file each, in one
-    folder.
-    """
+    """The same texts as plain, gzipped and zstandard JSON lines and one .txt file each."""
     folder = tmp_path_factory.mktemp("text")
     lines = [line(text, f"set {i % 3}", "metadata" if i % 2 else "meta")
              for i, text in enumerate(texts)]
@@ -82,8 +80,7 @@ def test_subset_file_and_line_are_kept(folder, tokenized, texts):
                 for (file, number, subset), text in zip(where, texts) if text]
     assert [(names["files"][row["file"]], row["line"], names["subsets"][row["subset"]])
             for row in table] == expected
-    assert (names["empty_documents"] == sum(not text for text in texts)
-            and names["documents"] == len(expected))
+    assert names["empty_documents"] == texts.count("") and names["documents"] == len(expected)
 
 
 def test_a_killed_job_goes_on_to_the_same_bytes(folder, tmp_path, tokenizer_path, monkeypatch):
