@@ -3,7 +3,8 @@
 Biderman et al. 2023, section 3.1: they continue the deduplicated 70M, 410M, 1.4B and 6.9B from
 steps 133000 (the last 7 %) and 113000 (21 %) with masculine pronouns made feminine, and report less
 bias on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch has a control twin:
-the same checkpoint, order and optimizer state without the intervention.
+the same checkpoint, order and optimizer state without the intervention. That is bit for bit the
+parent's own continuation, if it was trained to its end; else the twin is trained too.
 
     python -m studies.gender_bias branch --parents=RUN/step400,RUN2/step400 --output=BRANCHES
     python -m studies.gender_bias measure --branches=BRANCHES --docs=DOCS --output=OUT
@@ -199,7 +200,7 @@ OWN = {"out_dir", "branch_from", "twin", "warm_moments", "stop_at"}
 
 
 def branch(options):
-    """Train each parent on, with the intervention and without; goes on where it was stopped."""
+    """Train each parent on with the intervention, and without unless it has ended; goes on."""
     parents = options.parents.split(",")
     for parent in parents:
         if not re.fullmatch(r"step\d+", Path(parent).name):
@@ -214,14 +215,15 @@ def branch(options):
         launches = (run / "launches.jsonl").read_text().splitlines()
         settings |= json.loads(launches[-1])
         child = Path(options.output) / f"{run.name}_{options.intervention}"
+        ended = (run / f"step{settings['steps']}").is_dir()
         done = subprocess.run([
             sys.executable, "train.py",
             *(f"--{name}={settings[name]}" for name in sorted(names & set(settings))),
-            f"--branch_from={parent}", f"--out_dir={child}", "--twin=True",
+            f"--branch_from={parent}", f"--out_dir={child}", f"--twin={not ended}",
             f"--intervention={options.intervention}", f"--intervention_from={begin}"])
         if done.returncode:
             sys.exit(done.returncode)
-        print(f"{child} and {child}_twin")
+        print(f"{child}, whose twin is {run if ended else f'{child}_twin'}")
 
 
 # ---------------------------------------------------------------------------- measure
@@ -231,7 +233,7 @@ def branch(options):
 class Measure(Checkpoints):
     docs: str  # folder of heldout, winogender, winobias, crows_pairs, or some
     output: str  # folder of the results, one a size
-    branches: str = ""  # folder that branch wrote: every X beside an X_twin is a pair
+    branches: str = ""  # folder that branch wrote: X beside X_twin, or beside its parent
     pairs: str = ""  # or CHILD:TWIN with commas, run or checkpoint folders
     tokenizer: str = "20B_tokenizer.json"
 
@@ -250,9 +252,12 @@ def measure(options):
         raise ValueError(f"{docs}: none of {', '.join(sorted(set(folders.values())))} is there")
     todo = []  # (results' path without the measure, checkpoint folder)
     for name, pair in pairs.items():
-        for side, model in zip(("branch", "twin"), pair):
-            todo += [(f"{options.output}/{name}/{side}_step{step or 0}", folder)
-                     for _, step, _, folder in find(model, options.steps)]
+        found = [{step or 0: folder for _, step, _, folder in find(model, options.steps)}
+                 for model in pair]
+        if not (steps := [step for step in found[0] if step in found[1]]):
+            raise ValueError(f"{pair[0]} and {pair[1]} have no step in common")
+        todo += [(f"{options.output}/{name}/{side}_step{step}", folders[step])
+                 for side, folders in zip(("branch", "twin"), found) for step in steps]
     # From here on the folder belongs to these settings, so all that can be wrong comes before.
     open_results(Path(options.output) / "measure.json", {
         name: getattr(options, name) for name in ("docs", "branches", "pairs")})
@@ -289,12 +294,14 @@ def read_items(name, docs, tokenizer):
 
 def pairs_of(options):
     """Return {name: [child, twin]}; a name is the child's run folder, and must be of one pair."""
-    pairs = [pair.split(":") for pair in options.pairs.split(",") if pair] or [
-        [path.removesuffix("_twin"), path]
-        for path in sorted(map(str, Path(options.branches).glob("*_twin")))]
+    pairs = [pair.split(":") for pair in options.pairs.split(",") if pair]
+    for path in [] if pairs else sorted(Path(options.branches).glob("*/config.json")):
+        twin, parent = Path(f"{path.parent}_twin"), read_json(path).get("branch_from")
+        if parent and not path.parent.name.endswith("_twin"):
+            pairs.append([str(path.parent), str(twin if twin.is_dir() else Path(parent).parent)])
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"branches = {options.branches!r}, pairs = {options.pairs!r}: "
-                         "no CHILD beside a CHILD_twin there")
+                         "no branch and no CHILD:TWIN there")
     named = {}
     for pair in pairs:
         name = find(pair[0], "last")[0][0]

@@ -142,9 +142,10 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     monkeypatch.chdir(ROOT)  # branch calls train.py
     ids = tokenizer.encode("And he said unto him, his day is come; and he went. " * 400)
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
-    run("train", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16", "--steps=8",
-        "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2", f"--data={tmp_path}/d",
-        f"--tokenizer={tokenizer_path}", f"--out_dir={tmp_path}/seed1", "--stop_at=2")
+    train = ["train", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16", "--steps=8",
+             "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
+             f"--data={tmp_path}/d", f"--tokenizer={tokenizer_path}", f"--out_dir={tmp_path}/seed1"]
+    run(*train, "--stop_at=2")
     branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/branches"))
     child = tmp_path / "branches" / "seed1_pronouns_to_feminine"
     options = Measure(str(docs), f"{tmp_path}/out", f"{tmp_path}/branches", steps="last",
@@ -161,6 +162,15 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     assert rows["heldout shift"]["step"] == "8" and rows["cost"]["over"] == "documents of one pair"
     with open(child / "interventions.csv") as file:
         assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
+
+    run(*train)  # the parent's own continuation is the twin, which need not be trained
+    branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/again"))
+    assert [path.name for path in (tmp_path / "again").iterdir()] == [child.name]
+    measure(replace(options, branches=f"{tmp_path}/again", output=f"{tmp_path}/out_again"))
+    for name in ("branch_step8_heldout", "twin_step8_heldout", "twin_step8_cost"):
+        first, second = (np.load(tmp_path / out / child.name / f"{name}.npy")
+                         for out in ("out", "out_again"))
+        assert (first == second).all()
 
     with pytest.raises(ValueError, match="docs was .* name another --output"):
         measure(replace(options, docs=f"{docs}/."))
