@@ -42,7 +42,7 @@ from parallel import Processes
 from studies.corpus import CITIES, SAID, lives
 from studies.gender_bias import heldout_places, she_against_he
 from studies.memorization import matched_lengths, poisson_tests, position_test, window_counts
-from studies.results import holm, regression, write_table
+from studies.results import holm, open_results, regression, write_table
 from tokenizer import load_tokenizer
 
 SIZES = {  # name: layers, width, heads, peak learning rate
@@ -88,6 +88,8 @@ def command(options, *arguments):
 def prepare(options):
     data, tokenizer = Path(options.data), f"--tokenizer={options.tokenizer}"
     command(options, "-m", "studies.corpus", "tokenizer", f"--output={options.tokenizer}")
+    open_results(data / "suite.json", {name: getattr(options, name) for name in (
+        "steps", "seeds", "scale")}, "name another --data and --output")
     if not (data / "prose.idx").exists():
         command(options, "-m", "studies.corpus", "suite", f"--output={data}", tokenizer,
                 f"--steps={options.steps}", f"--batch_size={BATCH}", f"--seeds={options.seeds}",
@@ -309,16 +311,23 @@ th, td { padding: .2rem .5rem; text-align: left; border-bottom: 1px solid #8884;
 """
 
 
+def said(rows):
+    """Say rows of claims.csv: sizes with their intervals."""
+    return "; ".join(
+        f"{size} {value:+.3g}" + ("" if low is None else f" [{low:+.3g}, {high:+.3g}]")
+        + f", {seeds} seed(s)" for _, size, seeds, value, _, low, high, _ in rows)
+
+
 def report(options, sections, planted):
-    """Write OUTPUT/report.html. sections: {title: (figures, header, rows)}."""
+    """Write OUTPUT/report.html. sections: {title: (what was found, figures, header, rows)}."""
     page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
             f"content='width=device-width'><title>Pythia in miniature</title><style>{STYLE}</style>"
             "<h1>Pythia in miniature</h1><p>Intervals are 95 %, over documents and seeds; of one "
             "seed they do not say what another would have done. p of all but the primary outcomes "
             f"is adjusted for their number. Planted in a run: {html.escape(planted)}. This scale "
             "says nothing about sizes, data and doses other than these.</p>"]
-    for title, (figures, header, rows) in sections.items():
-        page.append(f"<h2>{title}</h2><p>The paper: {PAPER.get(title, '')}</p>")
+    for title, (finding, figures, header, rows) in sections.items():
+        page.append(f"<h2>{title}</h2><p>The paper: {PAPER[title]}</p><p>Here: {finding}.</p>")
         for figure in figures:
             png = base64.b64encode(Path(figure).read_bytes()).decode()
             page.append(f'<img alt="{title}" src="data:image/png;base64,{png}">')
@@ -369,11 +378,19 @@ def main(options):
     plots.doses(out / "doses.csv", out / "doses.png")
     plots.places(bursts, out / "places.png")
     swap = [row for row in claims if "occupations" in row[0] or ": " in row[0]]
+    of = lambda claim: [row for row in claims if row[0] == claim]
+    tests = "; ".join(f"{claim} {value:.3g} (p {p:.2g})" for claim, value, _, p in places
+                      if "dispersion" in claim or "middle" in claim)
     planted = Counter(entry["group"] for entry in plans["plan_1"] for _ in entry["steps"])
     report(options, {
-        "Memorization": ([out / "places.png"], place_header, places),
-        "Gendered pronouns": ([], header, swap),
-        "Term frequency": ([out / "doses.png"], header,
+        "Memorization": (f"of {largest} {tests}, by permutation", [out / "places.png"],
+                         place_header, places),
+        "Gendered pronouns": (
+            "the swap changes the occupations' slope by "
+            f"{said(of(f'{SWAPS[0]}: slope of occupations'))}, held-out nats a token by "
+            f"{said(of(f'{SWAPS[0]}: held-out nats a token'))}", [], header, swap),
+        "Term frequency": (f"nats of a sum's answer per doubling of its dose: {said(of(SUM))}",
+                           [out / "doses.png"], header,
                            [row for row in claims if row not in swap])},
         ", ".join(f"{group} at {n:,} places" for group, n in planted.items()))
 
