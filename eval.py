@@ -37,7 +37,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, COUNT, note, NUMBER, parse, read_json, replacing, run, Table, TEXT,
+from config import (check, COUNT, note, NUMBER, parse, read_json, run, Table, TEXT,
                     write_all, write_json)
 from data import Order, ordered
 from model import Cache, head_blocks, Prefix
@@ -789,8 +789,11 @@ def open_losses(output, what, rows):
         return None, []
     if not os.path.exists(partial):
         shape = len(what["checkpoints"]), len(rows), rows.shape[1] - 1
-        with replacing(partial) as file:
-            np.save(file, np.full(shape, np.nan, dtype=np.float32))
+        empty = np.lib.format.open_memmap(f"{partial}.tmp", "w+", np.float32, shape)
+        for checkpoint in empty:  # one at a time: together they may not fit into memory
+            checkpoint[:] = np.nan
+        empty.flush()
+        os.replace(f"{partial}.tmp", partial)
     results = np.load(partial, mmap_mode="r+")
     return results, [i for i, found in enumerate(results)
                      if not np.isfinite(found[rows[:, 1:] >= 0]).all()]

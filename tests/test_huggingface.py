@@ -420,7 +420,7 @@ def test_the_command_line(tmp_path, monkeypatch, command):
                          (("export", x, "b", "--dtype=int8"), "expected float32, float16 or"),
                          (("export", x, "b", "--shard_size=0"), "at least 1"),
                          (("export", x, "b", "--tokenizer=none.json"),
-                          "none.json: no such tokenizer; `make tokenizer` gets it, --tokenizer="),
+                          "none.json: no such tokenizer; `make tokenizer` gets it"),
                          (("export", x, "b"), "20B_tokenizer.json: no such tokenizer"),
                          (("exprot",), "expected one of")):
         code, _, error = command("checkpoints.py", *wrong)
