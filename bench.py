@@ -149,7 +149,7 @@ def prepare_step(who, options):
 def step():
     """Take the prepared step; return this process's peak memory so far in MB (Linux)."""
     _step()
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text()  # getrusage counts what the parent had, too
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
 
 

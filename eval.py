@@ -24,7 +24,6 @@ import math
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -42,8 +41,8 @@ from config import (check, COUNT, note, NUMBER, parse, read_json, run, Table, TE
 from data import Order, ordered
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
-from tasks import (digest, GROUPS, named_tasks, NoDocuments, prompts, read_jsonl, read_split,
-                   SEVERAL, STYLES, text as field)
+from tasks import (digest, GROUPS, MEMBERS, named_tasks, NoDocuments, prompts, read_jsonl,
+                   read_split, STYLES, text as field)
 from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
 
 # ---------------------------------------------------------------------------- shared beginnings
@@ -79,7 +78,7 @@ class Pack:
 
 # Tokens of a batch: few keep a CPU's activations in its cache (a tenth faster than 4096).
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
-JOINS = 4  # a row joins the pack before it if they share this part of it, a quarter
+JOINS = 4  # a row joins the pack before it if they share at least 1 / JOINS of the row
 PACK = 640  # tokens that a pack may have, or twice the row that joins: attention sees all of it
 PREFIX = 32  # tokens that packs must share to be one group
 PREFIX_PAYS = 512  # tokens that a group must save for its prefix to be computed apart
@@ -118,12 +117,13 @@ def plan(rows, L, batch_tokens, name="request {}".format):
         groups[-1][0][-1].add(index, row.tolist(), n, shared)
         before = row
 
-    def pays(packs, P):
-        return (len(packs) - 1) * P >= PREFIX_PAYS
-
-    alone = [pack for packs, P in groups if not pays(packs, P) for pack in packs]
-    batches = []
-    for packs, P in [(alone, 0), *(group for group in groups if pays(*group))]:
+    batches, alone, behind_prefix = [], [], []
+    for packs, P in groups:
+        if (len(packs) - 1) * P >= PREFIX_PAYS:
+            behind_prefix.append((packs, P))
+        else:
+            alone += packs
+    for packs, P in [(alone, 0), *behind_prefix]:
         packs.sort(key=lambda pack: -len(pack.tokens))  # so those of like length come together
         while packs:
             n = max(1, batch_tokens // (len(packs[0].tokens) - P))
@@ -173,7 +173,7 @@ def score(model, rows, batch_tokens=None):
 
 @torch.no_grad()
 def run_plan(model, batches, n, progress=None):
-    """Return score's results of the n indices of plan's rows; of the same index, their sum."""
+    """Return score's result of each index, 0 to n - 1; rows of the same index are added up."""
     lls, all_greedy, prefix, cache = np.zeros(n), np.ones(n, dtype=bool), [], None
     weight = model.embed_in.weight
     for prefix_tokens, packs in _mine(batches):
@@ -303,9 +303,6 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
     for n_tokens, the text at each stop in turn; <|endoftext|> always ends it.
     """
     L, device = model.config.seq_length, model.embed_in.weight.device
-    if n_tokens >= L:
-        raise ValueError(f"{n_tokens} tokens to generate leave no room for a prompt in {L} tokens "
-                         "of context")
     # The last tokens that can hold a stop; 3 more for a character that is cut in two.
     window = max((len(stop.encode()) for stop in stops), default=0) + 3
 
@@ -345,20 +342,22 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
 class Job:
     """A task or a group's tasks, their documents made into requests; for any number of models.
 
-    members: (task's name, Task, its Questions). requests, of all, shots included: (context,
-    continuation), prompts or whole texts; asked, whose they are: (task's name, number of the
-    document, Question). documents: {task or group: hash}. plans: {context length: plan_job's}.
+    members: (task's name, Task, its Questions); they differ only in their documents from `task`.
+    requests, of all, shots included: (context, continuation), prompts or whole texts; asked, whose
+    they are: (task's name, number of the document, Question). documents: {task or group: hash}.
+    plans: {context length: plan_job's}.
     """
 
-    def __init__(self, name, shots, style):
-        self.name, self.shots, self.style = name, shots, style
+    def __init__(self, name, task, shots, style):
+        self.name, self.task, self.shots, self.style = name, task, shots, style
         self.members, self.requests, self.asked, self.documents, self.plans = [], [], [], {}, {}
 
 
 def prepare(name, docs, shots=0, style="v0.4", limit=None):
     """Return the Job of a task or group, or raise ValueError about its documents."""
-    job = Job(name, shots, style)
-    for member in GROUPS[name][0] if name in GROUPS else [name]:
+    members = GROUPS[name][0] if name in GROUPS else [name]
+    job = Job(name, STYLES[style][members[0]], shots, style)
+    for member in members:
         task = STYLES[style][member]
         if shots and not task.pool:
             raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
@@ -377,14 +376,9 @@ def prepare(name, docs, shots=0, style="v0.4", limit=None):
     return job
 
 
-def token_rows(tokenizer, job):
-    """Return encode_pair's (tokens, n) of the job's (context, continuation) requests."""
-    return [encode_pair(tokenizer, *request, job.style) for request in job.requests]
-
-
 def plan_job(job, tokenizer, L, batch_tokens):
     """Plan a job for models with a context of L tokens; raise ValueError for what does not fit."""
-    task, rows, long = job.members[0][1], [], 0
+    task, rows, long = job.task, [], 0
     if L in job.plans:
         return
     if task.kind == "rolling":
@@ -395,7 +389,8 @@ def plan_job(job, tokenizer, L, batch_tokens):
                              f"prompt in {L} tokens of context")
         long = sum(len(encode(tokenizer, prompt)) > L - task.n_tokens for prompt in job.requests)
     else:
-        rows = [(i, *row) for i, row in enumerate(token_rows(tokenizer, job))]
+        rows = [(i, *encode_pair(tokenizer, *request, job.style))
+                for i, request in enumerate(job.requests)]
         long = sum(len(tokens) > L + 1 for _, tokens, _ in rows)
     job.plans[L] = plan(rows, L, batch_tokens,
                         lambda i: f"{job.asked[i][0]}: {job.asked[i][2].where}")
@@ -406,7 +401,7 @@ def plan_job(job, tokenizer, L, batch_tokens):
 
 def answer(model, tokenizer, job, batch_tokens=None, progress=None):
     """Return a result for each request: (log-likelihood, is_greedy), text, or log-likelihood."""
-    task, L = job.members[0][1], model.config.seq_length
+    task, L = job.task, model.config.seq_length
     if task.kind == "generate":
         return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
                               batch_tokens, progress)
@@ -458,7 +453,7 @@ class EvalConfig:
 COLUMNS = {"model": TEXT, "step": f"({COUNT})?", "tokens": f"({COUNT})?", "task": TEXT,
            "shots": COUNT, "metric": TEXT, "value": NUMBER, "stderr": f"({NUMBER})?", "n": COUNT,
            "style": TEXT, "dtype": TEXT, "docs": TEXT}
-key = itemgetter("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
+identity = itemgetter("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
 
 
 def main(config):
@@ -468,32 +463,28 @@ def main(config):
     # The first process knows what the files hold, and alone writes to them.
     opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
     table, missing = opened or (None, None)
-    todo = {}  # checkpoint: jobs
-    for i, j in processes.gather(missing)[0]:
+    missing = processes.gather(missing)[0]
+    todo = {}  # checkpoint: its jobs
+    for i, j in missing:
         todo.setdefault(entries[i], []).append(jobs[j])
     tokenizer = plan_all(config, todo, processes.device)
-
-    def load(folder):
-        return checkpoints.load_model(folder, processes.device).to(getattr(torch, config.dtype))
-
-    folders, n = [folder for *_, folder in todo], sum(map(len, todo.values()))
-    with (ThreadPoolExecutor(1) as loader,  # reads the next checkpoint while this one is evaluated
-          tqdm(total=sum(len(job.requests) for jobs in todo.values() for job in jobs),
-               unit="request", disable=processes.rank > 0 or None) as bar):
-        loading = loader.submit(load, folders[0]) if folders else None
-        for i, entry in enumerate(todo):
-            model = loading.result()
-            loading = loader.submit(load, folders[i + 1]) if i + 1 < len(folders) else None
+    with tqdm(total=sum(len(jobs[j].requests) for _, j in missing), unit="request",
+              disable=processes.rank > 0 or None) as bar:
+        for entry in todo:
+            name, step, _, folder = entry
+            model = checkpoints.load_model(folder, processes.device)
+            model = model.to(getattr(torch, config.dtype))
             for job in todo[entry]:
-                bar.set_description(f"{entry[0]} step {entry[1]} {job.name}")
+                bar.set_description(f"{name} step {step} {job.name}")
                 before = bar.n
                 results = answer(model, tokenizer, job, config.batch_tokens, bar.update)
                 bar.update(before + len(job.requests) - bar.n)  # the other processes' share
                 if processes.rank == 0:
                     record(config, table, entry, job, results)
-            del model  # before the one after the next is loaded
+            del model  # two may not fit where one does
     if processes.rank == 0:
-        print(f"{config.output}: {n} evaluations done, {len(entries) * len(jobs) - n} were there")
+        there = len(entries) * len(jobs) - len(missing)
+        print(f"{config.output}: {len(missing)} evaluations done, {there} were there")
     leave_processes()
 
 
@@ -523,26 +514,26 @@ def plan_all(config, todo, device):
 
 
 def open_outputs(config, entries, jobs):
-    """Return the CSV's Table and (entry, job) numbers of the evaluations that it lacks a row of.
+    """Return the CSV's Table and [(entry's, job's number)] of the evaluations that it lacks.
 
-    Rows of these that it has go: the evaluation that a kill has torn is done again as a whole.
-    Raises ValueError if a name among the rows to come could not be written.
+    One of which a kill has left some rows is done again as a whole, so these rows go. Raises
+    ValueError if a name among the rows to come could not be written.
     """
     table = Table(config.output, COLUMNS)
-    there, missing, again = set(map(key, table.rows)), [], set()
+    there, missing, again = set(map(identity, table.rows)), [], set()
     nothing = {"loglikelihood": (math.nan, False), "generate": "", "rolling": math.nan}
     for j, job in enumerate(jobs):
-        measured = measure(job, [nothing[job.members[0][1].kind]] * len(job.requests))
+        measured = measure(job, [nothing[job.task.kind]] * len(job.requests))
         for i, entry in enumerate(entries):
             rows = csv_rows(config, entry, job, measured)
-            keys = {key(dict(zip(COLUMNS, row))) for row in rows}
-            if not keys <= there:
+            expected = {identity(dict(zip(COLUMNS, row))) for row in rows}
+            if not expected <= there:
                 for row in rows:
-                    table.line(row)
+                    table.line(row)  # raises ValueError
                 missing.append((i, j))
-                again |= keys
+                again |= expected
     if again & there:
-        table = Table(config.output, COLUMNS, lambda row: key(row) not in again)
+        table = Table(config.output, COLUMNS, lambda row: identity(row) not in again)
     if config.samples:
         open_samples(config.samples)
     return table, missing
@@ -562,9 +553,8 @@ def record(config, table, entry, job, results):
         append_samples(config.samples, name, step, job, results)
     rows = measure(job, results)
     table.append(*csv_rows(config, entry, job, rows))
-    within = lambda stderr: "" if stderr is None else f" ± {stderr:.4f}"
     tqdm.write(f"{name} step {step:>6} | " + " | ".join(
-        f"{task} {metric} {value:.4f}{within(stderr)} (n {n:,})"
+        f"{task} {metric} {value:.4f}{'' if stderr is None else f' ± {stderr:.4f}'} (n {n:,})"
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
 
 
@@ -670,9 +660,8 @@ def list_tasks(config):
                 line += f"{split} " + str(error).split(";")[0].replace(": no such file", " missing")
             line += "  "
         print(line.rstrip())
-    several = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
     print("all of a kind: " + ", ".join(
-        f"{name} ({len(members)})" for name, members in several.items()
+        f"{name} ({len(members)})" for name, members in MEMBERS.items()
         if members[0] in STYLES[config.style]))
 
 

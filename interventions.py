@@ -69,9 +69,6 @@ class InterventionConfig:
         if self.copies > 1 and self.intervention != "term_duplicate":
             raise ValueError(f"copies = {self.copies} without --intervention=term_duplicate")
 
-    def covers(self, step):
-        return self.intervention_from <= step
-
     def plan_sha256(self):
         """Return the hash of the file of planted documents, which decides the run; None without."""
         return sha256_of(self.planted) if self.planted else None
@@ -91,7 +88,7 @@ class IntervenedData:
     def step_rows(self, step, batch_size):
         """Return all rows of a step as the model sees them, (batch_size, seq_length + 1) int64."""
         before = self.data.batch(step, batch_size)[0]
-        if not self.config.covers(step):
+        if step < self.config.intervention_from:
             self.changed = []
             return before
         rows = before.copy()

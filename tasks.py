@@ -90,7 +90,7 @@ text, texts = partial(field, kind=str), partial(field, kind=[str])
 
 
 def index(doc, name, labels):
-    """Return where doc[name] stands in `labels`; a number or truth value is its digits there."""
+    """Return where doc[name] stands in `labels`, which are texts: 1 and True stand for "1"."""
     value = doc.get(name)
     label = str(int(value) if isinstance(value, bool) else value)
     if label not in labels:
@@ -224,22 +224,21 @@ def deviation(values):
 BOOTSTRAP = 100_000  # draws, as in the paper's files and by default in lm_eval
 
 
-def perplexity(logprobs, iterations=None):
+def perplexity(logprobs):
     """Return exp(-mean) and its bootstrap standard error, with lm_eval's own draws.
 
     lm_eval/api/metrics.py, bootstrap_stderr: 1000 resamples from each of random.Random(0), (1), ...
-    numpy's RandomState([i]) is the same generator; its numbers are drawn a block at a time.
+    numpy's RandomState([i]) is the same generator.
     """
     values, n, draws = np.array(logprobs), len(logprobs), []
-    if not np.isfinite(values).all():
-        return _exp(-statistics.fmean(logprobs)), math.nan if n > 1 else None
-    for seed in range((iterations or BOOTSTRAP) // 1000 if n > 1 else 0):
-        generator = np.random.RandomState([seed])
-        for _ in range(10):
-            picked = values[(generator.random_sample((100, n)) * n).astype(np.int64)]
-            with np.errstate(over="ignore"):
-                draws += np.exp(-picked.mean(axis=1)).tolist()
-    return _exp(-statistics.fmean(logprobs)), deviation(draws) if draws else None
+    value = _exp(-statistics.fmean(logprobs))
+    if n == 1 or not np.isfinite(values).all():
+        return value, None if n == 1 else math.nan
+    for seed in range(BOOTSTRAP // 1000):
+        picked = (np.random.RandomState([seed]).random_sample((1000, n)) * n).astype(np.int64)
+        with np.errstate(over="ignore"):
+            draws += np.exp(-values[picked].mean(axis=1)).tolist()
+    return value, deviation(draws)
 
 
 def _exp(x):
@@ -702,13 +701,13 @@ GROUPS = {"mmlu": ([f"mmlu_{subject}" for subject in SUBJECTS], mmlu_rows),
 SEVERAL = {"crows_pairs": [name for name in TASKS if name.startswith("crows_pairs")],
            "arithmetic": [name for name in TASKS if name.startswith("arithmetic")],
            "hendrycksTest": [name for name in V03_TASKS if name.startswith("hendrycksTest")]}
+MEMBERS = SEVERAL | {name: members for name, (members, _) in GROUPS.items()}
 
 
 def named_tasks(names, style):
     """Return the tasks and groups in a comma-separated list, each once."""
     table, found = STYLES[style], []
-    several = SEVERAL | {group: members for group, (members, _) in GROUPS.items()}
-    known = [*table, *(name for name, members in several.items() if members[0] in table)]
+    known = [*table, *(name for name, members in MEMBERS.items() if members[0] in table)]
     for name in names.split(","):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
