@@ -65,9 +65,9 @@ from data import load_npy
 from eval import find, loglikelihood, loglikelihood_rolling
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
-from studies.results import Checkpoints, holm, open_results, regression, write_table
+from studies.results import (Checkpoints, holm, open_results, regression, tokenizer_of,
+                             write_table)
 from tasks import read_jsonl, text
-from tokenizer import load_tokenizer
 from train import TrainConfig
 
 PRIMARY = "heldout context"
@@ -235,7 +235,7 @@ class Measure(Checkpoints):
     output: str  # folder of the results, one a size
     branches: str = ""  # folder that branch wrote: X beside X_twin, or beside its parent
     pairs: str = ""  # or CHILD:TWIN with commas, run or checkpoint folders
-    tokenizer: str = "20B_tokenizer.json"
+    tokenizer: str | None = None  # None: the models' own, else 20B_tokenizer.json
 
 
 def measure(options):
@@ -244,13 +244,7 @@ def measure(options):
     OUT/MEASURE_items.npy (2, items): the document of each item, and what it is regressed on.
     """
     docs, device = Path(options.docs), Processes(options.device).device
-    tokenizer, pairs = load_tokenizer(options.tokenizer), pairs_of(options)
-    folders = {name: folder for name, (*_, folder, _) in MEASURES.items()}
-    asked = {name: read_items(name, docs, tokenizer)
-             for name, folder in folders.items() if (docs / folder).is_dir()}
-    if not asked:
-        raise ValueError(f"{docs}: none of {', '.join(sorted(set(folders.values())))} is there")
-    todo = []  # (results' path without the measure, checkpoint folder)
+    pairs, todo = pairs_of(options), []  # (results' path without the measure, checkpoint folder)
     for name, pair in pairs.items():
         found = [{step or 0: folder for _, step, _, folder in find(model, options.steps)}
                  for model in pair]
@@ -258,6 +252,12 @@ def measure(options):
             raise ValueError(f"{pair[0]} and {pair[1]} have no step in common")
         todo += [(f"{options.output}/{name}/{side}_step{step}", folders[step])
                  for side, folders in zip(("branch", "twin"), found) for step in steps]
+    tokenizer = tokenizer_of([folder for _, folder in todo], options.tokenizer)
+    folders = {name: folder for name, (*_, folder, _) in MEASURES.items()}
+    asked = {name: read_items(name, docs, tokenizer)
+             for name, folder in folders.items() if (docs / folder).is_dir()}
+    if not asked:
+        raise ValueError(f"{docs}: none of {', '.join(sorted(set(folders.values())))} is there")
     # From here on the folder belongs to these settings, so all that can be wrong comes before.
     open_results(Path(options.output) / "measure.json", {
         name: getattr(options, name) for name in ("docs", "branches", "pairs")})

@@ -14,13 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+import checkpoints
 from config import read_json, replacing, write_json
+from tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     steps: str = "all"  # of a run folder: all, last, or numbers with commas
     device: str = "auto"  # or cpu, cuda
+
+
+def tokenizer_of(folders, named):
+    """Return the one Tokenizer of checkpoints' folders; ValueError if one has another than ours."""
+    paths = [checkpoints.folder_tokenizer(folder, named) for folder in folders]
+    return load_tokenizer(paths[0])
 
 
 def open_results(path, settings, remedy="name another --output"):

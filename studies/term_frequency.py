@@ -74,7 +74,8 @@ from data import Order, ordered
 from eval import find_all, first_and_last, generate_until, loglikelihood
 from parallel import Processes
 from prepare import in_workers
-from studies.results import Checkpoints, open_results, regression, write_csv, write_table
+from studies.results import (Checkpoints, open_results, regression, tokenizer_of, write_csv,
+                             write_table)
 from tasks import digest, read_jsonl, text, texts, without_articles
 from tokenizer import SPECIAL, load_tokenizer
 
@@ -342,14 +343,15 @@ class Evaluate(Checkpoints):
     x2: str = "1:51"  # and of the second
     questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
     results: str = "term_frequency"  # folder; what it holds is not computed again
-    tokenizer: str = "20B_tokenizer.json"
+    tokenizer: str | None = None  # None: the models' own, else 20B_tokenizer.json
 
 
 def evaluate(options):
     """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
     prompts, results, n = all_prompts(options), Path(options.results), 0
     folders = find_all(options.model, options.steps)
-    tokenizer, device = load_tokenizer(options.tokenizer), Processes(options.device).device
+    tokenizer = tokenizer_of([folder for *_, folder in folders], options.tokenizer)
+    device = Processes(options.device).device
     open_results(results / "asked.json", {
         "x1": options.x1, "x2": options.x2, "questions":
         digest(read_questions(options.questions)) if options.questions else None},
