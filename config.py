@@ -44,9 +44,9 @@ def parse(argv, *schemas):
             # The fields with their comments are the manual; the methods behind them are not.
             print(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() + "\n")
         sys.exit(0)
-    hints = {name: hint for schema in schemas
-             for name, hint in typing.get_type_hints(schema).items()}
-    values = {}
+    hints, values = {}, {}
+    for schema in schemas:
+        hints |= typing.get_type_hints(schema)
     for argument in argv:
         where = "command line" if argument.startswith("-") else argument
         for name, value in _read(argument, hints).items():
@@ -61,7 +61,7 @@ def parse(argv, *schemas):
         fail(f"missing: {', '.join(missing)} (--help explains every setting)")
     built = []
     for schema in schemas:
-        mine = {field.name for field in dataclasses.fields(schema)} & values.keys()
+        mine = values.keys() & typing.get_type_hints(schema)
         try:
             built.append(schema(**{name: values[name] for name in mine}))
         except ValueError as error:  # a dataclass refuses a value in __post_init__
@@ -70,14 +70,14 @@ def parse(argv, *schemas):
 
 
 def _read(argument, hints):
-    """Return {name: value} of a flag or of a config file; a flag's value is still text."""
+    """Return {name: value} of a flag or of a config file."""
     if argument.startswith("--"):
         name, equals, text = argument[2:].partition("=")
         if not equals and hints.get(name) is bool:
             text = "True"  # --push
         elif not equals:
             fail(f"command line: found {argument}, expected --name=value")
-        return {name: _Text(text)}
+        return {name: _value(text, hints.get(name))}
     if not argument.endswith(".py"):
         fail(f"command line: found {argument}, expected --name=value or a config file ending in "
              ".py")
@@ -91,21 +91,19 @@ def _read(argument, hints):
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
 
-class _Text(str):
-    """A flag's value before its type is known (a config file's values arrive typed)."""
+def _value(text, hint):
+    """Return what a flag's text stands for; a str setting keeps it, as a path may be digits."""
+    if hint is str or (hint == str | None and text != "None"):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def _typed(where, name, value, hint):
     """Return `value` as a type that `hint` allows: 3e11 fills an int, 1 a float."""
     kinds = typing.get_args(hint) or (hint,)  # str | None has two
-    if isinstance(value, _Text):
-        text = str(value)
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = text
-        if str in kinds and not (value is None and types.NoneType in kinds):
-            value = text  # a path may look like a number
     if type(value) is float and not math.isfinite(value):
         fail(f"{where}: {name} = {value} is not a finite number")
     for kind in kinds:
@@ -175,8 +173,8 @@ def note(line):
         print(line, file=sys.stderr)
 
 
-NO_MEMORY = "out of memory|(allocate|enough) memory|ALLOC_FAILED"  # as torch says it
-LIGHTER = ("micro_batch_size", "batch_tokens", "batch_size")  # what to lower then
+NO_MEMORY = "out of memory|(allocate|enough) memory|ALLOC_FAILED"  # in torch's RuntimeErrors
+MEMORY_SETTINGS = ("micro_batch_size", "batch_tokens", "batch_size")  # the first there is advised
 
 
 def run(function, *arguments):
@@ -185,7 +183,7 @@ def run(function, *arguments):
         result = function(*arguments)
         sys.stdout.flush()
         return result
-    except BrokenPipeError:  # `... | head` has seen enough
+    except BrokenPipeError:  # the reader of `... | head` has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
@@ -193,10 +191,10 @@ def run(function, *arguments):
     except (OverflowError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
-        lower = [f"; lower --{name}={getattr(settings, name)}" for name in LIGHTER
+        lower = [f"; lower --{name}={getattr(settings, name)}" for name in MEMORY_SETTINGS
                  for settings in arguments if hasattr(settings, name)]
-        fail(f"a setting is too large: {str(error)[:200].partition(chr(10))[0]}"
-             + "".join(lower[:1]), everywhere=False)
+        first_line = str(error)[:200].partition("\n")[0]
+        fail(f"a setting is too large: {first_line}" + "".join(lower[:1]), everywhere=False)
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -229,7 +227,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # which by itself says only that some disk is full
+        if error.errno == errno.ENOSPC:  # write() does not name its file
             error.filename = path
         raise
     finally:
@@ -346,8 +344,9 @@ class Table:
     """A CSV file that one process at a time repairs and appends to; `rows` are those it had.
 
     columns: {name: pattern of its cells}. A kill or a full disk can tear only the last line, whose
-    step or evaluation is done again. Rows that keep(row) is false of go, for they will be written
-    again. Raises ValueError if the first line does not name the columns.
+    step or evaluation is done again; any other damaged line goes into a copy of the file first.
+    Rows that keep(row) is false of go: they will be written again. Raises ValueError if the first
+    line does not name the columns.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
@@ -365,10 +364,14 @@ class Table:
         for number, (line, cells) in enumerate(lines, 2):
             if not line.strip():
                 continue
-            ends, row = line.endswith(b"\n"), dict(zip(columns, cells))
-            if (not ends or len(cells) != len(columns)
+            torn, row = not line.endswith(b"\n"), dict(zip(columns, cells))
+            if (torn or len(cells) != len(columns)
                     or not all(map(re.fullmatch, columns.values(), cells))):
-                self.say_broken(number, line, ends)
+                words = "is torn and goes"
+                if not torn:
+                    words = f"is damaged and goes; {path}.damaged is the file as it was"
+                    shutil.copyfile(path, f"{path}.damaged")
+                note(f"{path}, line {number} {words}: {line[:200]!r}")
             elif keep(row):
                 self.rows.append(row)
                 text += line.rstrip(b"\r\n") + b"\n"
@@ -376,14 +379,6 @@ class Table:
             with replacing(os.path.realpath(path)) as file:
                 file.write(text)
             self.file = lock(path, busy)
-
-    def say_broken(self, number, line, ends):
-        """Say that a line goes; if it is not the torn end of the file, keep the file as it was."""
-        words = "is torn and goes"
-        if ends:
-            words = f"is damaged and goes; {self.path}.damaged is the file as it was"
-            shutil.copyfile(self.path, f"{self.path}.damaged")
-        note(f"{self.path}, line {number} {words}: {line[:200]!r}")
 
     def append(self, *rows):
         write_all(self.file, b"".join(map(self.line, rows)))
