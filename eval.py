@@ -18,6 +18,7 @@ token is scored, and rows of like length are batched by tokens. None of it chang
 than rounding (tests/test_scoring.py: 1e-4).
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -36,7 +37,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, COUNT, note, NUMBER, parse, read_json, run, Table, TEXT,
+from config import (check, COUNT, file_size, note, NUMBER, parse, read_json, run, Table, TEXT,
                     write_all, write_json)
 from data import Order, ordered
 from model import Cache, head_blocks, Prefix
@@ -459,7 +460,9 @@ identity = itemgetter("model", "step", "task", "shots", "metric", "style", "dtyp
 def main(config):
     # Processes meet when a task is done. The first one may wait longer than gloo's 30 minutes.
     processes = Processes(config.device, timeout=timedelta(days=30))
+    processes.agree(asdict(config) | {"device": processes.device.type})
     jobs, entries = prepare_all(config), find_all(config.model, config.steps)
+    processes.agree({f"documents of {job.name}": job.documents for job in jobs})
     # The first process knows what the files hold, and alone writes to them.
     opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
     table, missing = opened or (None, None)
@@ -561,6 +564,8 @@ def record(config, table, entry, job, results):
 def open_samples(path):
     """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
     line, ours = b"\n", b'{"model": '
+    if os.path.exists(path):
+        file_size(path)  # refuses what is no file
     with open(path, "ab+") as file:  # what cannot be written is refused now, not in an hour
         file.seek(0)
         for number, line in enumerate(file, 1):
@@ -716,8 +721,11 @@ def losses(config):
     which checkpoint, row and document is where.
     """
     processes = Processes(config.device, timeout=timedelta(days=30))
+    processes.agree(asdict(config) | {"device": processes.device.type})
     entries = find_all(config.model, config.steps)
     rows, what = loss_rows(config, entries)
+    what["sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
+    processes.agree(what)
     what["checkpoints"] = [[name, step] for name, step, *_ in entries]
     results, missing = processes.together(
         lambda: open_losses(config.output, what, rows), first_alone=True) or (None, None)
@@ -774,18 +782,31 @@ def open_losses(output, what, rows):
     if os.path.exists(path) and read_json(path) != what:
         raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
     write_json(path, what)
+    shape = len(what["checkpoints"]), len(rows), rows.shape[1] - 1
     if os.path.exists(f"{output}.npy"):
+        open_array(f"{output}.npy", shape, "r")
         return None, []
     if not os.path.exists(partial):
-        shape = len(what["checkpoints"]), len(rows), rows.shape[1] - 1
         empty = np.lib.format.open_memmap(f"{partial}.tmp", "w+", np.float32, shape)
         for checkpoint in empty:  # one at a time: together they may not fit into memory
             checkpoint[:] = np.nan
         empty.flush()
         os.replace(f"{partial}.tmp", partial)
-    results = np.load(partial, mmap_mode="r+")
+    results = open_array(partial, shape, "r+")
     return results, [i for i, found in enumerate(results)
                      if not np.isfinite(found[rows[:, 1:] >= 0]).all()]
+
+
+def open_array(path, shape, mode):
+    """Return a mapped .npy of losses, or raise ValueError: it is not what was written there."""
+    file_size(path)
+    try:
+        array = np.load(path, mmap_mode=mode)
+    except (ValueError, EOFError):
+        array = None
+    if array is None or (array.shape, array.dtype) != (shape, np.float32):
+        raise ValueError(f"{path}: not the float32 {shape} that belongs here; move it away")
+    return array
 
 
 @torch.no_grad()
