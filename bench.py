@@ -5,7 +5,7 @@
     python bench.py checkpoints --size=160m    # beside safetensors.torch and torch.save
     python bench.py memorization               # rows scored, beside transformers' generate
     python bench.py eval --docs=DIR            # beside lm_eval; pip install lm_eval accelerate
-    python bench.py gpu --output=steps.csv     # steps of every size on one GPU
+    python bench.py gpu | tee steps.txt        # steps of every size on one GPU
 
 Speeds are medians, and a ratio is the median of the rounds' ratios. `train` gives each contender a
 process of its own, for peak memory is a process's. All of them, ours and theirs, start with the
@@ -13,7 +13,6 @@ variables of ALLOCATOR, so that glibc keeps freed memory for all or for none. Wi
 `memorization` and `eval` measure a GPU.
 """
 
-import csv
 import gc
 import json
 import math
@@ -68,7 +67,6 @@ class GPUBench:
     micro_batch: int = 64  # sequences at most; halved until it fits
     seq_length: int = 2048
     device: str = "cuda"  # "cpu" tries the script, in float32
-    output: str = "steps.csv"
 
 
 def race(title, rounds, amount, unit, contenders, memory=False):
@@ -136,7 +134,7 @@ def make_step(who, config, training, tokens, device, dtype="float32"):
 
 
 def prepare_step(who, options):
-    """Make _step take an optimizer step in this process."""
+    """Make an optimizer step of `who` what step() takes in this process."""
     global _step
     torch.set_num_threads(options.threads)
     config, training = configs(options.size, options.seq_length)
@@ -269,15 +267,12 @@ def gpu(options):
     """Measure steps of every size on one GPU in bfloat16, beside transformers."""
     device = Processes(options.device).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    table = [("size", "who", "micro_batch", "tokens/s", "MFU", "peak GB", "planned GB")]
-    print(f"{name}, torch {torch.__version__}, T = {options.seq_length}: {' | '.join(table[0])}")
+    print(f"{name}, torch {torch.__version__}, T = {options.seq_length}: "
+          "size | who | micro_batch | tokens/s | MFU | peak GB | planned GB", flush=True)
     for size in options.sizes.split(","):
         for who in ("ours", "ours compiled", "transformers", "transformers compiled"):
             if who != "transformers compiled" or size in options.compiled_theirs.split(","):
-                table.append(measure_steps(size, who, options, device))
-                print(*table[-1], sep=" | ", flush=True)
-                with open(options.output, "w") as file:
-                    csv.writer(file).writerows(table)
+                print(*measure_steps(size, who, options, device), sep=" | ", flush=True)
 
 
 def measure_steps(size, who, options, device):

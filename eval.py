@@ -43,7 +43,7 @@ from data import Order, ordered
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
 from tasks import (digest, GROUPS, MEMBERS, named_tasks, NoDocuments, prompts, read_jsonl,
-                   read_split, STYLES, text as field)
+                   read_split, STYLES, text as text_of)
 from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
 
 # ---------------------------------------------------------------------------- shared beginnings
@@ -307,12 +307,12 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
     # The last tokens that can hold a stop; 3 more for a character that is cut in two.
     window = max((len(stop.encode()) for stop in stops), default=0) + 3
 
-    def text(tokens):
+    def decode(tokens):
         tokens = itertools.takewhile(lambda token: token != ENDOFTEXT, tokens)
         return tokenizer.decode([token for token in tokens if 1 < token < N_TOKENS])
 
     def finished(new):
-        tails = [(row[-1], text(row)) for row in new[:, -window:].tolist()]
+        tails = [(row[-1], decode(row)) for row in new[:, -window:].tolist()]
         return torch.tensor([last == ENDOFTEXT or any(stop in tail for stop in stops)
                              for last, tail in tails])
 
@@ -328,7 +328,7 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
         out = model.generate(tokens.to(device), n_tokens, 0, finished=finished,
                              padding=torch.tensor(padding, device=device))
         for i, row in zip(chosen, out[:, T:].tolist()):
-            results[i] = text(row)
+            results[i] = decode(row)
             for stop in (*stops, "<|endoftext|>"):
                 results[i] = results[i].split(stop)[0]
         if progress:
@@ -470,14 +470,19 @@ def main(config):
     todo = {}  # checkpoint: its jobs
     for i, j in missing:
         todo.setdefault(entries[i], []).append(jobs[j])
-    tokenizer = plan_all(config, todo, processes.device)
+    tokenizer, n = None, config.batch_tokens or BATCH_TOKENS[processes.device.type]
+    for (*_, folder), mine in todo.items():  # what does not fit is told before any model runs
+        path = checkpoints.folder_tokenizer(folder, config.tokenizer)
+        tokenizer = tokenizer or load_tokenizer(path)  # all are the same
+        for job in mine:
+            plan_job(job, tokenizer, checkpoints.open_any(folder)[0].seq_length, n)
     with tqdm(total=sum(len(jobs[j].requests) for _, j in missing), unit="request",
               disable=processes.rank > 0 or None) as bar:
-        for entry in todo:
+        for entry, mine in todo.items():
             name, step, _, folder = entry
             model = checkpoints.load_model(folder, processes.device)
             model = model.to(getattr(torch, config.dtype))
-            for job in todo[entry]:
+            for job in mine:
                 bar.set_description(f"{name} step {step} {job.name}")
                 before = bar.n
                 results = answer(model, tokenizer, job, config.batch_tokens, bar.update)
@@ -502,18 +507,6 @@ def prepare_all(config):
                 raise
             note(f"{error}; left out")  # as CrowS-Pairs has no bias_type "autre" in English
     return jobs
-
-
-def plan_all(config, todo, device):
-    """Return the tokenizer and plan all jobs: what does not fit is told before any model runs."""
-    tokenizer = None
-    for (*_, folder), jobs in todo.items():
-        path = checkpoints.folder_tokenizer(folder, config.tokenizer)
-        tokenizer = tokenizer or load_tokenizer(path)  # all are the same
-        L = checkpoints.open_any(folder)[0].seq_length
-        for job in jobs:
-            plan_job(job, tokenizer, L, config.batch_tokens or BATCH_TOKENS[device.type])
-    return tokenizer
 
 
 def open_outputs(config, entries, jobs):
@@ -578,20 +571,16 @@ def open_samples(path):
 
 def append_samples(path, name, step, job, results):
     """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
-    def finite(value):
-        return value if math.isfinite(value) else None
-
+    names = {"loglikelihood": ("context", "continuation", "loglikelihood", "is_greedy"),
+             "generate": ("context", "generated"),
+             "rolling": ("context", "loglikelihood")}[job.task.kind]
     lines = []
     for (task, number, _), request, result in zip(job.asked, job.requests, results):
+        cells = [*request, *result] if len(names) == 4 else [request, result]
+        cells = [None if isinstance(cell, float) and not math.isfinite(cell) else cell
+                 for cell in cells]
         line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
-                    doc_id=number)
-        if isinstance(result, tuple):
-            line |= dict(context=request[0], continuation=request[1],
-                         loglikelihood=finite(result[0]), is_greedy=result[1])
-        elif isinstance(result, str):
-            line |= dict(context=request, generated=result)
-        else:
-            line |= dict(context=request, loglikelihood=finite(result))
+                    doc_id=number, **dict(zip(names, cells)))
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     with open(path, "ab", buffering=0) as file:
         write_all(file, "".join(lines).encode())
@@ -621,7 +610,7 @@ def find(model, steps):
                              "checkpoint's folder (config.json)")
         match = re.fullmatch(r"step(\d+)", path.name)
         name = path.parent.name if match else path.name
-        return [(name, match[1] if match else "", _tokens(path), path)]
+        return [(name, match[1] if match else "", tokens_seen(path), path)]
     if not re.fullmatch(r"all|last|\d+(,\d+)*", steps):
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
     wanted = {"all": list(folders), "last": [max(folders)]}.get(steps)
@@ -635,10 +624,10 @@ def find(model, steps):
         if steps != "all" or not whole:
             raise ValueError(words)
         note(f"{words}; left out")
-    return [(path.name, str(step), _tokens(folders[step]), folders[step]) for step in whole]
+    return [(path.name, str(step), tokens_seen(folders[step]), folders[step]) for step in whole]
 
 
-def _tokens(folder):
+def tokens_seen(folder):
     """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
     path, match = folder / "training.json", re.fullmatch(r"step(\d+)", folder.name)
     if path.exists():
@@ -753,7 +742,7 @@ def loss_rows(config, entries):
     if config.text:
         path = checkpoints.folder_tokenizer(entries[0][3], config.tokenizer)
         tokenizer, documents = load_tokenizer(path), read_jsonl(config.text)
-        encoded = [[ENDOFTEXT] + tokenizer.encode(field(doc, "text")) for doc in documents]
+        encoded = [[ENDOFTEXT] + tokenizer.encode(text_of(doc, "text")) for doc in documents]
         longest = max(map(len, encoded))
         rows = np.array([row + [-1] * (longest - len(row)) for row in encoded])
         what = {"text": config.text, "documents": [doc.get("id") for doc in documents]}

@@ -56,17 +56,17 @@ class InterventionConfig:
         if self.intervention is None and self.intervention_from:
             raise ValueError(f"intervention_from = {self.intervention_from}: of no use without "
                              "--intervention=NAME")
-        for name, wanted, words in (
-                ("terms", str(self.intervention).startswith("term_"),
+        names = (self.intervention or "").split("+")
+        for setting, needed, rule in (
+                ("terms", any(name.startswith("term_") for name in names),
                  "the term_ ones need --terms=WORD,WORD"),
-                ("planted", "plant" in str(self.intervention).split("+"),
-                 "plant needs --planted=FILE")):
-            if bool(getattr(self, name)) != wanted:
-                raise ValueError(f"intervention = {self.intervention} with {name} = "
-                                 f"{getattr(self, name)!r}: {words}, the others take none")
+                ("planted", "plant" in names, "plant needs --planted=FILE")):
+            if bool(getattr(self, setting)) != needed:
+                raise ValueError(f"intervention = {self.intervention} with {setting} = "
+                                 f"{getattr(self, setting)!r}: {rule}, the others take none")
         if self.terms and not all(term.strip() for term in self.terms.split(",")):
             raise ValueError(f"terms = {self.terms!r}: an empty word among them")
-        if self.copies > 1 and self.intervention != "term_duplicate":
+        if self.copies > 1 and "term_duplicate" not in names:
             raise ValueError(f"copies = {self.copies} without --intervention=term_duplicate")
 
     def plan_sha256(self):
@@ -137,21 +137,18 @@ class PronounSwap:
             lambda raw: tokenizer.encode(raw.decode("utf8", "surrogateescape")))
 
     def __call__(self, step, rows):
-        for i in range(len(rows)):
-            rows[i] = self.row(step * len(rows) + i, rows[i])
+        documents = self.data.tokens
+        for i, row in enumerate(rows):
+            pieces = self.data.pieces(step * len(rows) + i)
+            (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
+            # The row may begin inside a word, whose beginning decides what the word is.
+            before = documents.read(first, max(start - 8, 0), start)
+            end = min(stop + len(row) // 4 + 8, int(documents.sizes[last]))
+            after = documents.read(last, stop, end)
+            whole = np.concatenate((before, row, after)).astype(np.int64)
+            ids = self.swap(whole, len(before))[:len(row)]
+            row[:] = ids + [MASKED] * (len(row) - len(ids))
         return rows
-
-    def row(self, number, row):
-        """Return a row's ids (seq_length + 1,) after the swap, as many, MASKED if text ran out."""
-        pieces, documents = self.data.pieces(number), self.data.tokens
-        (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
-        # The row may begin inside a word, whose beginning decides what the word is.
-        before = documents.read(first, max(start - 8, 0), start)
-        after = documents.read(last, stop,
-                               min(stop + len(row) // 4 + 8, int(documents.sizes[last])))
-        ids = self.swap(np.concatenate((before, row, after)).astype(np.int64),
-                        len(before))[:len(row)]
-        return ids + [MASKED] * (len(row) - len(ids))
 
     def swap(self, tokens, begin):
         """Return tokens[begin:] (n,) int64 as the list of ids of the swapped text."""

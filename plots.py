@@ -64,9 +64,9 @@ def finish(figure, output):
     return figure
 
 
-def numbers(rows, name):
-    """Return a column as floats; an empty cell is nan, which is not drawn."""
-    return [float(row[name] or "nan") for row in rows]
+def numbers(rows, *names):
+    """Return columns as arrays of numbers; an empty cell is nan, which is not drawn."""
+    return [np.array([float(row[name] or "nan") for row in rows]) for name in names]
 
 
 def in_order(rows, name="step", /, **kept):
@@ -103,13 +103,13 @@ def training(options):
         raise ValueError(f"{options.results}: no bits_per_byte of {name}; "
                          "run eval.py --tasks=heldout first")
     figure, (left, right) = grid(2, 2, 5, 4)
-    left.plot(numbers(steps, "tokens"), numbers(steps, "loss"))
+    left.plot(*numbers(steps, "tokens", "loss"))
     left.set(xlabel="tokens seen", ylabel="training loss (nats per token)", xscale="log")
     for task, colour in shades(sorted({row["task"] for row in rows})).items():
         curve, subset = in_order(rows, task=task), task.removeprefix("heldout:")
         label, colour, width = ("all", "black", 2) if subset == "heldout" else (subset, colour, 1)
-        right.plot(numbers(curve, "tokens"), numbers(curve, "value"), marker="o", color=colour,
-                   linewidth=width, label=f"{label} (n = {curve[0]['n']})")
+        right.plot(*numbers(curve, "tokens", "value"), marker="o", color=colour, linewidth=width,
+                   label=f"{label} (n = {curve[0]['n']})")
     right.set(xlabel="tokens seen", ylabel="held-out bits per byte", xscale="log")
     right.legend(loc="lower left")
     figure.suptitle(name)
@@ -137,7 +137,8 @@ def evaluations(paths, columns=()):
     """Return {(task, shots, metric): {model: [(tokens, value, stderr or nan)]}} of any CSVs.
 
     A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a
-    file that is neither or lacks one of `columns`, and for a curve of rows that cannot be compared.
+    file that is neither eval.py's nor the published one or lacks one of `columns`, and for a curve
+    of rows that cannot be compared.
     """
     points, made = defaultdict(dict), {}
     for path in paths.split(","):
@@ -241,7 +242,11 @@ def choose_panels(curves, tasks, metrics):
 
 
 def draw(curves, panels, output, reference=None, title=None, xscale="log"):
-    """Draw a panel for each (task, shots, metric) over tokens; the log axis has no step 0."""
+    """Draw a panel for each (task, shots, metric) over tokens, with bands of one standard error.
+
+    The reference is grey; its first and last curve are named, which shows the order of all. Step 0
+    has no place on a log axis.
+    """
     columns = min(4, len(panels))
     figure, grid_axes = grid(len(panels), columns, max(3.1, 5.5 / columns), 2.6, legend=0.9)
     look = looks({model for panel in panels for model in curves.get(panel, ())},
@@ -252,8 +257,25 @@ def draw(curves, panels, output, reference=None, title=None, xscale="log"):
         axes.set(title=f"{task.replace(':', chr(10))}, {shots}-shot", xscale=xscale,
                  ylabel=AXIS_NAMES.get(metric, metric),
                  yscale="log" if metric.endswith("perplexity") else "linear")
-        draw_published(axes, (reference or {}).get(panel, {}), handles)
-        draw_models(axes, curves.get(panel, {}), look, handles)
+        published = {model: points for model, points in (reference or {}).get(panel, {}).items()
+                     if points[-1][0] > 0}
+        for model, points in published.items():
+            x, y, _ = zip(*(point for point in points if point[0] > 0))
+            [handles["published"]] = axes.plot(x, y, color="0.78", zorder=1, label="published")
+            if model in (list(published)[0], list(published)[-1]):
+                axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"),
+                              (x[-1], y[-1]), xytext=(3, 0), textcoords="offset points", fontsize=7,
+                              color="0.5", va="center")
+                axes.margins(x=0.1)
+        for model, points in curves.get(panel, {}).items():
+            colour, line = look[model]
+            x, y, error = np.array(points, dtype=float)[[point[0] > 0 for point in points]].T
+            [handles[model]] = axes.plot(x, y, color=colour, linestyle=line, marker="o",
+                                         markersize=2.2, label=model)
+            low = y - error
+            if metric.endswith("perplexity"):  # an error as large as its value has no end below
+                low = np.maximum(low, y / 10)
+            axes.fill_between(x, low, y + error, color=colour, alpha=0.15, linewidth=0)
     for axes in grid_axes[-columns:]:  # the lowest of every column
         axes.set_xlabel("tokens seen")
     shown = [handles[name] for name in (*look, "published") if name in handles]
@@ -261,32 +283,6 @@ def draw(curves, panels, output, reference=None, title=None, xscale="log"):
                   handlelength=3, ncols=columns)
     figure.suptitle(title or "")
     return finish(figure, output)
-
-
-def draw_published(axes, models, handles):
-    """Draw published curves in grey; name the first and the last, which show their order."""
-    models = {model: points for model, points in models.items() if points[-1][0] > 0}
-    for model, points in models.items():
-        x, y, _ = zip(*(point for point in points if point[0] > 0))
-        [handles["published"]] = axes.plot(x, y, color="0.78", zorder=1, label="published")
-        if model in (list(models)[0], list(models)[-1]):
-            axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), (x[-1], y[-1]),
-                          xytext=(3, 0), textcoords="offset points", fontsize=7, color="0.5",
-                          va="center")
-            axes.margins(x=0.1)
-
-
-def draw_models(axes, models, look, handles):
-    """Draw our curves, each with a band of one standard error if it has them."""
-    for model, points in models.items():
-        colour, line = look[model]
-        x, y, error = np.array(points, dtype=float)[[point[0] > 0 for point in points]].T
-        [handles[model]] = axes.plot(x, y, color=colour, linestyle=line, marker="o",
-                                     markersize=2.2, label=model)
-        low = y - error
-        if axes.get_yscale() == "log":  # where an error as large as its value has no end below
-            low = np.maximum(low, y / 10)
-        axes.fill_between(x, low, y + error, color=colour, alpha=0.15, linewidth=0)
 
 
 @dataclass(frozen=True)
@@ -378,8 +374,8 @@ def term_frequency(options):
     for axes, (task, metric) in zip(grid_axes, panels):
         for step, colour in colours.items():
             curve = in_order(rows, "frequency", task=task, step=step)
-            cells = [numbers(curve, name) for name in ("frequency", metric, f"{metric}_stderr")]
-            axes.errorbar(*cells, marker="o", color=colour, label=f"step {int(step):,}")
+            axes.errorbar(*numbers(curve, "frequency", metric, f"{metric}_stderr"), marker="o",
+                          color=colour, label=f"step {int(step):,}")
         axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
         axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
                  ylabel=labels[metric], title=f"{task}, {shots}-shot")
@@ -401,8 +397,8 @@ def memorization(folder, output):
         for subset, colour in ({"all": "black"} | shades(subsets)).items():
             curve = in_order(rates, rows="seen", model=model, subset=subset)
             if curve:
-                top.errorbar(*(numbers(curve, name) for name in ("step", "mean_length", "stderr")),
-                             marker="o", label=subset, color=colour)
+                top.errorbar(*numbers(curve, "step", "mean_length", "stderr"), marker="o",
+                             label=subset, color=colour)
         top.set(title=model, xlabel="step")
         quantiles(bottom, in_order(windows, model=model))
     axes[0].set(ylabel="tokens right before the first miss")
@@ -435,15 +431,14 @@ def differences(path, output):
     rows = read_csv(path)
     measures = list(dict.fromkeys(row["measure"] for row in rows))
     figure, grid_axes = grid(len(measures), min(3, len(measures)), 4.2, 3.4)
-    units = {"cost": " (bits per byte)"}
     for axes, measure in zip(grid_axes, measures):
         mine = in_order(rows, measure=measure)
-        step, value, low, high = (numbers(mine, name)
-                                  for name in ("step", "difference", "low", "high"))
+        step, value, low, high = numbers(mine, "step", "difference", "low", "high")
         axes.axhline(0, color="grey")
         axes.fill_between(step, low, high, alpha=0.2, linewidth=0)
         axes.plot(step, value, marker="o")
-        axes.set(xlabel="step", ylabel="branch - twin" + units.get(measure, " (nats)"),
+        unit = "bits per byte" if measure == "cost" else "nats"
+        axes.set(xlabel="step", ylabel=f"branch - twin ({unit})",
                  title=f"{measure}, {int(mine[0]['items']):,} item(s), {mine[0]['seeds']} seed(s)")
     return finish(figure, output)
 
@@ -456,8 +451,7 @@ def doses(path, output):
     for kind, axes in zip(kinds, panels):
         for size, colour in shades(colours).items():
             curve = in_order(rows, "dose", kind=kind, size=size)
-            x, y, low, high = (np.array(numbers(curve, name))
-                               for name in ("dose", "value", "low", "high"))
+            x, y, low, high = numbers(curve, "dose", "value", "low", "high")
             axes.errorbar(x, y, (y - low, high - y), marker="o", color=colour, label=size)
         axes.set_xscale("symlog", linthresh=1)
         axes.set(title=kind, xlabel="times planted")

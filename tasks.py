@@ -151,8 +151,8 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
     """Return ([(prompt before the question, Question)], hash of the documents used).
 
     v0.4 draws with one Random(1234) a task, in the file's order; v0.3 with one Random(42), which
-    has shuffled the documents first (so its `limit` is a sample). A document is kept out of its own
-    shots where each harness keeps it out. Raises ValueError if the pool is too small.
+    has shuffled the documents first (so its `limit` is a sample). Raises ValueError if the pool is
+    too small.
     """
     documents = list(read_split(docs, task, task.split))
     rng = random.Random(1234 if style == "v0.4" else 42)
@@ -160,15 +160,16 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
         rng.shuffle(documents)
     documents = documents[:limit]
     pool = read_split(docs, task, task.pool) if shots else []
-    own = task.split == "validation" if style == "v0.4" else task.pool != "train"
-    drawn = shots and shots + own
+    # Where a harness keeps a document out of its own shots, it draws one more to drop.
+    leaves_out = task.split == "validation" if style == "v0.4" else task.pool != "train"
+    drawn = shots and shots + leaves_out
     if len(pool) < drawn:
         raise ValueError(f"{task.folder}: {shots} shots need {drawn} documents of {task.pool}, "
                          f"there are {len(pool)}")
     prompted, leaks = [], 0
     for document in documents:
         examples = pool[:shots] if task.pool == "dev" else rng.sample(pool, drawn)
-        if own:
+        if leaves_out:
             examples = [example for example in examples if example != document][:shots]
             if len(examples) < shots and style == "v0.4":  # the pool has copies of this document
                 others = [example for example in pool if example != document]
@@ -248,7 +249,7 @@ def _exp(x):
 def pooled(rows):
     """Return the size-weighted mean of rows (value, stderr, n), its stderr, and the whole n.
 
-    lm_eval/api/metrics.py, pooled_sample_stderr; without it if a row has none.
+    lm_eval/api/metrics.py, pooled_sample_stderr; None if a row has no stderr.
     """
     total = sum(n for _, _, n in rows)
     value = sum(value * n for value, _, n in rows) / total
@@ -259,31 +260,29 @@ def pooled(rows):
 
 
 def rate(metric, results, right):
-    """Return the row of how often a document is right; nan if a log-likelihood of its is.
+    """Return the row of how often a document is right.
 
-    To argmax, NaN is the largest.
+    A document with a NaN log-likelihood counts as nan: argmax would take NaN for the largest.
     """
     return row(metric, [math.nan if any(math.isnan(ll) for ll, _ in result) else float(is_right)
                         for result, is_right in zip(results, right)])
 
 
-def accuracy(questions, results, normed=False):
-    """acc: the likeliest request is the right one, the first of equals.
+def accuracy(questions, results):
+    """acc: the likeliest request is the right one, the first of equals."""
+    right = [np.argmax([ll for ll, _ in result]) == question.gold
+             for question, result in zip(questions, results)]
+    return [rate("acc", results, right)]
 
-    normed: acc_norm too, by log-likelihood per character (code point, without the space before).
-    """
-    rows = []
-    for metric in ("acc", "acc_norm")[:1 + normed]:
+
+def both_accuracies(questions, results):
+    """acc, and acc_norm by log-likelihood per character (code point, without the space before)."""
+    right = []
+    for question, result in zip(questions, results):
         with np.errstate(divide="ignore"):  # an empty choice's is divided by 0, as in lm_eval
-            lls = [np.array([ll for ll, _ in result]) / (
-                       question.lengths if metric == "acc_norm" else 1)
-                   for question, result in zip(questions, results)]
-        rows.append(rate(metric, results, [np.argmax(own) == question.gold
-                                           for question, own in zip(questions, lls)]))
-    return rows
-
-
-both_accuracies = partial(accuracy, normed=True)
+            normed = np.array([ll for ll, _ in result]) / question.lengths
+        right.append(np.argmax(normed) == question.gold)
+    return [*accuracy(questions, results), rate("acc_norm", results, right)]
 
 
 def greedy(questions, results):
@@ -421,12 +420,12 @@ def wsc_documents(documents, repair=True, only=(0, 1)):
     return prepared
 
 
-def _repaired(doc, span, index):
+def _repaired(doc, span, place):
     """The span with the case of the word at its index, on one line and with no final full stop."""
     words = text(doc, "text").split()
-    if span in doc["text"] or not 0 <= index < len(words):
+    if span in doc["text"] or not 0 <= place < len(words):
         return span
-    first = span[0].lower() if words[index][0].islower() else span[0].upper()
+    first = span[0].lower() if words[place][0].islower() else span[0].upper()
     repaired = (first + span[1:]).rstrip(".").replace("\n", " ")
     return repaired if repaired in doc["text"] else span
 
