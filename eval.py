@@ -474,8 +474,9 @@ def main(config):
     for (*_, folder), mine in todo.items():  # what does not fit is told before any model runs
         path = checkpoints.folder_tokenizer(folder, config.tokenizer)
         tokenizer = tokenizer or load_tokenizer(path)  # all are the same
+        L = checkpoints.open_any(folder)[0].seq_length
         for job in mine:
-            plan_job(job, tokenizer, checkpoints.open_any(folder)[0].seq_length, n)
+            plan_job(job, tokenizer, L, n)
     with tqdm(total=sum(len(jobs[j].requests) for _, j in missing), unit="request",
               disable=processes.rank > 0 or None) as bar:
         for entry, mine in todo.items():
@@ -512,8 +513,8 @@ def prepare_all(config):
 def open_outputs(config, entries, jobs):
     """Return the CSV's Table and [(entry's, job's number)] of the evaluations that it lacks.
 
-    One of which a kill has left some rows is done again as a whole, so these rows go. Raises
-    ValueError if a name among the rows to come could not be written.
+    An evaluation that has only some of its rows, after a kill, is done again as a whole, and these
+    rows are taken out. Raises ValueError if a name in a row to come could not be written.
     """
     table = Table(config.output, COLUMNS)
     there, missing, again = set(map(identity, table.rows)), [], set()
@@ -685,6 +686,7 @@ def sample(config):
         generator = torch.Generator(device).manual_seed(config.seed)
         tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
         print(f"--- {name} step {step}\n{tokenizer.decode(tokens[0].tolist())}")
+        del model  # two may not fit where one does
 
 
 # ---------------------------------------------------------------------------- losses
@@ -724,9 +726,10 @@ def losses(config):
     for i in tqdm(todo, unit="checkpoint", disable=processes.rank > 0 or None):
         model = checkpoints.load_model(entries[i][3], processes.device)
         found = np.concatenate([token_losses(model, some.to(processes.device)) for some in mine])
-        for rank, part in enumerate(_everyone(found)):
+        for rank, part in enumerate(processes.gather(found)):
             if processes.rank == 0:
                 results[i, rank::stride] = part
+        del model  # two may not fit where one does
     if processes.rank == 0:
         if todo:
             results.flush()

@@ -224,20 +224,18 @@ def choose_panels(curves, tasks, metrics):
     """
     members = {(member, shots) for task, shots, _ in curves if task in GROUPS
                for member in GROUPS[task][0]}
-    panels = []
+    wanted, panels = tasks.split(",") if tasks else [], []
     for task, shots, metric in sorted(curves):
         main = [main for main in MAIN_METRICS if (task, shots, main) in curves][:1]
         fits = metric in (metrics.split(",") if metrics else main)
-        shown = (task in tasks.split(",") if tasks
-                 else (task.partition(":")[0], shots) not in members)
+        shown = task in wanted if wanted else (task.partition(":")[0], shots) not in members
         if fits and shown:
             panels.append((task, shots, metric))
-    missing = set(tasks.split(",") if tasks else ()) - {task for task, _, _ in panels}
+    missing = sorted(set(wanted) - {task for task, _, _ in panels})
     if missing or not panels:
         there = sorted({f"{metric} of {task}" for task, _, metric in curves})
         raise ValueError(f"the results have no {metrics or 'main metric'} of "
-                         f"{' or '.join(sorted(missing)) or 'any task'}; there are "
-                         f"{', '.join(there)}")
+                         f"{' or '.join(missing) or 'any task'}; there are {', '.join(there)}")
     return panels
 
 
