@@ -48,6 +48,9 @@ from config import command, file_size, read_json, read_lines, sha256_of, write_j
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+READABLE = 0o666 & ~UMASK  # what any new file of this process may be
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
 # Files of 2023 also hold the causal mask, its value and rotary frequencies, which are not needed.
@@ -214,6 +217,7 @@ def write_files(folder, files):
             except SafetensorError as error:  # "... (os error 28)": a full disk
                 code = int(re.search(r"os error (\d+)|$", str(error))[1] or errno.EIO)
                 raise OSError(code, os.strerror(code), str(folder / name)) from None
+            (folder / name).chmod(READABLE)  # the library lets nobody else read it
             hashing[name] = hashers.submit(describe_file, folder / name)
         for name in files:
             sync(folder / name)
@@ -293,6 +297,10 @@ def check_hashes(folder):
     reads all bytes once more (0.9 s on two cores for the 1.95 GB of a 160m).
     """
     entries = manifest_of(folder)
+    for name in files_of(folder) if entries else ():
+        if name not in entries and re.match(r"model|optimizer/|(training|config)\.json", name):
+            raise ValueError(f"{folder / name}: its manifest.json does not list it; restore that, "
+                             f"or move {folder.name} away")
     rank, count = process_place()
     names = list(entries)[rank::count]
     with ThreadPoolExecutor() as hashers:
@@ -593,7 +601,8 @@ def writing(folder):
         os.rename(temporary, folder)
         sync(folder.parent)
         if before and is_whole(before) and lost_moments(before) and (
-                manifest_of(before).items() <= manifest_of(folder).items()):
+                manifest_of(before).items() <= manifest_of(folder).items()
+                and files_of(before).keys() <= {*manifest_of(before), "manifest.json"}):
             remove(before)
     finally:  # after an error, such as a full disk, the room is free again
         shutil.rmtree(temporary, ignore_errors=True)
@@ -755,6 +764,10 @@ def folder_tokenizer(folder, named=None):
         if file_size(own) and sha256_of(own) not in COMPARED:
             load_tokenizer(own)
             COMPARED.add(sha256_of(own))
+    others = [name for name in ("vocab.json", "tokenizer.model") if (Path(folder) / name).exists()]
+    if named is None and others:
+        raise ValueError(f"{folder}: {others[0]} without a tokenizer.json, which alone is known "
+                         "here; name one with --tokenizer")
     if (size := open_any(folder)[0].vocab_size) < N_TOKENS:
         raise ValueError(f"{folder}: vocab_size is {size:,}, but GPT-NeoX-20B's tokenizer, the "
                          f"only one that is known here, has {N_TOKENS:,} ids")

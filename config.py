@@ -84,9 +84,11 @@ def _read(argument, hints):
     if not os.path.exists(argument):
         fail(f"{argument}: no such file")
     try:
+        file_size(argument)
         settings = runpy.run_path(argument)
-    except (Exception, SystemExit) as error:  # whatever it does wrong, the user reads one line
-        fail(f"{argument}: cannot read this config: {type(error).__name__}: {error}")
+    except BaseException as error:  # whatever it does wrong, the user reads one line
+        fail(f"{argument}: cannot read this config: {type(error).__name__}: "
+             + " ".join(str(error).split()))
     return {name: value for name, value in settings.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
@@ -306,6 +308,8 @@ def read_lines(path):
     No cell of ours has a line break, so a damaged line takes no other with it.
     """
     lines = []
+    if os.path.exists(path):
+        file_size(path)  # refuses a pipe
     with open(path, "rb") as file:
         for line in file:
             try:

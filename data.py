@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import check, command, lock, read_json, replacing, sha256_of, write_json
+from config import check, command, file_size, lock, read_json, replacing, sha256_of, write_json
 from tokenizer import ENDOFTEXT
 
 MAGIC = b"MMIDIDX\0\0"
@@ -60,6 +60,7 @@ class TokenFile:
         self.scattered, self.maps = False, {}
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
         idx = f"{self.prefix}.idx"
+        file_size(idx)
         with open(idx, "rb") as file:
             header = file.read(HEADER_BYTES)
         version, count, doc_count = (int.from_bytes(header[a:b], "little")
@@ -451,6 +452,7 @@ def check_index(tokens, block=1 << 24):
 
 def load_npy(path):
     """Return a memory-mapped .npy file; never unpickles. Raises ValueError naming the file."""
+    file_size(path)
     try:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
@@ -493,13 +495,13 @@ class OrderedData:
         {"preshuffled": true}.
         """
         notes = self.tokens.notes()
-        marked = bool(notes.get("baked_from") or notes.get("preshuffled"))
+        marked = notes.get("preshuffled", bool(notes.get("baked_from")) or None)
         length = self.tokens.equal_length()
         if marked and not length:
             raise ValueError(f"{self.tokens.prefix}.json says that it is in training order, but "
                              "its rows differ in length: not the file of this .json")
         in_pieces = len(self.tokens.bounds) > 2
-        return length if marked or in_pieces else 0
+        return length if marked or (in_pieces and marked is None) else 0
 
     def describe(self):
         """Return the lines that say where rows come from, and what is unusual about the data."""

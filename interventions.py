@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import check, sha256_of
+from config import check, file_size, sha256_of
 from data import batch_rows, MASKED
 from tokenizer import ENDOFTEXT
 
@@ -265,13 +265,14 @@ def read_plan(path):
     draws its own, by its id.
     """
     entries, ids = [], set()
-    for i, line in enumerate(Path(path).read_text(encoding="utf8").splitlines(), 1):
+    file_size(path)  # refuses what is no file
+    for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
-            name, text = entry["id"], entry["text"]
+            name, text = entry["id"], entry["text"].encode()
             if "steps" not in entry:
                 (first, stop), dose = entry["between"], entry["dose"]
-                if dose < 0 or not 0 <= first < stop:
+                if not 0 <= dose < 10**7 or not 0 <= first < stop:
                     raise ValueError(f"dose {dose} between {first} and {stop}")
                 times, rest = divmod(dose, stop - first)
                 generator = np.random.RandomState([entry["seed"], zlib.crc32(name.encode())])
@@ -279,7 +280,7 @@ def read_plan(path):
                 entry["steps"] = [*range(first, stop)] * times + drawn.tolist()
             if name in ids or not text or any(type(s) is not int or s < 0 for s in entry["steps"]):
                 raise ValueError("expected a new id, a text, and steps from 0")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {i}: not a planted document ({type(error).__name__}: "
                              f"{error})") from None
         ids.add(name)

@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, COUNT, fail, NUMBER, parse, read_json, run, sha256_of, Table,
+from config import (check, COUNT, fail, note, NUMBER, parse, read_json, run, sha256_of, Table,
                     write_json)
 from data import OrderedData, TokenFile, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
@@ -264,6 +264,10 @@ def find_start(config):
     """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
     if saved := checkpoints.saved_steps(config.out_dir, state=True):
         return os.path.join(config.out_dir, f"step{saved[-1]}"), saved[-1]
+    if folders := checkpoints.step_folders(config.out_dir):
+        raise ValueError(f"{folders[-1][1]}: damaged or without Adam's moments, like every "
+                         f"checkpoint of {config.out_dir} (python verify.py verify says more): "
+                         "restore one, or move all of them away to begin again")
     if not config.branch_from:
         return None, 0
     source = Path(config.branch_from)
@@ -300,9 +304,12 @@ def claim(settings, config, launch, processes):
     since the last launch.
     """
     def claim_alone():
-        find_start(config)  # a mistake in --branch_from leaves no folder
+        _, start = find_start(config)  # a mistake in --branch_from leaves no folder
         checkpoints.lock(config.out_dir)
         open_run(config.out_dir, settings)
+        if skipped := [folder for step, folder in checkpoints.step_folders(config.out_dir)
+                       if step > start]:
+            note(f"{skipped[-1]}: damaged or without Adam's moments; going on from step {start:,}")
         return note_launch(config, launch, processes)
 
     changed = processes.together(claim_alone, first_alone=True)
@@ -326,7 +333,7 @@ def restore(training, source, start):
     folder = Path(source)
     saved = checkpoints.load_training(folder.parent, start, training.model, training.optimizer)
     notes = saved or checkpoints.read_training(folder, start)
-    training.scaler.state = notes.get("scaler", training.scaler.state)
+    training.scaler.state |= notes.get("scaler", {})
     training.updates = notes.get("updates", start)
     if saved or start == 0:
         return start
@@ -371,7 +378,7 @@ def replay(training, batches, first, source, start, processes, interrupt):
 
 # What may differ when a run goes on: it does not decide what is computed.
 MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_save", "state_every",
-              "stop_at", "heldout", "heldout_sha256", "heldout_every", "heldout_batches", "twin"}
+              "stop_at", "heldout", "heldout_every", "tokenizer_sha256", "twin"}
 # What may lie elsewhere on another node, if it holds the same there.
 PATHS = ("data", "heldout", "tokenizer", "planted")
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate is
@@ -390,10 +397,18 @@ def open_run(out_dir, settings):
         before = read_json(path)
         if Path(str(before.get("branch_from"))) == Path(str(settings["branch_from"])):
             before["branch_from"] = settings["branch_from"]  # RUN/step8/ is RUN/step8
-        return refuse(f"{out_dir} holds another run", differences(before, settings))
+        found = differences(before, settings)
+        if not before.get("heldout") or not settings["heldout"]:  # begun or left out: no mixture
+            found.pop("heldout_sha256", None)
+            found.pop("heldout_batches", None)
+        return refuse(f"{out_dir} holds another run", found)
     if checkpoints.step_folders(out_dir):
         raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which nothing "
                          "explains now. Put it back, or name another --out_dir")
+    if (Path(str(settings["branch_from"])) / "training.json").exists() and not (
+            parent / "config.json").exists():
+        raise ValueError(f"{parent}/config.json: no such file, and nothing else says which run "
+                         f"{settings['branch_from']} is of; put it back")
     if settings["branch_from"] and (parent / "config.json").exists():
         found = differences(read_json(parent / "config.json"), settings)
         refuse("a branch keeps its parent's model, data, order and schedule",

@@ -369,7 +369,7 @@ def test_order_writes_gpt_neoxs_files(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["order", "--data=nowhere"], "nowhere.idx: No such file"),
+    (["order", "--data=nowhere"], "nowhere.idx: no such file"),
     (["odrer"], "expected one of order, found odrer"),
     (["order", "--data=x", "--stop=3"], "no setting called stop, did you mean step")])
 def test_a_mistake_on_the_command_line_is_one_line(argv, words):

@@ -93,7 +93,7 @@ def test_a_run_goes_on_with_other_processes_and_sharding(data, tmp_path, single,
 
 def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, tmp_path):
     for words, changes in (
-            ("nowhere.idx: No such file", dict(data="nowhere")),
+            ("nowhere.idx: no such file", dict(data="nowhere")),
             ("learning_rate was 0.001, is 0.5", dict(learning_rate=0.5)),
             ("batch_size = 7 is not a multiple", dict(batch_size=7)),
             ("holds weights only and warm_moments = 0",

@@ -246,7 +246,7 @@ def test_another_run_in_the_same_folder_is_refused(data, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(tokenizer="nowhere.json"), "nowhere.json: no such tokenizer"),
-    (dict(data="nowhere"), "nowhere.idx: No such file"),
+    (dict(data="nowhere"), "nowhere.idx: no such file"),
     (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
     (dict(out_dir=__file__), "test_train.py: File exists"),
     (dict(out_dir=""), "out_dir = '', expected a name"),
