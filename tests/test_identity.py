@@ -111,3 +111,46 @@ def test_an_update_that_is_not_finite_is_not_saved(data, tmp_path):
     done = train(data, tmp_path, expect=2, learning_rate=3e38, warmup=0)
     assert "step 0: the update left weights or moments that are not finite" in done.stderr
     assert saved_steps(tmp_path) == [0]
+
+
+def test_a_run_that_cannot_go_on_does_not_begin_again(data, begun, tmp_path, capsys):
+    run = shutil.copytree(begun, tmp_path / "run")
+    (run / "step8/model.safetensors").write_bytes(b"cut")
+    run_here(data, run, stop_at=9)  # from step 6
+    assert f"{run}/step8: damaged or without Adam's moments; going on from step 6" in (
+        capsys.readouterr().err)
+    for folder in run.glob("step*"):
+        shutil.rmtree(folder / "optimizer", ignore_errors=True)
+    before = (run / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match="step9: damaged or without .* to begin again"):
+        run_here(data, run)
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.json",
+                                  "optimizer/moments.safetensors"])
+def test_a_manifest_that_leaves_a_file_out_is_refused(data, begun, tmp_path, name):
+    run = shutil.copytree(begun, tmp_path / "run")
+    manifest = json.loads((run / "step8/manifest.json").read_text())
+    del manifest[name]
+    (run / "step8/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"step8/{name}: its manifest.json does not list it"):
+        run_here(data, tmp_path / "child", branch_from=run / "step8")
+
+
+def test_a_branch_of_a_run_without_its_config_is_refused(data, begun, tmp_path):
+    run = shutil.copytree(begun, tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: no such file, and nothing else says"):
+        run_here(data, tmp_path / "child", branch_from=run / "step8")
+
+
+def test_one_curve_is_of_one_held_out_set(data, begun, tmp_path):
+    run = shutil.copytree(begun, tmp_path / "run")
+    run_here(data, run, heldout=data, stop_at=9)  # begins one
+    shutil.rmtree(run)
+    run_here(data, run, heldout=data, stop_at=2)
+    for changes in (dict(heldout_batches=2), dict(heldout=copy_of(data, tmp_path / "b", flip_one))):
+        with pytest.raises(ValueError, match="heldout_(batches|sha256) was"):
+            run_here(data, run, **dict(heldout=data) | changes)
+    run_here(data, run, stop_at=3)  # leaves it out
