@@ -52,8 +52,8 @@ PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
 class TokenFile:
     """Memory-mapped reader of PREFIX.idx and .bin: len() documents, read(document, start, stop).
 
-    scattered: reads will jump about the file. Raises ValueError, naming the file and what is wrong
-    with it, or OSError if it cannot be opened.
+    scattered: set it before reading here and there. Raises ValueError, naming the file and what is
+    wrong with it, or OSError if it cannot be opened.
     """
 
     def __init__(self, prefix):
@@ -72,9 +72,8 @@ class TokenFile:
             raise ValueError(f"{idx}: dtype code {header[17]}, expected one of {sorted(DTYPES)}")
         found, expected = os.path.getsize(idx), HEADER_BYTES + 12 * count + 8 * doc_count
         if found != expected:
-            raise ValueError(f"{idx}: {found:,} bytes, but its header ({count:,} sequences, "
-                             f"{doc_count:,} doc_idx entries) wants {expected:,}: truncated or "
-                             "damaged")
+            raise ValueError(f"{idx}: {found:,} bytes, its header expects {expected:,} ({count:,} "
+                             f"sequences, {doc_count:,} doc_idx entries): truncated or damaged")
         if count == 0:
             raise ValueError(f"{idx}: holds no documents")
         self.dtype = np.dtype(DTYPES[header[17]]).newbyteorder("<")
@@ -127,13 +126,10 @@ class TokenFile:
         return len(self.sizes)
 
     def notes(self):
-        """Return the object in PREFIX.json, an empty one if there is none."""
-        path = f"{self.prefix}.json"
-        return read_json(path, 64 << 20) if os.path.exists(path) else {}  # names every input file
+        return read_notes(self.prefix)
 
     def equal_length(self):
-        """Return how long every document is, by 1000 of them and the sum of all; 0 if they differ.
-        """
+        """Return the length of all documents, by 1000 and the sum of all; 0 if they differ."""
         some = self.sizes[np.linspace(0, len(self) - 1, 1000, dtype=np.int64)]
         equal = (some == some[0]).all() and self.n_tokens == len(self) * int(some[0])
         return int(some[0]) if equal else 0
@@ -144,8 +140,7 @@ class TokenFile:
 
     def require_uint16(self):
         if self.dtype != np.dtype("<u2"):
-            raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16 as "
-                             "Pythia's")
+            raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16")
 
     def read(self, document, start=0, stop=None):
         """Return tokens start..stop (None: the end) of a document, without copying where it can."""
@@ -174,11 +169,17 @@ class TokenFile:
                              "there, and what was asked for lies in it")
         with open(self.shard_paths[shard], "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self.scattered and hasattr(memory, "madvise"):
+        if self.scattered:
             # Otherwise every row makes the system read 128 KB around it: with a file larger than
             # memory a step of 1024 rows took 14 s instead of 0.04.
             memory.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(memory, self.dtype)
+
+
+def read_notes(prefix):
+    """Return the object in PREFIX.json, which names every input file; an empty one without it."""
+    path = f"{prefix}.json"
+    return read_json(path, 64 << 20) if os.path.exists(path) else {}
 
 
 def fingerprint(paths):
@@ -210,11 +211,10 @@ def check_whole(prefix):
         raise ValueError(f"{tokens.prefix}.json: no sha256 to compare the data with; "
                          "`sha256sum -c` checks published files")
     for suffix in ("bin", "idx"):
-        found = sha256_of(f"{tokens.prefix}.{suffix}")
-        if found != expected.get(suffix):
-            raise ValueError(f"{tokens.prefix}.{suffix}: SHA-256 {found}, expected "
-                             f"{expected.get(suffix)} of {tokens.prefix}.json: the data changed "
-                             "since they were tokenized")
+        path, wanted = f"{tokens.prefix}.{suffix}", expected.get(suffix)
+        if (found := sha256_of(path)) != wanted:
+            raise ValueError(f"{path}: SHA-256 {found}, expected {wanted} of {tokens.prefix}.json: "
+                             "the data changed since they were tokenized")
 
 
 # ---------------------------------------------------------------------------- writing token files
@@ -224,12 +224,11 @@ class TokenWriter:
     """Builds PREFIX.bin, .idx, .json and _documents.npy in PREFIX.partial.
 
     job: a JSON object that says what is being written. What PREFIX.partial holds of another job is
-    thrown away; the same job is continued from `position`, what its last commit was given (None at
-    first).
+    deleted; the same job goes on from `position`, which its last commit was given (at first None).
     """
 
     PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
-    NAMES = re.compile(r"bin|sizes|documents|idx|lock|progress\.json(\.\d+\.tmp)?")
+    NAMES = re.compile(r"bin|sizes|documents|lock|(idx|progress\.json)(\.\d+\.tmp)?")
 
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
@@ -255,13 +254,12 @@ class TokenWriter:
         """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
         files = list(os.scandir(self.folder)) if os.path.lexists(self.folder) else []
         names = sorted(file.name for file in files)
-        if files and not ("lock" in names and all(map(self.NAMES.fullmatch, names))
-                          and all(file.is_file(follow_symlinks=False) for file in files)):
+        ours = "lock" in names and all(self.NAMES.fullmatch(file.name)
+                                       and file.is_file(follow_symlinks=False) for file in files)
+        if files and not ours:
             raise ValueError(f"{self.folder}: holds {', '.join(names[:3])}, not an unfinished job; "
                              "move it away or name another output")
-        path = f"{self.prefix}.json"
-        notes = read_json(path, 64 << 20) if os.path.exists(path) else {}
-        if "progress.json" in names or {"documents", "tokens"} <= notes.keys():
+        if "progress.json" in names or {"documents", "tokens"} <= read_notes(self.prefix).keys():
             return
         for suffix in (".json", ".bin", ".idx", "_documents.npy"):
             if os.path.lexists(f"{self.prefix}{suffix}"):
@@ -314,10 +312,8 @@ class TokenWriter:
             self._clear()
             raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
         summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
-        with open(self.folder / "idx", "wb") as file:
+        with replacing(self.folder / "idx") as file:
             write_index(file, sizes)
-            file.flush()
-            os.fsync(file.fileno())
         summary["sha256"] = {name: sha256_of(self.folder / name) for name in ("bin", "idx")}
         # An order that was built for an earlier file of this name does not belong to the new one.
         stale = glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")
@@ -397,7 +393,7 @@ def order_paths(prefix, seq_length, num_samples, seed):
 
 
 def load_order(tokens, seq_length, num_samples, seed):
-    """Return the memory-mapped order of a TokenFile, building its three .npy files if need be."""
+    """Return the paths of a TokenFile's order and its memory-mapped arrays, built if need be."""
     paths = order_paths(tokens.prefix, seq_length, num_samples, seed)
     if not all(map(os.path.exists, paths)):
         check_index(tokens)
@@ -411,7 +407,7 @@ def load_order(tokens, seq_length, num_samples, seed):
     if not belongs(order, tokens, seq_length, num_samples):
         raise ValueError(f"{paths[0]} and its two siblings do not belong to {tokens.prefix}.idx "
                          f"({len(tokens):,} documents); delete them to rebuild")
-    return order
+    return paths, order
 
 
 def belongs(order, tokens, seq_length, num_samples):
@@ -470,38 +466,29 @@ class OrderedData:
     Row i of step s is row s * batch_size + i of the order; the update of step s makes checkpoint
     s + 1. A file in training order already ("preshuffled": baked by `shuffle`, or published so) is
     served as it lies; any other is served through its order.
+
+    What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Joined
+    pieces look like any corpus cut into equally long documents, and need a PREFIX.json of
+    {"preshuffled": true}.
     """
 
     def __init__(self, prefix, seq_length, num_samples, seed):
         self.tokens = TokenFile(prefix)
         self.seq_length = seq_length
-        length = self._row_length()
-        self.preshuffled = length == seq_length + 1
-        if length and not self.preshuffled:
+        notes, length = self.tokens.notes(), self.tokens.equal_length()
+        baked, in_pieces = bool(notes.get("baked_from")), len(self.tokens.bounds) > 2
+        if notes.get("preshuffled", baked) and not length:
+            raise ValueError(f"{self.tokens.prefix}.json says that it is in training order, but "
+                             "its rows differ in length: not the file of this .json")
+        self.preshuffled = bool(length and notes.get("preshuffled", baked or in_pieces))
+        if self.preshuffled and length != seq_length + 1:
             raise ValueError(f"{self.tokens.prefix}: in training order already, in rows of "
                              f"{length} tokens; found seq_length = {seq_length}, expected "
                              f"{length - 1}")
         if not self.preshuffled:
             self.tokens.scattered = True
-            self.order = load_order(self.tokens, seq_length, num_samples, seed)
-            self.paths = order_paths(self.tokens.prefix, seq_length, num_samples, seed)
+            self.paths, self.order = load_order(self.tokens, seq_length, num_samples, seed)
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
-
-    def _row_length(self):
-        """Return how long the rows of a file in training order are, or 0: it holds documents.
-
-        What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Joined
-        pieces look like any corpus cut into equally long documents, and need a PREFIX.json of
-        {"preshuffled": true}.
-        """
-        notes = self.tokens.notes()
-        marked = notes.get("preshuffled", bool(notes.get("baked_from")) or None)
-        length = self.tokens.equal_length()
-        if marked and not length:
-            raise ValueError(f"{self.tokens.prefix}.json says that it is in training order, but "
-                             "its rows differ in length: not the file of this .json")
-        in_pieces = len(self.tokens.bounds) > 2
-        return length if marked or (in_pieces and marked is None) else 0
 
     def describe(self):
         """Return the lines that say where rows come from, and what is unusual about the data."""
@@ -609,8 +596,7 @@ class Order:
 
     def __post_init__(self):
         check(self, "the PREFIX of a token file", bool, "data")
-        check(self, "at least 1", lambda value: value >= 1,
-              "steps", "batch_size", "seq_length")
+        check(self, "at least 1", lambda value: value >= 1, "steps", "batch_size", "seq_length")
         check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
 
 
@@ -625,15 +611,18 @@ def ordered(options):
                        samples_needed(options.steps, options.batch_size), options.seed)
 
 
-def order(options):
-    """Fix the training order: write the three index arrays under gpt-neox's cache names."""
+def unshuffled(options):
+    """Return the OrderedData of an Order's settings, or raise ValueError if it needs no order."""
     data = ordered(options)
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
-    n_documents = len(data.tokens)
-    for line in data.describe():
-        print(line)
-    print(*data.paths, sep="\n")
+    return data
+
+
+def order(options):
+    """Fix the training order: write the three index arrays under gpt-neox's cache names."""
+    data = unshuffled(options)
+    print(*data.describe(), *data.paths, sep="\n")
     if options.report is not None:
         n_rows = options.report * options.batch_size
         if not 0 <= n_rows <= len(data):
@@ -641,7 +630,8 @@ def order(options):
                              f"{len(data) // options.batch_size}")
         print(f"before step {options.report:,} ({n_rows:,} rows):")
         for times, documents in enumerate(times_seen(data, n_rows)):
-            print(f"{documents:12,} documents seen {times} times ({documents / n_documents:.1%})")
+            share = documents / len(data.tokens)
+            print(f"{documents:12,} documents seen {times} times ({share:.1%})")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import command, file_size, replacing
-from data import PROVENANCE, Order, TokenWriter, fingerprint, ordered
+from data import PROVENANCE, Order, TokenWriter, fingerprint, unshuffled
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
@@ -287,9 +287,7 @@ class Shuffle(Order):
 
 def shuffle(options):
     """Bake the order: write all steps' rows, in training order, as a token file of their own."""
-    data = ordered(options)
-    if data.preshuffled:
-        raise ValueError(f"{options.data}: already in training order, every sequence is one row")
+    data = unshuffled(options)
     data.tokens.require_uint16()
     if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
         raise ValueError(f"output = {options.output}: that is the input, name another")
