@@ -130,7 +130,7 @@ class TokenFile:
 
     def equal_length(self):
         """Return the length of all documents, by 1000 and the sum of all; 0 if they differ."""
-        some = self.sizes[np.linspace(0, len(self) - 1, 1000, dtype=np.int64)]
+        some = self.sizes[::len(self) // 1000 + 1]
         equal = (some == some[0]).all() and self.n_tokens == len(self) * int(some[0])
         return int(some[0]) if equal else 0
 
@@ -390,7 +390,7 @@ def order_paths(prefix, seq_length, num_samples, seed):
 
 
 def load_order(tokens, seq_length, num_samples, seed):
-    """Return the paths of a TokenFile's order and its memory-mapped arrays, built if need be."""
+    """Return the memory-mapped order of a TokenFile and its three paths, built if need be."""
     paths = order_paths(tokens.prefix, seq_length, num_samples, seed)
     if not all(map(os.path.exists, paths)):
         check_index(tokens)
@@ -400,31 +400,7 @@ def load_order(tokens, seq_length, num_samples, seed):
         for path, array in zip(paths, build_order(tokens.sizes, seq_length, num_samples, seed)):
             with replacing(path) as file:
                 np.save(file, array)
-    order = tuple(load_npy(path) for path in paths)
-    if not belongs(order, tokens, seq_length, num_samples):
-        raise ValueError(f"{paths[0]} and its two siblings do not belong to {tokens.prefix}.idx "
-                         f"({len(tokens):,} documents); delete them to rebuild")
-    return paths, order
-
-
-def belongs(order, tokens, seq_length, num_samples):
-    """Return whether an order is of a TokenFile, by its lengths and by 300 of its samples."""
-    doc_idx, sample_idx, shuffle_idx = order
-    epochs, n_samples = len(doc_idx) // len(tokens), len(shuffle_idx)
-    if (len(doc_idx) % len(tokens) or n_samples != (epochs * tokens.n_tokens - 1) // seq_length
-            or sample_idx.shape != (n_samples + 1, 2) or n_samples < num_samples
-            or any(array.dtype.kind not in "iu" for array in order)):
-        return False
-    samples = shuffle_idx[np.linspace(0, n_samples - 1, 300, dtype=np.int64)]
-    try:
-        for sample in samples.tolist():
-            (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
-            sizes = tokens.sizes[doc_idx[first:last]]
-            if int(sizes.sum(dtype=np.int64)) + stop - start != seq_length:
-                return False
-    except (ValueError, IndexError):
-        return False
-    return len(np.unique(samples)) == min(300, n_samples)  # none is served twice
+    return tuple(map(load_npy, paths)), paths
 
 
 def check_index(tokens, block=1 << 24):
@@ -484,8 +460,23 @@ class OrderedData:
                              f"{length - 1}")
         if not self.preshuffled:
             self.tokens.scattered = True
-            self.paths, self.order = load_order(self.tokens, seq_length, num_samples, seed)
+            self.order, self.paths = load_order(self.tokens, seq_length, num_samples, seed)
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
+            if not self._order_fits(num_samples):
+                raise ValueError(f"{self.paths[0]} and its two siblings do not belong to "
+                                 f"{self.tokens.prefix}.idx ({len(self.tokens):,} documents); "
+                                 "delete them to rebuild")
+
+    def _order_fits(self, num_samples):
+        """Return whether the order is of this token file, by its lengths and 300 of its rows."""
+        doc_idx, sample_idx, shuffle_idx = self.order
+        n_samples, every = len(shuffle_idx), len(self) // 300 + 1
+        epochs, rest = divmod(len(doc_idx), len(self.tokens))
+        return (rest == 0 and n_samples == (epochs * self.tokens.n_tokens - 1) // self.seq_length
+                and n_samples >= num_samples and sample_idx.shape == (n_samples + 1, 2)
+                and len(set(shuffle_idx[::every].tolist())) == len(shuffle_idx[::every])
+                and all(sum(stop - start for _, start, stop in self.pieces(row))
+                        == self.seq_length + 1 for row in range(0, len(self), every)))
 
     def describe(self):
         """Return the lines that say where rows come from, and what is unusual about the data."""
@@ -497,7 +488,7 @@ class OrderedData:
         lines = [f"{n:,} documents, {epochs} epochs"
                  + (" in one shuffle, so that no step ends an epoch" if epochs > 1 else "")
                  + f", {len(shuffle_idx):,} samples of {length} tokens"]
-        some = sorted(set(np.linspace(0, n - 1, 1000, dtype=np.int64).tolist()))
+        some = range(0, n, n // 1000 + 1)
         last = [self.tokens.read(i)[-1:].tolist() == [ENDOFTEXT] for i in some]
         if not all(last):
             lines.append(f"{sum(last):,} of {len(some):,} documents looked at end in "
