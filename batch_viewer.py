@@ -22,7 +22,7 @@ from config import check, command, replacing
 from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, load_npy, order_paths,
                   ordered)
 from interventions import IntervenedData, InterventionConfig
-from prepare import in_workers, serve_parent
+from prepare import in_workers
 from tokenizer import SPECIAL, SPECIAL_RE, load_tokenizer
 
 # ---------------------------------------------------------------------------- where it comes from
@@ -37,25 +37,24 @@ class Provenance:
     def __init__(self, data):
         self.data = _baked_from(data) or data
         self.known = not self.data.preshuffled
-        self.names, self.inverses = None, {}
-        prefix = self.data.tokens.prefix
+        self.table, self.inverses = None, {}
+        prefix, n = self.data.tokens.prefix, len(self.data.tokens)
         if self.known and os.path.exists(f"{prefix}_documents.npy"):
-            self.names = names = self.data.tokens.notes()
-            self.table = load_npy(f"{prefix}_documents.npy")
-            fits = self.table.dtype == PROVENANCE and self.table.shape == (len(self.data.tokens),)
-            for key, column in (("subsets", "subset"), ("files", "file")):
-                fits = (fits and type(names.get(key)) is list
-                        and self.table[column].max() < len(names[key]))
-            if not fits:
+            self.table, notes = load_npy(f"{prefix}_documents.npy"), self.data.tokens.notes()
+            self.subsets, self.files = notes.get("subsets"), notes.get("files")
+            if not (self.table.dtype == PROVENANCE and self.table.shape == (n,)
+                    and type(self.subsets) is type(self.files) is list
+                    and self.table["subset"].max() < len(self.subsets)
+                    and self.table["file"].max() < len(self.files)):
                 raise ValueError(f"{prefix}_documents.npy and {prefix}.json do not belong to "
-                                 f"{prefix}.idx ({len(self.data.tokens):,} documents); tokenize")
+                                 f"{prefix}.idx ({n:,} documents); tokenize")
 
     def describe(self, document):
         """Return "subset, file:line" of a document, as far as it is recorded."""
-        if self.names is None:
+        if self.table is None:
             return "subset not recorded"
         file, line, subset = self.table[document].tolist()
-        return f"{self.names['subsets'][subset]}, {self.names['files'][file]}:{line}"
+        return f"{self.subsets[subset]}, {self.files[file]}:{line}"
 
     def _samples(self, position, start, stop):
         """Return the range of the samples with any of tokens start..stop of a copy in doc_idx.
@@ -69,8 +68,8 @@ class Provenance:
 
     def appearances(self, document):
         """Return the rows in which each copy of a document has tokens: a sorted list a copy."""
-        size, rows = int(self.data.tokens.sizes[document]), self._inverse("shuffle")
-        return [sorted(int(rows[sample, 0]) for sample in self._samples(position, 0, size))
+        size, rows = int(self.data.tokens.sizes[document]), self._inverse("shuffle")[:, 0]
+        return [sorted(rows[self._samples(position, 0, size)].tolist())
                 for position in self._inverse("doc")[document].tolist()]
 
     def rows_of(self, document, offset, length):
@@ -88,7 +87,7 @@ class Provenance:
     def _inverse(self, name):
         """Return each value's places in doc_idx, (documents, epochs), or shuffle_idx, (samples, 1).
 
-        Made once, beside the order's own files, so that the next look takes no time.
+        Sorted once, and kept beside the order's own files.
         """
         if name not in self.inverses:
             array = self.data.order[0 if name == "doc" else 2]
@@ -112,8 +111,7 @@ def _baked_from(data):
     try:
         job = data.tokens.notes()["baked_from"]
         order = [int(job["order"][name]) for name in ("seq_length", "num_samples", "seed")]
-        # The prefix comes out of a file that may be a stranger's. So no order is built beside it;
-        # it is only read if it is there.
+        # The path may be a stranger's: an order is read there, but none is built.
         if not all(map(os.path.exists, order_paths(str(job["data"]), *order))):
             return None
         source = OrderedData(str(job["data"]), *order)
@@ -129,7 +127,8 @@ def _baked_from(data):
 class View(InterventionConfig, Order):
     step: str = "0"  # 0-based: the update of step 0 makes checkpoint step1; 3:5 is steps 3, 4 and 5
     rows: str = ""  # which of each step's rows, first:last+1; default: the first four
-    # BATCH.npy: write all rows of the steps, (steps * batch_size, seq_length + 1) uint16
+    # BATCH.npy for all rows of the steps: (steps * batch_size, seq_length + 1), uint16 as in the
+    # token file, or int32 after an intervention
     save: str = ""
     tokenizer: str = "20B_tokenizer.json"
 
@@ -149,7 +148,8 @@ def view(options):
     tokenizer = load_tokenizer(options.tokenizer)
     served = IntervenedData(data, tokenizer, options) if options.intervention else None
     if options.save:
-        return save_steps(options, served or data, steps)
+        save_steps(options, served or data, steps)
+        return
     provenance = Provenance(data)
     for step in steps:
         rows = served.step_rows(step, size) if served else None
@@ -168,8 +168,7 @@ def save_steps(options, data, steps):
     of_data = options.save.endswith(("_documents.npy", "_idx.npy"))
     if not options.save.endswith(".npy") or of_data or os.path.lexists(options.save):
         raise ValueError(f"save = {options.save}, expected the name of a new BATCH.npy")
-    # uint16 as in the token file; but an intervention's padding is a negative id.
-    dtype = np.dtype("<i4" if options.intervention else "<u2")
+    dtype = np.dtype("<i4" if options.intervention else "<u2")  # an intervention may write MASKED
     shape = (len(steps) * options.batch_size, options.seq_length + 1)
     with replacing(options.save) as file:
         np.lib.format.write_array_header_1_0(
@@ -182,10 +181,11 @@ def save_steps(options, data, steps):
 def show_row(data, provenance, tokenizer, row, rows_before):
     """Print a row's documents; each says how many copies had begun before row `rows_before`."""
     ids = data.rows([row])[0]
-    # Of a published preshuffled file only the text is known. A baked file is looked up in the file
-    # that it was baked from, if that still has the same tokens.
+    # Of a published preshuffled file only the text is known, and of a baked one if the file that it
+    # was baked from has other tokens by now.
     if not provenance.known or not np.array_equal(provenance.data.rows([row])[0], ids):
-        return print(tokenizer.decode(ids.tolist()))
+        print(tokenizer.decode(ids.tolist()))
+        return
     for document, start, stop in provenance.data.pieces(row):
         copies = provenance.appearances(document)
         seen = sum(rows[0] < rows_before for rows in copies if rows)
@@ -279,7 +279,7 @@ class Pattern:
 
     def __init__(self, text, spelled, tokens, most=32):
         self.text, self.spelled, self.reach = text, spelled, len(text)
-        # For each of the first bytes, the ids of all tokens that can cover it.
+        # For each of the first `most` bytes, the ids of all tokens that can cover it.
         covering = [set() for _ in text[:most]]
         for id_, token in enumerate(spelled):
             for start in range(1 - len(token), len(covering)):  # where the token begins in the text
@@ -327,8 +327,7 @@ def search(prefix, n_tokens, pattern, workers, block=1 << 22):
 
 
 def _start_searching(prefix, pattern):
-    global _tokens, _pattern
-    serve_parent()
+    global _tokens, _pattern  # sent to a process once, not with each task
     _tokens, _pattern = TokenFile(prefix), pattern
 
 
@@ -337,8 +336,8 @@ def search_range(start, stop, block=1 << 16):
 
     A block's arrays fit the processor's cache: larger ones took four times as long.
     """
-    found, table = [], np.zeros(1 << 16, dtype=bool)
-    table[_pattern.anchors] = True
+    found, anchored = [], np.zeros(1 << 16, dtype=bool)
+    anchored[_pattern.anchors] = True
     for first in range(start, stop, block):
         low = max(first - _pattern.reach, 0)
         high = min(first + block + _pattern.reach, _tokens.n_tokens)
@@ -346,7 +345,7 @@ def search_range(start, stop, block=1 << 16):
         if len(_pattern.anchors) <= 12:  # comparing with each is faster than looking tokens up
             is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
         else:
-            is_anchor = table.take(ids, mode="clip")
+            is_anchor = anchored.take(ids, mode="clip")
         for at in np.flatnonzero(is_anchor).tolist():
             left = max(at - _pattern.reach, 0)
             for begin, length in _pattern.matches(ids[left:at + _pattern.reach + 1]):
@@ -359,8 +358,7 @@ def search_range(start, stop, block=1 << 16):
 
 def document_at(tokens, place):
     """Return (document, offset in it) of a token of the file."""
-    document = bisect_right(range(len(tokens)), place * tokens.dtype.itemsize,
-                            key=lambda document: tokens.pointers[document]) - 1
+    document = bisect_right(tokens.pointers, place * tokens.dtype.itemsize) - 1
     return document, place - int(tokens.pointers[document]) // tokens.dtype.itemsize
 
 

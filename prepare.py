@@ -63,7 +63,7 @@ def input_files(spec):
     return list(paths.values())
 
 
-def pieces(path, raw, skip):
+def uncompressed(path, raw, skip):
     """Yield an open file's uncompressed bytes, without the first `skip`, in bounded pieces."""
     if not path.endswith(".zst"):
         stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
@@ -91,7 +91,7 @@ def pieces(path, raw, skip):
 
 
 def blocks(pieces, size):
-    """Join pieces into blocks of whole lines, of `size` bytes or more."""
+    """Join pieces into blocks of whole lines, of `size` bytes or more, up to one over LONGEST."""
     block = bytearray()
     for piece in pieces:
         end = piece.rfind(b"\n") + 1
@@ -118,7 +118,7 @@ def chunks(paths, position=(0, 0, 1), size=1 << 19):
         least = LONGEST + 1 if path.endswith(".txt") else size
         try:
             with open(path, "rb") as raw:
-                for block in blocks(pieces(path, raw, offset), least):
+                for block in blocks(uncompressed(path, raw, offset), least):
                     if len(block) > LONGEST:
                         raise ValueError(f"{path}: a document of over {LONGEST >> 20} MiB at line "
                                          f"{line} or behind; cut it into several")
@@ -165,8 +165,8 @@ def subset_name(record):
 def in_workers(function, tasks, workers, start, *arguments):
     """Yield function(*task) of each task, in order, from `workers` processes (0: one a core).
 
-    start(*arguments) comes first in each, and calls serve_parent. They are a bounded number of
-    tasks ahead. One worker is this process.
+    start(*arguments) comes first in each. They are a bounded number of tasks ahead. One worker is
+    this process.
     """
     workers = workers or os.cpu_count()
     if workers == 1:
@@ -174,7 +174,7 @@ def in_workers(function, tasks, workers, start, *arguments):
         for task in tasks:
             yield function(*task)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start, arguments)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (start, *arguments))
     waiting = deque()
     try:
         for task in tasks:
@@ -190,15 +190,16 @@ def in_workers(function, tasks, workers, start, *arguments):
         pool.shutdown(cancel_futures=True)
 
 
-def serve_parent():
-    """Make a worker process leave Ctrl-C to its parent, and end when that is gone in any way."""
-    def end_with(parent):
-        wait([parent.sentinel])
-        os._exit(1)
+def _begin(start, *arguments):
+    """Begin a worker process, which leaves Ctrl-C to its parent and ends whenever that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start(*arguments)
 
-    if parent_process():  # otherwise this process is alone
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=end_with, args=(parent_process(),), daemon=True).start()
+
+def _end_with_parent():
+    wait([parent_process().sentinel])
+    os._exit(1)
 
 
 # ---------------------------------------------------------------------------- tokenize
@@ -254,7 +255,6 @@ def tokenize(options):
 
 def _load(path):
     global _tokenizer  # one a process: a Tokenizer cannot be sent between processes
-    serve_parent()
     _tokenizer = load_tokenizer(path)
 
 
