@@ -81,8 +81,6 @@ class TokenFile:
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
         # Python's ints and int64 are used throughout: 600 GB of tokens are beyond 2^31 and 2^32.
         self.n_tokens = int(self.pointers[-1]) // self.dtype.itemsize + int(self.sizes[-1])
-        if self.n_tokens <= 0:
-            raise ValueError(f"{idx}: describes no tokens")
         self.bounds, self.shard_paths = self._find_shards()
 
     def _find_shards(self):
@@ -522,13 +520,9 @@ class OrderedData:
         except (ValueError, IndexError):
             raise ValueError(f"{self.paths[0]}: damaged, or one of its two siblings, at row "
                              f"{row:,}; delete them to rebuild") from None
-        sizes[-1] = stop + 1  # the next sample begins on this one's last token
-        pieces = []
-        for document, size in zip(documents, sizes):
-            if start < size:  # an empty document adds nothing
-                pieces.append((document, start, size))
-            start = 0
-        return pieces
+        sizes[-1] = stop + 1  # this sample's last token is the next one's first
+        starts = [start] + [0] * (len(documents) - 1)
+        return [piece for piece in zip(documents, starts, sizes) if piece[1] < piece[2]]
 
     def rows(self, numbers):
         """Return the rows (n, seq_length + 1) of these numbers, in the file's dtype."""
