@@ -438,9 +438,9 @@ class OrderedData:
     s + 1. A file in training order already ("preshuffled": baked by `shuffle`, or published so) is
     served as it lies; any other is served through its order.
 
-    What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Joined
-    pieces look like any corpus cut into equally long documents, and need a PREFIX.json of
-    {"preshuffled": true}.
+    What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Where this
+    misleads, {"preshuffled": true} or false in PREFIX.json decides: joined pieces look like any
+    corpus cut into equally long documents.
     """
 
     def __init__(self, prefix, seq_length, num_samples, seed):
