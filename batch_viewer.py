@@ -220,6 +220,12 @@ class Find(Order):
     def __post_init__(self):
         Order.__post_init__(self)
         check(self, "0 or more", lambda value: value >= 0, "limit")
+        check(self, "ids with commas", re.compile(r"(\d{1,5}(,\d{1,5})*)?").fullmatch, "tokens")
+        if bool(self.text) == bool(self.tokens):
+            raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
+        if special := SPECIAL_RE.search(self.text):
+            raise ValueError(f"text has {special[0]}, which is a token of its own: --tokens="
+                             f"{SPECIAL[special[0]]}")
 
 
 def find(options):
@@ -229,13 +235,6 @@ def find(options):
     rarest in a sample of the file; each hit is decided by decoding its neighbourhood. What stands
     across the end of a document is found only where documents were baked into rows.
     """
-    if bool(options.text) == bool(options.tokens):
-        raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
-    if special := SPECIAL_RE.search(options.text):
-        raise ValueError(f"text has {special[0]}, which is a token of its own: --tokens="
-                         f"{SPECIAL[special[0]]}")
-    if options.tokens and not re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens):
-        raise ValueError(f"tokens = {options.tokens!r}, expected ids with commas")
     tokenizer, data = load_tokenizer(options.tokenizer), ordered(options)
     data.tokens.require_uint16()
     if options.tokens:
