@@ -146,10 +146,11 @@ def command(argv, commands):
     plain = [argument for argument in argv[1:] if not argument.startswith("-")]
     if names and plain:
         if names[0].endswith("..."):
-            names, plain = [names[0].removesuffix("...")], [",".join(plain)]
-        if len(plain) > len(names[0].split()):
-            fail(f"command line: found {' '.join(plain)}, expected {names[0]}")
-        plain = [f"--{name}={value}" for name, value in zip(names[0].split(), plain)]
+            plain = [",".join(plain)]
+        names = names[0].removesuffix("...").split()
+        if len(plain) > len(names):
+            fail(f"command line: found {' '.join(plain)}, expected {' '.join(names)}")
+        plain = [f"--{name}={value}" for name, value in zip(names, plain)]
     run(function, parse(flags + plain, schema))
 
 

@@ -61,7 +61,7 @@ class TokenFile:
         self.scattered, self.maps = False, {}
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
         idx = f"{self.prefix}.idx"
-        file_size(idx)
+        found = file_size(idx)
         with open(idx, "rb") as file:
             header = file.read(HEADER_BYTES)
         if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
@@ -70,7 +70,7 @@ class TokenFile:
         code, count, doc_count = struct.unpack("<BQQ", header[len(MAGIC):])
         if code not in DTYPES:
             raise ValueError(f"{idx}: dtype code {code}, expected one of {sorted(DTYPES)}")
-        found, expected = os.path.getsize(idx), HEADER_BYTES + 12 * count + 8 * doc_count
+        expected = HEADER_BYTES + 12 * count + 8 * doc_count
         if found != expected:
             raise ValueError(f"{idx}: {found:,} bytes, its header expects {expected:,} ({count:,} "
                              f"sequences, {doc_count:,} doc_idx entries): truncated or damaged")
