@@ -468,7 +468,7 @@ class OrderedData:
     def _order_fits(self, num_samples):
         """Return whether the order is of this token file, by its lengths and 300 of its rows."""
         doc_idx, sample_idx, shuffle_idx = self.order
-        n_samples, every = len(shuffle_idx), len(self) // 300 + 1
+        n_samples, every = len(shuffle_idx), len(shuffle_idx) // 300 + 1
         epochs, rest = divmod(len(doc_idx), len(self.tokens))
         return (rest == 0 and n_samples == (epochs * self.tokens.n_tokens - 1) // self.seq_length
                 and n_samples >= num_samples and sample_idx.shape == (n_samples + 1, 2)
@@ -517,10 +517,10 @@ class OrderedData:
             (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
             documents = doc_idx[first:last + 1].tolist()
             sizes = self.tokens.sizes[documents].tolist()
-        except (ValueError, IndexError):
+            sizes[-1] = stop + 1  # this sample's last token is the next one's first
+        except (ValueError, IndexError, TypeError):
             raise ValueError(f"{self.paths[0]}: damaged, or one of its two siblings, at row "
                              f"{row:,}; delete them to rebuild") from None
-        sizes[-1] = stop + 1  # this sample's last token is the next one's first
         starts = [start] + [0] * (len(documents) - 1)
         return [piece for piece in zip(documents, starts, sizes) if piece[1] < piece[2]]
 
