@@ -672,7 +672,8 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self):
-        check(self, "0 or at least 0.001", lambda value: not 0 != value < 0.001, "temperature")
+        check(self, "0 or at least 0.001", lambda value: value == 0 or value >= 0.001,
+              "temperature")
         check(self, "at least 1", lambda value: value >= 1, "n_tokens")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,17 @@ def test_an_unscheduled_checkpoint_gives_way_to_the_next(tmp_path, trained):
     assert saved_steps(tmp_path) == [2, 3]
     save(tmp_path, 4, model, optimizer, STATE)
     assert saved_steps(tmp_path) == [2, 4]
+
+
+@pytest.mark.parametrize("manifest", [None, {}])
+def test_what_the_new_checkpoint_does_not_have_stays(tmp_path, manifest):
+    (tmp_path / "step1").mkdir()
+    for name in ("model.safetensors", "training.json", "notes.txt"):
+        (tmp_path / "step1" / name).write_text("{}")
+    if manifest is not None:
+        (tmp_path / "step1/manifest.json").write_text(json.dumps(
+            {name: {"bytes": 2, "sha256": ""} for name in ("model.safetensors", "training.json")}))
+    with checkpoints.writing(tmp_path / "step1") as new:
+        shutil.copytree(tmp_path / "step1", new, dirs_exist_ok=True)
+        (new / "notes.txt").unlink()
+    assert (tmp_path / "step1.broken/notes.txt").exists()

@@ -308,8 +308,8 @@ def test_samples_start_with_the_prompt(workplace, capsys):
     evaluation.sample(config.parse(flags, evaluation.SampleConfig))
     said = capsys.readouterr().out
     assert said.count("In the beginning") == 2 and "--- run step 8" in said
-    for wrong in ({"temperature": -1.0}, {"n_tokens": -1}):
-        with pytest.raises(ValueError, match="expected at least [01]"):
+    for wrong in ({"temperature": -1.0}, {"temperature": 1e-40}, {"n_tokens": -1}):
+        with pytest.raises(ValueError, match="expected (0 or )?at least [01]"):
             evaluation.SampleConfig("run", **wrong)
 
 
