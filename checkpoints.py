@@ -13,10 +13,9 @@
                generation_config.json, tokenizer.json, tokenizer_config.json
                manifest.json        bytes and SHA-256 of every file above, written last
 
-Checkpoint N is the weights after N updates; step 0 is the initialisation. (Pythia's update 0 has
-learning rate 0, so step 0 and step 1 are equal: that is how the originals are.) A checkpoint is
-written in a folder .stepN.tmp, brought to the disk and then renamed, so that a killed process
-leaves either the whole of stepN or nothing by that name.
+Checkpoint N is the weights after N updates; step 0 is the initialisation. A checkpoint is written
+in a folder .stepN.tmp, brought to the disk and then renamed, so that a killed process leaves either
+the whole of stepN or nothing by that name.
 
 Files come from strangers: tensors are read by the safetensors library, or by torch.load with
 weights_only, so that nothing in a file runs. Sources: transformers' GPTNeoXForCausalLM, 4.24 to 5;
@@ -107,8 +106,9 @@ def open_pickle(path):
         if not isinstance(tensors, dict):
             raise ValueError(f"holds a {type(tensors).__name__}, expected a dict of tensors")
         for name, tensor in tensors.items():
-            if not isinstance(check_name(name) and tensor, torch.Tensor) or not (
-                    tensor.layout is torch.strided and tensor.is_contiguous()):
+            check_name(name)
+            if not (isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+                    and tensor.is_contiguous()):
                 raise ValueError(f"{name} is not a plain tensor")
     except Exception as error:  # a broken or hostile file raises whatever it likes
         raise ValueError(f"{path}: not a file of torch.save with tensors alone: {one_line(error)}"
@@ -118,7 +118,7 @@ def open_pickle(path):
 
 
 def check_name(name):
-    """Return a tensor's name, or raise ValueError: a stranger's could not stand in a message."""
+    """Return a tensor's name, or raise ValueError: a message could not show every stranger's."""
     if type(name) is not str or not name.isprintable() or not 0 < len(name) <= 200:
         raise ValueError(f"{repr(name)[:50]} is no name of a tensor")
     return name
@@ -138,16 +138,15 @@ def open_folder(folder, name="model.safetensors"):
     weight_map, tensors = read_index(index), {}
     for file in sorted(set(weight_map.values())):
         tensors |= open_one(index.parent / file)
-    if tensors.keys() != weight_map.keys():
-        example = sorted(tensors.keys() ^ weight_map.keys())[0]
-        raise ValueError(f"{index}: its shards hold other tensors than it says: {example[:200]!r}")
+    if other := sorted(tensors.keys() ^ weight_map.keys()):
+        raise ValueError(f"{index}: its shards hold other tensors than it says: {other[0][:200]!r}")
     return tensors
 
 
 def read_index(index):
     """Return {tensor: the name of a file beside the index}, or raise ValueError."""
     weight_map = read_json(index).get("weight_map")
-    if type(weight_map) is not dict or not weight_map:
+    if not weight_map or type(weight_map) is not dict:
         raise ValueError(f"{index}: no weight_map")
     for file in weight_map.values():
         if type(file) is not str or not re.fullmatch(r"\w[\w.-]*", file, re.ASCII):
@@ -195,9 +194,10 @@ def split(stem, tensors, shard_size):
         return {f"{stem}.safetensors": tensors}, {}
     files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard
              for i, shard in enumerate(shards, 1)}
-    return files, {f"{stem}.safetensors.index.json": {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-        "weight_map": {name: Path(file).name for file, shard in files.items() for name in shard}}}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {name: Path(file).name for file, shard in files.items() for name in shard}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    return files, {f"{stem}.safetensors.index.json": index}
 
 
 def write_files(folder, files):
@@ -304,7 +304,7 @@ def check_hashes(folder):
     rank, count = process_place()
     names = list(entries)[rank::count]
     with ThreadPoolExecutor() as hashers:
-        for name, found in zip(names, hashers.map(lambda name: sha256_of(folder / name), names)):
+        for name, found in zip(names, hashers.map(sha256_of, [folder / name for name in names])):
             if found != entries[name].get("sha256"):
                 raise ValueError(f"{folder / name}: damaged, its SHA-256 is not the manifest's; "
                                  f"restore it, or move {folder.name} away to go on from the "
@@ -324,7 +324,7 @@ def has_state(folder):
 
 
 def lost_moments(folder):
-    """Tell whether a checkpoint was saved here with moments that it has no more: see make_room."""
+    """Tell whether a run saved this checkpoint and later removed its moments (make_room)."""
     return (folder / "training.json").exists() and not has_state(folder)
 
 
@@ -332,15 +332,14 @@ def is_whole(folder):
     """Tell whether all files are there: a manifest's with their bytes, or those of a download."""
     try:
         if (folder / "manifest.json").exists():
-            sizes = {name: entry["bytes"] for name, entry in manifest_of(folder).items()}
-            return bool(sizes) and all((folder / name).is_file()
-                                       and (folder / name).stat().st_size == size
-                                       for name, size in sizes.items())
+            entries = manifest_of(folder)
+            return bool(entries) and all(file_size(folder / name) == entry["bytes"]
+                                         for name, entry in entries.items())
         indices = list(folder.glob("*.index.json"))
         singles = [folder / "model.safetensors", folder / "pytorch_model.bin",
                    *folder.glob("layer_*.pt")]
-        return any(map(Path.is_file, indices + singles)) and all(
-            (folder / file).is_file() for index in indices for file in read_index(index).values())
+        shards = [folder / file for index in indices for file in read_index(index).values()]
+        return any(map(Path.is_file, indices + singles)) and all(map(Path.is_file, shards))
     except (ValueError, KeyError, OSError):
         return False
 
@@ -416,11 +415,11 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     """Write RUN/step{N} whole or not at all. Every process calls.
 
     training: the object that load_training gives back, with updates, tokens and the loss scaler's
-    state. An unscheduled checkpoint (of an interrupted run) gives way to the next one. What is
-    there already, whole, is left alone, unless it has lost its moments: a run that went back behind
-    it may be interrupted there. asynchronous: return once the tensors are copied to host memory;
-    the next call or finish_writing waits for the rest. state_every: Adam's moments stay only in
-    checkpoints of its multiples and in the newest.
+    state. An unscheduled checkpoint (of an interrupted run) is removed when the next one is saved.
+    A whole one that is there already is kept, but one without moments is written again: a run that
+    resumed before it may be interrupted there. asynchronous: return once the tensors are copied to
+    host memory; the next call or finish_writing waits for the rest. state_every: Adam's moments
+    stay only in checkpoints of its multiples and in the newest.
     """
     finish_writing()
     folder = Path(run) / f"step{step}"
@@ -508,15 +507,16 @@ def own_share(files, copy):
 def write_notes(folder, notes, spec, tokenizer, entries):
     """Write what lies beside the tensors: {name: object}, config.json (spec), and the manifest.
 
-    entries: the manifest's for the tensors. With clean_up_tokenization_spaces, which transformers 4
-    takes for granted, "Hello , world" would be decoded as "Hello, world".
+    entries: the manifest's for the tensors. With clean_up_tokenization_spaces, transformers 4's
+    default, "Hello , world" would be decoded as "Hello, world".
     """
-    ends = {f"{kind}_token": "<|endoftext|>" for kind in ("bos", "eos", "unk")}
+    end = "<|endoftext|>"
     notes = notes | {"config.json": spec, "generation_config.json": {
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}}
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        notes["tokenizer_config.json"] = ends | {
+        notes["tokenizer_config.json"] = {
+            "bos_token": end, "eos_token": end, "unk_token": end,
             "tokenizer_class": "GPTNeoXTokenizer", "pad_token": "<|padding|>",
             "clean_up_tokenization_spaces": False,
             "model_max_length": spec["max_position_embeddings"]}
@@ -535,7 +535,7 @@ def write_manifest(folder, known=()):
 def make_room(run, step, state_every):
     """Remove what no later step needs: unscheduled checkpoints before `step`, moments off the grid.
 
-    Left alone: links, which lead to another run, what is damaged, and what is published.
+    Links, which lead to another run, and damaged or published checkpoints are left alone.
     """
     for other, folder in step_folders(run):
         if other >= step or folder.is_symlink() or not is_whole(folder):
@@ -550,11 +550,11 @@ def make_room(run, step, state_every):
             os.rename(folder, temporary)
             shutil.rmtree(temporary)
         elif scheduled and state_every and other % state_every:
-            kept = {name: entry for name, entry in manifest_of(folder).items()
-                    if not name.startswith("optimizer/")}
-            if has_state(folder):
-                write_json(folder / "manifest.json", kept)
-                sync(folder)  # the manifest first, so that it never lists a file that is gone
+            if has_state(folder):  # the manifest first: it never lists a file that is gone
+                write_json(folder / "manifest.json", {
+                    name: entry for name, entry in manifest_of(folder).items()
+                    if not name.startswith("optimizer/")})
+                sync(folder)
             shutil.rmtree(folder / "optimizer", ignore_errors=True)
 
 
@@ -669,7 +669,7 @@ def open_neox(folder, paths):
     if not rotary or not math.prod(rotary.shape):
         raise ValueError(f"{folder}: no attention.rotary_emb.inv_freq, which says how many heads "
                          "there are")
-    # One frequency for two dims of the first quarter of a head. Trained with the tanh form.
+    # Each frequency turns two dims, and a quarter of a head's dims are turned.
     n_heads = d_model // (8 * math.prod(rotary.shape))
     return ModelConfig(head - 4, d_model, n_heads, vocab_size=vocab_size, gelu="tanh"), tensors
 
@@ -678,8 +678,8 @@ def merged(parts, name, published):
     """Return the whole of a tensor of which each of `parts`, a rank's {name: Stored}, has a part.
 
     As gpt-neox does, in its dtype: row parallel layers are split over inputs, the others over
-    outputs (whole heads, or rows of the vocabulary). The biases of row parallel ones add up; of
-    LayerNorms every rank has a copy, which rounding took apart.
+    outputs (whole heads, or rows of the vocabulary). The biases of row parallel ones add up. Every
+    rank has a copy of each LayerNorm; the copies differ by rounding, and the whole is their mean.
     """
     first, shape, dim = parts[0][name], list(parts[0][name].shape), 0
     copies = published.endswith(("norm.weight", "norm.bias"))
@@ -696,8 +696,8 @@ def merged(parts, name, published):
                              f"{first.shape} {first.dtype}")
         if copies and own is not first:
             a, b = own.read().double(), first.read().double()
-            # Copies of one tensor with equal gradients: rounding takes them little apart (weights
-            # begin at 1, biases at 0), another step or another run takes them far.
+            # Rounding changes copies little (weights begin at 1, biases at 0); those of another
+            # step or another run are far apart.
             if (a - b).norm() > 0.1 * b.norm() + 0.01 * math.sqrt(b.numel()):
                 raise ValueError(f"{own.path}: {name} is not that of {first.path.name}, of which "
                                  "it should be a copy: these files do not belong together")
@@ -761,14 +761,17 @@ def folder_tokenizer(folder, named=None):
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
         named = own
-        if file_size(own) and sha256_of(own) not in COMPARED:
+        file_size(own)  # refuses a pipe, whose hash would never end
+        digest = sha256_of(own)
+        if digest not in COMPARED:
             load_tokenizer(own)
-            COMPARED.add(sha256_of(own))
+            COMPARED.add(digest)
     others = [name for name in ("vocab.json", "tokenizer.model") if (Path(folder) / name).exists()]
     if named is None and others:
         raise ValueError(f"{folder}: {others[0]} without a tokenizer.json, which alone is known "
                          "here; name one with --tokenizer")
-    if (size := open_any(folder)[0].vocab_size) < N_TOKENS:
+    size = open_any(folder)[0].vocab_size
+    if size < N_TOKENS:
         raise ValueError(f"{folder}: vocab_size is {size:,}, but GPT-NeoX-20B's tokenizer, the "
                          f"only one that is known here, has {N_TOKENS:,} ids")
     return named or "20B_tokenizer.json"
@@ -800,28 +803,30 @@ def import_(options):
     """Turn a published checkpoint of any form into a folder that everything here reads."""
     for line in known_bad(*identify(options.source)):
         print(line, file=sys.stderr)
-    config, tensors = open_any(options.source)
+    model_config, tensors = open_any(options.source)
     output, tokenizer = Path(options.output), options.tokenizer
     if output.exists():
         raise ValueError(f"{output}: is there already; nothing was written")
     if tokenizer:
         own = Path(options.source) / "tokenizer.json"
         tokenizer = own if os.path.lexists(own) else tokenizer
-        load_tokenizer(tokenizer)  # own may be a stranger's link to any file of ours
+        load_tokenizer(tokenizer)  # a stranger's may be a link to any file of this machine
     if options.dtype:
         dtype = getattr(torch, options.dtype)
         tensors = {name: cast(name, stored, dtype) for name, stored in tensors.items()}
-    size = sum(stored.nbytes for stored in tensors.values())
     files, notes = split("model", tensors, options.shard_size)
     dtypes = {str(stored.dtype).removeprefix("torch.") for stored in tensors.values()}
-    spec = hf_config(config) | {"torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    spec = hf_config(model_config)
+    if len(dtypes) == 1:
+        spec["torch_dtype"] = dtypes.pop()
     with writing(output) as folder:
         entries = write_files(folder, files)
         if isinstance(options, Export):
             (folder / "README.md").write_text(model_card(Path(options.source).resolve(), spec))
         write_notes(folder, notes, spec, tokenizer, entries)
+    size = sum(stored.nbytes for stored in tensors.values())
     print(f"{output}: {len(tensors)} tensors, {size:,} bytes in {len(files)} file(s), "
-          f"gelu {config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
+          f"gelu {model_config.gelu}, {'a' if tokenizer else 'no'} tokenizer")
 
 
 def cast(name, stored, dtype):
@@ -838,12 +843,13 @@ def cast(name, stored, dtype):
 
 def model_card(source, spec):
     """Return a README.md for the Hub: the model's config.json and how a run of ours trained it."""
-    facts, step = dict(list(spec.items())[2:]), identify(source)[1]
+    facts, step, run = dict(spec), identify(source)[1], source.parent / "config.json"
+    del facts["architectures"], facts["model_type"]  # the sentence below says them
     if step is not None and (training := read_training(source, step)):
-        run = source.parent / "config.json"
-        settings = read_json(run) if run.exists() else {}
-        facts |= {"step": step, "tokens": training["tokens"]} | {
-            name: value for name, value in settings.items() if type(value) in (int, float)}
+        facts |= {"step": step, "tokens": training["tokens"]}
+        if run.exists():
+            facts |= {name: value for name, value in read_json(run).items()
+                      if type(value) in (int, float)}
     rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
     return ("---\nlibrary_name: transformers\ntags: [gpt_neox, pythia]\n---\n\n"
             f"# {source.parent.name} {source.name}\n\nA language model of the architecture of "
@@ -919,29 +925,27 @@ def list_(options):
     folders = step_folders(options.run)
     if not folders:
         raise ValueError(f"{options.run}: no step0, step1, ... in it")
-    losses, total = {}, 0
-    if (Path(options.run) / "metrics.csv").exists():
-        losses = {cells[0]: cells[2] for _, cells in read_lines(Path(options.run) / "metrics.csv")
-                  if len(cells) > 2}
+    losses, total, metrics = {}, 0, Path(options.run) / "metrics.csv"
+    if metrics.exists():
+        losses = {cells[0]: cells[2] for _, cells in read_lines(metrics) if len(cells) > 2}
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     for step, folder in folders:
+        training, damage = {}, ""
         try:
-            training, damage = read_training(folder, step), ""
+            training = read_training(folder, step)
         except (ValueError, OSError) as error:
-            training, damage = {}, f" ({config.explain(error)})"
+            damage = f" ({config.explain(error)})"
         files = {name: path.stat().st_size for name, path in files_of(folder).items()
                  if path.is_file()}
         held = [word for word, start in (("weights", ("model", "pytorch_model", "layer_")),
                                          ("state", "optimizer/"), ("tokenizer", "tokenizer.json"),
                                          ("manifest", "manifest.json"))
                 if any(name.startswith(start) for name in files)]
-        size = sum(files.values())
-        total += size
+        total += sum(files.values())
         tokens = f"{training['tokens']:,}" if training else "-"
-        # The loss is that of the batch that these weights met next.
-        print(f"{step:7} {tokens:>15} {(losses.get(str(step)) or '-')[:7]:>8} "
-              f"{size / 1e6:8,.1f} MB  {', '.join(held)}"
-              + ("" if is_whole(folder) else ": NOT WHOLE") + damage)
+        loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
+        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {sum(files.values()) / 1e6:8,.1f} MB  "
+              f"{', '.join(held)}{'' if is_whole(folder) else ': NOT WHOLE'}{damage}")
     print(f"{len(folders)} checkpoints, {total / 1e9:,.2f} GB")
 
 
