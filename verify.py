@@ -56,7 +56,7 @@ class Scan:
         self.config = None  # the ModelConfig; None: the tensors are not those of any Pythia
         self.hashed = None  # files that agree with the manifest; None: there is no manifest
         self.norms, self.samples = {}, {}  # of each tensor; some of its entries in float32
-        self.stored = {}  # where it lies
+        self.stored = {}  # each tensor's file, dtype and shape
         self.problems = []
 
 
@@ -78,7 +78,7 @@ def scan(step, folder):
 
 @contextmanager
 def noting(found, name=""):
-    """Make what is wrong with a file, or cannot be read, a problem of its checkpoint, no end."""
+    """Note an error of a file as a problem of its checkpoint and go on behind the block."""
     try:
         yield
     except OSError as error:  # a broken disk, a name too long, no permission
@@ -182,7 +182,7 @@ class Way:
         self.sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
         self.matrix = torch.tensor([len(scans[0].stored[name].shape) == 2 for name in self.names])
         # float16 rounds early steps away, so distances below these floors mean nothing. (Biases
-        # begin at 0, where the floor would be 0 too.)
+        # begin at 0, where this floor would be 0 too.)
         self.floors = (1e-3 * self.sizes).clamp_min(1e-30)
         self.ratios = {}  # step: its largest distance over the neighbours'
 
@@ -213,17 +213,18 @@ class Way:
     def note_duplicates(self, i):
         """Note which tensors of checkpoint i are equal to an earlier one's, once each."""
         left, apart = torch.ones(len(self.names), dtype=torch.bool), self.apart
-        for j in range(i):
-            # Before the second update nothing has changed: the first has learning rate 0.
-            updates = self.scans[i].updates, self.scans[j].updates
-            if updates[0] != updates[1] and max(updates) > 1:
-                equal = left & (apart[:, i, j] == 0)
-                # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only
-                # if they moved away and came back, or if all matrices are equal too.
-                away = apart[:, i, j:i].amax(1) > 2 * self.floors[:, i]
-                equal &= self.matrix | away | equal[self.matrix].all()
-                left &= ~equal
-                self.note(i, equal, f"equal to step {self.scans[j].step}'s")
+        here = self.scans[i]
+        for j, other in enumerate(self.scans[:i]):
+            # The first update has learning rate 0, so that only the second changes anything.
+            if here.updates == other.updates or max(here.updates, other.updates) < 2:
+                continue
+            equal = left & (apart[:, i, j] == 0)
+            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
+            # they moved away and came back, or if all matrices are equal too.
+            away = apart[:, i, j:i].amax(1) > 2 * self.floors[:, i]
+            equal &= self.matrix | away | equal[self.matrix].all()
+            left &= ~equal
+            self.note(i, equal, f"equal to step {other.step}'s")
 
     def note_place(self, i):
         """Note the tensors of checkpoint i that do not lie where it stands; return if any do."""
@@ -239,13 +240,13 @@ class Way:
                               f"steps {before} and {after} as these are apart")
         elif last > 1:
             one, two = (1, 2) if i == 0 else (i - 1, i - 2)
-            steps = [self.scans[k].step for k in (i, one, two)]
-            gap = max(1, abs(steps[0] - steps[1]) / max(1, abs(steps[1] - steps[2])))
+            here, beside, behind = [self.scans[k].step for k in (i, one, two)]
+            gap = max(1, abs(here - beside) / max(1, abs(beside - behind)))
             limit = torch.where(self.matrix, FAR, VECTOR_FAR) * self.sizes[:, one]
             moved = self.apart[:, one, two]
             far = self.apart[:, i, one] > limit.maximum(3 * gap * moved)
             far &= moved > self.floors[:, one]  # steps 0 and 1 are equal
-            noted = self.note(i, far, f"too far from step {steps[1]} to stand beside it")
+            noted = self.note(i, far, f"too far from step {beside} to stand beside it")
         other, belongs = self.elsewhere(i)
         return self.note(i, belongs, f"nearer to step {self.scans[other].step} and its neighbour "
                          "than to their own") or noted
@@ -283,15 +284,13 @@ class Way:
             self.note(i, swapped, f"in the place of step {self.scans[j].step}'s: the path is "
                       "shorter with both exchanged")
 
-    def matrices(self, i, j, measure):
-        """Return the mean over matrices of measure(a, b) of checkpoints i's and j's samples."""
-        values = [measure(self.scans[i].samples[name], self.scans[j].samples[name])
-                  for name, is_matrix in zip(self.names, self.matrix) if is_matrix]
-        return float(sum(values) / len(values))
-
-
-def cosine(a, b):
-    return torch.cosine_similarity(a, b, dim=0)
+    def compare(self, i, j):
+        """Return checkpoint i's relative distance from j and cosine with it, means of matrices."""
+        pairs = [(self.scans[i].samples[name], self.scans[j].samples[name])
+                 for name, is_matrix in zip(self.names, self.matrix) if is_matrix]
+        distances = [(a - b).norm() / b.norm() for a, b in pairs]
+        cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in pairs]
+        return float(sum(distances) / len(pairs)), float(sum(cosines) / len(pairs))
 
 
 def check_path(scans):
@@ -308,7 +307,7 @@ def check_path(scans):
     for i in range(count - 1):
         if not noted[i] and not noted[i + 1]:
             way.note_exchanged(i)
-    descent = way.matrices(0, 1, cosine)
+    _, descent = way.compare(1, 0)
     if scans[0].step == 0 and scans[1].step <= 2000 and descent < SAME_INIT:
         scans[0].problems.append(f"step {scans[1].step} does not descend from it: their cosine is "
                                  f"{descent:.3f}")
@@ -394,9 +393,9 @@ def print_table(scans, way):
                    math.nan, math.nan]
         if way and here in way.scans:
             place = way.scans.index(here)
-            numbers[1] = way.matrices(place, 0, lambda a, b: (a - b).norm() / b.norm())
+            numbers[1], _ = way.compare(place, 0)
             if place:
-                numbers[2] = way.matrices(place, place - 1, cosine)
+                _, numbers[2] = way.compare(place, place - 1)
             numbers[3] = way.ratios.get(here.step, math.nan)
         cells = [f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
                  for value, width, digits in zip(numbers, (9, 10, 11, 7), (3, 4, 5, 2))]
