@@ -12,7 +12,6 @@ V vocabulary.
 import functools
 import hashlib
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import check, read_json
+from config import check, note, read_json
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,7 @@ class ModelConfig:
     # with hidden_act "gelu", the exact "erf" form, which is what everybody evaluates.
     gelu: str = "tanh"
     # "small" is gpt-neox's small_init and wang_init; 6.9B and 12B lack those keys in their YAML and
-    # so got "normal": 0.02, and 0.02 / sqrt(2 * n_layers) for the layers that write to
-    # the residual.
+    # so got "normal": 0.02, over sqrt(2 * n_layers) in the layers that write to the residual.
     init: str = "small"
 
     def __post_init__(self):
@@ -65,8 +63,8 @@ class ModelConfig:
 def rotary_tables(positions, R):
     """Return cos and sin of the rotary angles of positions (...) int64, each (..., R/2) float32.
 
-    The exponent's denominator is R, not d_head. Training itself made these angles in half
-    precision (up to 0.37 rad off at d_head 64); every published evaluation makes them in float32.
+    The exponent's denominator is R, not d_head. Pythia was trained with these angles in half
+    precision (up to 0.37 rad off at d_head 64), but every published evaluation has float32 ones.
     """
     frequencies = 10000.0 ** (
         -torch.arange(0, R, 2, device=positions.device, dtype=torch.float32) / R)
@@ -116,8 +114,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, D = x.shape
-        # The rows of query_key_value are interleaved per head: q, k, v of head 0, then of
-        # head 1, ...
+        # The rows of query_key_value are interleaved: q, k, v of head 0, then of head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, -1)  # (B, T, H, 3, K)
         cos, sin = (t.to(qkv.dtype)[..., None, None, :] for t in (cos, sin))  # ([B,] T, 1, 1, R/2)
         q, k = rotate(qkv[:, :, :, :2], cos, sin).unbind(3)  # (B, T, H, K)
@@ -260,7 +257,7 @@ class Pythia(nn.Module):
     def __init__(self, config, seed=1234):
         super().__init__()
         self.config = config
-        # Given an empty weight: to draw one on the meta device imports torch._dynamo, 2 seconds.
+        # With an empty weight, since drawing one on the meta device imports torch._dynamo, 2 s.
         self.embed_in = nn.Embedding(config.vocab_size, config.d_model,
                                      _weight=torch.empty(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -343,8 +340,8 @@ class Pythia(nn.Module):
         # What is added to attention's scores: nothing sees padding, (B, 1, 1, T + n_tokens), ...
         unseen = torch.zeros(B, 1, 1, T + n_tokens, device=device, dtype=self.embed_in.weight.dtype)
         unseen.masked_fill_((columns < padding[:, None])[:, None, None], -torch.inf)
-        # ... and the prompt sees only itself and what is before it. A padding token sees itself,
-        # for a softmax of nothing would be NaN.
+        # ... and a prompt's token sees none behind it. A padding token sees itself, for a softmax
+        # of nothing would be NaN.
         mask = unseen[..., :T].masked_fill(columns[:T] > columns[:T, None], -torch.inf)
         mask = mask.masked_fill(columns[:T] == columns[:T, None], 0)
         cache = [Cache(self.config, B, T + n_tokens, self.embed_in.weight) for _ in self.layers]
@@ -409,6 +406,7 @@ FREE = {"architectures", "attention_dropout", "bos_token_id", "classifier_dropou
         "eos_token_id", "hidden_act", "hidden_dropout", "initializer_range", "is_decoder",
         "pad_token_id", "torch_dtype", "transformers_version", "use_cache"}
 GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+warn_once = functools.cache(note)  # of the many checkpoints of a run
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
          "max_position_embeddings")  # in ModelConfig's order
 
@@ -453,11 +451,6 @@ def read_config(folder):
         warn_once("warning: keys of config.json that are no GPT-NeoX's of transformers are ignored:"
                   f" {', '.join(sorted(unknown)[:10])}")
     return config
-
-
-@functools.cache
-def warn_once(line):
-    print(line, file=sys.stderr)
 
 
 def parameter_shapes(config):
