@@ -50,7 +50,7 @@ class Processes:
             if on_this_node > 1:  # torchrun leaves one thread to each
                 torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
         if self.count > 1:
-            # What hosts exchange goes over gloo, past the GPUs, which need not stop for it.
+            # Hosts exchange their messages over gloo, so that GPUs need not stop for them.
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=timeout)
 
@@ -93,19 +93,18 @@ class Processes:
             raise ValueError("\n".join(dict.fromkeys(problems)))
         return result
 
-
     def agree(self, settings):
         """Raise ValueError naming every setting {name: value} that a process has otherwise."""
         everyone = self.gather(settings)
 
-        def compare():
-            differences = [f"rank {rank}: {name} is {theirs.get(name)!r}, of rank 0 {value!r}"
-                           for rank, theirs in enumerate(everyone)
-                           for name, value in everyone[0].items() if theirs.get(name) != value]
-            if differences:
-                raise ValueError("the processes were not given the same run: "
-                                 f"{'; '.join(differences[:20])}")
-        self.together(compare)
+        differences = [f"rank {rank}: {name} is {theirs.get(name)!r}, of rank 0 {value!r}"
+                       for rank, theirs in enumerate(everyone)
+                       for name, value in everyone[0].items() if theirs.get(name) != value]
+        if differences and self.rank > 0:
+            sys.exit(2)  # the first process tells it
+        if differences:
+            raise ValueError("the processes were not given the same run: "
+                             f"{'; '.join(differences[:20])}")
 
 
 def leave_processes():
@@ -130,7 +129,7 @@ class Interrupt:
         self.signal = number
 
     def exit(self):
-        """End as the signal would have; another process alone may have got it."""
+        """End with the signal's exit code, or SIGTERM's if only another process got one."""
         sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
@@ -208,9 +207,9 @@ def forget_gradients(wrapped, optimizer):
 def rehearse(training, micro_batch_size, seq_length):
     """Take two passes of a train.Training over rows of zeros and forget their gradients.
 
-    In its first pass DDP learns in which order gradients come, for the second it lays out its
-    messages in that order, and the layout decides how sums round. A run that goes on would have its
-    first pass where a run that never stopped had a later one, and so other bits.
+    DDP notes in its first pass in which order gradients come and lays out its messages in that
+    order from the second on. The layout decides how sums round. Without a rehearsal, a resumed run
+    would take its first pass at a step that an unbroken run took with the second layout.
     """
     communicate(training.wrapped, last=True)
     for _ in range(2):
@@ -399,7 +398,8 @@ def plan(config, training, launch, options, n_checkpoints):
             print(f"micro-batch {size:3}: "
                   + ", ".join(f"{what} {amount / 1e9:.2f}" for what, amount in row.items())
                   + (f"  over {room / 1e9:.0f}" if over else ""))
-            fits = fits if over else size
+            if not over:
+                fits = size
     if not fits:
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB: try "
                          "--sharding=fsdp, --activation_checkpointing=True, more or larger GPUs")

@@ -225,7 +225,7 @@ class Training:
 def open_order(prefix, steps, model_config, config, processes, once=False):
     """Return the OrderedData of `steps` batches; the first process builds it for the others.
 
-    once: of held-out batches no row may come a second time.
+    once: no row may come a second time, as held-out batches demand.
     """
     def build():
         wanted, length = samples_needed(steps, config.batch_size), model_config.seq_length
@@ -348,9 +348,8 @@ def restore(training, source, start):
 def replay(training, batches, first, source, start, processes, interrupt):
     """Rebuild Adam's moments for checkpoint `start` from the batches of steps first to start - 1.
 
-    They are taken at rate 0. Adam's moments are sums whose weights come to 1 - beta**updates; what
-    the batches before the replayed ones would have weighed goes to those replayed. Returns whether
-    the replay came to its end: not if a signal came.
+    They are taken at rate 0. Adam's moments are sums whose weights come to 1 - beta**updates: those
+    of the replayed batches are scaled up to that total. Returns False if a signal ended the replay.
     """
     updates = training.updates
     for step in range(first, start):
@@ -369,7 +368,7 @@ def replay(training, batches, first, source, start, processes, interrupt):
                 moment.mul_((1 - beta**updates) / (1 - beta**replayed))
             state["step"].fill_(updates)
     training.updates = updates
-    # The parent's own loss scale holds again; a published checkpoint has none to say.
+    # The loss scale is again the parent's; of a published checkpoint it is not known.
     training.scaler.state |= checkpoints.read_training(Path(source), start).get("scaler", {})
     return True
 
@@ -392,10 +391,10 @@ def open_run(out_dir, settings):
 
     Of a branch, "differs_from_parent" notes {setting: [the parent's, ours]}.
     """
-    path, parent = Path(out_dir) / "config.json", Path(str(settings["branch_from"])).parent
+    path, source = Path(out_dir) / "config.json", Path(str(settings["branch_from"]))
     if path.exists():
         before = read_json(path)
-        if Path(str(before.get("branch_from"))) == Path(str(settings["branch_from"])):
+        if Path(str(before.get("branch_from"))) == source:
             before["branch_from"] = settings["branch_from"]  # RUN/step8/ is RUN/step8
         found = differences(before, settings)
         if not before.get("heldout") or not settings["heldout"]:  # begun or left out: no mixture
@@ -405,12 +404,12 @@ def open_run(out_dir, settings):
     if checkpoints.step_folders(out_dir):
         raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which nothing "
                          "explains now. Put it back, or name another --out_dir")
-    if (Path(str(settings["branch_from"])) / "training.json").exists() and not (
-            parent / "config.json").exists():
-        raise ValueError(f"{parent}/config.json: no such file, and nothing else says which run "
-                         f"{settings['branch_from']} is of; put it back")
-    if settings["branch_from"] and (parent / "config.json").exists():
-        found = differences(read_json(parent / "config.json"), settings)
+    parent = source.parent / "config.json"
+    if (source / "training.json").exists() and not parent.exists():
+        raise ValueError(f"{parent}: no such file, and nothing else says which run {source} is of; "
+                         "put it back")
+    if settings["branch_from"] and parent.exists():
+        found = differences(read_json(parent), settings)
         refuse("a branch keeps its parent's model, data, order and schedule",
                {name: found[name] for name in SHARED if name in found})
         found.pop("branch_from", None)
@@ -488,14 +487,13 @@ class Log:
             self.tables["metrics"] = Table(folder / "metrics.csv", METRICS,
                                            lambda row: int(row["step"]) < start)
             losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
-            # A float16 overflow's may be nan.
-            self.recent.extend(loss for loss in losses if math.isfinite(loss))
+            self.recent.extend(filter(math.isfinite, losses))  # a float16 overflow's may be nan
             if intervention.intervention:
                 self.tables["interventions"] = Table(
                     folder / "interventions.csv", {"step": COUNT, "row": COUNT},
                     lambda row: int(row["step"]) < start)
                 self.n_changed = len(self.tables["interventions"].rows)
-            if config.heldout:  # it is of checkpoints: the one at `start` is not measured again
+            if config.heldout:  # checkpoint `start` has been measured already
                 self.tables["heldout"] = Table(
                     folder / "heldout.csv", {"step": COUNT, "tokens": COUNT, "loss": NUMBER},
                     lambda row: int(row["step"]) <= start)
@@ -527,16 +525,14 @@ class Log:
         Raises FloatingPointError at the first whose loss or gradient is not finite, if it is not an
         overflow that the loss scaler has answered. It names the rows; nothing is saved after it.
         """
-        if not self.pending:
+        pending, self.pending = self.pending, []
+        if not pending:
             return None
-        steps, losses, norms, rates, scales, changed = zip(*self.pending)
-        self.pending = []
-        losses = self.processes.mean(torch.stack(losses))
-        norms = torch.stack(norms).tolist()
-        seconds = (time.perf_counter() - self.began) / len(steps)
+        losses = self.processes.mean(torch.stack([loss for _, loss, *_ in pending]))
+        norms = torch.stack([norm for _, _, norm, *_ in pending]).tolist()
+        seconds = (time.perf_counter() - self.began) / len(pending)
         self.restart_clock()
-        for step, loss, norm, rate, scale, rows in zip(
-                steps, losses, norms, rates, scales, changed):
+        for (step, _, _, rate, scale, rows), loss, norm in zip(pending, losses, norms):
             if not (self.may_overflow or math.isfinite(loss) and math.isfinite(norm)):
                 saved = checkpoints.saved_steps(self.config.out_dir)
                 raise FloatingPointError(
@@ -550,7 +546,7 @@ class Log:
                 self.write("interventions", step, row)
             self.n_changed += len(rows)
             self.watch(step, loss)
-        return steps[-1], losses[-1], rates[-1], norms[-1], seconds
+        return step, loss, rate, norm, seconds
 
     def watch(self, step, loss):
         """Say when a loss is 6 standard deviations above the last 128's mean; changes nothing."""
@@ -594,7 +590,7 @@ def save(training, step, scheduled, log):
         raise FloatingPointError(f"step {step - 1}: the update left weights or moments that are "
                                  f"not finite; step{step} was not saved. Branch from an earlier "
                                  "checkpoint with a lower rate")
-    # Or a checkpoint could outlive a power failure that the lines of the steps before it do not.
+    # After a power failure the lines of all steps before a saved checkpoint must be there.
     for table in log.tables.values():
         os.fsync(table.file.fileno())
     checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
@@ -611,10 +607,10 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     batches = Batches(order, model_config, config, launch, processes)
     unseen, heldout = None, []
     if config.heldout:
-        unseen = open_order(config.heldout, config.heldout_batches, model_config, config, processes,
-                            once=True)
-        unread = Batches(unseen, model_config, config, launch, processes)
-        heldout = [rows for i in range(config.heldout_batches) for rows in unread.read(i)[0]]
+        n = config.heldout_batches
+        unseen = open_order(config.heldout, n, model_config, config, processes, once=True)
+        reader = Batches(unseen, model_config, config, launch, processes)
+        heldout = [rows for i in range(n) for rows in reader.read(i)[0]]
     settings = processes.together(
         lambda: identity(model_config, config, intervention, order, unseen))
     processes.agree({name: value for name, value in settings.items() if name not in PATHS})
@@ -677,7 +673,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         if step % config.log_every == 0 or last or stop:
             log.report(*log.flush(), flops_per_token(model_config), peak)
         if heldout and ((step + 1) % config.heldout_every == 0 or last):
-            log.flush()  # its clock must not count what follows
+            log.flush()  # the time of the evaluation is not the steps'
             log.heldout(step + 1, training.mean_loss(heldout, processes))
         if step + 1 in schedule or last or stop:
             save(training, step + 1, step + 1 in schedule, log)
@@ -721,7 +717,7 @@ def main(model_config, config, intervention, launch, options):
         if processes.any(interrupt.signal):  # it came during the last save
             interrupt.exit()
         # The first run's blocks lie in cycles of references (a replaced forward refers to its
-        # block), so without this their weights could stay beside the twin's.
+        # block): without this their weights could still be in memory beside the twin's.
         gc.collect()
         control = replace(config, out_dir=f"{config.out_dir.rstrip('/')}_twin", twin=False)
         train(model_config, control, InterventionConfig(), launch, processes, interrupt)
