@@ -488,9 +488,9 @@ def exchange(value=None):
 def own_share(files, copy):
     """Return the files that this process writes, {file name: {name: whole tensor}}.
 
-    Every process calls. The files go round the processes. Sharded tensors are gathered one at a
-    time and kept, in host memory, by the process that writes them, so that none of several ever
-    holds a whole copy of a model of several files.
+    Every process calls. Files are dealt to the processes in turn. Sharded tensors are gathered one
+    at a time and kept, in host memory, only by the process that writes them, so that no process
+    holds a whole model that has several files.
     """
     rank, count = process_place()
     mine = {name: {} for i, name in enumerate(files) if i % count == rank}
@@ -583,7 +583,7 @@ def remove(path):
 def writing(folder):
     """Give a new folder that takes the name `folder` only once all of it is on the disk.
 
-    What had the name stays as NAME.broken, unless the new folder has all of its bytes.
+    A folder that has the name already is kept as NAME.broken, unless the new one has all its bytes.
     """
     temporary, before = temporary_of(folder), None
     remove(temporary)  # a killed process may have left it

@@ -397,8 +397,8 @@ def hf_config(config):
     }
 
 
-# All else that transformers' GPT-NeoX, 4.24 to 5.23, reads in a config.json: what changes numbers,
-# with the value that every Pythia has, and what changes none.
+# What else transformers' GPT-NeoX, 4.24 to 5.23, reads in a config.json: the keys of PYTHIAS change
+# numbers (the value here is that of every Pythia), those of FREE do not.
 PYTHIAS = {"partial_rotary_factor": 0.25, "rope_theta": 10000, "rope_type": "default",
            "type": "default", "rope_scaling": None, "rope_parameters": None,
            "attention_bias": True, "is_causal": True, "quantization_config": None}

@@ -1,4 +1,4 @@
-"""How a run is computed, never what: processes, sharding, precision, and what it costs.
+"""How a run is computed: processes, sharding, precision; and what it will cost.
 
     python train.py configs/pythia_12b.py --plan=True --gpus=64 --gpu_memory=80
 
@@ -110,8 +110,8 @@ class Processes:
 def leave_processes():
     """End what Processes began."""
     if dist.is_initialized():
-        # gloo's thread needs Python to let go of its last message; a group that is freed before
-        # would wait for that thread, and Python with it, for ever.
+        # gloo's thread needs Python's lock to release its last message. A group that is destroyed
+        # earlier waits for that thread while it holds the lock: both would wait for ever.
         time.sleep(0.2)
         dist.destroy_process_group()
 

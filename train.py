@@ -380,8 +380,8 @@ MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_sav
               "stop_at", "heldout", "heldout_every", "tokenizer_sha256", "twin"}
 # What may lie elsewhere on another node, if it holds the same there.
 PATHS = ("data", "heldout", "tokenizer", "planted")
-# What a branch shares with its parent: model, order of the data, schedule. The highest rate is
-# free: a branch with a lower one is the advice to a run that overflows.
+# What a branch shares with its parent: model, order of the data, schedule. The highest rate may
+# differ, since a run that overflows is advised to branch with a lower one.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
           "batch_size", "warmup", "min_lr_ratio", "data_tokens", "data_sha256", "order_sha256")
 
@@ -473,7 +473,7 @@ class Log:
     """The CSV files, log.txt, the printed lines and the progress bar; the first process writes.
 
     A step's loss and norm are noted while they are still on the device. Only `flush` waits for
-    them, every log_every steps and before anything is saved, so a GPU never stands still for a log.
+    them, every log_every steps and before anything is saved, so that a GPU rarely has to wait.
     """
 
     def __init__(self, config, start, tokens_per_step, may_overflow, intervention, processes):

@@ -16,8 +16,8 @@ Training moves through weight space in small steps, so a checkpoint lies between
 
 Two neighbours in each other's place stay near; there the path gets shorter once both are exchanged.
 
-Without a manifest not all can be seen: not a few values that changed by less than their tensor
-moves between two checkpoints anyway, and not the biases and LayerNorms of the checkpoint beside.
+Without a manifest two defects stay hidden: a few values that changed by less than their tensor
+moves between two checkpoints, and biases and LayerNorms of a neighbouring checkpoint.
 """
 
 import math
