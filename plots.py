@@ -406,22 +406,25 @@ def memorization(folder, output):
 
 
 def quantiles(axes, rows):
-    """Draw the last checkpoint's counts per window against the quantiles (i + 1/2) / n of a Poisson
-    distribution with their mean.
-    """
+    """Draw the last checkpoint's counts per window against a Poisson's quantiles."""
     last, size = rows[-1]["step"], rows[0]["window"]
     counts = [int(row["memorized"]) for row in in_order(rows, step=last, window=size)
               for _ in range(int(row["windows"]))]
     if not counts:
         axes.set(title=f"step {last}: fewer rows than the {size} of a window")
         return
-    n, mean = len(counts), sum(counts) / len(counts)
-    k = torch.arange(int(mean + 10 * math.sqrt(mean)) + 30, dtype=torch.float64)
-    at_most_k = torch.special.gammaincc(k + 1, torch.full_like(k, mean))  # probability
-    x = np.searchsorted(at_most_k.numpy(), (np.arange(n) + 0.5) / n)
+    mean = sum(counts) / len(counts)
+    x = poisson_quantiles(len(counts), mean)
     axes.plot(x, sorted(counts), ".")
     axes.plot([0, max(x)], [0, max(x)], "--", color="grey")
     axes.set(xlabel=f"Poisson, rate {mean:.2f}", title=f"step {last}, windows of {size} rows")
+
+
+def poisson_quantiles(n, mean):
+    """Return the n quantiles (i + 1/2) / n of a Poisson distribution, (n,) int64."""
+    k = torch.arange(int(mean + 10 * math.sqrt(mean)) + 30, dtype=torch.float64)
+    at_most_k = torch.special.gammaincc(k + 1, torch.full_like(k, mean))  # probability
+    return np.searchsorted(at_most_k.numpy(), (np.arange(n) + 0.5) / n)
 
 
 def differences(path, output):

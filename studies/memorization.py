@@ -314,8 +314,8 @@ def describe_rows(data, rows, width):
     documents = doc_idx[first]
     sizes = provenance.data.tokens.sizes[documents].astype(np.int64)
     names, subset = ["unnamed"], 0
-    if provenance.names is not None:
-        names = provenance.names["subsets"]
+    if provenance.table is not None:
+        names = provenance.subsets
         subset = provenance.table["subset"][documents].astype(np.int64)
     whole = start + width <= sizes
     codes = np.where(whole, subset, len(names))
