@@ -37,8 +37,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, COUNT, file_size, note, NUMBER, parse, read_json, run, Table, TEXT,
-                    write_all, write_json)
+from config import (check, COUNT, file_size, note, NUMBER, parse, read_json, run, sha256_of, Table,
+                    TEXT, write_all, write_json)
 from data import Order, ordered
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
@@ -463,6 +463,8 @@ def main(config):
     processes.agree(asdict(config) | {"device": processes.device.type})
     jobs, entries = prepare_all(config), find_all(config.model, config.steps)
     processes.agree({f"documents of {job.name}": job.documents for job in jobs})
+    processes.agree({f"{name} step {step}": sha256_of(folder / "manifest.json")
+                     for name, step, _, folder in entries if (folder / "manifest.json").is_file()})
     # The first process knows what the files hold, and alone writes to them.
     opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
     table, missing = opened or (None, None)
