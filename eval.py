@@ -462,9 +462,9 @@ def main(config):
     processes = Processes(config.device, timeout=timedelta(days=30))
     processes.agree(asdict(config) | {"device": processes.device.type})
     jobs, entries = prepare_all(config), find_all(config.model, config.steps)
-    processes.agree({f"documents of {job.name}": job.documents for job in jobs})
-    processes.agree({f"{name} step {step}": sha256_of(folder / "manifest.json")
-                     for name, step, _, folder in entries if (folder / "manifest.json").is_file()})
+    processes.agree({f"documents of {job.name}": job.documents for job in jobs} | {
+        f"{name} step {step}": sha256_of(folder / "manifest.json")
+        for name, step, _, folder in entries if (folder / "manifest.json").is_file()})
     # The first process knows what the files hold, and alone writes to them.
     opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
     table, missing = opened or (None, None)

@@ -633,7 +633,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
             f"of {launch.micro_batch_size}, peak "
             + ("-" if math.isnan(peak) else f"{peak / 1e12:.2f} TFLOP/s")
             + (f"; going on from step {start:,}" if source else ""))
-    for line in order.describe():
+    for line in order.describe() if processes.rank == 0 else ():  # it reads 1000 documents
         log.say(line)
     if source and changed:
         log.say(f"bits can differ from step {start:,} on: since the last launch "
