@@ -20,17 +20,21 @@ from config import command
 from data import OrderedData
 from model import ModelConfig, Pythia
 from studies.term_frequency import (
-    COMMANDS, HEADER, Analyse, Compare, Count, Evaluate, Question,
-    QuestionIndex, analyse, answer_all, arithmetic, binned, compare, count, evaluate, gap,
-    given_answer, numbers_near_numbers, seen, tidy, trivia)
+    COMMANDS, HEADER, Analyse, Compare, Count, Evaluate, Problem, all_prompts, analyse, answer_all,
+    behind_shots, binned, compare, count, evaluate, file_phrases, find_terms, gap, given_answer,
+    numbers_near_numbers, seen, tidy)
 from studies.results import student_quantile
 from tasks import read_jsonl
 from tokenizer import Tokenizer
 from train import make_optimizer, TrainConfig
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=64)
-QUESTIONS = [Question(str(i), f"Who is {name}?", name, (name, f"The {name}!"))
+QUESTIONS = [Problem(str(i), "", f"Who is {name}?", [name, f"The {name}!"])
              for i, name in enumerate("ABCDEF")]
+
+
+def prompts(task, shots, x1="0:100"):
+    return all_prompts(Evaluate("", task, str(shots), x1))[task, shots]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +58,22 @@ def test_shots_are_drawn_as_lm_eval_drew_them():
     generator = random.Random(42)
     generator.shuffle(documents)
     expected = ["".join(generator.sample(pool, 3)[:2]) + document for document in documents]
-    assert [prompt.text for prompt in arithmetic("plus", 2, 24)] == expected
+    assert [prompt for _, prompt in prompts("plus", 2, "24:25")] == expected
     assert not any("What is 24 " in shot for text in expected for shot in text.split("\n\n")[:-1])
-    without = {prompt.item: prompt for prompt in arithmetic("times", 0, 7)}
-    assert without["12"] == ("7", "12", "Q:What is 7 times 12? A:", ("84",), ("84", " 84"))
+    problem = Problem("7", "12", "What is 7 times 12?", ["84"])
+    assert (problem, "Q:What is 7 times 12? A:") in prompts("times", 0, "7:8")
 
 
 def test_trivia_prompts_never_show_their_own_question():
-    for prompt, question in zip(trivia(QUESTIONS, 4), QUESTIONS):
-        *shots, last = prompt.text.split("\n\n")
-        assert last == f"Q:{question.text} A:" and len(shots) == 4
-        assert prompt.continuations == (" " + question.value,)
-        assert set(shots) <= {f"Q:{other.text} A: {other.value}"
+    asked = behind_shots("triviaqa", QUESTIONS, QUESTIONS, 4)
+    assert sorted(question for question, _ in asked) == QUESTIONS
+    for question, prompt in asked:
+        *shots, last = prompt.split("\n\n")
+        assert last == f"Q:{question.question} A:" and len(shots) == 4
+        assert set(shots) <= {f"Q:{other.question} A: {other.answers[0]}"
                               for other in QUESTIONS if other != question}
-    with pytest.raises(ValueError, match="6 questions are too few for 6 shots"):
-        trivia(QUESTIONS, 6)
+    with pytest.raises(ValueError, match="triviaqa: 6 shots need more than 6 questions"):
+        behind_shots("triviaqa", QUESTIONS, QUESTIONS, 6)
 
 
 @pytest.mark.parametrize("task, generated, answer", [
@@ -82,12 +87,12 @@ def test_given_answers(task, generated, answer):
 @torch.no_grad()
 def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
     model, tokenizer = load_model(run / "step2", "cpu"), Tokenizer(tokenizer_path)
-    prompts = [*arithmetic("plus", 0, 3)[:2], *arithmetic("plus", 2, 4)[:2]]
-    results = answer_all(model, tokenizer, "plus", prompts)
-    for prompt, (right, logprob) in zip(prompts, results):
-        tokens, total = tokenizer.encode(prompt.text), 0.0
-        for answer in prompt.continuations:
-            whole = tokenizer.encode(prompt.text + answer)
+    asked = [*prompts("plus", 0, "3:4")[:2], *prompts("plus", 2, "4:5")[:2]]
+    results = answer_all(model, tokenizer, "plus", asked)
+    for (problem, prompt), (right, logprob) in zip(asked, results):
+        tokens, total, [answer] = tokenizer.encode(prompt), 0.0, problem.answers
+        for said in (answer, " " + answer):
+            whole = tokenizer.encode(prompt + said)
             logprobs = model(torch.tensor([whole]))[0].double().log_softmax(-1)
             total += math.exp(sum(float(logprobs[i - 1, whole[i]])
                                   for i in range(len(tokens), len(whole))))
@@ -97,7 +102,7 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
             new.append(int(model(torch.tensor([(tokens + new)[-64:]]))[0, -1].argmax()))
         digits = given_answer("plus",
                               tokenizer.decode(new).split("\n")[0].split("<|endoftext|>")[0])
-        assert right == (digits == prompt.answers[0])
+        assert right == (digits == answer)
 
 
 def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, capsys):
@@ -112,7 +117,7 @@ def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, caps
     (tmp_path / "r" / "run_step2_plus_0.csv").unlink()
     capsys.readouterr()
     evaluate(options)
-    assert "6 prompts answered, 18 were there" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("\n") == 1  # the other three were there
     assert whole == {path.name: path.read_text() for path in (tmp_path / "r").glob("*.csv")}
 
 
@@ -128,7 +133,7 @@ def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
 
     write("Bob " * 40)  # more than the model's window
     evaluate(ask)
-    assert "1 of 2 prompts are longer than the model's 64 tokens" in capsys.readouterr().out
+    assert "1 of 2 prompts are longer than the model's 64 tokens" in capsys.readouterr().err
     write("Bert")
     with pytest.raises(ValueError, match="questions was .*; name another --results"):
         evaluate(ask)
@@ -175,18 +180,23 @@ def test_text_is_tidied_as_transformers_decoded_it(text):
     assert tidy(text) == base.clean_up_tokenization(None, text)
 
 
-TRIVIA = [Question("a", "Which Lloyd Webber musical opened in the Battle of Hastings?",
-                      "Sunset Boulevard", ("Sunset Blvd.", "SB")),
-             Question("b", "what star sign is it?", "Leo", ()),
-             Question("c", "Who is Leo?", "Lloyd Webber", ("the Lord",))]
+TRIVIA = [("a", "", "Which Lloyd Webber musical opened in the Battle of Hastings?",
+           ["Sunset Boulevard", "Sunset Blvd.", "SB"]),
+          ("b", "", "what star sign is it?", ["Leo"]),
+          ("c", "", "Who is Leo?", ["Lloyd Webber", "the Lord"])]
+TERMS = {"a": ["lloyd webber", "battle of hastings"], "c": ["leo"],
+         "b": ["what"]}  # no name: its longest word, the first of equals
+ANSWERS = {"a": ["sunset boulevard", "sunset blvd"], "b": ["leo"],
+           "c": ["lloyd webber", "the lord"]}
 WORDS = "lloyd Webber, battle of Hastings sunset boulevard BLVD. leo what the Lord leonard".split()
 
 
-def test_terms_of_questions():
-    assert TRIVIA[0].terms == ["lloyd webber", "battle of hastings"]
-    assert TRIVIA[1].terms == ["what"]  # no name: its longest word, the first of equals
-    assert TRIVIA[2].terms == ["leo"]
-    assert TRIVIA[0].answers == ["sunset boulevard", "sunset blvd"]
+def test_terms_and_answers_of_questions():
+    filed, _ = file_phrases(TRIVIA)
+    assert sorted((id_, phrase, term == phrase) for phrase, places in filed.items()
+                  for id_, term in places) == sorted(
+        (id_, phrase, kind is TERMS) for kind in (TERMS, ANSWERS) for id_, phrases in kind.items()
+        for phrase in phrases)
 
 
 @settings(max_examples=200, deadline=None)
@@ -195,10 +205,9 @@ def test_rows_with_term_and_answer_are_found(text):
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
     has = lambda phrase: any(
         words[i:i + len(phrase.split())] == phrase.split() for i in range(len(words)))
-    expected = {(q, b) for q, question in enumerate(TRIVIA)
-                for b, term in enumerate(question.terms)
-                if has(term) and any(map(has, question.answers))}
-    assert sorted(QuestionIndex(TRIVIA).found(text)) == sorted(expected)
+    expected = [f"{id_}: {term}" for id_, terms in TERMS.items() for term in terms
+                if has(term) and any(map(has, ANSWERS[id_]))]
+    assert sorted(find_terms(*file_phrases(TRIVIA), text)) == sorted(expected)
 
 
 @pytest.fixture
@@ -234,7 +243,7 @@ def test_any_number_of_processes_writes_the_same_bytes_and_goes_on(corpus, tmp_p
     capsys.readouterr()
     (tmp_path / "1" / "0000001_0000008.json").unlink()
     count(Count(**options, output=str(tmp_path / "1"), at="1,8", workers=1))
-    assert "21 rows counted now, 3 were there" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{tmp_path}/1/0000001_0000008.json\n"
     assert files("1") == files("2")
 
 
@@ -248,8 +257,6 @@ def test_counts_of_other_data_are_refused(corpus, tmp_path):
         count(Count(**options, seed=1, output=out, at="2,8", workers=1))
     with pytest.raises(ValueError, match="at was .0, 2, 8., is .0, 1, 8."):
         count(Count(**options, output=out, at="1,8", workers=1))
-    with pytest.raises(ValueError, match="counts.json: no such file"):
-        seen(tmp_path)
 
 
 # ---------------------------------------------------------------------------- analysis
@@ -262,7 +269,7 @@ def test_the_gap_by_hand():
     means[7] = 2, 0.3, -7.0
     means[11] = 9000, 0.9, -1.0
     means[2] = 8000, 0.5, -2.0
-    least, most, acc, acc_low, _, logprob, logprob_low, _ = gap(means)
+    _, (*_, acc, acc_low, _, _), (least, most, _, logprob, logprob_low, _, _) = gap(means)
     assert (least, most, acc, logprob) == pytest.approx((1.5, 8500, 0.5, 6.5))
     # Without one of the four terms an end moves by 0.1 or 0.2, by 1 or 0.5; 3/4 of the squares.
     reach = student_quantile(3)
@@ -272,22 +279,20 @@ def test_the_gap_by_hand():
 
 def test_bins_hold_every_term_once():
     means = np.array([[0, 0, -3.0], [0, 1, -2.0], [140_000, 0.5, -1.0], [3e8, 1, 0.0]])
-    rows = list(binned(means, "plus", tenths=2))
-    paper, first, second = rows
+    paper, first, second, third = binned(means)
     assert paper[0] == "paper" and paper[1] == pytest.approx(1e5) and paper[4:6] == (1, 0.5)
     assert (first[:5] == ("quantile", 0, 0, 0, 2)
             and first[5:] == pytest.approx((0.5, 0.5, -2.5, 0.5)))
-    assert second[1:5] == (140_000, 3e8, 150_070_000, 2)
+    assert second[1:5] == (140_000, 140_000, 140_000, 1) and third[1:5] == (3e8, 3e8, 3e8, 1)
 
 
-def counts_folder(tmp_path, tables, questions=()):
+def counts_folder(tmp_path, tables):
     folder = tmp_path / "counts"
     folder.mkdir()
     for (first, last), counts in tables.items():
         (folder / f"{first:07}_{last:07}.json").write_text(json.dumps(counts))
     (folder / "counts.json").write_text(json.dumps({
-        "questions": list(questions), "at": [0, *(b for _, b in tables)], "batch_size": 3,
-        "seq_length": 5}))
+        "batch_size": 3, "seq_length": 5}))
     return str(folder)
 
 
@@ -305,27 +310,27 @@ def test_analysis_takes_frequencies_up_to_the_checkpoint(tmp_path):
                                       for step in (2, 4) for term in "56"])
     analyse(Analyse(counts, results, str(tmp_path / "out")))
     rows = list(csv.DictReader((tmp_path / "out_gaps.csv").open()))
-    columns = "least_frequency", "most_frequency", "logprob_gap"
-    assert [tuple(float(row[name]) for name in columns) for row in rows] == [
-        (1, 10, 1), (10, 101, -1)]
-    assert {row["logprob_low"] for row in rows} == {""}  # a tenth of one term has no interval
-    with pytest.raises(ValueError, match="does not count up to step 3 of m, only to 0, 2, 4"):
+    columns = "least_frequency", "most_frequency", "value"
+    assert [tuple(float(row[name]) for name in columns) for row in rows
+            if row["what"] == "nats, most - least"] == [(1, 10, 1), (10, 101, -1)]
+    assert {row["low"] for row in rows if "most" in row["what"]} == {""}  # one term has no interval
+    with pytest.raises(ValueError, match="15 tokens a step, up to steps 0, 2, 4; m has seen 45"):
         analyse(Analyse(counts, results_folder(tmp_path, [row(3, 45, 5)])))
-    with pytest.raises(ValueError, match="counts 30 tokens up to step 2, m has seen 32; count in"):
+    with pytest.raises(ValueError, match="m has seen 32 at step 2: count --at"):
         analyse(Analyse(counts, results_folder(tmp_path, [row(2, 32, 5)])))
     analyse(Analyse(counts, results_folder(tmp_path, [row(2, 30, 7), row(2, 30, 8)]),
                     str(tmp_path / "out")))
-    assert (tmp_path / "out_gaps.csv").read_text().endswith(",2,,,,,0,0,,,,,,\n")
+    assert (tmp_path / "out_gaps.csv").read_text().endswith(',2,0,0,"nats, most - least",,,,\n')
 
 
 def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
-    tables = {(0, 2): {"0 0": 3, "0 1": 2, "7": 9}, (2, 4): {"0 1": 5, "1 0": 4}}
-    counts = counts_folder(tmp_path, tables, ["a", "b"])
+    tables = {(0, 2): {"a: x": 3, "a: y z": 2, "7": 9}, (2, 4): {"a: y z": 5, "b: x": 4}}
+    counts = counts_folder(tmp_path, tables)
     results = results_folder(tmp_path, [("m", step, "", "triviaqa", 4, term, "", 0, -1.0)
                                       for step in (2, 4) for term in "ab"])
     analyse(Analyse(counts, results, str(tmp_path / "out")))
     rows = list(csv.DictReader((tmp_path / "out_gaps.csv").open()))
-    assert [(row["least_frequency"], row["most_frequency"]) for row in rows] == [
+    assert [(row["least_frequency"], row["most_frequency"]) for row in rows[::3]] == [
         ("0", "2"), ("4", "7")]
 
 
@@ -343,7 +348,7 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
     found = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert [(row["model"], row["terms"], row["seeds"], row["n"]) for row in found] == [
         ("more+more2", "chosen", "2", "1"), ("more+more2", "others", "2", "2"),
-        ("more+more2", "chosen minus others", "2", "")]
+        ("more+more2", "chosen minus others", "2", "3")]
     assert [float(row["difference"]) for row in found] == [3, 1, 2]
     assert found[0]["low"] == ""  # of one term there is no interval
     # 0 and 2 in both seeds: mean 1, standard error 1, a Student's t of one degree.
@@ -351,7 +356,7 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of all of more, more_twin, none, .* has"):
         compare(Compare("more,none", "24", results=results))
     results_folder(tmp_path, [row for row in rows if row[0] != "more2" or row[5] != "31"])
-    with pytest.raises(ValueError, match="not the same terms for all of more, more2 at step 8"):
+    with pytest.raises(ValueError, match="not the same prompts for all of more, .* at step 8"):
         compare(options)
 
 
