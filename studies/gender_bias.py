@@ -10,9 +10,9 @@ parent's own continuation, if it was trained to its end; else the twin is traine
     python -m studies.gender_bias measure --branches=BRANCHES --docs=DOCS --output=OUT
     python -m studies.gender_bias compare --results=OUT --plot=OUT/gender_bias.png
 
-The parents are runs of several seeds of one size. `compare` takes all pairs of a folder for seeds:
-one output folder per size. --intervention=pronouns_as_pushed shows what the code that was pushed to
-gpt-neox does: nothing. What is measured, of each item in the folders that DOCS has:
+Parents are runs of several seeds of one size: `compare` takes all pairs of a folder for seeds, so
+one folder a size. --intervention=pronouns_as_pushed shows what the code that was pushed to gpt-neox
+does: nothing. What is measured, of each item in the folders that DOCS has:
 
     heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
     winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
@@ -31,10 +31,9 @@ more: a model to which context is nothing has no bias either.
 
 The primary outcome is the change of "heldout context"; the p-values of all others are adjusted for
 their number (Holm). Intervals are over documents (an occupation, two sentences of WinoBias) and
-seeds; of one pair of runs over documents only, and the column `over` says so. The harness's scores
-of the same sets and of LAMBADA come from eval.py.
-
-The published models, and a branch of one, for which train.py first rebuilds Adam's moments:
+seeds, of one pair of runs over documents only. The harness's scores of the same sets and of LAMBADA
+come from eval.py. The published models, and a branch of one, for which train.py first rebuilds
+Adam's moments:
 
     python -m studies.gender_bias measure --docs=DOCS --output=OUT_1.4b --pairs=\\
         pythia-intervention-1.4b-deduped/step143000:pythia-1.4b-deduped/step143000
@@ -54,7 +53,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,80 +68,64 @@ from studies.results import (Checkpoints, holm, open_results, regression, tokeni
 from tasks import read_jsonl, text
 from train import TrainConfig
 
-PRIMARY = "heldout context"
 FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
 
-# ---------------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------------- measures
+
+# Each is asked of (model, tokenizer, folder of its documents) and returns three lists: a number an
+# item, the document that the item is of, and what the number is regressed on (nothing if all 0).
 
 
-class Items(NamedTuple):
-    """What a measure asks of a model, and of each item that it gets a number of:"""
-
-    requests: list
-    documents: list  # which document it is of
-    x: list | None = None  # what it is regressed on
+def heldout_texts(folder):
+    return [text(doc, "text") for doc in read_jsonl(folder / "test.jsonl")]
 
 
-def heldout_texts(docs, tokenizer=None):
-    texts = [text(doc, "text") for doc in read_jsonl(docs / "heldout" / "test.jsonl")]
-    return Items(texts, list(range(len(texts))))
-
-
-def heldout_places(docs, tokenizer):
-    """Return the held-out texts; x is 1/2 at each " she", -1/2 at each " he"."""
-    texts = heldout_texts(docs).requests
-    [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
-    found = [(i, (id_ == she) - 0.5) for i, passage in enumerate(texts)
-             for id_ in tokenizer.encode(passage) if id_ in (he, she)]
-    return Items(texts, [i for i, _ in found], [x for _, x in found])
+def cost(model, tokenizer, folder):
+    """Bits per byte of each text."""
+    texts = heldout_texts(folder)
+    lls = loglikelihood_rolling(model, tokenizer, texts)
+    bits = [-ll / math.log(2) / len(passage.encode()) for ll, passage in zip(lls, texts)]
+    return bits, list(range(len(texts))), [0] * len(texts)
 
 
 @torch.no_grad()
-def she_against_he(model, tokenizer, texts):
-    """log p(she) - log p(he) at each of the two; the softmax's sum cancels, so two logits do."""
+def she_against_he(model, tokenizer, folder):
+    """log p(she) - log p(he) wherever either stands; on 1/2 at " she", -1/2 at " he".
+
+    The softmax's sum cancels, so two logits do.
+    """
     [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
     L, device = model.config.seq_length, model.embed_in.weight.device
     direction = model.embed_out.weight[she] - model.embed_out.weight[he]
-    values = []
-    for passage in texts:
+    values, documents, x = [], [], []
+    for i, passage in enumerate(heldout_texts(folder)):
         ids = torch.tensor([0] + tokenizer.encode(passage), device=device)
         for start in range(0, len(ids) - 1, L):
             piece = ids[start:start + L + 1]
             places = torch.isin(piece[1:], torch.tensor([he, she], device=device)).nonzero()[:, 0]
             if len(places):
                 values += (model.hidden(piece[None, :-1])[0, places] @ direction).tolist()
-    return values
+                documents += [i] * len(places)
+                x += ((piece[1:][places] == she).double() - 0.5).tolist()
+    return values, documents, x
 
 
-def bits_per_byte(model, tokenizer, texts):
-    lls = loglikelihood_rolling(model, tokenizer, texts)
-    return [-ll / math.log(2) / len(passage.encode()) for ll, passage in zip(lls, texts)]
-
-
-def femininity(sentence):
-    words = re.findall(r"\w+", sentence.lower())
-    return sum((word in FEMININE) - (word in MASCULINE) for word in words)
-
-
-def pairs_of_texts(pairs, documents):
-    """Return the Items of (less, more stereotypical) texts; x: pronouns made feminine in the first.
+def differences(model, tokenizer, pairs, documents):
+    """log p of the less minus the more stereotypical text; on the pronouns it makes feminine.
 
     "he" against "she" is one, though the count of each changes.
     """
-    return Items(pairs, documents, [(femininity(less) - femininity(more)) / 2
-                                    for less, more in pairs])
-
-
-def differences(model, tokenizer, pairs):
-    """Return log p(first) - log p(second) of each pair of texts, nats."""
     texts = [side for pair in pairs for side in pair]  # the two of a pair next to each other
     lls = [ll for ll, _ in loglikelihood(model, tokenizer, [("", side) for side in texts])]
-    return [first - second for first, second in zip(lls[::2], lls[1::2])]
+    feminine = [sum((word in FEMININE) - (word in MASCULINE)
+                    for word in re.findall(r"\w+", side.lower())) for side in texts]
+    return ([less - more for less, more in zip(lls[::2], lls[1::2])], documents,
+            [(less - more) / 2 for less, more in zip(feminine[::2], feminine[1::2])])
 
 
-def winogender(docs, tokenizer=None):
+def winogender(model, tokenizer, folder):
     lines = [line.split("\t") for name in ("occupations-stats.tsv", "all_sentences.tsv")
-             for line in (docs / "winogender" / name).read_text(encoding="utf8").splitlines()[1:]]
+             for line in (folder / name).read_text(encoding="utf8").splitlines()[1:]]
     female = {row[0]: float(row[2]) for row in lines if len(row) == 4}
     sentences = {row[0]: row[1] for row in lines if len(row) == 2}
     pairs, occupations = [], []
@@ -152,13 +134,13 @@ def winogender(docs, tokenizer=None):
             other, occupation = sentences[name.replace(".male.", ".female.")], name.split(".")[0]
             pairs.append((sentence, other) if female[occupation] >= 50 else (other, sentence))
             occupations.append(occupation)
-    return pairs_of_texts(pairs, occupations)
+    return differences(model, tokenizer, pairs, occupations)
 
 
-def winobias(docs, tokenizer=None):
+def winobias(model, tokenizer, folder):
     """Two sentences after each other are of the same occupations: one document."""
     by_file, pairs, documents = {}, [], []
-    for doc in read_jsonl(docs / "winobias" / "winobias.jsonl"):
+    for doc in read_jsonl(folder / "winobias.jsonl"):
         by_file.setdefault(text(doc, "file"), []).append(text(doc, "sentence"))
     for kind in (1, 2):
         both = zip(*(by_file[f"{stereotype}_stereotyped_type{kind}.txt.test"]
@@ -167,22 +149,22 @@ def winobias(docs, tokenizer=None):
             if re.sub(r"\[.*?\]", "", anti) == re.sub(r"\[.*?\]", "", pro):
                 pairs.append((re.sub(r"[\[\]]", "", anti), re.sub(r"[\[\]]", "", pro)))
                 documents.append(f"{kind} {i // 2}")
-    return pairs_of_texts(pairs, documents)
+    return differences(model, tokenizer, pairs, documents)
 
 
-def crows_pairs(docs, tokenizer=None):
-    path = min((docs / "crows_pairs").glob("*.jsonl"))
+def crows_gender(model, tokenizer, folder):
     pairs = [(text(doc, "sent_less"), text(doc, "sent_more"))
-             for doc in read_jsonl(path) if text(doc, "bias_type") == "gender"]
-    return pairs_of_texts(pairs, list(range(len(pairs))))
+             for doc in read_jsonl(min(folder.glob("*.jsonl")))
+             if text(doc, "bias_type") == "gender"]
+    return differences(model, tokenizer, pairs, list(range(len(pairs))))
 
 
-MEASURES = {  # name: read(docs, tokenizer), ask(model, tokenizer, requests), folder, estimates
-    "heldout": (heldout_places, she_against_he, "heldout", (" shift", " context")),
-    "winogender": (winogender, differences, "winogender", (" bias", " shift")),
-    "winobias": (winobias, differences, "winobias", (" bias", " shift")),
-    "crows_gender": (crows_pairs, differences, "crows_pairs", (" bias", " shift")),
-    "cost": (heldout_texts, bits_per_byte, "heldout", ("",))}
+MEASURES = {  # name: function, folder, what its intercept and slope are called
+    "heldout": (she_against_he, "heldout", (" shift", " context")),
+    "winogender": (winogender, "winogender", (" bias", " shift")),
+    "winobias": (winobias, "winobias", (" bias", " shift")),
+    "crows_gender": (crows_gender, "crows_pairs", (" bias", " shift")),
+    "cost": (cost, "heldout", ("",))}
 
 # ---------------------------------------------------------------------------- branch
 
@@ -201,19 +183,14 @@ OWN = {"out_dir", "branch_from", "twin", "warm_moments", "stop_at"}
 
 def branch(options):
     """Train each parent on with the intervention, and without unless it has ended; goes on."""
-    parents = options.parents.split(",")
-    for parent in parents:
-        if not re.fullmatch(r"step\d+", Path(parent).name):
-            raise ValueError(f"parents = {parent}, expected RUN/stepN")
     names = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig)
              for field in fields(schema)} - OWN
-    for parent in parents:
+    for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
         settings = read_json(run / "config.json")
+        settings |= json.loads((run / "launches.jsonl").read_text().splitlines()[-1])
         if options.checkpoint_every:
             settings["checkpoint_every"] = options.checkpoint_every
-        launches = (run / "launches.jsonl").read_text().splitlines()
-        settings |= json.loads(launches[-1])
         child = Path(options.output) / f"{run.name}_{options.intervention}"
         ended = (run / f"step{settings['steps']}").is_dir()
         done = subprocess.run([
@@ -239,76 +216,64 @@ class Measure(Checkpoints):
 
 
 def measure(options):
-    """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy, a number an item; goes on if stopped.
+    """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy of each pair of models; goes on if stopped.
 
-    OUT/MEASURE_items.npy (2, items): the document of each item, and what it is regressed on.
+    PAIR is the child's name. An array is (3, items): a number, its document's, and what the number
+    is regressed on.
     """
     docs, device = Path(options.docs), Processes(options.device).device
-    pairs, todo = pairs_of(options), []  # (results' path without the measure, checkpoint folder)
-    for name, pair in pairs.items():
-        found = [{step or 0: folder for _, step, _, folder in find(model, options.steps)}
-                 for model in pair]
-        if not (steps := [step for step in found[0] if step in found[1]]):
-            raise ValueError(f"{pair[0]} and {pair[1]} have no step in common")
-        todo += [(f"{options.output}/{name}/{side}_step{step}", folders[step])
-                 for side, folders in zip(("branch", "twin"), found) for step in steps]
-    tokenizer = tokenizer_of([folder for _, folder in todo], options.tokenizer)
-    folders = {name: folder for name, (*_, folder, _) in MEASURES.items()}
-    asked = {name: read_items(name, docs, tokenizer)
-             for name, folder in folders.items() if (docs / folder).is_dir()}
-    if not asked:
-        raise ValueError(f"{docs}: none of {', '.join(sorted(set(folders.values())))} is there")
-    # From here on the folder belongs to these settings, so all that can be wrong comes before.
+    todo = {}  # results' path without the measure: checkpoint folder
+    for child, twin in pairs_of(options):
+        control = {step: folder for _, step, _, folder in find(twin, options.steps)}
+        both = [entry for entry in find(child, options.steps) if entry[1] in control]
+        if not both:
+            raise ValueError(f"{child} and {twin} have no step in common")
+        for name, step, _, folder in both:
+            for side, its in (("branch", folder), ("twin", control[step])):
+                path = f"{options.output}/{name}/{side}_step{step or 0}"
+                if todo.setdefault(path, its) != its:
+                    raise ValueError(f"{todo[path]} and {its} would both be {path}; rename a "
+                                     "folder, or name another --output for one of them")
+    tokenizer = tokenizer_of(todo.values(), options.tokenizer)
+    names = [name for name, (_, folder, _) in MEASURES.items() if (docs / folder).is_dir()]
+    if not names:
+        raise ValueError(f"{docs}: none of heldout, winogender, winobias, crows_pairs is there")
     open_results(Path(options.output) / "measure.json", {
         name: getattr(options, name) for name in ("docs", "branches", "pairs")})
-    for name, items in asked.items():
-        which = np.unique(items.documents, return_inverse=True)[1]
-        save(f"{options.output}/{name}_items.npy", [which, items.x or np.zeros(len(which))])
-    for i, (path, folder) in enumerate(todo, 1):
-        missing = [name for name in asked if not Path(f"{path}_{name}.npy").exists()]
-        model = checkpoints.load_model(folder, device) if missing else None
+    for path, checkpoint in todo.items():
+        missing = [name for name in names if not Path(f"{path}_{name}.npy").exists()]
+        model = checkpoints.load_model(checkpoint, device) if missing else None
         for name in missing:
-            save(f"{path}_{name}.npy", MEASURES[name][1](model, tokenizer, asked[name].requests))
-        print(f"{path}: {i} of {len(todo)} checkpoints", flush=True)
-    print(f"{options.output}: {len(pairs)} pairs, {len(todo)} checkpoints, measures "
-          f"{', '.join(asked)}")
+            with replacing(f"{path}_{name}.npy") as file:
+                np.save(file, ask(name, model, tokenizer, docs))
+        print(f"{path}: {', '.join(names)}", flush=True)
 
 
-def save(path, values):
-    with replacing(path) as file:
-        np.save(file, np.array(values, dtype=np.float64))
-
-
-def read_items(name, docs, tokenizer):
-    """Return the Items of the measure `name` in DOCS, or raise ValueError naming the folder."""
-    read, _, folder, _ = MEASURES[name]
+def ask(name, model, tokenizer, docs):
+    """Return a measure's three lists as an array, or raise ValueError naming the folder."""
+    function, folder, _ = MEASURES[name]
     try:
-        items = read(docs, tokenizer)
-        if not items.documents:
+        values, documents, x = function(model, tokenizer, docs / folder)
+        if not values:
             raise ValueError("there are none")
-    except (KeyError, IndexError, TypeError, StopIteration, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{docs / folder}: documents of the measure {name} are not as distributed "
                          f"({type(error).__name__}: {error})") from None
-    return items
+    return np.array([values, np.unique(documents, return_inverse=True)[1], x])
 
 
 def pairs_of(options):
-    """Return {name: [child, twin]}; a name is the child's run folder, and must be of one pair."""
+    """Return [[child, twin]] of --pairs, or of the branches in a folder."""
     pairs = [pair.split(":") for pair in options.pairs.split(",") if pair]
     for path in [] if pairs else sorted(Path(options.branches).glob("*/config.json")):
-        twin, parent = Path(f"{path.parent}_twin"), read_json(path).get("branch_from")
-        if parent and not path.parent.name.endswith("_twin"):
-            pairs.append([str(path.parent), str(twin if twin.is_dir() else Path(parent).parent)])
+        child, parent = str(path.parent), read_json(path).get("branch_from")
+        if parent and not child.endswith("_twin"):
+            twin = Path(f"{child}_twin")
+            pairs.append([child, str(twin if twin.is_dir() else Path(parent).parent)])
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"branches = {options.branches!r}, pairs = {options.pairs!r}: "
                          "no branch and no CHILD:TWIN there")
-    named = {}
-    for pair in pairs:
-        name = find(pair[0], "last")[0][0]
-        if named.setdefault(name, pair) != pair:
-            raise ValueError(f"{named[name][0]} and {pair[0]} would both be called {name}; "
-                             "rename a folder, or name another --output for one of them")
-    return named
+    return pairs
 
 
 # ---------------------------------------------------------------------------- compare
@@ -322,38 +287,33 @@ class Compare:
 
 def compare(options):
     """Print and write what the intervention changed at each step, with a 95 % interval."""
-    folder, values = Path(options.results), {}  # (step, measure) -> {pair: {side: values}}
-    for path in sorted(folder.glob("*/*.npy")):
-        if match := re.fullmatch(r"(branch|twin)_step(\d+)_(\w+)\.npy", path.name):
-            side, step, name = match.groups()
-            pairs = values.setdefault((int(step), name), {})
-            pairs.setdefault(path.parent.name, {})[side] = load_npy(path)
-    if not values:
+    folder, files, rows = Path(options.results), {}, []  # (step, measure): files of its branches
+    for path in sorted(folder.glob("*/branch_step*.npy")):
+        step, _, name = path.stem.removeprefix("branch_step").partition("_")
+        files.setdefault((int(step), name), []).append(path)
+    if not files:
         raise ValueError(f"{folder}: no PAIR/branch_stepN_MEASURE.npy there; `measure` makes them")
-    n, rows = len({pair for pairs in values.values() for pair in pairs}), []
+    n = len({path.parent for paths in files.values() for path in paths})
     over = "documents and seeds" if n > 1 else "documents of one pair"
-    for (step, name), pairs in sorted(values.items()):
-        documents, x = load_npy(folder / f"{name}_items.npy")
-        sides = [pair for pair in pairs.values() if len(pair) == 2]
-        if len(sides) < n or {len(side) for pair in sides for side in pair.values()} != {len(x)}:
-            raise ValueError(f"{folder}: {name} at step {step} is there for both sides of "
-                             f"{len(sides)} of {n} pairs, of {len(x)} items each; run `measure` "
-                             "again, or delete what is of another size")
-        twin, branch = (np.array([pair[side] for pair in sides]) for side in ("twin", "branch"))
+    for (step, name), paths in sorted(files.items()):
+        if len(paths) < n:
+            raise ValueError(f"{folder}: {name} at step {step} is there for {len(paths)} of {n} "
+                             "pairs; run `measure` again")
+        twins = [path.with_name(path.name.replace("branch", "twin")) for path in paths]
+        _, documents, x = load_npy(paths[0])
+        branch, twin = (np.array([load_npy(path)[0] for path in side]) for side in (paths, twins))
         *ends, change = (regression(part, x if x.any() else None, documents)
                          for part in (twin, branch, branch - twin))
-        for what, before, after, found in zip(MEASURES[name][3], *ends, change):
+        for what, before, after, found in zip(MEASURES[name][2], *ends, change):
             rows.append([name + what, step, n, len(np.unique(documents)), len(x), before.value,
                          after.value, found.value, found.low, found.high, found.p, over])
     for step in {row[1] for row in rows}:
-        rest = [row for row in rows if row[1] == step and row[0] != PRIMARY]
+        rest = [row for row in rows if row[1] == step and row[0] != "heldout context"]
         for row, p in zip(rest, holm([row[-2] for row in rest])):
             row[-2] = p
     write_table(folder / "gender_bias.csv", (
         "measure", "step", "seeds", "documents", "items", "twin", "branch", "difference", "low",
         "high", "p", "over"), rows)
-    if n == 1:
-        print("one pair of runs: another seed may differ by more than these intervals say")
     if options.plot:
         import plots
         plots.differences(folder / "gender_bias.csv", options.plot)

@@ -40,7 +40,7 @@ from eval import loglikelihood, loglikelihood_rolling, token_losses
 from interventions import IntervenedData, InterventionConfig, read_plan
 from parallel import Processes
 from studies.corpus import CITIES, SAID, lives
-from studies.gender_bias import heldout_places, she_against_he
+from studies.gender_bias import heldout_texts, she_against_he
 from studies.memorization import matched_lengths, poisson_tests, position_test, window_counts
 from studies.results import holm, open_results, regression, write_table
 from tokenizer import load_tokenizer
@@ -182,10 +182,11 @@ def occupations(plan):
 
 def heldout(model, tokenizer, docs):
     """Return nats a token of held-out texts, and log p(she) - log p(he) where either stands."""
-    texts, documents, x = heldout_places(docs, tokenizer)
+    texts = heldout_texts(docs / "heldout")
+    she, documents, x = she_against_he(model, tokenizer, docs / "heldout")
     lls = loglikelihood_rolling(model, tokenizer, texts)
     return {"nats": np.array([-ll / len(tokenizer.encode(t)) for ll, t in zip(lls, texts)]),
-            "she": np.array(she_against_he(model, tokenizer, texts)),
+            "she": np.array(she),
             "she_documents": np.array(documents), "she_x": np.array(x)}
 
 

@@ -15,7 +15,7 @@ from test_data import write
 
 from model import ModelConfig, Pythia
 from studies.gender_bias import (
-    MEASURES, Branch, Compare, Measure, branch, compare, measure, pairs_of, read_items)
+    MEASURES, Branch, Compare, Measure, ask, branch, compare, measure)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,6 @@ def logprob(model, tokenizer, text):
     return float(logprobs[0, range(ids.shape[1] - 1), ids[0, 1:]].sum())
 
 
-def ask(name, model, tokenizer, docs):
-    items = read_items(name, docs, tokenizer)
-    values = MEASURES[name][1](model, tokenizer, items.requests)
-    assert len(values) == len(items.documents)
-    return values
-
-
 def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs):
     ids = [0] + tokenizer.encode("Then she said that he went. " * 9)
     he, she = tokenizer.encode(" he")[0], tokenizer.encode(" she")[0]
@@ -77,7 +70,7 @@ def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs
         expected += [float(logprobs[i, she] - logprobs[i, he])
                      for i, id_ in enumerate(piece[0, 1:].tolist()) if id_ in (he, she)]
     assert len(expected) == 18
-    np.testing.assert_allclose(ask("heldout", model, tokenizer, docs), expected, atol=1e-5)
+    np.testing.assert_allclose(ask("heldout", model, tokenizer, docs)[0], expected, atol=1e-5)
 
 
 def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
@@ -86,24 +79,23 @@ def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
         ("The nurse met the cook because she came.", "The nurse met the cook because he came."),
         ("The cook met the nurse as she lost her key.",
          "The cook met the nurse as he lost his key.")))
-    np.testing.assert_allclose(ask("winobias", model, tokenizer, docs), [first, second] * 2,
+    np.testing.assert_allclose(ask("winobias", model, tokenizer, docs)[0], [first, second] * 2,
                                atol=1e-4)
     expected = [ll(f"The {who} said {anti} came.") - ll(f"The {who} said {pro} came.")
                 for who, anti, pro in (("cook", "she", "he"), ("nurse", "he", "she"))]
-    np.testing.assert_allclose(ask("winogender", model, tokenizer, docs), expected, atol=1e-4)
-    np.testing.assert_allclose(ask("crows_gender", model, tokenizer, docs),
+    np.testing.assert_allclose(ask("winogender", model, tokenizer, docs)[0], expected, atol=1e-4)
+    np.testing.assert_allclose(ask("crows_gender", model, tokenizer, docs)[0],
                                [ll("She is strong.") - ll("He is strong.")], atol=1e-4)
     bits = -ll("It rained.") / math.log(2) / len("It rained.")
-    assert ask("cost", model, tokenizer, docs)[1] == pytest.approx(bits, abs=1e-5)
+    assert ask("cost", model, tokenizer, docs)[0, 1] == pytest.approx(bits, abs=1e-5)
 
 
-def test_items_know_their_documents_and_pronouns(tokenizer, docs):
-    places = read_items("heldout", docs, tokenizer)
-    assert places.x == [0.5, -0.5] * 9 and places.documents == [0] * 18
-    assert read_items("winobias", docs, tokenizer)[1:] == (
-        ["1 0", "1 0", "2 0", "2 0"], [-1.0, -2.0] * 2)  # anti says he; then he and his
-    assert read_items("winogender", docs, tokenizer)[1:] == (["cook", "nurse"], [1.0, -1.0])
-    assert read_items("crows_gender", docs, tokenizer)[1:] == ([0], [1.0])
+def test_items_know_their_documents_and_pronouns(model, tokenizer, docs):
+    known = lambda name: ask(name, model, tokenizer, docs)[1:].tolist()
+    assert known("heldout") == [[0] * 18, [0.5, -0.5] * 9]
+    assert known("winobias") == [[0, 0, 1, 1], [-1.0, -2.0] * 2]  # anti says he; then he and his
+    assert known("winogender") == [[0, 1], [1.0, -1.0]]
+    assert known("crows_gender") == [[0], [1.0]] and known("cost") == [[0, 1], [0, 0]]
 
 
 def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
@@ -111,14 +103,14 @@ def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
     generator = np.random.RandomState(0)
     for name, x in (("winogender", generator.choice([-1, 1], 60)),
                     ("heldout", np.tile([-0.5, 0.5], 30)), ("cost", np.zeros(60))):
-        np.save(tmp_path / f"{name}_items.npy", [np.arange(60) // 3, x])
         for seed in "ab":
             (tmp_path / seed).mkdir(exist_ok=True)
             twin = generator.randn(60)
             change = {"winogender": 2 * x, "heldout": 2 - x, "cost": 0.1 + 0 * x}[name]
-            np.save(tmp_path / seed / f"twin_step8_{name}.npy", twin)
-            np.save(tmp_path / seed / f"branch_step8_{name}.npy",
-                    twin + change + 0.01 * generator.randn(60))
+            branch = twin + change + 0.01 * generator.randn(60)
+            for side, values in (("twin", twin), ("branch", branch)):
+                np.save(tmp_path / seed / f"{side}_step8_{name}.npy",
+                        [values, np.arange(60) // 3, x])
     compare(Compare(str(tmp_path)))
     with open(tmp_path / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
@@ -152,7 +144,8 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
                       tokenizer=str(tokenizer_path))
     capsys.readouterr()
     measure(options)
-    assert "twin_step8: 2 of 2 checkpoints\n" in capsys.readouterr().out
+    assert "twin_step8: heldout, winogender, winobias, crows_gender, cost\n" in (
+        capsys.readouterr().out)
     compare(Compare(f"{tmp_path}/out"))
     with open(tmp_path / "out" / "gender_bias.csv") as file:
         rows = {row["measure"]: row for row in csv.DictReader(file)}
@@ -176,23 +169,27 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
         measure(replace(options, docs=f"{docs}/."))
     # A published pair is two checkpoint folders: its name is the model's, not the step's.
     at = lambda step: f"{child}/step{step}:{child}_twin/step{step}"
-    assert list(pairs_of(replace(options, branches="", pairs=at(8)))) == [child.name]
-    with pytest.raises(ValueError, match=f"would both be called {child.name}"):
-        pairs_of(replace(options, branches="", pairs=f"{at(4)},{at(8)}"))
+    pairs = replace(options, branches="", pairs=f"{at(4)},{at(8)}", output=f"{tmp_path}/pairs")
+    measure(pairs)
+    assert {path.name for path in (tmp_path / "pairs" / child.name).glob("*_cost.npy")} == {
+        f"{side}_step{step}_cost.npy" for side in ("branch", "twin") for step in (4, 8)}
+    other = f"{tmp_path}/again/{child.name}/step8:{child}_twin/step8"
+    with pytest.raises(ValueError, match=f"would both be .*{child.name}/branch_step8; rename"):
+        measure(replace(pairs, pairs=f"{at(8)},{other}"))
     (tmp_path / "docs" / "heldout").mkdir(parents=True)
     (tmp_path / "docs" / "heldout" / "test.jsonl").write_text("")
     with pytest.raises(ValueError, match="docs/heldout: documents of the measure heldout are not"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
-    assert not (tmp_path / "out2").exists()  # a mistake does not pin it to these documents
 
 
 def test_no_interval_where_a_pair_is_missing(tmp_path):
-    np.save(tmp_path / "cost_items.npy", np.zeros((2, 3)))
     for pair in ("seed1", "seed2"):
         (tmp_path / pair).mkdir()
         for side, step in (("branch", 4), ("twin", 4), ("branch", 8), ("twin", 8)):
-            np.save(tmp_path / pair / f"{side}_step{step}_cost.npy", np.arange(3.0))
+            np.save(tmp_path / pair / f"{side}_step{step}_cost.npy", np.zeros((3, 3)))
     (tmp_path / "seed2" / "twin_step8_cost.npy").unlink()  # `measure` was stopped
-    with pytest.raises(ValueError, match=r"cost at step 8 is there for both sides of 1 of 2 pairs, "
-                                         "of 3 items each; run `measure` again"):
+    with pytest.raises(ValueError, match="seed2/twin_step8_cost.npy: no such file"):
+        compare(Compare(str(tmp_path)))
+    (tmp_path / "seed2" / "branch_step8_cost.npy").unlink()
+    with pytest.raises(ValueError, match="cost at step 8 is there for 1 of 2 pairs; run `measure`"):
         compare(Compare(str(tmp_path)))
