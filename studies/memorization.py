@@ -12,16 +12,15 @@ and with a published model and its data, checkpoint folders named step13000, ste
     torchrun --nproc_per_node=8 -m studies.memorization score \\
         --model=pythia-12b-deduped/step143000 --data=data/pile-deduped/document --output=OUT
 
-Cost: a 70m on two CPU cores decides 187 rows/s that miss at once, 49 that are right to the end
-(`python bench.py memorization`): Pythia's 146,432,000 rows take 9 to 35 days a checkpoint,
---rows=0:1000000 1.5 to 6 hours. A miss at once is one pass over 32 tokens, 7.6e11 FLOPs with the
-12B (47 GB of weights in float32), 1.1e20 for all its rows. On an
-H100 a 70m decides 25,157 such rows/s, a 410m 2,152 (float32; `memorization --device=cuda`).
+Cost: a 70m on two CPU cores decides 187 rows/s that miss at once, 49 that are right to the end, on
+an H100 25,157 that miss at once, a 410m 2,152 (`python bench.py memorization`, float32). Pythia's
+146,432,000 rows take 9 to 35 days a checkpoint on the cores, --rows=0:1000000 1.5 to 6 hours; with
+the 12B, a miss at once being 7.6e11 FLOPs, at least 1.1e20 FLOPs.
 
 OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss. With
 --generate=True NAME_stepN_generated.npy is the original's score times l: how many of the l are
 right when the model goes on from its own output (predictable-memorization/eval_memorization.py).
-NAME_model.json says which model has that name. `analyse` makes tables of them:
+A model is known by its folder's name alone. `analyse` makes tables of them:
 
 poisson.csv, the primary outcome, is of the counts per window: their dispersion (variance over mean,
 1 for a Poisson process) and trend. `p` is against a Poisson process of one rate, as the paper asks.
@@ -30,10 +29,10 @@ rows were shuffled, so rows of unequal rates are binomial with the mean rate, of
 share. So read `p` only where the `share` memorized is under 4 %. And where repeated passages are
 what is memorized, where a repeat stands says nothing on when it was learnt.
 
-rates.csv is by subset, of rows seen before the checkpoint and of those that come after it, which
-are a control in a corpus that does not repeat itself. Intervals are over passages: copies are not
-independent. early.csv: of what a checkpoint has memorized, how much has the last one (precision),
-and how much of the last one's had it (recall)?
+rates.csv is by subset, of rows seen before the checkpoint and of those after it, a control in a
+corpus that does not repeat itself; intervals are over passages, as copies are not independent.
+early.csv: of what a checkpoint has memorized, how much has the last one (precision), and how much
+of the last one's had it (recall)?
 
 Does a row's place in training matter for what is learnt of it? Most rows come once and are never
 memorized, so their losses are asked, less those of a run that had them in another order:
@@ -129,48 +128,37 @@ class Score(Checkpoints):
         check(self, "at least 1", lambda value: value >= 1, "context", "batch")
 
 
-def training_order(models, data):
-    """Return the one Order that these runs were trained in, Pythia's without a run's config."""
-    (first, order), *others = {model: order_of(model, data) for model in models.split(",")}.items()
-    for model, other in others:
-        if other != order:
-            raise ValueError(f"{first} and {model} were trained in different orders; score each "
-                             "into its own --output")
-    return order
-
-
 def score(options):
     """Score rows of the training order at each checkpoint; goes on where it was stopped."""
     # The first process to finish may wait for the last one longer than gloo's 30 minutes.
     processes = Processes(options.device, timedelta(days=30))
-    folders = find_all(options.model, options.steps)
-    order = training_order(options.model, options.data)
-    data = ordered(order)
-    width = options.context + options.continuation
+    orders = {order_of(model, options.data) for model in options.model.split(",")}
+    if len(orders) > 1:
+        raise ValueError(f"{options.model} were trained in different orders; score each into its "
+                         "own --output")
+    [order], folders = orders, find_all(options.model, options.steps)
+    data, width = ordered(order), options.context + options.continuation
     if width > data.seq_length + 1:
         raise ValueError(f"context + continuation = {width}, but a row has {data.seq_length + 1} "
                          "tokens")
-    first, last = 0, len(data)
+    numbers = range(len(data))
     if options.rows != "all":
-        first, last = first_and_last("rows", options.rows, len(data))
-    output = Path(options.output)
-    open_results(output / "memorization.json", {
-        "first_row": first, "last_row": last - 1, "context": options.context,
+        numbers = range(*first_and_last("rows", options.rows, len(data)))
+    open_results(f"{options.output}/memorization.json", {
+        "first_row": numbers[0], "last_row": numbers[-1], "context": options.context,
         "continuation": options.continuation, "order": asdict(order)})
-    for name, step, _, folder in folders:  # the files have only the name
-        path = output / f"{name}_model.json"
-        open_results(path, {"model": str(folder.parent if step else folder)},
-                     f"name another --output or, if the model was moved, delete {path}")
     kinds = {"": matched_lengths} | ({"_generated": generated_matches} if options.generate else {})
     for name, step, _, folder in folders:
-        # A file is there only once every process is through with it, so all find the same.
-        paths = {output / f"{name}_step{step}{kind}.npy": act for kind, act in kinds.items()}
-        paths = {path: act for path, act in paths.items() if not path.exists()}
-        model = checkpoints.load_model(folder, processes.device) if paths else None
-        for path, act in paths.items():
-            results = open_partial(path, last - first, processes)
+        model = None
+        for kind, act in kinds.items():
+            path = f"{options.output}/{name}_step{step}{kind}.npy"
+            if os.path.exists(path):  # it is only once every process is through with it
+                continue
+            model = model or checkpoints.load_model(folder, processes.device)
+            processes.together(lambda: begin(f"{path}.partial", len(numbers)), first_alone=True)
+            results = np.load(f"{path}.partial", mmap_mode="r+")  # all processes write to it
             score_rows(lambda rows: act(model, rows, options.context), data, width, results,
-                       range(first, last), options.batch, processes, path.stem)
+                       numbers, options.batch, processes)
             results.flush()
             processes.gather(None)  # wait for all
             if processes.rank == 0:
@@ -181,45 +169,26 @@ def score(options):
     leave_processes()
 
 
-def score_rows(act, data, width, results, rows, batch, processes, title):
-    """Fill `results`, of these rows, where it is UNKNOWN with what act says of their first tokens.
+def begin(partial, n):
+    if not os.path.exists(partial):
+        with replacing(partial) as file:
+            np.save(file, np.full(n, UNKNOWN, dtype=np.uint8))
+
+
+def score_rows(act, data, width, results, numbers, batch, processes):
+    """Fill `results` where it is UNKNOWN with what act says of the first tokens of these rows.
 
     The processes take blocks of `batch` rows in turn.
     """
-    blocks = range(rows.start + processes.rank * batch, rows.stop, processes.count * batch)
-    with tqdm(total=len(rows), desc=title, unit="row", unit_scale=True,
-              disable=processes.rank or None) as bar:
-        for start in blocks:
-            stop = min(start + batch, rows.stop)
-            here = slice(start - rows.start, stop - rows.start)
-            if UNKNOWN in results[here]:
-                tokens = data.rows(range(start, stop))[:, :width].astype(np.int64)
-                found = act(torch.from_numpy(tokens).to(processes.device))
-                results[here] = found.cpu().numpy()
-            bar.update((stop - start) * processes.count)
-
-
-def open_partial(path, n, processes):
-    """Return PATH.partial as a uint8 array (n,) that all processes write to, UNKNOWN at first."""
-    partial = f"{path}.partial"
-
-    def create():
-        if not os.path.exists(partial):
-            with replacing(partial) as file:
-                np.save(file, np.full(n, UNKNOWN, dtype=np.uint8))
-
-    processes.together(create, first_alone=True)
-    results = np.load(partial, mmap_mode="r+")
-    if results.shape != (n,) or results.dtype != np.uint8:
-        raise ValueError(f"{partial}: {results.dtype} {results.shape}, expected uint8 ({n},); "
-                         "delete it")
-    return results
+    mine = range(processes.rank * batch, len(numbers), processes.count * batch)
+    for start in tqdm(mine, unit=f"{batch} rows", disable=processes.rank > 0 or None):
+        here = slice(start, start + batch)
+        if UNKNOWN in results[here]:
+            tokens = torch.from_numpy(data.rows(numbers[here])[:, :width].astype(np.int64))
+            results[here] = act(tokens.to(processes.device)).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------- analyse
-
-REST = "several documents"  # the subset of rows whose first tokens are of more than one
-
 
 @dataclass(frozen=True)
 class Analyse:
@@ -231,103 +200,83 @@ class Analyse:
         check(self, "at least 1", lambda value: value >= 1, "window")
 
 
-TABLES = {  # file: its columns behind model and step
-    "rates.csv": ("subset", "rows", "n", "passages", "memorized", "rate", "mean_length", "stderr",
-                  "low", "high"),
-    "poisson.csv": ("window", "n", "mean", "share", "test", "statistic", "p", "permutation_p"),
-    "early.csv": ("memorized", "memorized_last", "both", "precision", "recall"),
-    "windows.csv": ("window", "memorized", "windows")}
-
-
 def analyse(options):
     """Print and write rates by subset, tests of counts per window, and how early predicts late."""
-    folder = Path(options.results)
-    settings, order, runs = read_results(folder)
-    data, tables = ordered(order), {}
-    n = {len(lengths) for by_step in runs.values() for lengths in by_step.values()}
-    if len(n) > 1 or max(n) > len(data):
-        raise ValueError(f"{folder}: results of {sorted(n)} rows, of an order of {len(data):,}")
-    rows = settings["first_row"] + np.arange(n.pop())
-    names, codes, passages = describe_rows(data, rows, settings["context"]
-                                           + settings["continuation"])
-
-    def add(name, found):
-        tables.setdefault(name, []).extend((run, step, *row) for row in found)
-
-    for run, by_step in sorted(runs.items()):
-        last = by_step[max(by_step)] == settings["continuation"]
-        for step, lengths in sorted(by_step.items()):
-            memorized, seen = lengths == settings["continuation"], rows < step * order.batch_size
-            for which, chosen in (("seen", seen), ("after this checkpoint", ~seen)):
-                for code, subset in enumerate(["all", *names], -1):
-                    mine = chosen if code < 0 else chosen & (codes == code)
-                    if mine.any():
-                        add("rates.csv", [(subset, which, *rate(lengths[mine], memorized[mine],
-                                                                passages[mine]))])
-            window, counts = options.window, window_counts(memorized[seen], options.window)
-            mean = float(counts.mean()) if len(counts) else None
-            share = mean / window if len(counts) else None
-            add("poisson.csv", ((window, len(counts), mean, share, test, *found)
-                                for test, found in poisson_tests(counts, window).items()))
-            add("windows.csv", ((window, count, int((counts == count).sum()))
-                                for count in np.unique(counts).tolist() or [None]))
-            ours, its, both = (int(part[seen].sum())
-                               for part in (memorized, last, memorized & last))
-            add("early.csv", [(ours, its, both, both / ours if ours else None,
-                               both / its if its else None)])
-    for name, found in tables.items():
-        write = write_csv if name == "windows.csv" else write_table
-        write(folder / name, ("model", "step", *TABLES[name]), found)
-    if options.plot:
-        import plots
-        plots.memorization(folder, options.plot)
-
-
-def read_results(folder):
-    """Return (settings, Order, {model: {step: matched lengths}}) of a folder of `score`."""
-    settings, runs = read_json(folder / "memorization.json"), {}
-    try:
-        order = Order(**settings["order"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/memorization.json: not written by `score` ({error})") from None
+    folder, window, runs = Path(options.results), options.window, {}
+    settings = read_json(folder / "memorization.json")
     for path in folder.glob("*_step*.npy"):
         name, _, step = path.stem.rpartition("_step")
         if step.isdigit():
             runs.setdefault(name, {})[int(step)] = load_npy(path)
     if not runs:
         raise ValueError(f"{folder}: no NAME_stepN.npy there; `score` makes them")
-    return settings, order, runs
+    order, length = Order(**settings["order"]), settings["continuation"]
+    rows = np.arange(settings["first_row"], settings["last_row"] + 1)
+    subsets = describe_rows(ordered(order), rows, settings["context"] + length)
+    by_subset, tests, early, windows = [], [], [], []
+    for run, by_step in sorted(runs.items()):
+        last = by_step[max(by_step)] == length
+        for step, lengths in sorted(by_step.items()):
+            memorized, seen = lengths == length, rows < step * order.batch_size
+            by_subset += [(run, step, *row) for row in rates(lengths, memorized, seen, *subsets)]
+            counts = window_counts(memorized[seen], window)
+            mean = counts.mean() if len(counts) else None
+            share = mean / window if len(counts) else None
+            tests += [(run, step, window, len(counts), mean, share, test, *found)
+                      for test, found in poisson_tests(counts, window).items()]
+            windows += [(run, step, window, count, int((counts == count).sum()))
+                        for count in np.unique(counts).tolist() or [None]]
+            ours, its, both = (int(part[seen].sum()) for part in (memorized, last,
+                                                                  memorized & last))
+            early.append((run, step, ours, its, both, both / ours if ours else None,
+                          both / its if its else None))
+    write_table(folder / "rates.csv", (
+        "model", "step", "subset", "rows", "n", "passages", "memorized", "rate", "mean_length",
+        "stderr", "low", "high"), by_subset)
+    write_table(folder / "poisson.csv", ("model", "step", "window", "n", "mean", "share", "test",
+                                         "statistic", "p", "permutation_p"), tests)
+    write_table(folder / "early.csv", ("model", "step", "memorized", "memorized_last", "both",
+                                       "precision", "recall"), early)
+    write_csv(folder / "windows.csv", ("model", "step", "window", "memorized", "windows"), windows)
+    if options.plot:
+        import plots
+        plots.memorization(folder, options.plot)
 
 
 def describe_rows(data, rows, width):
     """Return (subsets' names, subset (n,), passage (n,)) of rows, by the document they begin in.
 
-    Rows whose first `width` tokens are not of one document are REST, each a passage of its own.
+    Rows whose first `width` tokens are of several are a subset, and each is a passage of its own.
     Else a passage is all documents of one subset and one length: copies are equally long. (Others
     may be too, which makes the standard error a little large.)
     """
-    provenance = Provenance(data)
+    provenance, names, subset = Provenance(data), ["unnamed"], 0
     if not provenance.known:
-        return ["unnamed"], np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
+        return names, np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
     doc_idx, sample_idx, shuffle_idx = provenance.data.order
     first, start = sample_idx[shuffle_idx[rows]].T
     documents = doc_idx[first]
     sizes = provenance.data.tokens.sizes[documents].astype(np.int64)
-    names, subset = ["unnamed"], 0
     if provenance.table is not None:
         names = provenance.subsets
         subset = provenance.table["subset"][documents].astype(np.int64)
     whole = start + width <= sizes
     codes = np.where(whole, subset, len(names))
-    keys = np.where(whole, codes << 32 | sizes, -1 - rows)
-    return [*names, REST], codes, np.unique(keys, return_inverse=True)[1]
+    passages = np.where(whole, codes << 32 | sizes, -1 - rows)
+    return [*names, "several documents"], codes, np.unique(passages, return_inverse=True)[1]
 
 
-def rate(lengths, memorized, passages):
-    """Return (rows, passages, memorized, their share, mean length, its stderr, low and high)."""
-    [mean] = regression(lengths[None].astype(np.float64), documents=passages)
-    return (len(lengths), len(np.unique(passages)), int(memorized.sum()), float(memorized.mean()),
-            mean.value, mean.stderr, mean.low, mean.high)
+def rates(lengths, memorized, seen, names, codes, passages):
+    """Yield rows of rates.csv: of all and of each subset, before and after the checkpoint."""
+    for which, chosen in (("seen", seen), ("after this checkpoint", ~seen)):
+        for code, subset in enumerate(["all", *names], -1):
+            mine = chosen & ((codes == code) | (code < 0))
+            if mine.any():
+                [mean] = regression(lengths[None, mine].astype(np.float64),
+                                    documents=passages[mine])
+                yield (subset, which, int(mine.sum()), len(np.unique(passages[mine])),
+                       int(memorized[mine].sum()), float(memorized[mine].mean()), mean.value,
+                       mean.stderr, mean.low, mean.high)
 
 
 def window_counts(memorized, window):

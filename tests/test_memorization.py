@@ -15,8 +15,8 @@ from data import OrderedData, PROVENANCE
 from model import ModelConfig, Pythia
 from plots import poisson_quantiles
 from studies.memorization import (
-    Analyse, Score, analyse, describe_rows, generated_matches, matched_lengths, poisson_tests, rate,
-    score, training_order, window_counts)
+    Analyse, Score, analyse, describe_rows, generated_matches, matched_lengths, poisson_tests,
+    rates, score, window_counts)
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=96, seq_length=40)
 
@@ -168,9 +168,8 @@ def test_runs_of_different_orders_are_refused(tmp_path):
         (tmp_path / name).mkdir()
         settings = {"data": "d", "steps": 8, "batch_size": 4, "seq_length": 16, "seed": seed}
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
-    assert training_order(f"{tmp_path}/b,{tmp_path}/b/step8", None).seed == 2
-    with pytest.raises(ValueError, match="/a and .*/b were trained in different orders"):
-        training_order(f"{tmp_path}/a,{tmp_path}/b", None)
+    with pytest.raises(ValueError, match="/a,.*/b were trained in different orders"):
+        score(Score(f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/out"))
 
 
 def test_rows_are_of_the_document_that_holds_their_first_tokens(tmp_path):
@@ -197,6 +196,9 @@ def test_rows_are_of_the_document_that_holds_their_first_tokens(tmp_path):
 
 def test_the_standard_error_is_over_passages():
     # Two passages of two rows each, 1 below and 1 above the mean: as two numbers 1 and 3, not four.
-    found = rate(np.array([1, 1, 3, 3]), np.array([0, 0, 0, 1], dtype=bool), np.array([0, 0, 2, 2]))
-    assert found[:6] == (4, 2, 1, 0.25, 2.0, 1.0)
-    assert rate(np.array([1, 3]), np.zeros(2, dtype=bool), np.array([5, 5]))[-1] is None
+    seen, codes, passages = np.ones(4, dtype=bool), np.zeros(4), np.array([0, 0, 2, 2])
+    whole = np.array([0, 0, 0, 1], dtype=bool)
+    both, once = rates(np.array([1, 1, 3, 3]), whole, seen, ["once"], codes, passages)
+    assert both[:8] == ("all", "seen", 4, 2, 1, 0.25, 2.0, 1.0) and once[2:] == both[2:]
+    alone = rates(np.array([1, 3]), whole[:2], seen[:2], [], codes[:2], passages[:2])
+    assert next(alone)[-1] is None
