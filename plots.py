@@ -6,11 +6,10 @@
         --output=figures
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
-The other studies draw their figures themselves: `analyse` and `compare` with --plot=PNG. The
-reference is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
-stderr), made from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study
-(suite,variant,model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals.
-matplotlib is an extra: pip install matplotlib.
+`reference` is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
+stderr), from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study (suite,variant,
+model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-evals. matplotlib is an
+extra: pip install matplotlib.
 """
 
 import math
@@ -44,10 +43,7 @@ def pyplot():
 
 
 def grid(n, columns, width, height, legend=0.0, **options):
-    """Return a figure and the axes of n panels, `columns` in a row; width, height in inches each.
-
-    legend: inches kept free below the panels.
-    """
+    """Return a figure and the axes of n panels, in inches, with `legend` inches free below them."""
     rows = math.ceil(n / columns)
     figure, axes = pyplot().subplots(rows, columns, squeeze=False, layout="constrained",
                                      figsize=(width * columns, height * rows + legend), **options)
@@ -133,20 +129,16 @@ CROWS_TYPES = ("", "_gender", "_race_color", "_religion", "_age", "_nationality"
                "_disability")
 
 
-def evaluations(paths, columns=()):
+def evaluations(paths, least=1):
     """Return {(task, shots, metric): {model: [(tokens, value, stderr or nan)]}} of any CSVs.
 
-    A later row takes the place of an earlier one of the same evaluation. Raises ValueError for a
-    file that is neither eval.py's nor the published one or lacks one of `columns`, and for a curve
-    of rows that cannot be compared.
+    Those of fewer tokens than `least` are left out: step 0 has no place on a log axis. A later row
+    takes the place of an earlier one of the same evaluation. Raises ValueError for a file that is
+    neither eval.py's nor the published one, and for a curve of several styles, dtypes or documents.
     """
-    points, made = defaultdict(dict), {}
+    points, made = {}, {}
     for path in paths.split(","):
-        rows = read_csv(path)
-        if missing := [name for name in columns if name not in rows[0]]:
-            raise ValueError(f"{path}: has no column {' or '.join(missing)}; this is another file "
-                             "than the published one (see the top of plots.py)")
-        for number, row in enumerate(rows, 2):
+        for number, row in enumerate(read_csv(path), 2):
             # Not drawn: models before the published ones, and those of other batch sizes.
             if row.get("suite") == "v0" or "MtokBS" in (row.get("model") or ""):
                 continue
@@ -154,21 +146,22 @@ def evaluations(paths, columns=()):
             try:
                 model, tokens = model_and_tokens(row)
                 task = row["task"] + (":" + row["prompt"] if row.get("prompt") else "")
-                panel = (task, int(row["shots"] or 0),
-                         METRIC_NAMES.get(row["metric"], row["metric"]))
-                points[panel][model, tokens] = float(row["value"]), float(row["stderr"] or "nan")
+                metric = METRIC_NAMES.get(row["metric"], row["metric"])
+                panel = task, int(row["shots"] or 0), metric
+                point = float(row["value"]), float(row["stderr"] or "nan")
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{where}: neither results of eval.py nor the published CSV "
                                  f"({type(error).__name__}: {error})") from None
             how = " ".join(row.get(name) or "published" for name in ("style", "dtype", "docs"))
             first, before = made.setdefault((panel, model), (where, how))
             if how != before:
-                raise ValueError(f"{where}: {panel[2]} of {task} by {model} in {how}, but in "
+                raise ValueError(f"{where}: {metric} of {task} by {model} in {how}, but in "
                                  f"{before} at {first}; draw them from two files")
-    curves = {panel: defaultdict(list) for panel in points}
-    for panel, values in points.items():
-        for model, tokens in sorted(values, key=lambda key: (name_parts(key[0])[0], key)):
-            curves[panel][model].append((tokens, *values[model, tokens]))
+            if tokens >= least:
+                points[panel, model, tokens] = point
+    curves = defaultdict(lambda: defaultdict(list))
+    for panel, model, tokens in sorted(points, key=lambda key: (name_parts(key[1]), key[2])):
+        curves[panel][model].append((tokens, *points[panel, model, tokens]))
     return curves
 
 
@@ -197,8 +190,7 @@ def looks(models, colours):
     Pythia's sizes have theirs in every figure; smaller ones, and names that tell none, share the
     map out among them.
     """
-    parts = {model: name_parts(model)
-             for model in sorted(models, key=lambda model: (name_parts(model)[0], model))}
+    parts = {model: name_parts(model) for model in sorted(models, key=name_parts)}
     small = list(dict.fromkeys(number or model for model, (number, _) in parts.items()
                                if number < 14e6))
     rests = sorted({rest for number, rest in parts.values() if number},
@@ -242,32 +234,29 @@ def choose_panels(curves, tasks, metrics):
 def draw(curves, panels, output, reference=None, title=None, xscale="log"):
     """Draw a panel for each (task, shots, metric) over tokens, with bands of one standard error.
 
-    The reference is grey; its first and last curve are named, which shows the order of all. Step 0
-    has no place on a log axis.
+    The reference is grey; its first and last curve are named, which shows the order of all.
     """
     columns = min(4, len(panels))
     figure, grid_axes = grid(len(panels), columns, max(3.1, 5.5 / columns), 2.6, legend=0.9)
-    look = looks({model for panel in panels for model in curves.get(panel, ())},
-                 pyplot().cm.viridis_r)
+    look = looks({model for panel in panels for model in curves[panel]}, pyplot().cm.viridis_r)
     handles = {}
     for axes, panel in zip(grid_axes, panels):
         task, shots, metric = panel
         axes.set(title=f"{task.replace(':', chr(10))}, {shots}-shot", xscale=xscale,
                  ylabel=AXIS_NAMES.get(metric, metric),
                  yscale="log" if metric.endswith("perplexity") else "linear")
-        published = {model: points for model, points in (reference or {}).get(panel, {}).items()
-                     if points[-1][0] > 0}
+        published = reference.get(panel, {}) if reference else {}
         for model, points in published.items():
-            x, y, _ = zip(*(point for point in points if point[0] > 0))
+            x, y, _ = zip(*points)
             [handles["published"]] = axes.plot(x, y, color="0.78", zorder=1, label="published")
             if model in (list(published)[0], list(published)[-1]):
                 axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"),
                               (x[-1], y[-1]), xytext=(3, 0), textcoords="offset points", fontsize=7,
                               color="0.5", va="center")
                 axes.margins(x=0.1)
-        for model, points in curves.get(panel, {}).items():
+        for model, points in curves[panel].items():
             colour, line = look[model]
-            x, y, error = np.array(points, dtype=float)[[point[0] > 0 for point in points]].T
+            x, y, error = np.array(points).T
             [handles[model]] = axes.plot(x, y, color=colour, linestyle=line, marker="o",
                                          markersize=2.2, label=model)
             low = y - error
@@ -296,12 +285,12 @@ def curves(options):
     """Draw evaluations over tokens: a panel a task, a colour a model, error bands."""
     results = evaluations(options.results)
     panels = choose_panels(results, options.tasks, options.metrics)
-    reference = evaluations(options.reference) if options.reference else None
+    if not options.reference:
+        return draw(results, panels, options.output)
     # The published results are of v0.3: another style beside them is not quite comparable.
-    styles = sorted({row["style"] for path in options.results.split(",")
-                     for row in read_csv(path) if row.get("style")} if reference else ())
-    title = f"ours: {', '.join(styles)}" if styles else None
-    return draw(results, panels, options.output, reference, title)
+    styles = {row.get("style", "") for path in options.results.split(",") for row in read_csv(path)}
+    return draw(results, panels, options.output, evaluations(options.reference),
+                title=f"ours: {', '.join(sorted(styles))}")
 
 
 @dataclass(frozen=True)
@@ -313,35 +302,34 @@ class Paper:
 
 def paper(options):
     """Draw the paper's evaluation figures from the published results, standard and deduplicated."""
-    published, figures = evaluations(options.reference, ["deduped"]), {}
+    for path, column in ((options.reference, "deduped"), (options.bias, "variant")):
+        if path and column not in read_csv(path)[0]:
+            raise ValueError(f"{path}: has no column {column}; the top of plots.py says which file")
     os.makedirs(options.output, exist_ok=True)
+    figures = {}
 
     def save(name, curves, panels, title, **how):
-        panels = [panel for panel in panels if curves.get(panel)]
-        if panels:
+        if panels := [panel for panel in panels if curves.get(panel)]:
             output = os.path.join(options.output, f"{name}.png")
             figures[name] = draw(curves, panels, output, title=title, **how)
 
-    for deduped, name in ((False, "standard"), (True, "deduplicated")):
-        chosen = {panel: {model: points for model, points in models.items()
+    published = evaluations(options.reference)
+    for name, deduped in (("standard", False), ("deduplicated", True)):
+        curves = {panel: {model: points for model, points in models.items()
                           if model.endswith("-deduped") == deduped}
                   for panel, models in published.items()}
         title = f"Pythia, {name} Pile"
         for shots in (0, 5):
-            save(f"{name}_{shots}_shot", chosen, [(task, shots, "acc") for task in PAPER_TASKS],
+            save(f"{name}_{shots}_shot", curves, [(task, shots, "acc") for task in PAPER_TASKS],
                  f"{title}, {shots}-shot")
-        save(f"{name}_bias", chosen, [(f"crows_pairs_english{kind}", 0, "pct_stereotype")
+        save(f"{name}_bias", curves, [(f"crows_pairs_english{kind}", 0, "pct_stereotype")
                                       for kind in CROWS_TYPES], title)
     if options.bias:
         # From where the longest intervention begins; on a log axis nothing could be seen.
-        begin, study = 113000 << 21, {}
-        for panel, models in evaluations(options.bias, ["suite", "variant"]).items():
-            late = {model: [point for point in points if point[0] >= begin]
-                    for model, points in models.items()}
-            study[panel] = {model: points for model, points in late.items() if points}
-        panels = sorted(panel for panel in study
+        late = evaluations(options.bias, 113000 << 21)
+        panels = sorted(panel for panel in late
                         if panel[0].startswith("wino_bias") and panel[2] == "em")
-        save("gender", study, [*panels, ("crows_pairs_english_gender", 0, "pct_stereotype")],
+        save("gender", late, [*panels, ("crows_pairs_english_gender", 0, "pct_stereotype")],
              "Pythia, deduplicated Pile, pronouns made feminine in the last 7 or 21 % of training",
              xscale="linear")
     return figures
@@ -353,32 +341,28 @@ def paper(options):
 @dataclass(frozen=True)
 class TermFrequency:
     bins: str  # OUTPUT_bins.csv of studies/term_frequency.py
-    model: str = ""  # empty: the first in the file
     output: str = "term_frequency.png"
 
 
 def term_frequency(options):
     """Draw accuracy and log-probability against frequency so far, a line a checkpoint."""
     rows = in_order(read_csv(options.bins), bins="quantile")
-    model = options.model or rows[0]["model"]
-    shots = max((row["shots"] for row in rows), key=int)
-    rows = in_order(rows, model=model, shots=shots)
-    if not rows:
-        raise ValueError(f"{options.bins}: holds nothing of {model} at {shots} shots")
+    rows = in_order(rows, shots=max((row["shots"] for row in rows), key=int))
+    kinds = sorted({(row["model"], row["task"], row["shots"]) for row in rows})
     colours = shades(list(dict.fromkeys(row["step"] for row in rows)))
-    labels = {"acc": "accuracy", "logprob": "log-probability of the right answer (nats)"}
-    panels = [(task, metric) for task in sorted({row["task"] for row in rows}) for metric in labels]
-    figure, grid_axes = grid(len(panels), 2, 5, 4)
-    for axes, (task, metric) in zip(grid_axes, panels):
+    figure, grid_axes = grid(2 * len(kinds), 2, 5, 4)
+    for i, axes in enumerate(grid_axes):
+        model, task, shots = kinds[i // 2]
+        metric, label = (("acc", "accuracy"),
+                         ("logprob", "log-probability of the right answer (nats)"))[i % 2]
         for step, colour in colours.items():
-            curve = in_order(rows, "frequency", task=task, step=step)
+            curve = in_order(rows, "frequency", model=model, task=task, step=step)
             axes.errorbar(*numbers(curve, "frequency", metric, f"{metric}_stderr"), marker="o",
                           color=colour, label=f"step {int(step):,}")
         axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
-        axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
-                 ylabel=labels[metric], title=f"{task}, {shots}-shot")
+        axes.set(xlabel="times seen before the checkpoint (tenths of the terms)", ylabel=label,
+                 title=f"{model}, {task}, {shots}-shot")
     grid_axes[0].legend()
-    figure.suptitle(model)
     return finish(figure, options.output)
 
 
@@ -410,14 +394,13 @@ def quantiles(axes, rows):
     last, size = rows[-1]["step"], rows[0]["window"]
     counts = [int(row["memorized"]) for row in in_order(rows, step=last, window=size)
               for _ in range(int(row["windows"]))]
-    if not counts:
-        axes.set(title=f"step {last}: fewer rows than the {size} of a window")
-        return
-    mean = sum(counts) / len(counts)
-    x = poisson_quantiles(len(counts), mean)
-    axes.plot(x, sorted(counts), ".")
-    axes.plot([0, max(x)], [0, max(x)], "--", color="grey")
-    axes.set(xlabel=f"Poisson, rate {mean:.2f}", title=f"step {last}, windows of {size} rows")
+    axes.set(title=f"step {last}, {len(counts):,} windows of {size} rows")
+    if counts:
+        mean = sum(counts) / len(counts)
+        x = poisson_quantiles(len(counts), mean)
+        axes.plot(x, sorted(counts), ".")
+        axes.plot([0, max(x)], [0, max(x)], "--", color="grey")
+        axes.set(xlabel=f"Poisson, rate {mean:.2f}")
 
 
 def poisson_quantiles(n, mean):

@@ -30,7 +30,7 @@ def files(tmp_path):
 
 
 def test_rows_become_curves_and_the_later_row_wins(files):
-    curves = plots.evaluations(f"{files}/r.csv,{files}/ref.csv")
+    curves = plots.evaluations(f"{files}/r.csv,{files}/ref.csv", least=0)
     assert list(curves["piqa", 0, "acc"]) == ["mine-14m", "mine-70m", "pythia-70m"]
     assert curves["piqa", 0, "acc"]["mine-14m"] == [(0, 0.5, 0.02), (1 << 24, 0.56, 0.02)]
     assert curves["lambada_openai", 0, "perplexity"] == {
@@ -149,7 +149,7 @@ def test_the_paper_s_figures_are_of_the_published_files_only(files):
     (files / "bias.csv").write_text(BIAS)
     for reference, bias, words in (("r", "bias", "r.csv: has no column deduped"),
                                    ("bias", "bias", "bias.csv: has no column deduped"),
-                                   ("ref", "ref", "ref.csv: has no column suite or variant")):
+                                   ("ref", "ref", "ref.csv: has no column variant")):
         with pytest.raises(ValueError, match=words):
             plots.paper(plots.Paper(f"{files}/{reference}.csv", f"{files}/{bias}.csv",
                                     f"{files}/figures"))
