@@ -1,4 +1,4 @@
-# make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw the curves
+# make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw curves and losses
 # make suite  the paper in miniature: three sizes, three seeds, all studies, one report (an hour or so, by estimate)
 # make test   run the test suite in two processes (about 4 minutes)
 # make proofs run the long proofs and the benchmarks
@@ -14,15 +14,20 @@ demo suite: export MALLOC_TRIM_THRESHOLD_ = 2147483647
 
 .PHONY: demo suite test proofs parity tokenizer
 
-demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx
+demo: .venv/requirements-dev 20B_tokenizer.json data/demo/train.idx data/demo/heldout.idx
 	$(PY) data.py order --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256
 	$(PY) train.py configs/mini.py --out_dir=runs/mini
 	$(PY) eval.py --model=runs/mini --steps=all --tasks=heldout --docs=data/demo/docs --output=runs/mini/results.csv
 	$(PY) eval.py sample --model=runs/mini --steps=1,64,512 --prompt="And the LORD said unto"
 	$(PY) plots.py training --run=runs/mini --results=runs/mini/results.csv --output=runs/mini/curves.png
+	$(PY) eval.py losses --model=runs/mini --rows=1024:1032 --output=runs/mini/losses
+	$(PY) eval.py losses --model=runs/mini --data=data/demo/heldout --rows=0:8 --output=runs/mini/losses_heldout
+	$(PY) plots.py window --losses=runs/mini/losses.npy,runs/mini/losses_heldout.npy --output=runs/mini/window.html
 	@echo
 	@echo "The corpus is data/demo/train.jsonl, its tokens data/demo/train.bin, the checkpoints runs/mini/step*,"
-	@echo "the log runs/mini/metrics.csv, the evaluations runs/mini/results.csv, the curves runs/mini/curves.png. Try:"
+	@echo "the log runs/mini/metrics.csv, the evaluations runs/mini/results.csv, the curves runs/mini/curves.png."
+	@echo "Open runs/mini/window.html in a browser: every token of eight rows it was trained on, and of eight it was"
+	@echo "not, coloured by its loss at each checkpoint. Try:"
 	@echo "  $(PY) batch_viewer.py view --data=data/demo/train --steps=512 --batch_size=4 --seq_length=256 --step=100"
 	@echo "  $(PY) eval.py sample --model=runs/mini --prompt='In the beginning'"
 	@echo "  $(PY) train.py configs/mini.py --out_dir=runs/wide --d_model=128 --learning_rate=3e-3"
@@ -56,6 +61,9 @@ data/demo/train.jsonl: | .venv/requirements-dev
 
 data/demo/train.idx: data/demo/train.jsonl 20B_tokenizer.json
 	$(PY) prepare.py tokenize --input=data/demo/train.jsonl --output=data/demo/train
+
+data/demo/heldout.idx: data/demo/train.jsonl 20B_tokenizer.json
+	$(PY) prepare.py tokenize --input=data/demo/docs/heldout/test.jsonl --output=data/demo/heldout
 
 .venv/requirements-dev: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'

@@ -745,22 +745,33 @@ def losses(config):
 def loss_rows(config, entries):
     """Return rows of tokens (n, T + 1), -1 behind a text's last, and what they are."""
     L = min(checkpoints.open_any(folder)[0].seq_length for *_, folder in entries)
+    tokenizer = None
     if config.text:
-        path = checkpoints.folder_tokenizer(entries[0][3], config.tokenizer)
-        tokenizer, documents = load_tokenizer(path), read_jsonl(config.text)
-        encoded = [[ENDOFTEXT] + tokenizer.encode(text_of(doc, "text")) for doc in documents]
-        longest = max(map(len, encoded))
-        rows = np.array([row + [-1] * (longest - len(row)) for row in encoded])
-        what = {"text": config.text, "documents": [doc.get("id") for doc in documents]}
+        tokenizer = load_tokenizer(checkpoints.folder_tokenizer(entries[0][3], config.tokenizer))
+        what = {"text": config.text,
+                "documents": [document.get("id") for document in read_jsonl(config.text)]}
     else:
-        order = order_of(config.model.split(",")[0], config.data)
-        data = ordered(order)
-        first, last = first_and_last("rows", config.rows, len(data))
-        rows = data.rows(range(first, last)).astype(np.int64)
+        model = config.model.split(",")[0]
+        order = order_of(model, config.data)
+        first, last = first_and_last("rows", config.rows, len(ordered(order)))
         what = {"order": asdict(order), "rows": [first, last]}
+        trained_on = run_settings(model).get("data", order.data)
+        if trained_on != order.data:
+            what["trained_on"] = trained_on
+    rows = token_rows(what, tokenizer)
     if not 1 < rows.shape[1] <= L + 1:
         raise ValueError(f"rows of {rows.shape[1] - 1} tokens, expected 1 to {L}")
     return rows, what
+
+
+def token_rows(what, tokenizer):
+    """Return the rows of tokens (n, T + 1) that OUTPUT.json names, -1 behind a text's last."""
+    if "order" in what:
+        return ordered(Order(**what["order"])).rows(range(*what["rows"])).astype(np.int64)
+    encoded = [[ENDOFTEXT] + tokenizer.encode(text_of(document, "text"))
+               for document in read_jsonl(what["text"])]
+    longest = max(map(len, encoded))
+    return np.array([row + [-1] * (longest - len(row)) for row in encoded])
 
 
 def first_and_last(name, text, n):
@@ -812,12 +823,18 @@ def token_losses(model, rows):
     return np.where((targets >= 0).cpu().numpy(), -logprobs, np.nan).reshape(len(rows), -1)
 
 
-def order_of(model, data=None):
-    """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
+def run_settings(model):
+    """Return what a run of ours, or the run of a step's folder, was trained with; else nothing."""
     settings = {}
     for path in (Path(model) / "config.json", Path(model).absolute().parent / "config.json"):
         if path.exists() and "batch_size" in (found := read_json(path)):
             settings = found
+    return settings
+
+
+def order_of(model, data=None):
+    """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
+    settings = run_settings(model)
     if not (data or settings.get("data")):
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")

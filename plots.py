@@ -1,10 +1,11 @@
-"""Figures from the CSV files that training, evaluation and studies write; only this file draws.
+"""Figures from the files that training, evaluation and studies write; only this file draws.
 
     python plots.py training --run=runs/mini --results=runs/mini/results.csv --output=mini.png
     python plots.py curves --results=results.csv --reference=pythia_v1_evals.csv --output=curves.png
     python plots.py paper --reference=pythia_v1_evals.csv --bias=pythia_bias_evals.csv \\
         --output=figures
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
+    python plots.py window --losses=losses.npy --output=window.html  # each token's loss, by step
 
 `reference` is the published suite's results as one CSV (model,deduped,step,shots,task,metric,value,
 stderr), from EleutherAI/pythia's evals/pythia-v1; `bias` those of its gender study (suite,variant,
@@ -12,18 +13,24 @@ model,raw_step,step,shots,task,prompt,metric,value,stderr), from evals/bias-eval
 extra: pip install matplotlib.
 """
 
+import base64
+import hashlib
+import json
 import math
 import os
 import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import command, read_csv
+from config import check, command, read_csv, read_json, replacing
+from eval import first_and_last, open_array, token_rows
 from tasks import GROUPS
+from tokenizer import N_TOKENS, load_tokenizer
 
 
 def pyplot():
@@ -455,7 +462,99 @@ def places(pairs, output):
     return finish(figure, output)
 
 
+# ---------------------------------------------------------------------------- the window
+
+PAGE_BYTES = 2_000_000
+ABSENT = 255  # the level of a token without a loss
+
+
+@dataclass(frozen=True)
+class Window:
+    losses: str  # OUTPUT.npy of `eval.py losses`, OUTPUT.json beside it; several with commas
+    rows: str | None = None  # first:last+1 of each file's; None: all
+    every: int = 1  # shows the last checkpoint and every so manieth before it
+    tokenizer: str = "20B_tokenizer.json"
+    output: str = "window.html"
+
+    def __post_init__(self):
+        check(self, "at least 1", lambda value: value >= 1, "every")
+
+
+def window(options):
+    """Write a page that shows rows' text, each token coloured by its loss at the slider's step.
+
+    Runs on the same rows stand side by side, other rows below. The page is assets/window.html with
+    {scale, rows, series} in it as JSON. rows: [{name, seen, tokens}], each token as text. series:
+    for each file and run {run, first, n, T, steps, levels}, its losses of the rows `first` to
+    first + n - 1 in units of `scale` nats, as base64 of bytes (steps, n, T).
+    """
+    tokenizer, rows, series, places = load_tokenizer(options.tokenizer), [], [], {}
+    for path in options.losses.split(","):
+        what, found, losses = read_losses(path, tokenizer)
+        start, end = first_and_last("rows", options.rows or f"0:{len(found)}", len(found))
+        first = places.setdefault(what["sha256"], len(rows))
+        if first == len(rows):
+            rows += found[start:end]
+        runs = [run for run, _ in what["checkpoints"]]
+        for run in dict.fromkeys(runs):
+            if any((one["run"], one["first"]) == (run, first) for one in series):
+                raise ValueError(f"{path}: {run} has losses of these rows in another file; rename "
+                                 "one of the runs' folders")
+            begin, count = runs.index(run), runs.count(run)
+            shown = slice(begin + (count - 1) % options.every, begin + count, options.every)
+            series.append({
+                "run": run, "first": first, "n": end - start, "T": losses.shape[2],
+                "steps": [int(step or 0) for _, step in what["checkpoints"][shown]],
+                "levels": losses[shown, start:end]})
+    # Base64 has 4 characters for 3 bytes, and a token's text takes about 8 characters.
+    size = (sum(one["levels"].size for one in series) * 4 / 3
+            + sum(len(row["tokens"]) for row in rows) * 8)
+    if size > PAGE_BYTES:
+        raise ValueError(f"{options.losses}: the page would have {size / 1e6:,.1f} MB, at most 2; "
+                         "choose fewer rows, as --rows=0:16, or checkpoints, as --every=4")
+    scale = max(float(np.max(one["levels"], where=np.isfinite(one["levels"]), initial=1e-3))
+                for one in series) / (ABSENT - 1)
+    for one in series:
+        levels = np.nan_to_num(one["levels"] / scale, nan=ABSENT, posinf=ABSENT)
+        one["levels"] = base64.b64encode(np.rint(levels).astype(np.uint8)).decode()
+    for row in rows:
+        row["tokens"] = [tokenizer.decode([token]) for token in row["tokens"].tolist()]
+    data = json.dumps({"scale": scale, "rows": rows, "series": series}, ensure_ascii=False)
+    page = (Path(__file__).parent / "assets" / "window.html").read_text(encoding="utf8")
+    with replacing(options.output) as file:  # a row may hold </script>
+        file.write(page.replace("{DATA}", data.replace("<", "\\u003c")).encode())
+    print(f"{options.output}: {len(rows)} rows, losses in units of {scale:.3f} nats")
+
+
+def read_losses(path, tokenizer):
+    """Return OUTPUT.json of `eval.py losses`, its rows [{name, seen, tokens}], its mapped losses.
+
+    seen: the step in which the first run was trained on a row, if the row is one of its order's.
+    Raises ValueError if a file is missing or does not fit the others.
+    """
+    prefix, rows = path.removesuffix(".npy"), []
+    what = read_json(f"{prefix}.json")
+    try:
+        tokens, runs, digest = token_rows(what, tokenizer), what["checkpoints"], what["sha256"]
+        for i, ids in enumerate(tokens):
+            if "text" in what:
+                row = {"name": str(what["documents"][i] or f"text {i}")}
+            else:
+                number = what["rows"][0] + i
+                row = {"name": f"row {number} of {what['order']['data']}"}
+                if "trained_on" not in what:  # else the order is not the run's own
+                    row["seen"] = number // what["order"]["batch_size"]
+                    row["name"] += f", seen by {runs[0][0]} in step {row['seen']}"
+            rows.append(row | {"tokens": ids[ids >= 0]})
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{prefix}.json: not written by `eval.py losses` ({error!r})") from None
+    if tokens.max() >= N_TOKENS or hashlib.sha256(tokens.tobytes()).hexdigest() != digest:
+        raise ValueError(f"{path}: losses of other tokens than its JSON's data or text have now; "
+                         "they were changed, or are of another tokenizer")
+    return what, rows, open_array(f"{prefix}.npy", (len(runs), *tokens[:, 1:].shape), "r")
+
+
 if __name__ == "__main__":
     command(sys.argv[1:], {
         "training": (Training, training), "curves": (Curves, curves), "paper": (Paper, paper),
-        "term_frequency": (TermFrequency, term_frequency)})
+        "term_frequency": (TermFrequency, term_frequency), "window": (Window, window)})

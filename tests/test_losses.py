@@ -67,6 +67,14 @@ def test_texts_are_rows_of_their_own_length(runs, tokenizer_path):
     assert json.loads((runs / "t.json").read_text())["documents"] == ["text 0", "text 1", "text 2"]
 
 
+def test_rows_of_other_data_say_what_the_run_was_trained_on(runs, whole):
+    write(runs / "other", random_documents([300, 200], seed=1))
+    losses(LossesConfig(f"{runs}/seed1", f"{runs}/o", data=f"{runs}/other", rows="0:2", steps="8"))
+    what = json.loads((runs / "o.json").read_text())
+    assert what["order"]["data"] == f"{runs}/other" and what["trained_on"] == f"{runs}/d"
+    assert "trained_on" not in whole[1]
+
+
 def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path):
     values, _ = whole
     model, flags = f"{runs}/seed1,{runs}/seed2", dict(rows="3:20", batch_tokens=40)

@@ -1,0 +1,131 @@
+"""pytest tests/test_window.py: the page of `plots.py window` holds what its losses files do."""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_data import random_documents, write
+
+from data import Order
+from eval import token_rows
+from plots import Window, window
+
+TEXTS = ['He said\n"light".', "</script><script>alert(1)</script><!-- {DATA}", "naïve 日本", "a"]
+
+
+def write_losses(prefix, what, checkpoints, tokenizer=None):
+    """Write PREFIX.npy and .json as `eval.py losses` does, of losses made by hand; return them."""
+    rows = token_rows(what, tokenizer)
+    shape = len(checkpoints), len(rows), rows.shape[1] - 1
+    losses = np.random.default_rng(0).gamma(2, 2, shape).astype(np.float32)
+    losses[:, rows[:, 1:] < 0] = np.nan
+    np.save(f"{prefix}.npy", losses)
+    prefix.with_suffix(".json").write_text(json.dumps(what | {
+        "sha256": hashlib.sha256(rows.tobytes()).hexdigest(), "checkpoints": checkpoints}))
+    return losses
+
+
+def write_texts(folder, documents, tokenizer, runs=("a",), steps=range(3)):
+    """Write FOLDER/a.npy and .json, losses of these texts."""
+    (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n"
+                                            for text in documents))
+    what = {"text": f"{folder}/t.jsonl", "documents": [None] * len(documents)}
+    return write_losses(folder / "a", what, [[run, str(step)] for run in runs for step in steps],
+                        tokenizer)
+
+
+def page_of(path):
+    """Return the page's JSON, with levels as losses (steps, n, T)."""
+    text = path.read_text()
+    data = json.loads(re.search('<script id="data" type="application/json">(.*?)</script>', text,
+                                re.DOTALL)[1])
+    for one in data["series"]:
+        levels = np.frombuffer(base64.b64decode(one["levels"]), np.uint8).astype(float)
+        levels[levels == 255] = np.nan
+        one["losses"] = data["scale"] * levels.reshape(len(one["steps"]), one["n"], one["T"])
+    return data
+
+
+def test_the_page_has_the_losses_and_the_texts_whatever_is_in_them(tmp_path, tokenizer):
+    losses = write_texts(tmp_path, TEXTS, tokenizer, runs=("a", "b"))
+    losses[1, 0, 0] = np.inf
+    np.save(tmp_path / "a.npy", losses)
+    window(Window(f"{tmp_path}/a.npy", tokenizer=str(tokenizer.path), output=f"{tmp_path}/w.html"))
+    data = page_of(tmp_path / "w.html")
+    assert data["scale"] == pytest.approx(losses[np.isfinite(losses)].max() / 254)
+    losses[1, 0, 0] = np.nan
+    assert [(one["run"], one["first"], one["steps"]) for one in data["series"]] == [
+        ("a", 0, [0, 1, 2]), ("b", 0, [0, 1, 2])]
+    np.testing.assert_allclose(np.concatenate([one["losses"] for one in data["series"]]), losses,
+                               atol=data["scale"] * 0.501)
+    joined = ["".join(row["tokens"]).removeprefix("<|endoftext|>") for row in data["rows"]]
+    assert joined[:2] == TEXTS[:2]
+    assert [len(row["tokens"]) - 1 for row in data["rows"]] == [
+        np.isfinite(row).sum() for row in losses[0]]
+    page, template = (path.read_text() for path in (
+        tmp_path / "w.html", ROOT / "assets" / "window.html"))
+    assert page.count("<") == template.count("<") and "http" not in template
+
+
+def test_rows_of_the_order_say_when_they_were_seen_and_files_stand_beside(tmp_path):
+    write(tmp_path / "d", random_documents(np.random.RandomState(0).randint(5, 60, 60)))
+    what = {"order": asdict(Order(f"{tmp_path}/d", 8, 4, 16)), "rows": [6, 10]}
+    for name, other in (("one", {}), ("two", {}), ("held", {"rows": [6, 9], "trained_on": "x"})):
+        write_losses(tmp_path / name, what | other, [[name, str(2**i)] for i in range(6)])
+    paths = ",".join(f"{tmp_path}/{name}.npy" for name in ("one", "two", "held"))
+    window(Window(paths, rows="1:3", every=2, output=f"{tmp_path}/w.html"))
+    data = page_of(tmp_path / "w.html")
+    assert [row.get("seen") for row in data["rows"]] == [1, 2, None, None]
+    assert data["rows"][1]["name"] == f"row 8 of {tmp_path}/d, seen by one in step 2"
+    assert [(one["run"], one["first"], one["n"], one["steps"]) for one in data["series"]] == [
+        ("one", 0, 2, [2, 8, 32]), ("two", 0, 2, [2, 8, 32]), ("held", 2, 2, [2, 8, 32])]
+    expected = np.load(tmp_path / "held.npy")[1::2, 1:3]
+    np.testing.assert_allclose(data["series"][2]["losses"], expected, atol=data["scale"] * 0.501)
+    with pytest.raises(ValueError, match="one has losses of these rows in another file"):
+        window(Window(f"{tmp_path}/one.npy,{tmp_path}/one.npy", output=f"{tmp_path}/w.html"))
+
+
+def test_64_rows_at_154_checkpoints_are_under_2_mb_and_more_say_so(tmp_path, tokenizer):
+    tokens = tokenizer.encode((ROOT / "README.md").read_text())
+    documents = [tokenizer.decode(tokens[i:i + 126]) for i in range(0, 64 * 20, 20)]
+    losses = write_texts(tmp_path, documents, tokenizer, steps=range(154))
+    assert losses.shape[1] == 64 and losses.shape[2] >= 126
+    options = dict(tokenizer=str(tokenizer.path), output=f"{tmp_path}/w.html")
+    window(Window(f"{tmp_path}/a.npy", **options))
+    assert (tmp_path / "w.html").stat().st_size < 2_000_000
+    (tmp_path / "more").mkdir()  # another file, for read_jsonl remembers
+    write_texts(tmp_path / "more", documents + TEXTS[:1] * 16, tokenizer, steps=range(154))
+    with pytest.raises(ValueError, match="2.. MB, at most 2; choose fewer rows, as --rows=0:16, or "
+                                         "checkpoints, as --every=4"):
+        window(Window(f"{tmp_path}/more/a.npy", **options))
+    window(Window(f"{tmp_path}/more/a.npy", every=4, **options))
+    assert (tmp_path / "w.html").stat().st_size < 700_000
+
+
+def test_files_that_do_not_fit_are_one_line(tmp_path, tokenizer):
+    losses = write_texts(tmp_path, TEXTS, tokenizer)
+    settings = Window(f"{tmp_path}/a.npy", tokenizer=str(tokenizer.path))
+    what = json.loads((tmp_path / "a.json").read_text())
+
+    def refused(words):
+        with pytest.raises(ValueError, match=words):
+            window(settings)
+
+    np.save(tmp_path / "a.npy", losses[:2])
+    refused("a.npy: not the float32 .3, 4, .* that belongs here")
+    (tmp_path / "a.json").write_text(json.dumps(what | {"sha256": "0"}))
+    refused("a.npy: losses of other tokens than .* changed, or are of another tokenizer")
+    (tmp_path / "a.json").write_text('{"sha256": "0"}')
+    refused("a.json: not written by `eval.py losses`")
+    (tmp_path / "a.json").unlink()
+    done = subprocess.run([sys.executable, "plots.py", "window", f"--losses={tmp_path}/a.npy",
+                           f"--tokenizer={tokenizer.path}"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr == f"{tmp_path}/a.json: no such file\n"
