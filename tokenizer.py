@@ -128,12 +128,7 @@ def _sort_marks(text):
     """
     for char in "\u0f73\u0f75\u0f81":  # the only characters that are no marks but become some
         text = text.replace(char, unicodedata.normalize("NFD", char))
-    codes = np.frombuffer(bytearray(text, "utf-32-le", "surrogatepass"), "<u4")
-    classes = _CLASSES.take(codes, mode="clip")
-    marks = np.flatnonzero(classes)
-    runs = np.cumsum(np.diff(marks, prepend=0) != 1)
-    codes[marks] = codes[marks[np.lexsort((classes[marks], runs))]]
-    return codes.tobytes().decode("utf-32-le", "surrogatepass")
+    return _MARKS.sub(lambda run: "".join(sorted(run[0], key=unicodedata.combining)), text)
 
 
 def _digest(spec):
@@ -155,7 +150,7 @@ _NEWER = re.compile("([" + "".join(
     5C8-5C9 7FD 897-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9-105E4 10D24-10F85
     11070 1133B 11382-11391 113C2-113C8 113CE-113D0 1145E 11839-1183A 11935-11A99 11D42-1611E
     16121-1612F 16D63-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5""".split()) + "]+)")
-# The combining classes of marks; other characters have 0, as have all from U+20000 on.
-_CLASSES = np.array([unicodedata.combining(char) if unicodedata.combining(char)
-                     and not _NEWER.match(char) else 0
-                     for char in map(chr, range(0x20001))], dtype=np.uint8)
+# Runs of the marks that it knows, those with a combining class; from U+20000 on there are none.
+_MARKS = re.compile("[" + "".join(
+    char for char in map(chr, range(0x20000))
+    if unicodedata.combining(char) and not _NEWER.match(char)) + "]{2,}")
