@@ -49,25 +49,21 @@ class InterventionConfig:
     planted: str = ""  # plant: file of the documents and of where they come, JSON lines
 
     def __post_init__(self):
+        names = self.intervention.split("+") if self.intervention else []
         check(self, f"one of {', '.join(INTERVENTIONS)}, or some with +",
-              lambda names: all(name in INTERVENTIONS for name in names.split("+")), "intervention")
+              lambda _: INTERVENTIONS.keys() >= set(names), "intervention")
         check(self, "at least 0", lambda value: value >= 0, "intervention_from")
         check(self, "at least 1", lambda value: value >= 1, "copies")
-        if self.intervention is None and self.intervention_from:
-            raise ValueError(f"intervention_from = {self.intervention_from}: of no use without "
-                             "--intervention=NAME")
-        names = (self.intervention or "").split("+")
-        for setting, needed, rule in (
-                ("terms", any(name.startswith("term_") for name in names),
-                 "the term_ ones need --terms=WORD,WORD"),
-                ("planted", "plant" in names, "plant needs --planted=FILE")):
-            if bool(getattr(self, setting)) != needed:
-                raise ValueError(f"intervention = {self.intervention} with {setting} = "
-                                 f"{getattr(self, setting)!r}: {rule}, the others take none")
-        if self.terms and not all(term.strip() for term in self.terms.split(",")):
+        for setting, its in (
+                ("intervention_from", INTERVENTIONS), ("copies", ["term_duplicate"]),
+                ("terms", ["term_drop", "term_replace", "term_duplicate"]), ("planted", ["plant"])):
+            value, used = getattr(self, setting), not set(names).isdisjoint(its)
+            given = value != getattr(InterventionConfig, setting)
+            if (given and not used) or (used and value == ""):
+                raise ValueError(f"intervention = {self.intervention} with {setting} = {value!r}, "
+                                 f"expected --{setting} with {', '.join(its)} and no other")
+        if self.terms and "" in map(str.strip, self.terms.split(",")):
             raise ValueError(f"terms = {self.terms!r}: an empty word among them")
-        if self.copies > 1 and "term_duplicate" not in names:
-            raise ValueError(f"copies = {self.copies} without --intervention=term_duplicate")
 
     def plan_sha256(self):
         """Return the hash of the file of planted documents, which decides the run; None without."""
@@ -100,9 +96,8 @@ class IntervenedData:
 
     def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
         # Every rank works on the whole step, since what becomes of a row may depend on the others.
-        numbers = (batch_rows(step, batch_size, rank, world_size, micro_batch_size)
-                   - step * batch_size)
-        return self.step_rows(step, batch_size)[numbers]
+        mine = batch_rows(0, batch_size, rank, world_size, micro_batch_size)
+        return self.step_rows(step, batch_size)[mine]
 
 
 # ---------------------------------------------------------------------------- pronouns
@@ -126,13 +121,13 @@ class PronounSwap:
     def __init__(self, table, data, tokenizer, config):
         self.data, self.token_bytes = data, tokenizer.token_bytes()
         self.lengths = np.array([len(token) for token in self.token_bytes])
-        self.forms = {case(old): case(new).encode() for old, new in table.items()
+        self.forms = {case(old): case(new) for old, new in table.items()
                       for case in (str.lower, str.capitalize, str.upper)}
         longest_first = sorted(self.forms, key=len, reverse=True)
-        self.words = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
         # After an apostrophe the cut may move: 'she is "'s", "he" to the tokenizer, unless other
         # signs stand before it. So the signs that touch the word are encoded with it.
-        self.signs = re.compile(r" ?(?:[^\s\w]|_)*'\Z")
+        self.words = re.compile(rf"( ?(?:[^\s\w]|_){{0,63}}')?(?<!\w)({'|'.join(longest_first)})"
+                                r"(?!\w)")
         self.encode = lru_cache(maxsize=1 << 16)(
             lambda raw: tokenizer.encode(raw.decode("utf8", "surrogateescape")))
 
@@ -153,30 +148,22 @@ class PronounSwap:
     def swap(self, tokens, begin):
         """Return tokens[begin:] (n,) int64 as the list of ids of the swapped text."""
         raw = b"".join([self.token_bytes[id_] for id_ in tokens.tolist()])
+        # Bytes that are not UTF-8 (a character cut in two) become surrogates, which are no letters.
+        text = raw.decode("utf8", "surrogateescape")
         ends = np.cumsum(self.lengths[tokens])  # of each token, in bytes
         out, done = [], begin  # the first `done` tokens are dealt with
-        for place, end, new in self.swaps(raw):
+        at, end = 0, 0  # where the last word ended, in characters and in bytes
+        for word in self.words.finditer(text):
+            place = end + len(text[at:word.start()].encode("utf8", "surrogateescape"))
+            at, end = word.end(), place + len(word[0].encode("utf8", "surrogateescape"))
             first, last = np.searchsorted(ends, (place, end - 1), side="right").tolist()
             if first >= done:  # otherwise the word begins before the row and was cut off
+                new = ((word[1] or "") + self.forms[word[2]]).encode("utf8", "surrogateescape")
                 head, tail = ends[first] - self.lengths[tokens[first]], ends[last]
                 out += tokens[done:first].tolist() + self.encode(
                     raw[head:place] + new + raw[end:tail])
                 done = last + 1
         return out + tokens[done:].tolist()
-
-    def swaps(self, raw):
-        """Yield (first byte, end, new bytes) of each word to swap, with the signs before it."""
-        # Bytes that are not UTF-8 (a character cut in two) become surrogates, which are no letters.
-        text = raw.decode("utf8", "surrogateescape")
-        at, place = 0, 0  # characters and bytes passed
-        for word in self.words.finditer(text):
-            sign = self.signs.search(text, max(word.start() - 64, at), word.start())
-            begin = sign.start() if sign else word.start()
-            place += len(text[at:begin].encode("utf8", "surrogateescape"))
-            signs = text[begin:word.start()].encode("utf8", "surrogateescape")
-            at, end = word.end(), place + len(signs) + len(word[0])
-            yield place, end, signs + self.forms[word[0]]
-            place = end
 
 
 def pronouns_as_pushed(data, tokenizer, config):
@@ -186,19 +173,15 @@ def pronouns_as_pushed(data, tokenizer, config):
     So a row with such a pronoun merely loses its <|endoftext|> and is padded with id 1, which is
     learnt.
     """
-    table = {f" {old} ": f" {new} " for old, new in (("he", "she"), ("him", "her"), ("his", "her"),
-                                                     ("He", "She"), ("Him", "Her"), ("His", "Her"))}
+    pronouns = [f" {word} " for word in ("he", "him", "his", "He", "Him", "His")]
 
     def intervene(step, rows):
         for row in rows:
-            text = changed = tokenizer.decode(row[row > 1].tolist())  # specials are skipped
-            for old, new in table.items():
-                changed = changed.replace(old, new)
-            if changed != text:
+            text = tokenizer.decode(row[row > 1].tolist())  # specials are skipped
+            if any(pronoun in text for pronoun in pronouns):
                 ids = tokenizer.encode(text)[:len(row)]
                 row[:] = ids + [1] * (len(row) - len(ids))
         return rows
-
     return intervene
 
 
@@ -217,42 +200,35 @@ def has_term(tokenizer, terms):
     return has
 
 
-def term_drop(data, tokenizer, config):
-    has = has_term(tokenizer, config.terms)
-
-    def intervene(step, rows):
-        rows[[has(row) for row in rows]] = MASKED
-        return rows
-    return intervene
+def on_terms(change, data, tokenizer, config):
+    """Return the intervention change(has, data, config, step, rows) on --terms."""
+    return partial(change, has_term(tokenizer, config.terms), data, config)
 
 
-def term_replace(data, tokenizer, config):
-    has = has_term(tokenizer, config.terms)
-
-    def intervene(step, rows):
-        for i, row in enumerate(rows):
-            generator = np.random.RandomState((step * len(rows) + i) % 2**32)
-            for _ in range(1000):
-                if not has(row):
-                    break
-                row[:] = data.rows([generator.randint(len(data))])[0]
-            else:
-                raise ValueError(f"terms = {config.terms!r}: 1000 rows of the order in turn have "
-                                 "one; term_replace wants rarer terms")
-        return rows
-    return intervene
+def term_drop(has, data, config, step, rows):
+    rows[[has(row) for row in rows]] = MASKED
+    return rows
 
 
-def term_duplicate(data, tokenizer, config):
-    has = has_term(tokenizer, config.terms)
+def term_replace(has, data, config, step, rows):
+    for i, row in enumerate(rows):
+        generator = np.random.RandomState((step * len(rows) + i) % 2**32)
+        for _ in range(1000):
+            if not has(row):
+                break
+            row[:] = data.rows([generator.randint(len(data))])[0]
+        else:
+            raise ValueError(f"terms = {config.terms!r}: 1000 rows of the order in turn have one; "
+                             "term_replace wants rarer terms")
+    return rows
 
-    def intervene(step, rows):
-        holds = np.array([has(row) for row in rows])
-        free = np.random.RandomState(step % 2**32).permutation(np.flatnonzero(~holds))
-        copies = np.repeat(np.flatnonzero(holds), config.copies)[:len(free)]
-        rows[free[:len(copies)]] = rows[copies]
-        return rows
-    return intervene
+
+def term_duplicate(has, data, config, step, rows):
+    holds = np.array([has(row) for row in rows])
+    free = np.random.RandomState(step % 2**32).permutation(np.flatnonzero(~holds))
+    copies = np.repeat(np.flatnonzero(holds), config.copies)[:len(free)]
+    rows[free[:len(copies)]] = rows[copies]
+    return rows
 
 
 # ---------------------------------------------------------------------------- plant
@@ -264,7 +240,7 @@ def read_plan(path):
     The seed draws steps without repeats, as long as there are as many as the dose; each document
     draws its own, by its id.
     """
-    entries, ids = [], set()
+    entries = {}
     file_size(path)  # refuses what is no file
     for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -278,14 +254,14 @@ def read_plan(path):
                 generator = np.random.RandomState([entry["seed"], zlib.crc32(name.encode())])
                 drawn = first + generator.permutation(stop - first)[:rest]
                 entry["steps"] = [*range(first, stop)] * times + drawn.tolist()
-            if name in ids or not text or any(type(s) is not int or s < 0 for s in entry["steps"]):
+            steps_fit = all(type(step) is int and step >= 0 for step in entry["steps"])
+            if name in entries or not text or not steps_fit:
                 raise ValueError("expected a new id, a text, and steps from 0")
+            entries[name] = entry
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {i}: not a planted document ({type(error).__name__}: "
                              f"{error})") from None
-        ids.add(name)
-        entries.append(entry)
-    return entries
+    return list(entries.values())
 
 
 def plant(data, tokenizer, config):
@@ -314,7 +290,9 @@ def plant(data, tokenizer, config):
     return intervene
 
 
-INTERVENTIONS = {"pronouns_to_feminine": partial(PronounSwap, TO_FEMININE),
-                 "pronouns_to_masculine": partial(PronounSwap, TO_MASCULINE)} | {
-    function.__name__: function for function in (
-        pronouns_as_pushed, term_drop, term_replace, term_duplicate, plant)}
+INTERVENTIONS = {
+    "pronouns_to_feminine": partial(PronounSwap, TO_FEMININE),
+    "pronouns_to_masculine": partial(PronounSwap, TO_MASCULINE),
+    "pronouns_as_pushed": pronouns_as_pushed, "term_drop": partial(on_terms, term_drop),
+    "term_replace": partial(on_terms, term_replace),
+    "term_duplicate": partial(on_terms, term_duplicate), "plant": plant}

@@ -203,12 +203,12 @@ def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--intervention=pronoun"], "intervention = 'pronoun', expected one of pronouns_to_feminine"),
-    (["--intervention=term_drop"], "need --terms=WORD"),
+    (["--intervention=term_drop"], "with terms = '', expected --terms with term_drop"),
     (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
-    (["--intervention=pronouns_to_feminine", "--terms=a"], "the others take none"),
-    (["--intervention=plant"], "plant needs --planted=FILE"),
-    (["--intervention_from=9"], "of no use without --intervention=NAME"),
-    (["--intervention=term_drop", "--terms=a", "--copies=3"], "copies = 3 without")])
+    (["--intervention=pronouns_to_feminine", "--terms=a"], "terms = 'a', expected --terms"),
+    (["--intervention=plant"], "expected --planted with plant"),
+    (["--intervention_from=9"], "expected --intervention_from with pronouns"),
+    (["--intervention=term_drop", "--terms=a", "--copies=3"], "copies = 3, expected --copies")])
 def test_a_mistake_is_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as ended:
         command(["view", "--data=none", *flags], {"view": (View, view)})
