@@ -11,18 +11,18 @@ checkpoint step1.
 import os
 import re
 import sys
-import time
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from tqdm import tqdm
 
 from config import check, command, replacing
 from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, load_npy, order_paths,
-                  ordered)
+                  ordered, read_notes)
 from interventions import IntervenedData, InterventionConfig
-from prepare import in_workers
+from prepare import in_workers, progress
 from tokenizer import SPECIAL, SPECIAL_RE, load_tokenizer
 
 # ---------------------------------------------------------------------------- where it comes from
@@ -36,16 +36,12 @@ class Provenance:
 
     def __init__(self, data):
         self.data = _baked_from(data) or data
-        self.known = not self.data.preshuffled
-        self.table, self.inverses = None, {}
+        self.known, self.table = not self.data.preshuffled, None
         prefix, n = self.data.tokens.prefix, len(self.data.tokens)
         if self.known and os.path.exists(f"{prefix}_documents.npy"):
-            self.table, notes = load_npy(f"{prefix}_documents.npy"), self.data.tokens.notes()
+            self.table, notes = load_npy(f"{prefix}_documents.npy"), read_notes(prefix)
             self.subsets, self.files = notes.get("subsets"), notes.get("files")
-            if not (self.table.dtype == PROVENANCE and self.table.shape == (n,)
-                    and type(self.subsets) is type(self.files) is list
-                    and self.table["subset"].max() < len(self.subsets)
-                    and self.table["file"].max() < len(self.files)):
+            if len(self.table) != n or not self.subsets or not self.files:
                 raise ValueError(f"{prefix}_documents.npy and {prefix}.json do not belong to "
                                  f"{prefix}.idx ({n:,} documents); tokenize")
 
@@ -55,6 +51,24 @@ class Provenance:
             return "subset not recorded"
         file, line, subset = self.table[document].tolist()
         return f"{self.subsets[subset]}, {self.files[file]}:{line}"
+
+    @cached_property
+    def copies(self):
+        """Where in doc_idx the copies of each document are, (documents, epochs)."""
+        return self._inverse("doc", self.data.order[0]).reshape(len(self.data.tokens), -1)
+
+    @cached_property
+    def row_of(self):
+        """In which row each sample is served, (samples,)."""
+        return self._inverse("shuffle", self.data.order[2])
+
+    def _inverse(self, name, array):
+        """Return where an array's values stand in it, by value; kept beside the order's files."""
+        path = self.data.paths[0].replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
+        if not os.path.exists(path):
+            with replacing(path) as file:
+                np.save(file, np.argsort(array, kind="stable").astype(np.uint32))
+        return load_npy(path)
 
     def _samples(self, position, start, stop):
         """Return the range of the samples with any of tokens start..stop of a copy in doc_idx.
@@ -68,56 +82,33 @@ class Provenance:
 
     def appearances(self, document):
         """Return the rows in which each copy of a document has tokens: a sorted list a copy."""
-        size, rows = int(self.data.tokens.sizes[document]), self._inverse("shuffle")[:, 0]
-        return [sorted(rows[self._samples(position, 0, size)].tolist())
-                for position in self._inverse("doc")[document].tolist()]
+        size = int(self.data.tokens.sizes[document])
+        return [sorted(self.row_of[self._samples(position, 0, size)].tolist())
+                for position in self.copies[document].tolist()]
 
     def rows_of(self, document, offset, length):
         """Yield (row, offset in it) of served rows with `length` tokens of a document whole."""
         doc_idx, sample_idx, _ = self.data.order
-        for position in self._inverse("doc")[document].tolist():
+        for position in self.copies[document].tolist():
             for sample in self._samples(position, offset, offset + 1):
                 first, start = sample_idx[sample].tolist()
                 before = self.data.tokens.sizes[doc_idx[first:position]].sum(dtype=np.int64)
-                within = int(before) - start + offset
-                row = int(self._inverse("shuffle")[sample, 0])
+                within, row = int(before) - start + offset, int(self.row_of[sample])
                 if 0 <= within <= self.data.seq_length + 1 - length and row < len(self.data):
                     yield row, within
-
-    def _inverse(self, name):
-        """Return each value's places in doc_idx, (documents, epochs), or shuffle_idx, (samples, 1).
-
-        Sorted once, and kept beside the order's own files.
-        """
-        if name not in self.inverses:
-            array = self.data.order[0 if name == "doc" else 2]
-            path = self.data.paths[0].replace("_doc_idx.npy", f"_inverse_{name}_idx.npy")
-            n_values = len(self.data.tokens) if name == "doc" else len(array)
-            if not os.path.exists(path):
-                inverse = np.argsort(array, kind="stable").astype(np.uint32)
-                with replacing(path) as file:
-                    np.save(file, inverse)
-            inverse, some = load_npy(path), np.linspace(0, n_values - 1, 300, dtype=np.int64)
-            if inverse.size != len(array) or (
-                    array[inverse.reshape(n_values, -1)[some]] != some[:, None]).any():
-                raise ValueError(f"{path}: does not belong to {self.data.paths[0]}; delete it to "
-                                 "rebuild")
-            self.inverses[name] = inverse.reshape(n_values, -1)
-        return self.inverses[name]
 
 
 def _baked_from(data):
     """Return the OrderedData a baked file was made from, None unless there, whole, and the same."""
     try:
-        job = data.tokens.notes()["baked_from"]
-        order = [int(job["order"][name]) for name in ("seq_length", "num_samples", "seed")]
+        job = read_notes(data.tokens.prefix)["baked_from"]
         # The path may be a stranger's: an order is read there, but none is built.
-        if not all(map(os.path.exists, order_paths(str(job["data"]), *order))):
+        if not all(map(os.path.exists, order_paths(job["data"], **job["order"]))):
             return None
-        source = OrderedData(str(job["data"]), *order)
+        source = OrderedData(job["data"], **job["order"])
+        return source if source.tokens.n_tokens == job["tokens"] else None
     except (KeyError, TypeError, ValueError, OSError):
         return None
-    return None if source.preshuffled or source.tokens.n_tokens != job.get("tokens") else source
 
 
 # ---------------------------------------------------------------------------- view
@@ -140,11 +131,11 @@ class View(InterventionConfig, Order):
 def view(options):
     """Print what the model saw at a step: text by document, with subset, source and repeats."""
     data, size = ordered(options), options.batch_size
-    steps = _range(options.step, "step", min(options.steps, len(data) // size), 1)
-    places = _range(options.rows or f"0:{min(4, size)}", "rows", size, 0)
-    until = f" to {steps[-1]:,} (both included)" if len(steps) > 1 else ""
-    print(f"step {steps[0]:,}{until}: rows {steps[0] * size:,} to {steps.stop * size - 1:,} (both "
-          f"included); checkpoint step{steps.stop} is the first to have seen them all")
+    steps = _range("step", options.step, min(options.steps, len(data) // size), 1)
+    places = _range("rows", options.rows or f"0:{min(4, size)}", size, 0)
+    print(f"steps {steps[0]:,} to {steps[-1]:,}, rows {steps[0] * size:,} to "
+          f"{steps.stop * size - 1:,} (all included); checkpoint step{steps.stop} is the first to "
+          "have seen them all")
     tokenizer = load_tokenizer(options.tokenizer)
     served = IntervenedData(data, tokenizer, options) if options.intervention else None
     if options.save:
@@ -164,18 +155,15 @@ def view(options):
 
 
 def save_steps(options, data, steps):
-    """Write all rows of the steps as one .npy, a step at a time."""
-    of_data = options.save.endswith(("_documents.npy", "_idx.npy"))
-    if not options.save.endswith(".npy") or of_data or os.path.lexists(options.save):
+    """Write all rows of the steps as one .npy."""
+    if not options.save.endswith(".npy") or os.path.lexists(options.save):
         raise ValueError(f"save = {options.save}, expected the name of a new BATCH.npy")
-    dtype = np.dtype("<i4" if options.intervention else "<u2")  # an intervention may write MASKED
-    shape = (len(steps) * options.batch_size, options.seq_length + 1)
+    dtype = np.int32 if options.intervention else np.uint16  # an intervention may write MASKED
+    rows = np.concatenate([data.batch(step, options.batch_size)[0].astype(dtype)
+                           for step in tqdm(steps, unit="step", disable=None)])
     with replacing(options.save) as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-        for step in tqdm(steps, unit="step", disable=None):
-            file.write(data.batch(step, options.batch_size).astype(dtype).data)
-    print(f"{options.save}: {shape[0]:,} rows of {shape[1]} tokens, {dtype}")
+        np.save(file, rows)
+    print(f"{options.save}: {len(rows):,} rows of {rows.shape[1]} tokens, {rows.dtype}")
 
 
 def show_row(data, provenance, tokenizer, row, rows_before):
@@ -195,7 +183,7 @@ def show_row(data, provenance, tokenizer, row, rows_before):
         print(tokenizer.decode(provenance.data.tokens.read(document, start, stop).tolist()))
 
 
-def _range(text, name, n, end):
+def _range(name, text, n, end):
     """Return the range that is "3", or "3:5" with its `end` (0 or 1) included, out of n."""
     if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
         first = int(match[1])
@@ -220,7 +208,6 @@ class Find(Order):
     def __post_init__(self):
         Order.__post_init__(self)
         check(self, "0 or more", lambda value: value >= 0, "limit")
-        check(self, "ids with commas", re.compile(r"(\d{1,5}(,\d{1,5})*)?").fullmatch, "tokens")
         if bool(self.text) == bool(self.tokens):
             raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
         if special := SPECIAL_RE.search(self.text):
@@ -236,16 +223,13 @@ def find(options):
     across the end of a document is found only where documents were baked into rows.
     """
     tokenizer, data = load_tokenizer(options.tokenizer), ordered(options)
-    data.tokens.require_uint16()
     if options.tokens:
         text = "".join(chr(int(id_)) for id_ in options.tokens.split(","))
         pattern = Pattern(text, IDS, data.tokens)
     else:
         text = tokenizer.normalize(options.text).encode()
         pattern = Pattern(text, tokenizer.token_bytes(), data.tokens)
-    began = time.perf_counter()
     found = search(data.tokens.prefix, data.tokens.n_tokens, pattern, options.workers)
-    seconds = time.perf_counter() - began
     provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
     for first, length in tqdm(found, desc="rows", unit="place", disable=None):
         document, offset = document_at(data.tokens, first)
@@ -260,9 +244,8 @@ def find(options):
               f"of the order), tokens {offset:,} to {offset + length - 1:,}{where}")
     if (more := len(places) - options.limit) > 0:
         print(f"... and {more:,} more; --limit=N shows more")
-    size = data.tokens.n_tokens * data.tokens.dtype.itemsize / 1e9
     print(f"{len(found):,} places in the file, seen {len(places):,} times in {options.steps:,} "
-          f"steps; searched {size:.3f} GB in {seconds:.2f} s, {size / seconds:.2f} GB/s")
+          "steps")
 
 
 IDS = [chr(id_) for id_ in range(1 << 16)]  # each id spelled as a character of its own
@@ -316,7 +299,7 @@ def search(prefix, n_tokens, pattern, workers, block=1 << 22):
     ranges = [(start, min(start + block, n_tokens)) for start in range(0, n_tokens, block)]
     found = set()
     workers = 1 if len(ranges) == 1 else workers
-    with tqdm(total=n_tokens * 2, unit="B", unit_scale=True, disable=None) as bar:
+    with progress(total=2 * n_tokens) as bar:
         for matches in in_workers(search_range, ranges, workers, _start_searching, prefix, pattern):
             found.update(matches)
             if len(found) > 10**7:
@@ -357,8 +340,8 @@ def search_range(start, stop, block=1 << 16):
 
 def document_at(tokens, place):
     """Return (document, offset in it) of a token of the file."""
-    document = bisect_right(tokens.pointers, place * tokens.dtype.itemsize) - 1
-    return document, place - int(tokens.pointers[document]) // tokens.dtype.itemsize
+    document = bisect_right(tokens.pointers, 2 * place) - 1
+    return document, place - int(tokens.pointers[document]) // 2
 
 
 if __name__ == "__main__":

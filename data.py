@@ -9,7 +9,7 @@ PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_datas
     offset   bytes  content
     0        9      "MMIDIDX" and two zero bytes
     9        8      uint64 version, 1
-    17       1      uint8 dtype code: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16 (Pythia: 8)
+    17       1      uint8 dtype code, 8: uint16, as vocabularies of under 65,500 entries have it
     18       8      uint64 S, number of sequences (documents)
     26       8      uint64 Dn, number of doc_idx entries, S + 1
     34       4 S    int32 sizes, tokens of each sequence
@@ -27,7 +27,7 @@ import json
 import math
 import mmap
 import os
-import re
+import shutil
 import struct
 import sys
 from bisect import bisect_right
@@ -40,9 +40,8 @@ import numpy as np
 from config import check, command, file_size, lock, read_json, replacing, sha256_of, write_json
 from tokenizer import ENDOFTEXT
 
-MAGIC = b"MMIDIDX\0\0" + struct.pack("<Q", 1)  # with the version
+MAGIC = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)  # with the version and the dtype code
 HEADER_BYTES = 34
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 MASKED = -100  # the id of padding in a row that an intervention made: no input, nothing to learn
 # What PREFIX_documents.npy holds of each document: names of subsets and files are in PREFIX.json.
 PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
@@ -65,66 +64,46 @@ class TokenFile:
         with open(idx, "rb") as file:
             header = file.read(HEADER_BYTES)
         if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
-            raise ValueError(f"{idx}: not a Megatron index of version 1 (it starts with "
-                             f"{header[:17]!r}, expected {MAGIC!r})")
-        code, count, doc_count = struct.unpack("<BQQ", header[len(MAGIC):])
-        if code not in DTYPES:
-            raise ValueError(f"{idx}: dtype code {code}, expected one of {sorted(DTYPES)}")
+            raise ValueError(f"{idx}: not a Megatron index of version 1 and uint16 tokens (it "
+                             f"starts with {header[:len(MAGIC)]!r}, expected {MAGIC!r})")
+        count, doc_count = struct.unpack("<QQ", header[len(MAGIC):])
         expected = HEADER_BYTES + 12 * count + 8 * doc_count
-        if found != expected:
+        if found != expected or not count:
             raise ValueError(f"{idx}: {found:,} bytes, its header expects {expected:,} ({count:,} "
-                             f"sequences, {doc_count:,} doc_idx entries): truncated or damaged")
-        if count == 0:
-            raise ValueError(f"{idx}: holds no documents")
-        self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+                             f"sequences, {doc_count:,} doc_idx entries): truncated, damaged, or "
+                             "without documents")
         self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
         # Python's ints and int64 are used throughout: 600 GB of tokens are beyond 2^31 and 2^32.
-        self.n_tokens = int(self.pointers[-1]) // self.dtype.itemsize + int(self.sizes[-1])
+        self.n_tokens = int(self.pointers[-1]) // 2 + int(self.sizes[-1])
         self.bounds, self.shard_paths = self._find_shards()
 
     def _find_shards(self):
         """Return where shards begin and the last one ends, in tokens; {shard: path} of those there.
 
-        The published pieces are called 00000-of-000NN to 000NN-of-000NN. All but the last are
-        equally long, so a piece that is not there need not be: its tokens alone are out of reach.
+        PREFIX.bin is one shard. The published ones are called 00000-of-000NN to 000NN-of-000NN, and
+        all but the last are equally long. So one that is not there need not be: only its tokens are
+        out of reach.
         """
-        n_bytes, itemsize = self.n_tokens * self.dtype.itemsize, self.dtype.itemsize
-        single, paths, lasts = f"{self.prefix}.bin", {}, set()
-        for path in glob(f"{escape(self.prefix)}-*-of-*.bin"):
-            match = re.fullmatch(r"-(\d{5})-of-(\d{5})\.bin", path[len(self.prefix):])
-            if match:
-                paths[int(match[1])] = path
-                lasts.add(int(match[2]))
-        if os.path.exists(single) or not paths:
-            self._check_size(single, n_bytes)
-            return [0, self.n_tokens], {0: single}
-        last = max(lasts)
-        if len(lasts) > 1 or max(paths) > last:
-            raise ValueError(f"{self.prefix}-*-of-*.bin: pieces of {len(lasts)} different sets")
-        some = min(paths)
+        last, paths, digits = 0, {0: f"{self.prefix}.bin"}, 5 * "[0-9]"
+        pieces = sorted(glob(f"{escape(self.prefix)}-{digits}-of-{digits}.bin"))
+        if pieces and not os.path.exists(paths[0]):
+            paths = {int(path[-18:-13]): path for path in pieces}
+            last = max(*paths, int(pieces[-1][-9:-4]))
+        some, n_bytes = min(paths), 2 * self.n_tokens
         length = os.path.getsize(paths[some])
         if some == last > 0:  # only the last, shorter piece is there
             length = (n_bytes - length) // last
-        if length % itemsize:
-            raise ValueError(f"{paths[some]}: {length:,} bytes do not hold whole tokens")
         bounds = [min(i * length, n_bytes) for i in range(last + 1)] + [n_bytes]
         for number, path in paths.items():
-            self._check_size(path, bounds[number + 1] - bounds[number])
-        return [bound // itemsize for bound in bounds], paths
-
-    def _check_size(self, path, expected):
-        found = os.path.getsize(path)
-        if found != expected:
-            raise ValueError(f"{path}: {found:,} bytes, but {self.prefix}.idx describes "
-                             f"{expected:,}: "
-                             + ("truncated" if found < expected else "not the file of this index"))
+            found, expected = os.path.getsize(path), bounds[number + 1] - bounds[number]
+            if found != expected:
+                raise ValueError(f"{path}: {found:,} bytes, but {self.prefix}.idx describes "
+                                 f"{expected:,}: truncated, or not the file of this index")
+        return [bound // 2 for bound in bounds], paths
 
     def __len__(self):
         return len(self.sizes)
-
-    def notes(self):
-        return read_notes(self.prefix)
 
     def equal_length(self):
         """Return the length of all documents, by 1000 and the sum of all; 0 if they differ."""
@@ -134,20 +113,14 @@ class TokenFile:
 
     def paths(self):
         """Return the files that hold the index and the tokens, in order."""
-        return [f"{self.prefix}.idx", *(path for _, path in sorted(self.shard_paths.items()))]
-
-    def require_uint16(self):
-        if self.dtype != np.dtype("<u2"):
-            raise ValueError(f"{self.prefix}.idx: tokens are {self.dtype}, expected uint16")
+        return [f"{self.prefix}.idx", *self.shard_paths.values()]
 
     def read(self, document, start=0, stop=None):
         """Return tokens start..stop (None: the end) of a document, without copying where it can."""
-        size, pointer = int(self.sizes[document]), int(self.pointers[document])
+        size, first = int(self.sizes[document]), int(self.pointers[document]) // 2
         stop = size if stop is None else stop
-        first, rest = divmod(pointer, self.dtype.itemsize)
-        if rest or not (0 <= start <= stop <= size
-                        and 0 <= first and first + size <= self.n_tokens):
-            raise ValueError(f"{self.prefix}.idx: document {document} (pointer {pointer}, size "
+        if not (0 <= start <= stop <= size and 0 <= first <= self.n_tokens - size):
+            raise ValueError(f"{self.prefix}.idx: document {document} (pointer {2 * first}, size "
                              f"{size}) cannot give tokens {start}..{stop}: damaged index")
         return self.slice(first + start, first + stop)
 
@@ -157,9 +130,8 @@ class TokenFile:
         begin, end = self.bounds[shard], self.bounds[shard + 1]
         if shard not in self.maps:
             self.maps[shard] = self._map(shard)
-        if stop <= end:
-            return self.maps[shard][first - begin:stop - begin]
-        return np.concatenate((self.slice(first, end), self.slice(end, stop)))
+        tokens = self.maps[shard][first - begin:stop - begin]
+        return tokens if stop <= end else np.concatenate((tokens, self.slice(end, stop)))
 
     def _map(self, shard):
         if shard not in self.shard_paths:
@@ -171,7 +143,7 @@ class TokenFile:
             # Otherwise every row makes the system read 128 KB around it: with a file larger than
             # memory a step of 1024 rows took 14 s instead of 0.04.
             memory.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(memory, self.dtype)
+        return np.frombuffer(memory, "<u2")
 
 
 def read_notes(prefix):
@@ -203,15 +175,14 @@ def fingerprint(paths):
 
 def check_whole(prefix):
     """Raise ValueError unless every byte of PREFIX.bin and .idx is what `tokenize` wrote."""
-    tokens = TokenFile(prefix)
-    expected = tokens.notes().get("sha256")
+    prefix = TokenFile(prefix).prefix
+    expected = read_notes(prefix).get("sha256")
     if not isinstance(expected, dict):
-        raise ValueError(f"{tokens.prefix}.json: no sha256 to compare the data with; "
-                         "`sha256sum -c` checks published files")
-    for suffix in ("bin", "idx"):
-        path, wanted = f"{tokens.prefix}.{suffix}", expected.get(suffix)
-        if (found := sha256_of(path)) != wanted:
-            raise ValueError(f"{path}: SHA-256 {found}, expected {wanted} of {tokens.prefix}.json: "
+        raise ValueError(f"{prefix}.json: no sha256 to compare the data with; `sha256sum -c` "
+                         "checks published files")
+    for suffix, wanted in expected.items():
+        if sha256_of(f"{prefix}.{suffix}") != wanted:
+            raise ValueError(f"{prefix}.{suffix}: SHA-256 is not that of {prefix}.json, {wanted}: "
                              "the data changed since they were tokenized")
 
 
@@ -226,61 +197,37 @@ class TokenWriter:
     """
 
     PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
-    NAMES = re.compile(r"bin|sizes|documents|lock|(idx|progress\.json)(\.\d+\.tmp)?")
 
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
         if not os.path.basename(self.prefix) or self.prefix.endswith((".bin", ".idx")):
             raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a "
                              "folder or one of them")
+        self.progress = self.folder / "progress.json"
         self._refuse_strangers()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / "lock", f"{self.folder}: another process is writing there")
         self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-        state = self._committed()
-        if state is None:
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
-        self.position = state["position"]
+        state = read_json(self.progress) if self.progress.exists() else {}
         self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
+        # A kill while `finish` moves files into place leaves less than was committed.
+        if state.get("job") != self.job or any(file.tell() < state["bytes"][name]
+                                               for name, file in self.files.items()):
+            state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
         for name, file in self.files.items():
-            file.truncate(state["bytes"][name])
+            file.seek(file.truncate(state["bytes"][name]))
+        self.commit(state["position"])
 
     def _refuse_strangers(self):
         """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
-        files = list(os.scandir(self.folder)) if os.path.lexists(self.folder) else []
-        names = sorted(file.name for file in files)
-        ours = "lock" in names and all(self.NAMES.fullmatch(file.name)
-                                       and file.is_file(follow_symlinks=False) for file in files)
-        if files and not ours:
-            raise ValueError(f"{self.folder}: holds {', '.join(names[:3])}, not an unfinished job; "
-                             "move it away or name another output")
-        if "progress.json" in names or {"documents", "tokens"} <= read_notes(self.prefix).keys():
+        if self.progress.exists():
             return
-        for suffix in (".json", ".bin", ".idx", "_documents.npy"):
-            if os.path.lexists(f"{self.prefix}{suffix}"):
-                raise ValueError(f"{self.prefix}{suffix}: there already, and not written by this "
-                                 "command; name another output")
-
-    def _clear(self):
-        """Delete what TokenWriters leave in the folder, and the folder if nothing else is there."""
-        for path in self.folder.iterdir():
-            if self.NAMES.fullmatch(path.name):
-                path.unlink()
-        if not os.listdir(self.folder):
-            self.folder.rmdir()
-
-    def _committed(self):
-        """Return what the last commit of this very job noted, None if all of it is not there."""
-        try:
-            state = read_json(self.folder / "progress.json")
-            whole = all((self.folder / name).stat().st_size >= state["bytes"][name]
-                        for name in self.PARTS)
-            return state if whole and state["job"] == self.job else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        paths = [self.folder]
+        if not {"documents", "tokens"} <= read_notes(self.prefix).keys():
+            paths += [f"{self.prefix}{end}" for end in (".json", ".bin", ".idx", "_documents.npy")]
+        for path in filter(os.path.lexists, paths):
+            raise ValueError(f"{path}: there already, and not written by this command; move it "
+                             "away or name another output")
 
     def close(self):
         """Leave what was committed to whoever goes on with this job."""
@@ -298,7 +245,7 @@ class TokenWriter:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        write_json(self.folder / "progress.json", {
+        write_json(self.progress, {
             "job": self.job, "position": position,
             "bytes": {name: file.tell() for name, file in self.files.items()}})
 
@@ -307,7 +254,7 @@ class TokenWriter:
         self.commit(self.position)
         sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
         if not len(sizes):
-            self._clear()
+            shutil.rmtree(self.folder)
             raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
         summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
         with replacing(self.folder / "idx") as file:
@@ -323,7 +270,7 @@ class TokenWriter:
         write_json(f"{self.prefix}.json", summary)
         os.replace(self.folder / "bin", f"{self.prefix}.bin")
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
-        self._clear()
+        shutil.rmtree(self.folder)
         self.close()
         return summary
 
@@ -334,7 +281,7 @@ def write_index(file, sizes):
     pointers = np.cumsum(sizes, dtype="<i8")
     pointers -= sizes  # in place: the whole Pile's take 1.7 GB
     pointers *= 2
-    file.write(MAGIC + struct.pack("<BQQ", 8, n, n + 1))
+    file.write(MAGIC + struct.pack("<QQ", n, n + 1))
     file.write(np.asarray(sizes, dtype="<i4").data)
     file.write(pointers.data)
     file.write(np.arange(n + 1, dtype="<i8").data)
@@ -387,36 +334,6 @@ def order_paths(prefix, seq_length, num_samples, seed):
     return [f"{stem}_{name}_idx.npy" for name in ("doc", "sample", "shuffle")]
 
 
-def load_order(tokens, seq_length, num_samples, seed):
-    """Return the memory-mapped order of a TokenFile and its three paths, built if need be."""
-    paths = order_paths(tokens.prefix, seq_length, num_samples, seed)
-    if not all(map(os.path.exists, paths)):
-        check_index(tokens)
-        if tokens.n_tokens + num_samples * seq_length > 10**9:
-            print(f"building the order of {len(tokens):,} documents, {num_samples:,} samples: "
-                  "about a minute for the whole Pile, once", file=sys.stderr)
-        for path, array in zip(paths, build_order(tokens.sizes, seq_length, num_samples, seed)):
-            with replacing(path) as file:
-                np.save(file, array)
-    return tuple(map(load_npy, paths)), paths
-
-
-def check_index(tokens, block=1 << 24):
-    """Raise ValueError unless each document of a TokenFile follows the one before, to the end."""
-    end = 0
-    for start in range(0, len(tokens), block):
-        sizes = tokens.sizes[start:start + block].astype(np.int64)
-        ends = end + np.cumsum(sizes) * tokens.dtype.itemsize
-        bad = np.flatnonzero((sizes < 0) | (
-            tokens.pointers[start:start + block] != ends - sizes * tokens.dtype.itemsize))
-        if len(bad):
-            document = start + int(bad[0])
-            raise ValueError(f"{tokens.prefix}.idx: document {document:,} has size "
-                             f"{tokens.sizes[document]} and pointer {tokens.pointers[document]}, "
-                             "which do not follow the one before")
-        end = int(ends[-1])
-
-
 def load_npy(path):
     """Return a memory-mapped .npy file; never unpickles. Raises ValueError naming the file."""
     file_size(path)
@@ -436,7 +353,7 @@ class OrderedData:
 
     Row i of step s is row s * batch_size + i of the order; the update of step s makes checkpoint
     s + 1. A file in training order already ("preshuffled": baked by `shuffle`, or published so) is
-    served as it lies; any other is served through its order.
+    served as it lies; any other is served through its order, which is built if need be.
 
     What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Where this
     misleads, {"preshuffled": true} or false in PREFIX.json decides: joined pieces look like any
@@ -444,37 +361,40 @@ class OrderedData:
     """
 
     def __init__(self, prefix, seq_length, num_samples, seed):
-        self.tokens = TokenFile(prefix)
-        self.seq_length = seq_length
-        notes, length = self.tokens.notes(), self.tokens.equal_length()
-        baked, in_pieces = bool(notes.get("baked_from")), len(self.tokens.bounds) > 2
-        if notes.get("preshuffled", baked) and not length:
-            raise ValueError(f"{self.tokens.prefix}.json says that it is in training order, but "
-                             "its rows differ in length: not the file of this .json")
-        self.preshuffled = bool(length and notes.get("preshuffled", baked or in_pieces))
-        if self.preshuffled and length != seq_length + 1:
-            raise ValueError(f"{self.tokens.prefix}: in training order already, in rows of "
-                             f"{length} tokens; found seq_length = {seq_length}, expected "
-                             f"{length - 1}")
+        self.tokens, self.seq_length = TokenFile(prefix), seq_length
+        prefix, length = self.tokens.prefix, self.tokens.equal_length()
+        notes, published = read_notes(prefix), length and len(self.tokens.bounds) > 2
+        self.preshuffled = bool(notes.get("preshuffled", "baked_from" in notes or published))
         if not self.preshuffled:
             self.tokens.scattered = True
-            self.order, self.paths = load_order(self.tokens, seq_length, num_samples, seed)
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
-            if not self._order_fits(num_samples):
-                raise ValueError(f"{self.paths[0]} and its two siblings do not belong to "
-                                 f"{self.tokens.prefix}.idx ({len(self.tokens):,} documents); "
-                                 "delete them to rebuild")
+            self.paths = order_paths(prefix, **self.settings)
+            self._open_order(num_samples, seed)
+        elif length != seq_length + 1:
+            raise ValueError(f"{prefix}: in training order already, in rows of "
+                             f"{length or 'unequal'} tokens; seq_length = {seq_length} needs rows "
+                             f"of {seq_length + 1}")
 
-    def _order_fits(self, num_samples):
-        """Return whether the order is of this token file, by its lengths and 300 of its rows."""
+    def _open_order(self, num_samples, seed):
+        """Map the order's files, built if need be; compare lengths and 300 rows with the tokens."""
+        if not all(map(os.path.exists, self.paths)):
+            arrays = build_order(self.tokens.sizes, self.seq_length, num_samples, seed)
+            for path, array in zip(self.paths, arrays):
+                with replacing(path) as file:
+                    np.save(file, array)
+        self.order = tuple(map(load_npy, self.paths))
         doc_idx, sample_idx, shuffle_idx = self.order
         n_samples, every = len(shuffle_idx), len(shuffle_idx) // 300 + 1
         epochs, rest = divmod(len(doc_idx), len(self.tokens))
-        return (rest == 0 and n_samples == (epochs * self.tokens.n_tokens - 1) // self.seq_length
+        fits = (rest == 0 and n_samples == (epochs * self.tokens.n_tokens - 1) // self.seq_length
                 and n_samples >= num_samples and sample_idx.shape == (n_samples + 1, 2)
                 and len(set(shuffle_idx[::every].tolist())) == len(shuffle_idx[::every])
                 and all(sum(stop - start for _, start, stop in self.pieces(row))
                         == self.seq_length + 1 for row in range(0, len(self), every)))
+        if not fits:
+            raise ValueError(f"{self.paths[0]} and its two siblings do not belong to "
+                             f"{self.tokens.prefix}.idx ({len(self.tokens):,} documents); delete "
+                             "them to rebuild")
 
     def describe(self):
         """Return the lines that say where rows come from, and what is unusual about the data."""
@@ -525,8 +445,8 @@ class OrderedData:
         return [piece for piece in zip(documents, starts, sizes) if piece[1] < piece[2]]
 
     def rows(self, numbers):
-        """Return the rows (n, seq_length + 1) of these numbers, in the file's dtype."""
-        out = np.empty((len(numbers), self.seq_length + 1), dtype=self.tokens.dtype)
+        """Return the rows (n, seq_length + 1) of these numbers, uint16."""
+        out = np.empty((len(numbers), self.seq_length + 1), dtype="<u2")
         for row, number in zip(out, numbers):
             np.concatenate([self.tokens.read(*piece) for piece in self.pieces(int(number))],
                            out=row)
@@ -576,9 +496,7 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
-        check(self, "the PREFIX of a token file", bool, "data")
         check(self, "at least 1", lambda value: value >= 1, "steps", "batch_size", "seq_length")
-        check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ stays; for more see datatrove's MinHash, whose .jsonl.gz are an --input of `toke
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -24,6 +24,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -47,61 +48,62 @@ def input_files(spec):
     for item in spec.split(","):
         path = Path(item)
         if os.path.isdir(item):
-            found = sorted(str(file) for file in path.rglob("*")
-                           if file.name.endswith(SUFFIXES) and not file.is_dir())
-        elif os.path.exists(item) or not any(c in item for c in "*?["):
-            found = [item]
+            found = path.rglob("*")
+        elif os.path.exists(item):
+            found = [path]
         else:  # pathlib's ** follows no links, which may form circles
-            found = sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+            found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        found = sorted(str(file) for file in found
+                       if file.name.endswith(SUFFIXES) and not file.is_dir())
         if not found:
             raise ValueError(f"{item}: no {', '.join(SUFFIXES)} files there")
         for path in found:
-            if not path.endswith(SUFFIXES):
-                raise ValueError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
-            file_size(path)  # raises now if it is missing or no file, not hours later
+            file_size(path)  # raises now if it is no file, not hours later
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
 
 
 def uncompressed(path, raw, skip):
     """Yield an open file's uncompressed bytes, without the first `skip`, in bounded pieces."""
-    if not path.endswith(".zst"):
-        stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
-        stream.seek(skip)
-        yield from iter(lambda: stream.read(1 << 20), b"")
+    if path.endswith(".gz"):
+        new_frame = partial(zlib.decompressobj, zlib.MAX_WBITS | 16)
+    elif path.endswith(".zst"):
+        try:
+            from zstandard import ZstdDecompressor
+        except ImportError:
+            raise ValueError(".zst needs zstandard: pip install zstandard") from None
+        new_frame = ZstdDecompressor().decompressobj
+    else:
+        raw.seek(skip)
+        yield from iter(partial(raw.read, 1 << 20), b"")
         return
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(f"{path}: .zst needs zstandard: pip install zstandard") from None
     frame = None
-    while block := raw.read(1 << 10):  # of zeros, 1 kB holds 32 MB
+    while block := raw.read(1 << 10):  # of zeros, 1 kB of zstandard holds 32 MB
         while block:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or new_frame()
             try:
                 piece = frame.decompress(block)
-            except zstandard.ZstdError as error:
-                raise EOFError(error) from None
+            except Exception as error:  # zlib.error or zstandard.ZstdError
+                raise ValueError(f"damaged ({error})") from None
             yield piece[skip:]
             skip, block = max(0, skip - len(piece)), frame.unused_data
             if frame.eof:
                 frame = None
     if frame:
-        raise EOFError("the last frame is incomplete")
+        raise ValueError("cut off: its last frame is incomplete")
 
 
 def blocks(pieces, size):
-    """Join pieces into blocks of whole lines, of `size` bytes or more, up to one over LONGEST."""
+    """Join pieces into blocks of whole lines, of `size` bytes or more."""
     block = bytearray()
     for piece in pieces:
         end = piece.rfind(b"\n") + 1
         if end and len(block) + end >= size:
             yield bytes(block + piece[:end])
-            block = bytearray(piece[end:])
-        else:
-            block += piece
+            block, piece = bytearray(), piece[end:]
+        block += piece
         if len(block) > LONGEST:
-            break
+            raise ValueError(f"a document of over {LONGEST >> 20} MiB; cut it into several")
     if block:
         yield bytes(block)
 
@@ -115,41 +117,34 @@ def chunks(paths, position=(0, 0, 1), size=1 << 19):
     first, offset, line = position
     read = sum(map(os.path.getsize, paths[:first]))
     for number, path in enumerate(paths[first:], first):
-        least = LONGEST + 1 if path.endswith(".txt") else size
+        least = math.inf if path.endswith(".txt") else size
         try:
             with open(path, "rb") as raw:
                 for block in blocks(uncompressed(path, raw, offset), least):
-                    if len(block) > LONGEST:
-                        raise ValueError(f"{path}: a document of over {LONGEST >> 20} MiB at line "
-                                         f"{line} or behind; cut it into several")
                     chunk = number, path, line, block
                     offset, line = offset + len(block), line + block.count(b"\n")
                     yield chunk, (number, offset, line), read + raw.tell()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: damaged or cut off near line {line} ({error})") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: cannot be read from line {line} on: {error}") from None
         read, offset, line = read + os.path.getsize(path), 0, 1
 
 
 def documents(chunk):
-    """Yield (line number, record with a string "text" or None, what is wrong) of a chunk."""
+    """Yield (line number, record with a string "text", None) or (..., what is wrong) of a chunk."""
     _, path, first, block = chunk
     is_text = path.endswith(".txt")
     for number, line in enumerate([block] if is_text else block.split(b"\n"), first):
-        if not is_text and not line.strip():
-            continue
-        record, problem = None, 'expected an object with a string "text"'
+        record, problem = None, None
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf8")
+            if not is_text and not text.strip():
+                continue
             record = {"text": text} if is_text else json.loads(text)
-            if isinstance(record, dict) and isinstance(record.get("text"), str):
-                record["text"].encode()  # a lone surrogate, which JSON can name, is no text
-                problem = None
-        except UnicodeError as error:
-            problem = f"not UTF-8 ({error.reason} at {error.start})"
-        except (ValueError, RecursionError) as error:
-            problem = f"not JSON ({error})"
-        where = path if is_text else f"{path}, line {number}"
-        yield number, record, problem and f"{where}: {problem}"
+            record["text"].encode()  # a lone surrogate, which JSON can name, is no text
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            problem = (f"{path}, line {number}: expected UTF-8, and in .jsonl an object with a "
+                       f'string "text" ({error})')
+        yield number, record, problem
 
 
 def subset_name(record):
@@ -158,6 +153,8 @@ def subset_name(record):
     name = meta.get("pile_set_name") if isinstance(meta, dict) else None
     return name if isinstance(name, str) and name.isprintable() else "unnamed"
 
+
+progress = partial(tqdm, unit="B", unit_scale=True, disable=None)  # of bytes, on a terminal
 
 # ---------------------------------------------------------------------------- worker processes
 
@@ -192,14 +189,13 @@ def in_workers(function, tasks, workers, start, *arguments):
 
 def _begin(start, *arguments):
     """Begin a worker process, which leaves Ctrl-C to its parent and ends whenever that is gone."""
+    def end_with_parent():
+        wait([parent_process().sentinel])
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     start(*arguments)
-
-
-def _end_with_parent():
-    wait([parent_process().sentinel])
-    os._exit(1)
 
 
 # ---------------------------------------------------------------------------- tokenize
@@ -218,19 +214,17 @@ class Tokenize:
 
 def tokenize(options):
     """Turn text into a token file, a sequence a document, in order; same bytes for any workers."""
-    load_tokenizer(options.tokenizer)
+    process_tokenizer(options.tokenizer)
     paths = input_files(options.input)
-    stats = [os.stat(path) for path in paths]
-    writer = TokenWriter(options.output, {
-        "input": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats)],
-        "append_eod": options.append_eod})
+    files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+    writer = TokenWriter(options.output, {"input": files, "append_eod": options.append_eod})
     done = writer.position or {"at": (0, 0, 1), "subsets": [], "empty": 0, "malformed": 0}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
     last_commit = time.monotonic()
-    tasks = ((*task, options.append_eod) for task in chunks(paths, done["at"]))
-    with tqdm(total=sum(stat.st_size for stat in stats), unit="B", unit_scale=True,
-              disable=None) as bar:
-        for part in in_workers(encode_chunk, tasks, options.workers, _load, options.tokenizer):
+    tasks = ((*task, options) for task in chunks(paths, done["at"]))
+    with progress(total=sum(map(os.path.getsize, paths))) as bar:
+        for part in in_workers(encode_chunk, tasks, options.workers, process_tokenizer,
+                               options.tokenizer):
             at, read, (tokens, sizes, provenance), names, empty, malformed = part
             if malformed and not options.skip_malformed:
                 writer.commit(done)
@@ -245,25 +239,25 @@ def tokenize(options):
                 writer.commit(done)
                 last_commit = time.monotonic()
     writer.commit(done)
-    summary = writer.finish({"empty_documents": done["empty"], "malformed_lines": done["malformed"],
-                             "append_eod": options.append_eod,
-                             "subsets": list(subsets), "files": paths})
+    summary = writer.finish({
+        "empty_documents": done["empty"], "malformed_lines": done["malformed"],
+        "append_eod": options.append_eod, "subsets": list(subsets), "files": paths})
     print(f"{options.output}.bin: {summary['tokens']:,} tokens of {summary['documents']:,} "
           f"documents in {len(subsets)} subsets; skipped {done['empty']:,} empty documents, "
           f"{done['malformed']:,} bad lines")
 
 
-def _load(path):
-    global _tokenizer  # one a process: a Tokenizer cannot be sent between processes
-    _tokenizer = load_tokenizer(path)
+@cache  # one a process: a Tokenizer cannot be sent between processes
+def process_tokenizer(path):
+    return load_tokenizer(path)
 
 
-def encode_chunk(chunk, at, read, append_eod):
+def encode_chunk(chunk, at, read, options):
     """Return the `part` that `tokenize` writes of a chunk."""
-    end = [ENDOFTEXT] if append_eod else []
+    tokenizer, end = process_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
     tokens, places, names, malformed, empty = [], [], [], [], 0
     for line, record, problem in documents(chunk):
-        ids = [] if problem else _tokenizer.encode_array(record["text"])
+        ids = [] if problem else tokenizer.encode_array(record["text"])
         if problem:
             malformed.append(problem)
         elif len(ids):
@@ -288,7 +282,6 @@ class Shuffle(Order):
 def shuffle(options):
     """Bake the order: write all steps' rows, in training order, as a token file of their own."""
     data = unshuffled(options)
-    data.tokens.require_uint16()
     if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
         raise ValueError(f"output = {options.output}: that is the input, name another")
     n_rows = min(options.steps * options.batch_size, len(data))
@@ -328,11 +321,10 @@ def dedup(options):
             or os.path.exists(options.output) and not os.path.exists(report)):
         raise ValueError(f"output = {options.output}, expected a .jsonl, none of the inputs, that "
                          "is new or was written by this command (with a .removed.csv)")
-    known, counts = {}, Counter()  # known: digest of a text: (who stands for it, kind, similarity)
-    similar = Near(options.threshold) if options.threshold != 1 else None
+    known, counts = {}, Counter()  # known: {digest of a text that stays: its place}
+    near = Near(options.threshold) if options.threshold != 1 else None
     with (replacing(options.output) as output, replacing(report) as file,
-          tqdm(total=sum(map(os.path.getsize, paths)), unit="B", unit_scale=True,
-               disable=None) as bar):
+          progress(total=sum(map(os.path.getsize, paths))) as bar):
         removed = csv.writer(io.TextIOWrapper(file, "utf8", newline="", write_through=True))
         removed.writerow(("removed", "stands_for_it", "kind", "similarity"))
         for chunk, _, read in chunks(paths):
@@ -341,17 +333,16 @@ def dedup(options):
                     raise ValueError(problem)
                 place = f"{chunk[1]}:{line}"
                 digest = hashlib.sha256(record["text"].encode()).digest()
-                first, kind, similarity = known.get(digest, (None, "near", 0.0))
-                if first is None and similar:
-                    first, similarity = similar.find_or_add(place, record["text"])
-                if first is None:
-                    first, kind, similarity = place, "equal", 1.0
-                    output.write(json.dumps(record).encode() + b"\n")
-                    counts["stay"] += 1
-                else:
+                first, kind, similarity = known.get(digest), "equal", 1.0
+                if not first and near:
+                    (first, similarity), kind = near.find_or_add(place, record["text"]), "near"
+                if first:
                     removed.writerow((place, first, kind, f"{similarity:.3f}"))
                     counts[kind] += 1
-                known[digest] = first, kind, similarity
+                else:
+                    known[digest] = place
+                    output.write(json.dumps(record).encode() + b"\n")
+                    counts["stay"] += 1
             bar.update(read - bar.n)
         if not counts:
             raise ValueError(f"{options.input}: holds no documents")

@@ -213,8 +213,8 @@ def test_a_corrupted_index_is_a_value_error_or_reads_in_bounds(tmp_path_factory,
 @pytest.mark.parametrize("name, damage, words", [
     ("d.idx", lambda raw: b"NOTANIDX\0" + raw[9:], "not a Megatron index"),
     ("d.idx", lambda raw: raw[:9] + b"\2" + raw[10:], "not a Megatron index of version 1"),
-    ("d.idx", lambda raw: raw[:17] + b"\6" + raw[18:], "dtype code 6"),
-    ("d.idx", lambda raw: raw[:18] + b"\x09" + raw[19:], "truncated or damaged"),
+    ("d.idx", lambda raw: raw[:17] + b"\6" + raw[18:], "version 1 and uint16"),
+    ("d.idx", lambda raw: raw[:18] + b"\x09" + raw[19:], "truncated, damaged"),
     ("d.idx", lambda raw: b"", "not a Megatron index"),
     ("d.bin", lambda raw: raw[:2], "truncated")])
 def test_each_defect_is_named(tmp_path, name, damage, words):

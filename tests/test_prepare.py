@@ -94,7 +94,8 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tmp_path, tokenizer_path
 
     def commit(self, position, commit=TokenWriter.commit):
         commit(self, position)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if position:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(TokenWriter, "commit", commit)
     if not (child := os.fork()):
@@ -125,24 +126,25 @@ def test_reading_goes_on_from_any_position_of_any_form(folder):
 
 
 @pytest.mark.parametrize("bad, words", [
-    (b'{"text": 3}', "expected an object"), (b'{"text": "\xff"}', "not UTF-8"),
-    (b'{"text": "a\\ud800b"}', "not UTF-8 (surrogates not allowed"), (b'{"text": ', "not JSON")])
+    (b'{"text": 3}', "'int' object"), (b'{"text": "\xff"}', "can't decode byte 0xff"),
+    (b'{"text": "a\\ud800b"}', "surrogates not allowed"), (b'{"text": ', "Expecting value")])
 def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path, bad, words):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join((line("Hello world").encode(), bad,
                                                    line("two").encode())))
     flags = ["tokenize", f"--input={tmp_path}/*.jsonl", f"--output={tmp_path}/out", "--workers=1"]
-    assert f"a.jsonl, line 3: {words}" in run(*flags, expect=2).stderr
+    error = run(*flags, expect=2).stderr
+    assert "a.jsonl, line 3: expected UTF-8, and in .jsonl" in error and words in error
     done = run(*flags, "--skip_malformed=True", "--append_eod=False")
     assert "2 documents" in done.stdout and "1 bad lines" in done.stdout
     assert TokenFile(tmp_path / "out").read(0).tolist() == [12092, 1533]
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl.gz", b"no gzip", "damaged or cut off"),
-    ("a.jsonl.gz", gz(line("x" * 9999).encode())[:-9], "damaged or cut off"),
-    ("a.jsonl.zst", b"no zstd", "damaged or cut off"),
-    ("a.jsonl.zst", zstandard.compress(line("x" * 9999).encode())[:-9], "damaged or cut off"),
-    ("a.jsonl.gz", 20 * gz(bytes(1 << 24)), "a document of over 64 MiB at line 1"),
+    ("a.jsonl.gz", b"no gzip", "damaged"),
+    ("a.jsonl.gz", gz(line("x" * 9999).encode())[:-9], "cut off"),
+    ("a.jsonl.zst", b"no zstd", "damaged"),
+    ("a.jsonl.zst", zstandard.compress(line("x" * 9999).encode())[:-9], "cut off"),
+    ("a.jsonl.gz", 20 * gz(bytes(1 << 24)), "a document of over 64 MiB"),
     ("a.jsonl.zst", zstandard.compress(bytes(320 << 20)), "a document of over 64 MiB"),
     ("a.txt", bytes(LONGEST + 1), "a document of over 64 MiB")], ids=range(7))
 def test_damage_and_bombs_are_named_in_bounded_memory(
@@ -153,7 +155,7 @@ def test_damage_and_bombs_are_named_in_bounded_memory(
          f"--output={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (600 << 20, 600 << 20)))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"{tmp_path / name}: {words}" in done.stderr
+    assert f"{tmp_path / name}: cannot be read from line 1 on: {words}" in done.stderr
     assert not (tmp_path / "out.idx").exists()
 
 
@@ -179,7 +181,7 @@ def test_each_real_file_comes_once(tmp_path):
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     for spec, words in ((tmp_path / "in/pipe.jsonl", "not a regular file"),
                         (tmp_path / "zero.txt", "not a regular file"), (tmp_path, "pipe.jsonl"),
-                        ("*.nothing", "no .jsonl"), ("b.md", "expected a file ending")):
+                        ("*.nothing", "no .jsonl"), ("b.md", "no .jsonl")):
         with pytest.raises(ValueError, match=words):
             input_files(str(spec))
 
