@@ -129,12 +129,11 @@ def chunks(paths, position=(0, 0, 1), size=1 << 19):
         read, offset, line = read + os.path.getsize(path), 0, 1
 
 
-def documents(chunk):
-    """Yield (line number, record with a string "text", None) or (..., what is wrong) of a chunk."""
+def documents(chunk, skip_malformed=False):
+    """Yield (line number, record with a string "text") of a chunk; None for a record to skip."""
     _, path, first, block = chunk
     is_text = path.endswith(".txt")
     for number, line in enumerate([block] if is_text else block.split(b"\n"), first):
-        record, problem = None, None
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf8")
             if not is_text and not text.strip():
@@ -142,9 +141,12 @@ def documents(chunk):
             record = {"text": text} if is_text else json.loads(text)
             record["text"].encode()  # a lone surrogate, which JSON can name, is no text
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            problem = (f"{path}, line {number}: expected UTF-8, and in .jsonl an object with a "
-                       f'string "text" ({error})')
-        yield number, record, problem
+            if not skip_malformed:
+                raise ValueError(
+                    f"{path}, line {number}: expected UTF-8, and in .jsonl an object with a string "
+                    f'"text" ({error}); tokenize --skip_malformed=True leaves it out') from None
+            record = None
+        yield number, record
 
 
 def subset_name(record):
@@ -226,14 +228,10 @@ def tokenize(options):
         for part in in_workers(encode_chunk, tasks, options.workers, process_tokenizer,
                                options.tokenizer):
             at, read, (tokens, sizes, provenance), names, empty, malformed = part
-            if malformed and not options.skip_malformed:
-                writer.commit(done)
-                raise ValueError(f"{malformed[0]} (mend it, or pass --skip_malformed=True; what "
-                                 f"was done before it is kept in {writer.folder})")
             provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
             writer.append(tokens, sizes, provenance)
             done = {"at": at, "subsets": list(subsets), "empty": done["empty"] + empty,
-                    "malformed": done["malformed"] + len(malformed)}
+                    "malformed": done["malformed"] + malformed}
             bar.update(read - bar.n)
             if time.monotonic() - last_commit > 5:
                 writer.commit(done)
@@ -255,17 +253,17 @@ def process_tokenizer(path):
 def encode_chunk(chunk, at, read, options):
     """Return the `part` that `tokenize` writes of a chunk."""
     tokenizer, end = process_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
-    tokens, places, names, malformed, empty = [], [], [], [], 0
-    for line, record, problem in documents(chunk):
-        ids = [] if problem else tokenizer.encode_array(record["text"])
-        if problem:
-            malformed.append(problem)
-        elif len(ids):
+    tokens, places, names, empty, malformed = [], [], [], 0, 0
+    for line, record in documents(chunk, options.skip_malformed):
+        ids = tokenizer.encode_array(record["text"]) if record else []
+        if len(ids):
             tokens.append(np.concatenate((ids, end)).astype(np.uint16))
             places.append((chunk[0], line, 0))
             names.append(subset_name(record))
-        else:
+        elif record:
             empty += 1
+        else:
+            malformed += 1
     arrays = (np.concatenate([np.empty(0, np.uint16), *tokens]), list(map(len, tokens)),
               np.array(places, dtype=PROVENANCE))
     return at, read, arrays, names, empty, malformed
@@ -328,9 +326,7 @@ def dedup(options):
         removed = csv.writer(io.TextIOWrapper(file, "utf8", newline="", write_through=True))
         removed.writerow(("removed", "stands_for_it", "kind", "similarity"))
         for chunk, _, read in chunks(paths):
-            for line, record, problem in documents(chunk):
-                if problem:
-                    raise ValueError(problem)
+            for line, record in documents(chunk):
                 place = f"{chunk[1]}:{line}"
                 digest = hashlib.sha256(record["text"].encode()).digest()
                 first, kind, similarity = known.get(digest), "equal", 1.0
