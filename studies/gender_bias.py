@@ -31,9 +31,8 @@ more: a model to which context is nothing has no bias either.
 
 The primary outcome is the change of "heldout context"; the p-values of all others are adjusted for
 their number (Holm). Intervals are over documents (an occupation, two sentences of WinoBias) and
-seeds, of one pair of runs over documents only. The harness's scores of the same sets and of LAMBADA
-come from eval.py. The published models, and a branch of one, for which train.py first rebuilds
-Adam's moments:
+seeds, of one pair of runs over documents only. The published models, and a branch of one, for which
+train.py first rebuilds Adam's moments (eval.py has the harness's scores of the same sets):
 
     python -m studies.gender_bias measure --docs=DOCS --output=OUT_1.4b --pairs=\\
         pythia-intervention-1.4b-deduped/step143000:pythia-1.4b-deduped/step143000
@@ -73,7 +72,7 @@ FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "h
 # ---------------------------------------------------------------------------- measures
 
 # Each is asked of (model, tokenizer, folder of its documents) and returns three lists: a number an
-# item, the document that the item is of, and what the number is regressed on (nothing if all 0).
+# item, the document that the item is of, and x, what the number is regressed on (nothing if 0).
 
 
 def heldout_texts(folder):
@@ -81,7 +80,6 @@ def heldout_texts(folder):
 
 
 def cost(model, tokenizer, folder):
-    """Bits per byte of each text."""
     texts = heldout_texts(folder)
     lls = loglikelihood_rolling(model, tokenizer, texts)
     bits = [-ll / math.log(2) / len(passage.encode()) for ll, passage in zip(lls, texts)]
@@ -90,10 +88,7 @@ def cost(model, tokenizer, folder):
 
 @torch.no_grad()
 def she_against_he(model, tokenizer, folder):
-    """log p(she) - log p(he) wherever either stands; on 1/2 at " she", -1/2 at " he".
-
-    The softmax's sum cancels, so two logits do.
-    """
+    """x is 1/2 at " she", -1/2 at " he". The softmax's sum cancels, so two logits do."""
     [he], [she] = tokenizer.encode(" he"), tokenizer.encode(" she")
     L, device = model.config.seq_length, model.embed_in.weight.device
     direction = model.embed_out.weight[she] - model.embed_out.weight[he]
@@ -111,10 +106,7 @@ def she_against_he(model, tokenizer, folder):
 
 
 def differences(model, tokenizer, pairs, documents):
-    """log p of the less minus the more stereotypical text; on the pronouns it makes feminine.
-
-    "he" against "she" is one, though the count of each changes.
-    """
+    """Pairs are (less, more stereotypical) texts; x is how many pronouns are made feminine."""
     texts = [side for pair in pairs for side in pair]  # the two of a pair next to each other
     lls = [ll for ll, _ in loglikelihood(model, tokenizer, [("", side) for side in texts])]
     feminine = [sum((word in FEMININE) - (word in MASCULINE)
@@ -177,14 +169,12 @@ class Branch:
     checkpoint_every: int | None = None  # None: as the parent
 
 
-# Not the parent's own: where it is, where it began, and where it was told to pause.
-OWN = {"out_dir", "branch_from", "twin", "warm_moments", "stop_at"}
-
-
 def branch(options):
     """Train each parent on with the intervention, and without unless it has ended; goes on."""
+    # Not the parent's own are where it is, where it began, and where it was told to pause.
     names = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig)
-             for field in fields(schema)} - OWN
+             for field in fields(schema)} - {
+        "out_dir", "branch_from", "twin", "warm_moments", "stop_at"}
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
         settings = read_json(run / "config.json")

@@ -15,7 +15,7 @@ and with a published model and its data, checkpoint folders named step13000, ste
 Cost: a 70m on two CPU cores decides 187 rows/s that miss at once, 49 that are right to the end, on
 an H100 25,157 that miss at once, a 410m 2,152 (`python bench.py memorization`, float32). Pythia's
 146,432,000 rows take 9 to 35 days a checkpoint on the cores, --rows=0:1000000 1.5 to 6 hours; with
-the 12B, a miss at once being 7.6e11 FLOPs, at least 1.1e20 FLOPs.
+the 12B at least 1.1e20 FLOPs, 7.6e11 for a row that misses at once.
 
 OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss. With
 --generate=True NAME_stepN_generated.npy is the original's score times l: how many of the l are
@@ -73,10 +73,9 @@ def matched_lengths(model, rows, context, stages=(1, 4, 16)):
     """Return how many tokens behind the first `context` greedy decoding gets right until it misses.
 
     rows (n, context + l) int64 -> (n,) int64. Nothing is generated: until its first miss, greedy
-    decoding reads the row itself, so argmax on the row decides. Most rows miss at once, so the
-    positions are scored in stages, each reading on from the last one's keys and values, and a row
-    is dropped at its miss. Of equal logits the first is greedy, as in torch.argmax and so in
-    transformers' generate.
+    decoding reads the row itself, so argmax on the row decides (of equal logits the first, as in
+    transformers). Most rows miss at once, so the positions are scored in stages, each reading on
+    from the last one's keys and values, and a row is dropped at its miss.
     """
     (n, width), device = rows.shape, rows.device
     cache = [Cache(model.config, n, width - 1, model.embed_in.weight) for _ in model.layers]
@@ -226,8 +225,8 @@ def analyse(options):
                       for test, found in poisson_tests(counts, window).items()]
             windows += [(run, step, window, count, int((counts == count).sum()))
                         for count in np.unique(counts).tolist() or [None]]
-            ours, its, both = (int(part[seen].sum()) for part in (memorized, last,
-                                                                  memorized & last))
+            ours, its = int(memorized[seen].sum()), int(last[seen].sum())
+            both = int((memorized & last)[seen].sum())
             early.append((run, step, ours, its, both, both / ours if ours else None,
                           both / its if its else None))
     write_table(folder / "rates.csv", (
@@ -322,7 +321,7 @@ class Position:
     losses: str  # OUTPUT of `eval.py losses`, of the run and of the reference
     model: str  # the run's name there
     reference: str  # the name of a run that had another order
-    output: str = "position.csv"
+    output: str = "position.csv"  # in nats a token less than the reference's
 
 
 def position(options):
@@ -346,7 +345,6 @@ def position(options):
              for found in position_test(place[mine], gain[mine])]
     write_table(options.output, ("model", "reference", "subset", "n", "term", "value", "stderr",
                                  "p", "permutation_p"), tests)
-    print("nats a token less than the reference's")
 
 
 def position_test(place, values, draws=999):

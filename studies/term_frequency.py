@@ -232,12 +232,6 @@ TASKS = {  # name: what is before an answer in a shot, most tokens of an answer
     "times": ("", 16), "plus": ("", 16), "triviaqa": (" ", 32)}
 
 
-def arithmetic(operation, x2s=range(1, 51)):
-    answer = OPERATIONS[operation]
-    return [Problem(str(x1), str(x2), f"What is {x1} {operation} {x2}?", [str(answer(x1, x2))])
-            for x1 in range(100) for x2 in x2s]
-
-
 def behind_shots(task, problems, pool, shots):
     """Return (Problem, prompt) of each, behind `shots` others of the pool.
 
@@ -311,7 +305,9 @@ def all_prompts(options):
             questions = read_questions(options.questions)
             groups = [(questions, questions)]
         else:  # the shots are of another x1
-            problems = arithmetic(task, x2s)
+            problems = [Problem(str(x1), str(x2), f"What is {x1} {task} {x2}?",
+                                [str(OPERATIONS[task](x1, x2))])
+                        for x1 in range(100) for x2 in x2s]
             groups = [([problem for problem in problems if problem.term == str(x1)],
                        [problem for problem in problems if problem.term != str(x1)]) for x1 in x1s]
         prompts[task, k] = [prompt for group in groups for prompt in behind_shots(task, *group, k)]
