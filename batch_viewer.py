@@ -242,10 +242,9 @@ def find(options):
             f"; document {document:,} ({provenance.describe(document)})")
         print(f"step {row // options.batch_size:,}, row {row % options.batch_size:,} (row {row:,} "
               f"of the order), tokens {offset:,} to {offset + length - 1:,}{where}")
-    if (more := len(places) - options.limit) > 0:
-        print(f"... and {more:,} more; --limit=N shows more")
+    more = f"; --limit={len(places)} shows all" if len(places) > options.limit else ""
     print(f"{len(found):,} places in the file, seen {len(places):,} times in {options.steps:,} "
-          "steps")
+          f"steps{more}")
 
 
 IDS = [chr(id_) for id_ in range(1 << 16)]  # each id spelled as a character of its own

@@ -351,14 +351,13 @@ class Near:
 
     def __init__(self, threshold):
         try:
-            import datasketch
+            from datasketch import MinHash, MinHashLSH
         except ImportError:
             raise ValueError("near duplicates need datasketch (or --threshold=1)") from None
-        self.new_hash = lambda: datasketch.MinHash(num_perm=PERMUTATIONS, seed=1)
         self.threshold, self.hashes = threshold, {}
+        self.new_hash = partial(MinHash, PERMUTATIONS, seed=1)
         # These weights find 88 % of the pairs of similarity 0.87 (datasketch's own balance: 45 %).
-        self.index = datasketch.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS,
-                                           weights=(0.1, 0.9))
+        self.index = MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
 
     def find_or_add(self, place, text, block=10_000):
         """Return (most similar document that stays, similarity), or (None, 0): this one stays."""
