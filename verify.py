@@ -25,7 +25,6 @@ import re
 import sys
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import (checkpoint_steps, describe_file, files_of, identify, manifest_of, one_line,
-                         open_any, read_training, step_folders)
+                         open_any, open_file, read_training, step_folders, weight_files)
 from config import command, file_size, read_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
@@ -56,7 +55,7 @@ class Scan:
         self.config = None  # the ModelConfig; None: the tensors are not those of any Pythia
         self.hashed = None  # files that agree with the manifest; None: there is no manifest
         self.norms, self.samples = {}, {}  # of each tensor; some of its entries in float32
-        self.stored = {}  # each tensor's file, dtype and shape
+        self.shapes, self.bytes = {}, 0
         self.problems = []
 
 
@@ -65,14 +64,11 @@ def scan(step, folder):
     found = Scan(step, folder)
     with noting(found, "training.json"):
         found.updates = read_training(folder, step).get("updates", step)
-    with ThreadPoolExecutor(1) as hasher:  # while this thread measures: the disk is read once
-        hashes = hasher.submit(check_files, found)
-        with noting(found):
-            found.config, tensors = open_any(folder)
-            for name, stored in tensors.items():
-                measure(found, name, stored)
-        with noting(found):
-            hashes.result()
+    check_files(found)
+    with noting(found):
+        found.config, tensors = open_any(folder)
+        for name, tensor in tensors.items():
+            measure(found, name, tensor)
     return found
 
 
@@ -83,7 +79,7 @@ def noting(found, name=""):
         yield
     except OSError as error:  # a broken disk, a name too long, no permission
         name = name or Path(error.filename or ".").name or found.folder.name
-        found.problems.append(f"{name}: {error.strerror}")
+        found.problems.append(f"{name:.50}: {error.strerror}")
     except ValueError as error:
         found.problems.append(str(error).removeprefix(f"{found.folder}/"))
 
@@ -96,7 +92,8 @@ def check_files(found):
             entries, found.hashed = manifest_of(found.folder), 0
             for name, entry in entries.items():
                 with noting(found, name):
-                    check_file(found.folder / name, entry)
+                    if describe_file(found.folder / name) != entry:
+                        raise ValueError(f"{name}: its SHA-256 is not the manifest's")
                     found.hashed += 1
             for name in sorted(there.keys() - entries.keys() - {"manifest.json"}):
                 found.problems.append(f"{ascii(name)[1:-1]}: not in the manifest")
@@ -107,50 +104,36 @@ def check_files(found):
             check_archive(path)
 
 
-def check_file(path, entry):
-    """Raise ValueError unless a file is as its entry in the manifest says."""
-    if not path.is_file():
-        raise ValueError(f"{path}: in the manifest but not there")
-    real = describe_file(path)
-    if real["bytes"] != entry.get("bytes"):
-        raise ValueError(f"{path}: {real['bytes']:,} bytes, the manifest says "
-                         f"{entry.get('bytes')!r}")
-    if real["sha256"] != entry.get("sha256"):
-        raise ValueError(f"{path}: its SHA-256 is not the manifest's")
-
-
 def check_archive(path):
     """Raise ValueError unless a torch.save file's records are intact by their own checksums."""
     file_size(path)  # refuses a pipe, from which reading would wait for ever
     try:
         with zipfile.ZipFile(path) as archive:
             # torch.save never compresses; a stranger's record could swell without end.
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-                raise ValueError("compressed records, which torch.save never writes")
-            if damaged := archive.testzip():
-                raise ValueError(f"checksum of {damaged} is wrong")
+            swollen = [record.filename for record in archive.infolist() if record.compress_type]
+            if damaged := swollen or archive.testzip():
+                raise ValueError(f"wrong checksum, or compressed: {damaged}")
     except Exception as error:  # a broken archive raises whatever it likes
         raise ValueError(f"{path}: {one_line(error)}") from None
 
 
-def measure(found, name, stored):
+def measure(found, name, tensor):
     """Read a tensor; note its norm, some entries and whether it is finite and no part is empty."""
-    tensor = stored.read().reshape(-1)
+    found.shapes[name], found.bytes = tensor.shape, found.bytes + tensor.nbytes
+    tensor = tensor.reshape(-1)
     # The square of any finite float32 fits float64, so a norm that is not finite means NaN or inf.
     norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
     if not math.isfinite(norm):
         broken = tensor.numel() - tensor.isfinite().sum()
         found.problems.append(f"{name}: {broken:,} values are NaN or infinite")
-    if len(stored.shape) == 2 and len(tensor) - tensor.count_nonzero() >= BLOCK:
+    if len(found.shapes[name]) == 2 and len(tensor) - tensor.count_nonzero() >= BLOCK:
         blocks = tensor[:len(tensor) // BLOCK * BLOCK].view(-1, BLOCK)
         if zeros := BLOCK * (~blocks.any(1)).sum().item():  # pages that never reached the disk
             found.problems.append(f"{name}: {zeros:,} values side by side are 0")
     if (count := len(tensor)) > ENTRIES:
         generator = torch.Generator().manual_seed(count)
         tensor = tensor[torch.randint(count, (ENTRIES,), generator=generator)]
-    # Not `stored` itself: its read() would keep the file open.
-    found.norms[name], found.stored[name] = norm, stored._replace(read=None)
-    found.samples[name] = tensor.float()
+    found.norms[name], found.samples[name] = norm, tensor.float()
 
 
 def one_model(scans):
@@ -180,7 +163,7 @@ class Way:
     def __init__(self, scans):
         self.scans, self.names = scans, list(scans[0].samples)
         self.sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
-        self.matrix = torch.tensor([len(scans[0].stored[name].shape) == 2 for name in self.names])
+        self.matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in self.names])
         # float16 rounds early steps away, so distances below these floors mean nothing. (Biases
         # begin at 0, where this floor would be 0 too.)
         self.floors = (1e-3 * self.sizes).clamp_min(1e-30)
@@ -191,7 +174,7 @@ class Way:
         norms = torch.tensor([here.norms[name] for here in self.scans], dtype=torch.float64)
         stack = torch.stack([here.samples[name] for here in self.scans]).double()
         apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
-        count = math.prod(self.scans[0].stored[name].shape)
+        count = self.scans[0].shapes[name].numel()
         whole = apart * math.sqrt(count / stack.shape[1])
         # A value that was not sampled still moves the norm: the distance is at least that much.
         return norms, whole.maximum((norms[:, None] - norms).abs())
@@ -201,9 +184,9 @@ class Way:
         here, far = self.scans[i], [name for name, is_far in zip(self.names, which) if is_far]
         if not far:
             return False
-        files = {here.stored[name].path.name for name in far}
-        apart = files != {stored.path.name for stored in here.stored.values()}
-        where = f" of {', '.join(sorted(files))}" * apart
+        files = weight_files(here.folder)
+        of = [path.name for path in files if open_file(path).keys() & set(far)]
+        where = f" of {', '.join(of)}" if 0 < len(of) < len(files) else ""
         example = min(far) + ", ..." * (len(far) > 1)
         which = (f"all {len(far)} tensors" if len(far) == len(self.names) else
                  f"{len(far)} of {len(self.names)} tensors{where} ({example})")
@@ -326,9 +309,6 @@ class Verify:
 def find(folders):
     """Return the run folder or None, and [(step, folder)] in order, of what the user named."""
     paths = [Path(folder) for folder in folders.split(",")]
-    for path in paths:
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such folder")
     if len(paths) == 1 and step_folders(paths[0]):
         return paths[0], step_folders(paths[0])
     found = [(identify(path.resolve())[1], path) for path in paths]
@@ -338,37 +318,32 @@ def find(folders):
     return None, sorted(found)
 
 
-def scheduled_steps(run, expected):
-    """Return the steps of a run's checkpoints that are to be there once it has ended."""
-    if expected == "any":
+def missing_steps(run, expected, there):
+    """Return which of a run's checkpoints are not there; `expected`: the user's --steps."""
+    if expected == "any" or not (run or expected):
         return []
-    if expected is not None:
-        if not re.fullmatch(r"\d+(,\d+)*", expected):
-            raise ValueError(f"steps = {expected!r}, expected numbers with commas, or any")
-        return [int(step) for step in expected.split(",")]
-    settings = read_json(run / "config.json") if (run / "config.json").exists() else {}
-    steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
-    if not (type(steps) is type(every) is int and 1 <= every and 1 <= steps <= 100_000 * every
-            and steps < 1 << 40):
-        raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
-                         "expected at most 100,000 checkpoints; --steps=any asks for none")
-    # A branch does not have the checkpoint that it began from; its parent has it.
-    parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
-    return [step for step in checkpoint_steps(steps, every)
-            if not parent or step > int(parent[1])]
+    if expected:
+        wanted = map(int, expected.split(","))
+    elif not (run / "config.json").exists():  # a download
+        wanted = checkpoint_steps(143000)
+    else:
+        settings = read_json(run / "config.json")
+        steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
+        if not (type(steps) is type(every) is int and 1 <= steps <= 100_000 * every):
+            raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
+                             "expected at most 100,000 checkpoints; --steps=any asks for none")
+        # A branch does not have the checkpoint that it began from, and a run may be under way.
+        parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
+        wanted = [step for step in checkpoint_steps(steps, every)
+                  if step <= there[-1] and not (parent and step <= int(parent[1]))]
+    return [step for step in wanted if step not in there]
 
 
 def verify(options):
     """Check a run: hashes, steps, duplicates, NaN, weights that do not belong where they stand."""
     run, found = find(options.folders)
-    problems, there, extent = [], [step for step, _ in found], ""
-    wanted = scheduled_steps(run, options.steps) if run or options.steps else []
-    ours = options.steps is None and run and (run / "config.json").exists()
-    # A run of ours may be under way; a download is expected to be complete.
-    if ours and wanted[-1:] > there[-1:]:
-        extent = f" up to step {there[-1]} of {wanted[-1]}"
-        wanted = [step for step in wanted if step <= there[-1]]
-    if missing := [step for step in wanted if step not in there]:
+    problems, there = [], [step for step, _ in found]
+    if missing := missing_steps(run, options.steps, there):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
@@ -379,7 +354,7 @@ def verify(options):
         print(problem)
     if bare := sum(here.hashed is None for here in scans):
         print(f"{bare} have no manifest: their files cannot be compared with what was saved")
-    print(f"{len(scans)} checkpoints{extent}, {len(problems)} problem{'s' * (len(problems) != 1)}")
+    print(f"{len(scans)} checkpoints up to step {there[-1]}, {len(problems)} problems")
     if problems:
         sys.exit(1)
 
@@ -399,9 +374,8 @@ def print_table(scans, way):
             numbers[3] = way.ratios.get(here.step, math.nan)
         cells = [f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
                  for value, width, digits in zip(numbers, (9, 10, 11, 7), (3, 4, 5, 2))]
-        size = sum(stored.nbytes for stored in here.stored.values())
         hashed = "-" if here.hashed is None else f"{here.hashed} ok"
-        print(f"{here.step:7} {size / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
+        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
               f"{len(here.problems) or '-'}")
 
 
@@ -425,21 +399,17 @@ def diff(options):
     for name in differing:
         print(f"{name:50} only in {options.a if name in a else options.b}")
     for name in tqdm([name for name in a if name in b], disable=None, leave=False):
-        line = f"{name:50} {'x'.join(map(str, a[name].shape)):>14}"
-        if a[name].shape != b[name].shape:
-            differing.append(name)
-            tqdm.write(f"{line} {'x'.join(map(str, b[name].shape)):>14} in {options.b}")
-            continue
-        x, y = a[name].read().double(), b[name].read().double()
+        x, y = a[name].double(), b[name].double()
+        line = f"{name:50} {'x'.join(map(str, x.shape)):>14}"
         if not torch.equal(x, y):
             differing.append(name)
+        if x.shape != y.shape:
+            tqdm.write(f"{line} {'x'.join(map(str, y.shape)):>14} in {options.b}")
+            continue
         norm, delta = y.norm(), (x - y).abs()
         relative = f"{delta.norm() / norm:10.3g}" if norm else f"{'-':>10}"
         tqdm.write(f"{line} {delta.max():10.3g} {delta.mean():10.3g} {relative}")
-    dtypes = ["/".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in c.values()}))
-              for c in (a, b)]
     print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
-          + (f", dtypes {dtypes[0]} and {dtypes[1]}" if dtypes[0] != dtypes[1] else "")
           + (f"; configs differ: {', '.join(configs)}" if configs else ""))
     if differing or configs:
         sys.exit(1)

@@ -56,7 +56,7 @@ def check(save, begun, saved):
         checkpoints.load_training(save.run, there[-1], save.model, save.optimizer)
     for _, folder in checkpoints.step_folders(save.run):
         assert checkpoints.is_whole(folder), folder
-        for file, entry in config.read_json(folder / "manifest.json").items():
+        for file, entry in checkpoints.manifest_of(folder).items():
             assert checkpoints.sha256_of(folder / file) == entry["sha256"], (folder, file)
     scheduled = [step for step in range(max(there, default=0)) if step % 3]  # these stay
     assert set(scheduled) <= set(there), there

@@ -13,16 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from checkpoints import (DTYPES, Stored, open_file, open_folder, open_pickle, sha256_of, split,
-                         write_files)
+from checkpoints import open_file, open_files, split, weight_files, write_file
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.full((5,), 0.1, dtype=torch.float16),
            "scalar": torch.tensor(3, dtype=torch.int64), "empty": torch.zeros(0, 7),
            "c": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()}
-
-
-def read_all(tensors):
-    return {name: stored.read() for name, stored in tensors.items()}
 
 
 def same(a, b):
@@ -31,27 +26,23 @@ def same(a, b):
 
 
 def test_safetensors_of_every_dtype_are_read_and_written(tmp_path):
-    tensors = TENSORS | {code: torch.ones(3).to(dtype) for code, dtype in DTYPES.items()}
-    written = write_files(tmp_path, {"x": tensors})
+    tensors = TENSORS | {str(dtype): torch.ones(3).to(dtype) for dtype in (
+        torch.float64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)}
+    write_file(tmp_path / "x", tensors)
     assert same(load_file(tmp_path / "x"), tensors)
-    assert same(read_all(open_file(tmp_path / "x")), tensors)
-    assert written == {"x": {"bytes": (tmp_path / "x").stat().st_size,
-                             "sha256": sha256_of(tmp_path / "x")}}
+    assert same(open_file(tmp_path / "x"), tensors)
 
 
 @pytest.mark.parametrize("shard_size, shards", [(10**9, 1), (48, 2), (1, 5)])
 def test_shards_hold_the_same_bits(tmp_path, shard_size, shards):
     tensors = TENSORS | {"empty": torch.ones(1)}
     files, notes = split("model", tensors, shard_size)
-    write_files(tmp_path, files)
-    for name, note in notes.items():
-        (tmp_path / name).write_text(json.dumps(note))
-    assert len(files) == shards == len(list(tmp_path.glob("*.safetensors")))
-    assert same(read_all(open_folder(tmp_path)), tensors)
-    again = tmp_path / "again"  # from one file to the next without holding it all
-    again.mkdir()
-    write_files(again, {"model.safetensors": open_folder(tmp_path)})
-    assert same(load_file(again / "model.safetensors"), tensors)
+    for name, some in files.items():
+        write_file(tmp_path / name, some)
+    assert len(files) == shards == len(weight_files(tmp_path))
+    assert same(open_files(weight_files(tmp_path)), tensors)
+    for index in notes.values():
+        assert index["weight_map"] == {name: file for file in files for name in files[file]}
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -64,11 +55,11 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     ({"a": entry(offsets=(8, 0))}, bytes(8)), ({"a": entry(shape=(1 << 60,))}, bytes(8)),
     ({"a": entry(), "b": entry()}, bytes(8)), ({"a": entry(offsets=(4, 12))}, bytes(12)),
     ({"a": entry()}, bytes(9)), ({"a": entry()}, bytes(7)), ({"a\n\x1b[31mb": entry()}, bytes(8)),
-    ({"a" * 999: entry()}, bytes(8)), (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"")])
+    (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"")])
 def test_a_file_that_lies_is_named(tmp_path, header, data):
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + data)
-    with pytest.raises(ValueError, match="not a whole safetensors file") as error:
+    with pytest.raises(ValueError, match="not a whole file of tensors alone") as error:
         open_file(tmp_path / "x")
     assert str(tmp_path / "x") in str(error.value) and len(str(error.value)) < 500
     assert "\n" not in str(error.value)
@@ -78,24 +69,8 @@ def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, words in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "not a regular file"),
                         (tmp_path / "none", "no such file")):
-        for read in (open_file, open_pickle):
-            with pytest.raises(ValueError, match=words):
-                read(path)
-
-
-@pytest.mark.parametrize("index, words", [
-    *(({"weight_map": {"a": where}}, "not the name of a file beside it") for where in (
-        "../x", "/etc/passwd", "a/b", "", ".hidden", "x\n", 3, None, "x\0")),
-    ({}, "no weight_map"), ({"weight_map": []}, "no weight_map"),
-    ({"weight_map": {"a": "y"}}, "no such"),
-    ({"weight_map": {"a": "x", "b": "x", "z": "x"}}, "other tensors than it says: 'c'")])
-def test_an_index_stays_in_its_folder_and_agrees_with_its_shards(tmp_path, index, words):
-    (tmp_path / "in").mkdir()
-    for folder in (tmp_path, tmp_path / "in"):
-        save_file(TENSORS, folder / "x")
-    (tmp_path / "in/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=words):
-        open_folder(tmp_path / "in")
+        with pytest.raises(ValueError, match=words):
+            open_file(path)
 
 
 # ---------------------------------------------------------------------------- torch.save's files
@@ -117,31 +92,30 @@ class Run:
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, hidden, zipped):
     torch.save(hidden(Run(tmp_path / "ran")), tmp_path / "x.bin",
                _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="x.bin: not a file of torch.save with tensors alone"
-                       ) as error:
-        open_pickle(tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin: not a whole file of tensors alone") as error:
+        open_file(tmp_path / "x.bin")
     assert not (tmp_path / "ran").exists() and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value, words", [
-    ([torch.ones(2)], "holds a list"), ({"a": 3}, "a is not a plain tensor"),
-    ({3: torch.ones(2)}, "3 is no name"), ({"a" * 999: torch.ones(2)}, "is no name"),
-    ({"a": torch.ones(1).expand(1 << 40)}, "a is not a plain tensor"),
-    ({"a": torch.ones(2, 3).T}, "not a plain"), ({"a": torch.ones(2).to_sparse()}, "a is not")])
+    ([torch.ones(2)], "'list' object"), ({"a": 3}, "'int' object"),
+    ({3: torch.ones(2)}, "'int' object"),
+    ({"a": torch.ones(1).expand(1 << 40)}, "'a' is not a plain tensor"),
+    ({"a": torch.ones(2, 3).T}, "not a plain"), ({"a": torch.ones(2).to_sparse()}, "'a' is not")])
 def test_what_is_no_state_dict_is_named(tmp_path, value, words):
     torch.save(value, tmp_path / "x.bin")
     with pytest.raises(ValueError, match=words):
-        open_pickle(tmp_path / "x.bin")
+        open_file(tmp_path / "x.bin")
 
 
 def test_a_compressed_archive_is_refused(tmp_path):
-    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "honest")
-    with (zipfile.ZipFile(tmp_path / "honest") as old,
-          zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as new):
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "honest.bin")
+    with (zipfile.ZipFile(tmp_path / "honest.bin") as old,
+          zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as new):
         for name in old.namelist():
             new.writestr(name, old.read(name))
-    with pytest.raises(ValueError, match="bomb: "):
-        open_pickle(tmp_path / "bomb")
+    with pytest.raises(ValueError, match="bomb.bin: "):
+        open_file(tmp_path / "bomb.bin")
 
 
 @settings(max_examples=200, deadline=None)
@@ -149,16 +123,16 @@ def test_a_compressed_archive_is_refused(tmp_path):
        cut=st.integers(0, 10**6) | st.none(), pickled=st.booleans())
 def test_random_corruption_is_an_error_or_other_numbers(tmp_path_factory, edits, cut, pickled):
     """Whatever happens to a file, it is refused with a ValueError or read as what it says."""
-    path = tmp_path_factory.getbasetemp() / "corrupt"
+    path = tmp_path_factory.getbasetemp() / ("x.bin" if pickled else "x.safetensors")
     (torch.save if pickled else save_file)(TENSORS, path)
     data = bytearray(path.read_bytes())
     for position, value in edits:
         data[position % len(data)] = value
     path.write_bytes(data[:None if cut is None else cut % len(data)])
     try:
-        tensors = (open_pickle if pickled else open_file)(path)
+        tensors = open_file(path)
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 500
         return
-    for stored in tensors.values():
-        assert isinstance(stored, Stored) and stored.read().shape == stored.shape
+    for tensor in tensors.values():
+        assert tensor.clone().shape == tensor.shape

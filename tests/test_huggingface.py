@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from checkpoints import (Export, Import, Stored, checkpoint_steps, export, folder_tokenizer,
-                         identify, import_, known_bad, load_model, load_training, merged, open_any,
-                         saved_steps, sha256_of)
+from checkpoints import (Import, checkpoint_steps, folder_tokenizer, identify, import_,
+                         known_bad, load_model, load_training, merged, open_any, saved_steps,
+                         sha256_of)
 from conftest import ROOT
 from model import ModelConfig, Pythia, parameter_shapes, read_config, warn_once
 
@@ -195,7 +195,7 @@ def test_every_missing_extra_or_misshapen_tensor_is_named(tmp_path, form):
 def test_weights_that_are_no_floats_are_refused(tmp_path, dtype, form):
     tensors = weights()
     tensors["gpt_neox.embed_in.weight"] = tensors["gpt_neox.embed_in.weight"].to(dtype)
-    with pytest.raises(ValueError, match=f"embed_in.weight is {str(dtype)[6:]}, expected float32"):
+    with pytest.raises(ValueError, match=f"embed_in.weight is {dtype}, expected float32"):
         open_any(published(tmp_path / "source", tensors, form))
 
 
@@ -228,11 +228,8 @@ def test_a_sharded_download_is_whole_once_every_shard_is_there(tmp_path):
     shard = folder / "model-00002-of-00003.safetensors"
     os.rename(shard, tmp_path / "aside")
     assert saved_steps(tmp_path) == []
-    os.rename(tmp_path / "aside", shard)
-    (folder / "model.safetensors.index.json").write_text("[")
-    assert saved_steps(tmp_path) == []
-    (folder / "model.safetensors.index.json").unlink()
-    assert saved_steps(tmp_path) == []
+    with pytest.raises(ValueError, match="step1: 2 of 3 files model-"):
+        open_any(folder)
 
 
 # ---------------------------------------------------------------------------- gpt-neox
@@ -293,14 +290,13 @@ def test_neox_ranks_merge_to_the_same_bits(tmp_path, ranks, dtype):
 
 def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
     parts = [torch.tensor([x]).half() for x in (0.1, 0.101, 0.102, 0.103)]
-    ranks = [{"x": Stored(None, part.dtype, part.shape, part.detach)} for part in parts]
     total = ((parts[0] + parts[1]) + parts[2]) + parts[3]
     for name, expected in (("layers.0.attention.dense.bias", total),
                            ("layers.0.mlp.dense_4h_to_h.bias", total),
                            ("layers.0.input_layernorm.weight", total / 4),
                            ("layers.0.post_attention_layernorm.bias", total / 4),
                            ("final_layer_norm.weight", total / 4)):
-        assert torch.equal(merged(ranks, "x", f"gpt_neox.{name}").read(), expected)
+        assert torch.equal(merged(f"gpt_neox.{name}", parts), expected)
 
 
 def drop(key, name=None):
@@ -314,13 +310,14 @@ def put(key, name, tensor):
 
 
 @pytest.mark.parametrize("edit, words", [
-    (drop((3, 1)), "no layer_03-model_01-model_states.pt"), (drop((6, 0)), "no layer_06-model_00"),
-    (drop((2, 1), "attention.dense.bias"),
-     "model_01-model_states.pt: missing attention.dense.bias"),
-    (put((2, 0), "attention.dense.extra", torch.ones(3)),
-     "layer_02-model_01-model_states.pt: missing"),
+    (drop((3, 1)), "layer_03-model_01-model_states.pt: no such file"),
+    (drop((6, 0)), "layer_06-model_00-model_states.pt: no such file"),
+    (drop((2, 1), "attention.dense.bias"), "layer 2 have no attention.dense.bias that fits"),
+    (put((2, 0), "attention.dense.extra", torch.ones(3)), "layer 2 have no attention.dense.extra"),
     (put((2, 1), "mlp.dense_h_to_4h.weight", torch.ones(3, 64).half()),
-     r"is \(3, 64\) .*of rank 0"),
+     r"dense_h_to_4h.weight is \(131, 64\), expected \(256, 64\)"),
+    (put((2, 1), "mlp.dense_h_to_4h.weight", torch.ones(128, 3).half()),
+     "layer 2 have no mlp.dense_h_to_4h.weight that fits"),
     (lambda layers: [drop((3, rank))(layers) for rank in (0, 1)],
      "missing gpt_neox.layers.1.input_layernorm.weight"),
     (lambda layers: [drop((6, rank))(layers) for rank in (0, 1)], "missing .*embed_out.weight"),
@@ -329,25 +326,12 @@ def put(key, name, tensor):
     (lambda layers: [put((5, rank), "norm.bias", torch.ones(63).half())(layers) for rank in (0, 1)],
      r"final_layer_norm.bias is \(63,\), expected \(64,\)"),
     (lambda layers: [drop((layer, rank), "attention.rotary_emb.inv_freq")(layers)
-                     for layer in (2, 3) for rank in (0, 1)], "no attention.rotary_emb"),
-    (lambda layers: layers[2, 1]["input_layernorm.weight"].mul_(3),
-     "layer_02-model_01-model_states.pt: input_layernorm.weight is not that of layer_02-model_00"),
-    (lambda layers: layers[5, 1]["norm.bias"].add_(0.5), "norm.bias is not that of")])
+                     for layer in (2, 3) for rank in (0, 1)], "missing .*attention.rotary_emb")])
 def test_neox_files_that_do_not_fit_are_named(tmp_path, edit, words):
     layers = neox_layers(weights(), 2)
     edit(layers)
     with pytest.raises(ValueError, match=words):
         open_any(neox(tmp_path / "global_step8", layers))
-
-
-def test_neox_norms_that_rounding_took_apart_are_no_mistake(tmp_path):
-    layers = neox_layers(weights(), 2)
-    layers[2, 1]["input_layernorm.weight"].mul_(1 + 2**-9)
-    source = neox(tmp_path / "global_step8", layers)
-    open_any(source)
-    (source / "layer_1-model_0-model_states.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="layer_1-model_0-.*: expected a name like layer_"):
-        open_any(source)
 
 
 # ---------------------------------------------------------------------------- export
@@ -359,7 +343,7 @@ def test_export_goes_round_without_losing_a_bit(tmp_path, dtype, shard_size, tok
     expected = {name: tensor.to(getattr(torch, dtype))
                 for name, tensor in weights(torch.float32).items()}
     source = published(tmp_path / "run/step8", weights(torch.float32))
-    export(Export(str(source), str(tmp_path / "hf"), dtype, shard_size,
+    import_(Import(str(source), str(tmp_path / "hf"), dtype, shard_size,
                   tokenizer=str(tokenizer_path)))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == getattr(torch, dtype)
@@ -382,7 +366,7 @@ def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
     source = published(tmp_path / "step8", tensors)
     with pytest.raises(ValueError,
                        match="layers.0.mlp.dense_h_to_4h.bias: 1e.06 overflows torch.float16"):
-        export(Export(str(source), str(tmp_path / "out"), "float16", tokenizer=None))
+        import_(Import(str(source), str(tmp_path / "out"), "float16", tokenizer=None))
     assert os.listdir(tmp_path) == ["step8"]
 
 
@@ -396,7 +380,7 @@ def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
         (source / "tokenizer.json").unlink(missing_ok=True)
         (source / "tokenizer.json").symlink_to(tmp_path / target)
         with pytest.raises(ValueError, match=f"step8/tokenizer.json: .*{words}"):
-            export(Export(str(source), str(tmp_path / "out")))
+            import_(Import(str(source), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 
 
@@ -412,13 +396,12 @@ def test_the_command_line(tmp_path, monkeypatch, command):
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
     x = "runs/x/step7"
-    for wrong, words in ((("import", "nowhere", "b"), "nowhere: no such folder"),
+    for wrong, words in ((("import", "nowhere", "b"), "nowhere: no checkpoint"),
                          (("import", ".", "b"), "no checkpoint; expected model.safetensors"),
                          (("import", "a"), "missing: --output"),
                          (("import", "a", "b", "c"), "expected source output"),
                          (("import", x, "o p"), "o p: is there already"),
                          (("export", x, "b", "--dtype=int8"), "expected float32, float16 or"),
-                         (("export", x, "b", "--shard_size=0"), "at least 1"),
                          (("export", x, "b", "--tokenizer=none.json"),
                           "none.json: no such tokenizer; `make tokenizer` gets it"),
                          (("export", x, "b"), "20B_tokenizer.json: no such tokenizer"),

@@ -134,7 +134,7 @@ def test_a_manifest_that_leaves_a_file_out_is_refused(data, begun, tmp_path, nam
     manifest = json.loads((run / "step8/manifest.json").read_text())
     del manifest[name]
     (run / "step8/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"step8/{name}: its manifest.json does not list it"):
+    with pytest.raises(ValueError, match=f"step8/{name}: damaged, its SHA-256 is not in manifest"):
         run_here(data, tmp_path / "child", branch_from=run / "step8")
 
 
