@@ -11,7 +11,6 @@ import ast
 import csv
 import dataclasses
 import difflib
-import errno
 import fcntl
 import hashlib
 import inspect
@@ -25,7 +24,6 @@ import shutil
 import stat
 import sys
 import time
-import types
 import typing
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,12 +58,12 @@ def parse(argv, *schemas):
     if missing:
         fail(f"missing: {', '.join(missing)} (--help explains every setting)")
     built = []
-    for schema in schemas:
-        mine = values.keys() & typing.get_type_hints(schema)
-        try:
+    try:
+        for schema in schemas:
+            mine = values.keys() & typing.get_type_hints(schema)
             built.append(schema(**{name: values[name] for name in mine}))
-        except ValueError as error:  # a dataclass refuses a value in __post_init__
-            fail(str(error))
+    except ValueError as error:  # a dataclass refuses a value in __post_init__
+        fail(str(error))
     return built[0] if len(built) == 1 else built
 
 
@@ -73,49 +71,38 @@ def _read(argument, hints):
     """Return {name: value} of a flag or of a config file."""
     if argument.startswith("--"):
         name, equals, text = argument[2:].partition("=")
-        if not equals and hints.get(name) is bool:
+        hint = hints.get(name)
+        if not equals and hint is bool:
             text = "True"  # --push
         elif not equals:
             fail(f"command line: found {argument}, expected --name=value")
-        return {name: _value(text, hints.get(name))}
-    if not argument.endswith(".py"):
-        fail(f"command line: found {argument}, expected --name=value or a config file ending in "
-             ".py")
-    if not os.path.exists(argument):
-        fail(f"{argument}: no such file")
+        if hint is str or (hint == str | None and text != "None"):
+            return {name: text}  # a path may be digits
+        try:
+            return {name: ast.literal_eval(text)}
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return {name: text}
     try:
         file_size(argument)
         settings = runpy.run_path(argument)
     except BaseException as error:  # whatever it does wrong, the user reads one line
         fail(f"{argument}: cannot read this config: {type(error).__name__}: "
              + " ".join(str(error).split()))
-    return {name: value for name, value in settings.items()
-            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
-
-
-def _value(text, hint):
-    """Return what a flag's text stands for; a str setting keeps it, as a path may be digits."""
-    if hint is str or (hint == str | None and text != "None"):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
 def _typed(where, name, value, hint):
     """Return `value` as a type that `hint` allows: 3e11 fills an int, 1 a float."""
     kinds = typing.get_args(hint) or (hint,)  # str | None has two
-    if type(value) is float and not math.isfinite(value):
-        fail(f"{where}: {name} = {value} is not a finite number")
-    for kind in kinds:
-        if type(value) is kind and not (kind is int and abs(value) >= 2**63):
-            return value
-        if kind is float and type(value) is int:
-            return float(value)
-        if kind is int and type(value) is float and value.is_integer() and abs(value) < 2**63:
-            return int(value)
-    fail(f"{where}: {name} = {value!r} is not {' or '.join(kind.__name__ for kind in kinds)}"
+    if type(value) is float and int in kinds and value.is_integer():
+        value = int(value)
+    elif type(value) is int and float in kinds:
+        value = float(value)
+    limit = {int: 2**63, float: math.inf}.get(type(value))
+    if type(value) in kinds and (limit is None or abs(value) < limit):
+        return value
+    words = " or ".join({float: "finite float"}.get(kind, kind.__name__) for kind in kinds)
+    fail(f"{where}: {name} = {value!r} is not {words}"
          + (": write True or False" if bool in kinds else ""))
 
 
@@ -133,40 +120,41 @@ def command(argv, commands):
     A third entry names the settings that may come without a flag: "source output" makes
     `import A B` mean `import --source=A --output=B`, and "folders..." joins all with commas.
     """
-    if argv[:1] in (["--help"], ["-h"]):
+    name, *arguments = argv or [""]
+    if name in ("--help", "-h"):
         print("commands (COMMAND --help lists its settings):")
         for name, (_, function, *_) in commands.items():
             print(f"  {name:10} {function.__doc__.strip().splitlines()[0]}")
         sys.exit(0)
-    if not argv or argv[0] not in commands:
-        fail(f"command line: expected one of {', '.join(commands)}"
-             + (f", found {argv[0]}" if argv else "") + "; --help says what they do")
-    schema, function, *names = commands[argv[0]]
-    flags = [argument for argument in argv[1:] if argument.startswith("-")]
-    plain = [argument for argument in argv[1:] if not argument.startswith("-")]
+    if name not in commands:
+        fail(f"command line: expected one of {', '.join(commands)}, found {name or 'nothing'}; "
+             "--help says what they do")
+    schema, function, *names = commands[name]
+    plain = [argument for argument in arguments if not argument.startswith("-")]
     if names and plain:
+        flags = [argument for argument in arguments if argument.startswith("-")]
         if names[0].endswith("..."):
             plain = [",".join(plain)]
         names = names[0].removesuffix("...").split()
-        if len(plain) > len(names):
-            fail(f"command line: found {' '.join(plain)}, expected {' '.join(names)}")
-        plain = [f"--{name}={value}" for name, value in zip(names, plain)]
-    run(function, parse(flags + plain, schema))
+        given = [f"--{name}={value}" for name, value in zip(names, plain)]
+        arguments = flags + given + plain[len(names):]
+    run(function, parse(arguments, schema))
 
 
 # ---------------------------------------------------------------------------- errors
 
 
-def fail(message, everywhere=True):
+def fail(message):
     """End the program with one line on stderr and exit code 2: a mistake the user can mend.
 
-    everywhere: torchrun's processes usually all meet this mistake, and it ends the others as soon
-    as the first one has spoken. One that lives on after that has met a mistake of its own.
+    torchrun's processes usually all meet this mistake, and it ends the others as soon as the first
+    one has spoken. One that lives on after that has met a mistake of its own.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
-    if rank != "0" and everywhere:
+    if rank != "0":
         time.sleep(2)
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr)
     sys.exit(2)
 
 
@@ -189,15 +177,15 @@ def run(function, *arguments):
     except BrokenPipeError:  # the reader of `... | head` has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        fail(explain(error), everywhere=False)
+    except (ValueError, OSError, FloatingPointError) as error:
+        fail(explain(error))
     except (OverflowError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
         lower = [f"; lower --{name}={getattr(settings, name)}" for name in MEMORY_SETTINGS
                  for settings in arguments if hasattr(settings, name)]
         first_line = str(error)[:200].partition("\n")[0]
-        fail(f"a setting is too large: {first_line}" + "".join(lower[:1]), everywhere=False)
+        fail(f"a setting is too large: {first_line}" + "".join(lower[:1]))
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -230,22 +218,19 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # write() does not name its file
-            error.filename = path
+        error.filename = error.filename or path  # write() does not name it
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-LOCKS = {}  # path: a file that stays open, and so locked, for as long as the process lives
+LOCKS = []  # files that stay open, and so locked, for as long as the process lives
 
 
 def lock(path, busy):
-    """Hold a file's lock until it is closed or this process ends, or raise ValueError(busy)."""
-    held = LOCKS.get(os.path.realpath(path))
-    if held and not held.closed and os.path.exists(path) and os.path.samestat(
-            os.fstat(held.fileno()), os.stat(path)):  # else the file was replaced or deleted
-        return held
+    """Return a file to append to, locked until it is closed, or raise ValueError(busy)."""
+    if os.path.exists(path):
+        file_size(path)  # refuses a pipe
     file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,7 +238,6 @@ def lock(path, busy):
         raise ValueError(busy) from None
     except OSError:  # a file system without locks
         pass
-    LOCKS[os.path.realpath(path)] = file
     return file
 
 
@@ -308,9 +292,8 @@ def read_lines(path):
 
     No cell of ours has a line break, so a damaged line takes no other with it.
     """
+    file_size(path)  # refuses a pipe
     lines = []
-    if os.path.exists(path):
-        file_size(path)  # refuses a pipe
     with open(path, "rb") as file:
         for line in file:
             try:
@@ -346,44 +329,41 @@ def write_all(file, text):
 
 
 class Table:
-    """A CSV file that one process at a time repairs and appends to; `rows` are those it had.
+    """A CSV file that one process at a time repairs and appends to; `rows` are those it has.
 
     columns: {name: pattern of its cells}. A kill or a full disk can tear only the last line, whose
-    step or evaluation is done again; any other damaged line goes into a copy of the file first.
-    Rows that keep(row) is false of go: they will be written again. Raises ValueError if the first
-    line does not name the columns.
+    step or evaluation is done again. A line that is torn or damaged goes, and PATH.damaged is the
+    file as it was. Rows that keep(row) is false of go: they will be written again. Raises
+    ValueError if the first line does not name the columns.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
         self.path, self.columns, self.rows = path, columns, []
-        if os.path.exists(path):
-            file_size(path)  # refuses what is no file
-        busy = f"{path}: another process writes it; wait for it or name another file"
-        self.file = lock(path, busy)
-        header = (",".join(columns) + "\n").encode()
+        self.header = (",".join(columns) + "\n").encode()
+        self.busy = f"{path}: another process writes it; wait for it or name another file"
+        self.file = lock(path, self.busy)
         (first, names), *lines = read_lines(path) or [(b"", [])]
-        if names != list(columns) and (lines or not header.startswith(first)):
+        if names != list(columns) and (lines or not self.header.startswith(first)):
             raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected "
                              f"{','.join(columns)}; mend it or move it away")
-        text = bytearray(header)
         for number, (line, cells) in enumerate(lines, 2):
-            if not line.strip():
-                continue
-            torn, row = not line.endswith(b"\n"), dict(zip(columns, cells))
-            if (torn or len(cells) != len(columns)
-                    or not all(map(re.fullmatch, columns.values(), cells))):
-                words = "is torn and goes"
-                if not torn:
-                    words = f"is damaged and goes; {path}.damaged is the file as it was"
-                    shutil.copyfile(path, f"{path}.damaged")
-                note(f"{path}, line {number} {words}: {line[:200]!r}")
-            elif keep(row):
-                self.rows.append(row)
-                text += line.rstrip(b"\r\n") + b"\n"
-        if text != Path(path).read_bytes():
-            with replacing(os.path.realpath(path)) as file:
+            if (line.endswith(b"\n") and len(cells) == len(columns)
+                    and all(map(re.fullmatch, columns.values(), cells))):
+                self.rows.append(dict(zip(columns, cells)))
+            elif line.strip():
+                shutil.copyfile(path, f"{path}.damaged")
+                note(f"{path}, line {number} is damaged and goes; {path}.damaged is the file as "
+                     f"it was: {line[:200]!r}")
+        self.keep(keep)
+
+    def keep(self, holds):
+        """Keep the rows that holds(row) is true of, here and in the file."""
+        self.rows = list(filter(holds, self.rows))
+        text = self.header + b"".join(self.line(row.values()) for row in self.rows)
+        if text != Path(self.path).read_bytes():
+            with replacing(os.path.realpath(self.path)) as file:
                 file.write(text)
-            self.file = lock(path, busy)
+            self.file = lock(self.path, self.busy)
 
     def append(self, *rows):
         write_all(self.file, b"".join(map(self.line, rows)))

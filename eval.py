@@ -532,7 +532,7 @@ def open_outputs(config, entries, jobs):
                 missing.append((i, j))
                 again |= expected
     if again & there:
-        table = Table(config.output, COLUMNS, lambda row: identity(row) not in again)
+        table.keep(lambda row: identity(row) not in again)
     if config.samples:
         open_samples(config.samples)
     return table, missing
