@@ -86,25 +86,23 @@ class Processes:
                 result = act()
         except (ValueError, OSError) as error:
             problem = explain(error)
-        problems = [words for words in self.gather(problem) if words]
-        if problems and self.rank > 0:
-            sys.exit(2)
-        if problems:
-            raise ValueError("\n".join(dict.fromkeys(problems)))
+        self.refuse(filter(None, self.gather(problem)))
         return result
 
     def agree(self, settings):
         """Raise ValueError naming every setting {name: value} that a process has otherwise."""
-        everyone = self.gather(settings)
+        first, *others = self.gather(settings)
+        self.refuse(f"rank {rank}: {name} is {theirs.get(name)!r}, but {value!r} on rank 0"
+                    for rank, theirs in enumerate(others, 1)
+                    for name, value in first.items() if theirs.get(name) != value)
 
-        differences = [f"rank {rank}: {name} is {theirs.get(name)!r}, of rank 0 {value!r}"
-                       for rank, theirs in enumerate(everyone)
-                       for name, value in everyone[0].items() if theirs.get(name) != value]
-        if differences and self.rank > 0:
-            sys.exit(2)  # the first process tells it
-        if differences:
-            raise ValueError("the processes were not given the same run: "
-                             f"{'; '.join(differences[:20])}")
+    def refuse(self, problems):
+        """Raise ValueError if there are problems, which every process knows; the others exit."""
+        problems = list(dict.fromkeys(problems))
+        if problems and self.rank > 0:
+            sys.exit(2)
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 def leave_processes():
@@ -229,7 +227,7 @@ class LossScaler:
     Only float16 needs one; otherwise the scale is 1 and the state does not change. On an overflow
     the update is skipped and the learning rate does not advance, but the data does. The first
     overflow is forgiven (hysteresis 2, restored only when the scale grows), later ones halve the
-    scale. 1000 iterations without an overflow double it.
+    scale, down to 1, at which an overflow ends the run. 1000 iterations without one double it.
     """
 
     def __init__(self, enabled):
@@ -241,18 +239,14 @@ class LossScaler:
         return self.state["scale"] if self.enabled else 1.0
 
     def update(self, overflow):
-        """Note one iteration. Raises FloatingPointError on an overflow at the smallest scale, 1."""
+        """Note one iteration."""
         state = self.state
         if not self.enabled:
             return
-        if overflow and state["scale"] == 1:
-            raise FloatingPointError("overflow at loss scale 1, the smallest: the run has diverged;"
-                                     " branch from an earlier checkpoint with a lower rate or "
-                                     "--dtype=bfloat16")
         if overflow and state["hysteresis"] > 1:
             state["hysteresis"] -= 1
         elif overflow:
-            state["scale"] /= 2
+            state["scale"] = max(state["scale"] / 2, 1.0)
         elif (state["iteration"] - state["last_overflow"]) % 1000 == 0:
             state["scale"] *= 2
             state["hysteresis"] = 2
@@ -374,16 +368,15 @@ def plan(config, training, launch, options, n_checkpoints):
     tokens, peak = training.batch_size * config.seq_length, GPU_PEAKS[options.gpu]
     flops = flops_per_token(config) * tokens
     seconds = flops / (peak * options.mfu * options.gpus)
-    slower = "; float32 takes many times as long" if training.dtype == "float32" else ""
     print(f"{parameters:,} parameters, {tokens:,} tokens a step, {training.steps:,} steps, "
           f"{tokens * training.steps:,} tokens")
     print(f"{flops:.3e} FLOPs a step, {flops * training.steps:.3e} in all: at {options.mfu:.0%} of "
-          f"{options.gpus} {options.gpu}'s {peak / 1e12:.0f} TFLOP/s (16 bits{slower}) "
+          f"{options.gpus} {options.gpu}'s {peak / 1e12:.0f} TFLOP/s (16 bits) "
           f"{seconds:.2f} s a step, {seconds * training.steps / 86400:.1f} days")
-    print(f"{n_checkpoints} checkpoints: "
-          f"{n_checkpoints * 4 * parameters / 1e9:,.0f} GB of weights, "
-          f"{n_checkpoints * 12 * parameters / 1e9:,.0f} GB with the optimizer's state; "
-          f"{12 * parameters / 1e9:,.1f} GB to go on from the newest")
+    gigabytes = 4 * parameters / 1e9  # of the weights
+    print(f"{n_checkpoints} checkpoints: {n_checkpoints * gigabytes:,.0f} GB of weights, "
+          f"{n_checkpoints * 3 * gigabytes:,.0f} GB with the optimizer's state; "
+          f"{3 * gigabytes:,.1f} GB to go on from the newest")
     if training.batch_size % options.gpus:
         raise ValueError(f"gpus = {options.gpus} does not divide batch_size = "
                          f"{training.batch_size}: the batch would change")

@@ -45,12 +45,10 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoints
-from config import (check, COUNT, fail, note, NUMBER, parse, read_json, run, sha256_of, Table,
-                    write_json)
-from data import OrderedData, TokenFile, check_whole, fingerprint, samples_needed
+from config import check, COUNT, fail, note, NUMBER, parse, read_json, run, Table, write_json
+from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
 from parallel import (Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes, communicate,
@@ -87,7 +85,7 @@ class TrainConfig:
     heldout_batches: int = 1  # of batch_size sequences
     branch_from: str | None = None  # RUN/stepN: begin with its weights, moments, place in the order
     warm_moments: int = 0  # if it has weights only: Adam's moments from the K batches before it
-    twin: bool = False  # then train the branch without its intervention too, in OUT_DIR_twin
+    twin: bool = False  # then train the same without its intervention too, in OUT_DIR_twin
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -100,10 +98,6 @@ class TrainConfig:
         check(self, "at least 0, less than 1", lambda value: 0 <= value < 1,
               "warmup", "beta1", "beta2")
         check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
-        if self.stop_at and self.stop_at > self.steps:
-            raise ValueError(f"stop_at = {self.stop_at:,}, but steps = {self.steps:,}")
-        if self.twin and not self.branch_from:
-            raise ValueError("twin = True without branch_from: only a branch has a control twin")
 
 
 # ---------------------------------------------------------------------------- one update
@@ -183,10 +177,7 @@ class Training:
         return norm.full_tensor() if checkpoints.is_shard(norm) else norm
 
     def update(self, rate, norm):
-        """Take Adam's step at this rate, unless float16 overflowed; forget the gradients.
-
-        Raises FloatingPointError if the loss scale cannot be lowered any more.
-        """
+        """Take Adam's step at this rate, unless float16 overflowed; forget the gradients."""
         # In float16 a skipped update does not advance the rate, so here the host has to know the
         # norm and waits for it, once a step, as DeepSpeed does.
         overflow = self.scaler.enabled and not math.isfinite(norm)
@@ -222,48 +213,58 @@ class Training:
 # ---------------------------------------------------------------------------- where a run starts
 
 
-def open_order(prefix, steps, model_config, config, processes, once=False):
-    """Return the OrderedData of `steps` batches; the first process builds it for the others.
-
-    once: no row may come a second time, as held-out batches demand.
-    """
-    def build():
-        wanted, length = samples_needed(steps, config.batch_size), model_config.seq_length
-        rows = (TokenFile(prefix).n_tokens - 1) // length
-        if not once or wanted <= rows:
-            data = OrderedData(prefix, length, wanted, config.seed)
-            rows = len(data)
-            if steps * config.batch_size <= rows:
-                return data
-        raise ValueError(f"{prefix} holds {rows:,} rows of {length + 1} tokens, too few for "
-                         f"{steps:,} batches of {config.batch_size:,}")
-
-    processes.together(build, first_alone=True)
-    return processes.together(build)
-
-
 class Batches:
-    """This process's micro-batches of every step of `data`, an OrderedData or IntervenedData."""
+    """This process's micro-batches of every step of a run; all processes make one together.
 
-    def __init__(self, data, model_config, config, launch, processes):
-        self.data, self.prefix, self.vocab_size = data, data.tokens.prefix, model_config.vocab_size
+    data is the run's OrderedData, or an IntervenedData that train puts in its place.
+    """
+
+    def __init__(self, model_config, config, launch, processes):
+        self.config, self.model_config = config, model_config
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
-        processes.together(lambda: self.read(0))  # a mistake shows before anything is computed
+        processes.together(self.open, first_alone=True)  # builds the order, for the others too
+        processes.together(self.open)
+
+    def open(self):
+        """Open the order and read a step, so that a mistake shows before anything is computed."""
+        config, wanted = self.config, self.config.steps * self.config.batch_size
+        self.data = OrderedData(config.data, self.model_config.seq_length,
+                                samples_needed(config.steps, config.batch_size), config.seed)
+        if wanted > len(self.data):
+            raise ValueError(f"{config.data} holds {len(self.data):,} rows, too few for "
+                             f"{config.steps:,} batches of {config.batch_size:,}")
+        self.read(0)
 
     def read(self, step):
         """Return micro-batches (A, B, T + 1) int64 on the host, and the rows that were changed."""
-        batch = self.data.batch(step, **self.share)
-        if batch.max() >= self.vocab_size:
-            raise ValueError(f"{self.prefix}: token {batch.max()} in step {step}, but vocab_size "
-                             f"is {self.vocab_size}")
+        batch, vocab_size = self.data.batch(step, **self.share), self.model_config.vocab_size
+        if batch.max() >= vocab_size:
+            raise ValueError(f"{self.config.data}: token {batch.max()} in step {step}, but "
+                             f"vocab_size is {vocab_size}")
         return torch.from_numpy(batch), getattr(self.data, "changed", [])
+
+
+def identity(model_config, config, intervention, order, unseen):
+    """Return what decides a run's numbers: every setting, and what its files hold.
+
+    order: its OrderedData; unseen: the held-out Batches, or None.
+    """
+    settings = asdict(model_config) | asdict(config) | asdict(intervention) | {
+        "branch_from": config.branch_from and str(Path(config.branch_from)),  # without a last slash
+        "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths()),
+        "order_sha256": None if order.preshuffled else fingerprint(order.paths),
+        "planted_sha256": intervention.plan_sha256()}
+    if unseen:
+        return settings | {"heldout_sha256": fingerprint(unseen.data.tokens.paths())}
+    del settings["heldout_batches"]  # a run may begin to measure later
+    return settings
 
 
 def find_start(config):
     """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
     if saved := checkpoints.saved_steps(config.out_dir, state=True):
-        return os.path.join(config.out_dir, f"step{saved[-1]}"), saved[-1]
+        return Path(config.out_dir) / f"step{saved[-1]}", saved[-1]
     if folders := checkpoints.step_folders(config.out_dir):
         raise ValueError(f"{folders[-1][1]}: damaged or without Adam's moments, like every "
                          f"checkpoint of {config.out_dir} (python verify.py verify says more): "
@@ -271,30 +272,12 @@ def find_start(config):
     if not config.branch_from:
         return None, 0
     source = Path(config.branch_from)
-    step = re.fullmatch(r"step(0|[1-9]\d*)", source.name)
-    if not step or not source.is_dir():
-        raise ValueError(f"branch_from = {source}, expected a folder RUN/stepN")
-    if not checkpoints.is_whole(source):
-        raise ValueError(f"branch_from = {source}: a file is missing or cut (python verify.py "
-                         f"verify {source.parent} says which): branch from another step")
-    if int(step[1]) >= config.steps:
-        raise ValueError(f"branch_from = {source}, but steps = {config.steps:,}: nothing is left "
-                         "to train")
-    return config.branch_from, int(step[1])
-
-
-def identity(model_config, config, intervention, order, unseen):
-    """Return what decides a run's numbers: every setting, and what its files hold.
-
-    order: its OrderedData; unseen: those of the held-out batches, or None.
-    """
-    load_tokenizer(config.tokenizer)
-    return asdict(model_config) | asdict(config) | asdict(intervention) | {
-        "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths()),
-        "order_sha256": None if order.preshuffled else fingerprint(order.paths),
-        "heldout_sha256": unseen and fingerprint(unseen.tokens.paths()),
-        "tokenizer_sha256": sha256_of(config.tokenizer),
-        "planted_sha256": intervention.plan_sha256()}
+    name = re.fullmatch(r"step(0|[1-9]\d*)", source.name)
+    if not name or not checkpoints.is_whole(source) or int(name[1]) >= config.steps:
+        raise ValueError(f"branch_from = {source}, expected a whole checkpoint RUN/stepN of a step "
+                         f"before {config.steps:,} (python verify.py verify {source.parent} says "
+                         "what is missing)")
+    return source, int(name[1])
 
 
 def claim(settings, config, launch, processes):
@@ -304,18 +287,18 @@ def claim(settings, config, launch, processes):
     since the last launch.
     """
     def claim_alone():
-        _, start = find_start(config)  # a mistake in --branch_from leaves no folder
+        find_start(config)  # a mistake in --branch_from leaves no folder
         checkpoints.lock(config.out_dir)
         open_run(config.out_dir, settings)
-        if skipped := [folder for step, folder in checkpoints.step_folders(config.out_dir)
-                       if step > start]:
-            note(f"{skipped[-1]}: damaged or without Adam's moments; going on from step {start:,}")
         return note_launch(config, launch, processes)
 
     changed = processes.together(claim_alone, first_alone=True)
     # Looked for again behind the lock, when no other launch can save any more.
     source, start = processes.together(lambda: find_start(config))
-    processes.agree({"the checkpoint that its disk shows": source})
+    processes.agree({"the checkpoint that its disk shows": str(source)})
+    for step, folder in checkpoints.step_folders(config.out_dir):
+        if step > start:
+            note(f"{folder}: damaged or without Adam's moments; going on from step {start:,}")
     return source, start, changed
 
 
@@ -330,9 +313,8 @@ def restore(training, source, start):
     if source is None:
         training.model.init_weights(config.seed, checkpoints.fill)
         return start
-    folder = Path(source)
-    saved = checkpoints.load_training(folder.parent, start, training.model, training.optimizer)
-    notes = saved or checkpoints.read_training(folder, start)
+    saved = checkpoints.load_training(source.parent, start, training.model, training.optimizer)
+    notes = saved or checkpoints.read_training(source, start)
     training.scaler.state |= notes.get("scaler", {})
     training.updates = notes.get("updates", start)
     if saved or start == 0:
@@ -345,41 +327,40 @@ def restore(training, source, start):
     return start - config.warm_moments
 
 
-def replay(training, batches, first, source, start, processes, interrupt):
+def replay(training, batches, first, source, start, log, interrupt):
     """Rebuild Adam's moments for checkpoint `start` from the batches of steps first to start - 1.
 
     They are taken at rate 0. Adam's moments are sums whose weights come to 1 - beta**updates: those
-    of the replayed batches are scaled up to that total. Returns False if a signal ended the replay.
+    of the replayed batches are scaled up to that total.
     """
     updates = training.updates
     for step in range(first, start):
         training.gradients(batches.read(step)[0])
         training.update(rate=0.0, norm=training.clip())
-        if processes.any(interrupt.signal):
-            return False
+        if log.processes.any(interrupt.signal):
+            log.say("interrupted: the same command begins the replay again")
+            interrupt.exit()
     if not training.optimizer.state:
         raise FloatingPointError("the loss scale fell at every replayed batch: "
                                  "give more of them, --warm_moments=K")
-    for group in training.optimizer.param_groups:
-        for parameter in group["params"]:
-            state = training.optimizer.state[parameter]
-            replayed = float(state["step"])
-            for beta, moment in zip(group["betas"], (state["exp_avg"], state["exp_avg_sq"])):
-                moment.mul_((1 - beta**updates) / (1 - beta**replayed))
-            state["step"].fill_(updates)
+    betas = training.config.beta1, training.config.beta2
+    for state in training.optimizer.state.values():
+        replayed = float(state["step"])
+        for beta, moment in zip(betas, (state["exp_avg"], state["exp_avg_sq"])):
+            moment.mul_((1 - beta**updates) / (1 - beta**replayed))
+        state["step"].fill_(updates)
     training.updates = updates
     # The loss scale is again the parent's; of a published checkpoint it is not known.
-    training.scaler.state |= checkpoints.read_training(Path(source), start).get("scaler", {})
-    return True
+    training.scaler.state |= checkpoints.read_training(source, start).get("scaler", {})
 
 
 # ---------------------------------------------------------------------------- what a run leaves
 
-# What may differ when a run goes on: it does not decide what is computed.
-MAY_CHANGE = {"data", "planted", "out_dir", "tokenizer", "log_every", "async_save", "state_every",
-              "stop_at", "heldout", "heldout_every", "tokenizer_sha256", "twin"}
 # What may lie elsewhere on another node, if it holds the same there.
 PATHS = ("data", "heldout", "tokenizer", "planted")
+# What may differ when a run goes on: it does not decide what is computed.
+MAY_CHANGE = {*PATHS, "out_dir", "log_every", "async_save", "state_every", "stop_at",
+              "heldout_every", "twin"}
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate may
 # differ, since a run that overflows is advised to branch with a lower one.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
@@ -391,44 +372,33 @@ def open_run(out_dir, settings):
 
     Of a branch, "differs_from_parent" notes {setting: [the parent's, ours]}.
     """
-    path, source = Path(out_dir) / "config.json", Path(str(settings["branch_from"]))
+    path = Path(out_dir) / "config.json"
     if path.exists():
-        before = read_json(path)
-        if Path(str(before.get("branch_from"))) == source:
-            before["branch_from"] = settings["branch_from"]  # RUN/step8/ is RUN/step8
-        found = differences(before, settings)
-        if not before.get("heldout") or not settings["heldout"]:  # begun or left out: no mixture
-            found.pop("heldout_sha256", None)
-            found.pop("heldout_batches", None)
-        return refuse(f"{out_dir} holds another run", found)
+        return refuse(f"{out_dir} holds another run", differences(read_json(path), settings))
     if checkpoints.step_folders(out_dir):
         raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which nothing "
                          "explains now. Put it back, or name another --out_dir")
-    parent = source.parent / "config.json"
-    if (source / "training.json").exists() and not parent.exists():
-        raise ValueError(f"{parent}: no such file, and nothing else says which run {source} is of; "
-                         "put it back")
-    if settings["branch_from"] and parent.exists():
-        found = differences(read_json(parent), settings)
-        refuse("a branch keeps its parent's model, data, order and schedule",
-               {name: found[name] for name in SHARED if name in found})
-        found.pop("branch_from", None)
-        settings["differs_from_parent"] = found
+    if branch := settings["branch_from"]:
+        parent = Path(branch).parent / "config.json"
+        if parent.exists() or (Path(branch) / "training.json").exists():  # not a published one
+            found = differences(read_json(parent) | {"branch_from": branch}, settings)
+            refuse("a branch keeps its parent's model, data, order and schedule",
+                   {name: found[name] for name in SHARED if name in found})
+            settings["differs_from_parent"] = found
     write_json(path, settings)
 
 
 def differences(before, settings):
-    """Return {setting: [before, now]} of what decides the numbers and is not the same."""
-    return {name: [before.get(name), value] for name, value in settings.items()
-            if name not in MAY_CHANGE and before.get(name) != value}
+    """Return {setting: [before, now]} of what decides the numbers, is known of both and differs."""
+    return {name: [before[name], value] for name, value in settings.items()
+            if name not in MAY_CHANGE and before.get(name, value) != value}
 
 
 def refuse(why, different):
-    """Raise ValueError if anything is different, naming the first eight."""
+    """Raise ValueError if anything is different, naming it."""
     if different:
         words = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in different.items()]
-        raise ValueError(f"{why}: {'; '.join(words[:8])}{'; and more' * (len(words) > 8)}. Go back "
-                         "to that, or name another --out_dir")
+        raise ValueError(f"{why}: {'; '.join(words)}. Go back to that, or name another --out_dir")
 
 
 def note_launch(config, launch, processes):
@@ -470,36 +440,32 @@ METRICS = {"step": COUNT, "tokens": COUNT, "loss": NUMBER, "learning_rate": NUMB
 
 
 class Log:
-    """The CSV files, log.txt, the printed lines and the progress bar; the first process writes.
+    """The CSV files, log.txt and the printed lines; the first process alone writes.
 
     A step's loss and norm are noted while they are still on the device. Only `flush` waits for
     them, every log_every steps and before anything is saved, so that a GPU rarely has to wait.
     """
 
-    def __init__(self, config, start, tokens_per_step, may_overflow, intervention, processes):
-        self.config, self.tokens_per_step = config, tokens_per_step
-        self.may_overflow, self.processes = may_overflow, processes
+    def __init__(self, config, start, tokens_per_step, intervention, processes):
+        self.config, self.processes = config, processes
+        self.tokens_per_step, self.tables = tokens_per_step, {}
         self.pending, self.recent = [], deque(maxlen=128)  # steps not yet written, last losses
-        self.tables, self.n_changed = {}, 0
         if processes.rank == 0:
-            folder = Path(config.out_dir)
-            self.text = open(folder / "log.txt", "a", buffering=1)
-            self.tables["metrics"] = Table(folder / "metrics.csv", METRICS,
-                                           lambda row: int(row["step"]) < start)
-            losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
+            self.text = open(Path(config.out_dir) / "log.txt", "a", buffering=1)
+            metrics = self.table("metrics", METRICS, start)
+            losses = [float(row["loss"]) for row in metrics.rows]
             self.recent.extend(filter(math.isfinite, losses))  # a float16 overflow's may be nan
             if intervention.intervention:
-                self.tables["interventions"] = Table(
-                    folder / "interventions.csv", {"step": COUNT, "row": COUNT},
-                    lambda row: int(row["step"]) < start)
-                self.n_changed = len(self.tables["interventions"].rows)
+                self.table("interventions", {"step": COUNT, "row": COUNT}, start)
             if config.heldout:  # checkpoint `start` has been measured already
-                self.tables["heldout"] = Table(
-                    folder / "heldout.csv", {"step": COUNT, "tokens": COUNT, "loss": NUMBER},
-                    lambda row: int(row["step"]) <= start)
-        self.bar = tqdm(total=config.steps, initial=start, unit="step",
-                        disable=processes.rank > 0 or None)
+                self.table("heldout", {"step": COUNT, "tokens": COUNT, "loss": NUMBER}, start + 1)
         self.restart_clock()
+
+    def table(self, name, columns, stop):
+        """Return the table RUN/NAME.csv without the rows of step `stop` and later."""
+        self.tables[name] = Table(Path(self.config.out_dir) / f"{name}.csv", columns,
+                                  lambda row: int(row["step"]) < stop)
+        return self.tables[name]
 
     def write(self, name, *cells):
         if self.tables:
@@ -507,8 +473,7 @@ class Log:
 
     def say(self, line):
         if self.tables:
-            tqdm.write(line)
-            sys.stdout.flush()  # tqdm does not: a pipe would get lines by 8 KB
+            print(line, flush=True)
             print(line, file=self.text)
 
     def restart_clock(self):
@@ -517,13 +482,12 @@ class Log:
     def note(self, step, loss, norm, rate, scale, changed):
         """Note a step; loss and norm are tensors, `changed` lists what an intervention changed."""
         self.pending.append((step, loss, norm, rate, scale, changed))
-        self.bar.update()
 
     def flush(self):
         """Write the noted steps; return the last's (step, loss, rate, norm, mean seconds) or None.
 
         Raises FloatingPointError at the first whose loss or gradient is not finite, if it is not an
-        overflow that the loss scaler has answered. It names the rows; nothing is saved after it.
+        overflow that a smaller loss scale answers. Nothing is saved after it.
         """
         pending, self.pending = self.pending, []
         if not pending:
@@ -533,18 +497,16 @@ class Log:
         seconds = (time.perf_counter() - self.began) / len(pending)
         self.restart_clock()
         for (step, _, _, rate, scale, rows), loss, norm in zip(pending, losses, norms):
-            if not (self.may_overflow or math.isfinite(loss) and math.isfinite(norm)):
-                saved = checkpoints.saved_steps(self.config.out_dir)
-                raise FloatingPointError(
-                    f"step {step} ({rows_of(step, self.config)}): loss {loss}, gradient norm "
-                    f"{norm}. Nothing was saved after it; the last checkpoint is "
-                    + (f"step{saved[-1]}" if saved else "the one it branched from")
-                    + ", `python batch_viewer.py view` shows the rows")
             self.write("metrics", step, step * self.tokens_per_step, loss, rate, norm,
                        f"{scale:.0f}", f"{seconds:.4f}")
             for row in rows:
                 self.write("interventions", step, row)
-            self.n_changed += len(rows)
+            if scale == 1 and not math.isfinite(loss + norm):
+                raise FloatingPointError(
+                    f"step {step} ({rows_of(step, self.config)}): loss {loss}, gradient norm "
+                    f"{norm} at loss scale 1. Nothing was saved after it, and `python "
+                    "batch_viewer.py view` shows the rows. Branch from an earlier checkpoint with "
+                    "a lower rate, or from float16 with --dtype=bfloat16")
             self.watch(step, loss)
         return step, loss, rate, norm, seconds
 
@@ -559,24 +521,18 @@ class Log:
         if math.isfinite(loss):  # else it is a float16 overflow
             self.recent.append(loss)
 
-    def report(self, step, loss, rate, norm, seconds, flops_per_token, peak):
-        """Say where the run is: one line, fixed columns."""
+    def report(self, step, loss, rate, norm, seconds, peak):
+        """Say where the run is: one line, fixed columns. peak: all processes', in tokens/s."""
         speed = self.tokens_per_step / seconds
-        used = speed * flops_per_token / (peak * self.processes.count)
         count = f"{speed / 1e6:.2f}M" if speed >= 1e6 else f"{speed / 1e3:.1f}k"
         self.say(f"step {step:6}/{self.config.steps} | loss {loss:.4f} | lr {rate:.2e} "
                  f"| norm {norm:.2f} | {seconds:.2f} s | {count} tok/s "
-                 f"| mfu {'-' if math.isnan(used) else f'{used:.1%}'}")
+                 f"| mfu {'-' if math.isnan(peak) else f'{speed / peak:.1%}'}")
 
     def heldout(self, step, loss):
         self.write("heldout", step, step * self.tokens_per_step, loss)
         self.say(f"step {step:6}/{self.config.steps} | held-out loss {loss:.4f}")
         self.restart_clock()
-
-    def close(self):
-        self.bar.close()
-        if "interventions" in self.tables:
-            self.say(f"the intervention changed {self.n_changed:,} rows, see interventions.csv")
 
 
 # ---------------------------------------------------------------------------- the run
@@ -603,35 +559,32 @@ def save(training, step, scheduled, log):
 def train(model_config, config, intervention, launch, processes, interrupt):
     """Take the steps that the run folder does not have yet; leave there what comes of them."""
     # Data, run folder, checkpoint to begin from: a mistake ends here, before any computing.
-    order = open_order(config.data, config.steps, model_config, config, processes)
-    batches = Batches(order, model_config, config, launch, processes)
-    unseen, heldout = None, []
-    if config.heldout:
-        n = config.heldout_batches
-        unseen = open_order(config.heldout, n, model_config, config, processes, once=True)
-        reader = Batches(unseen, model_config, config, launch, processes)
-        heldout = [rows for i in range(n) for rows in reader.read(i)[0]]
+    batches = Batches(model_config, config, launch, processes)
+    order, unseen, heldout = batches.data, None, []
+    if config.heldout:  # as of a short run on other data
+        short = replace(config, data=config.heldout, steps=config.heldout_batches)
+        unseen = Batches(model_config, short, launch, processes)
+        heldout = [rows for step in range(short.steps) for rows in unseen.read(step)[0]]
+    tokenizer = processes.together(lambda: load_tokenizer(config.tokenizer))
     settings = processes.together(
         lambda: identity(model_config, config, intervention, order, unseen))
     processes.agree({name: value for name, value in settings.items() if name not in PATHS})
-    source, start, changed = claim(settings, config, launch, processes)
+    seen = order
     if intervention.intervention:
-        # Steps that are replayed lie before `start`: they come as the parent saw them.
-        late = replace(intervention, intervention_from=max(intervention.intervention_from, start))
-        batches.data = IntervenedData(order, load_tokenizer(config.tokenizer), late)
+        seen = IntervenedData(order, tokenizer, intervention)
+    source, start, changed = claim(settings, config, launch, processes)
 
     # Model, optimizer, and what the checkpoint has of them.
     training = Training(model_config, config, launch, processes)
     first = processes.together(lambda: restore(training, source, start))
     tokens_per_step = config.batch_size * model_config.seq_length
-    peak = peak_flops(processes.device)
-    log = Log(config, start, tokens_per_step, training.scaler.enabled, intervention, processes)
+    peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
+    log = Log(config, start, tokens_per_step, intervention, processes)
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
             f"process(es) on {processes.device.type}, "
             f"{config.batch_size // (launch.micro_batch_size * processes.count)} micro-batch(es) "
-            f"of {launch.micro_batch_size}, peak "
-            + ("-" if math.isnan(peak) else f"{peak / 1e12:.2f} TFLOP/s")
+            f"of {launch.micro_batch_size}, peak {peak:,.0f} tokens/s"
             + (f"; going on from step {start:,}" if source else ""))
     for line in order.describe() if processes.rank == 0 else ():  # it reads 1000 documents
         log.say(line)
@@ -644,14 +597,11 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     interrupt.listen()
     if processes.count > 1:
         rehearse(training, launch.micro_batch_size, model_config.seq_length)
-    if first < start and not replay(training, batches, first, source, start, processes, interrupt):
-        log.say("interrupted: the same command begins the replay again")
-        interrupt.exit()
-
+    if first < start:
+        replay(training, batches, first, source, start, log, interrupt)
+    batches.data = seen  # what was replayed came as the parent saw it
     end, stop = min(config.steps, config.stop_at or config.steps), False
-    if start >= end:
-        log.say(f"step {start:,} is there already: nothing is left to train up to step {end:,}")
-    else:
+    if start < end:
         batch, changed = batches.read(start)
     log.restart_clock()
     for step in range(start, end):
@@ -663,15 +613,11 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         log.note(step, loss, norm, rate, training.scaler.scale, changed)
         if not last:  # read the next batch while a GPU is still computing this one
             batch, changed = batches.read(step + 1)
-        try:
-            training.update(rate, norm)
-        except FloatingPointError:
-            log.flush()  # the steps that tell why
-            raise
+        training.update(rate, norm)
         # ----------------------------------------------------------------- what is left of it
         stop = processes.any(interrupt.signal)
         if step % config.log_every == 0 or last or stop:
-            log.report(*log.flush(), flops_per_token(model_config), peak)
+            log.report(*log.flush(), peak)
         if heldout and ((step + 1) % config.heldout_every == 0 or last):
             log.flush()  # the time of the evaluation is not the steps'
             log.heldout(step + 1, training.mean_loss(heldout, processes))
@@ -680,14 +626,14 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         if stop:
             break
     checkpoints.finish_writing()
-    log.close()
+    if "interventions" in log.tables:
+        rows = log.tables["interventions"].path.read_bytes().count(b"\n") - 1
+        log.say(f"the intervention changed {rows:,} rows, see interventions.csv")
     if stop:
         log.say(f"interrupted: saved step{step + 1}; the same command goes on from there")
         interrupt.exit()
-    if end < config.steps:
-        return log.say(f"stopped at step {max(start, end):,} of {config.steps:,} (--stop_at): "
-                       "the same command without it goes on")
-    log.say(f"done: {len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
+    log.say(f"done: step {max(start, end):,} of {config.steps:,}, "
+            f"{len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
 
 def main(model_config, config, intervention, launch, options):
@@ -699,8 +645,7 @@ def main(model_config, config, intervention, launch, options):
         return plan(model_config, config, launch, options, len(schedule))
     if config.out_dir is None:
         fail("missing: --out_dir, the run folder (--help explains every setting)")
-    check(config, "a name", lambda value: value != "",  # --data=$UNSET
-          "data", "out_dir", "heldout", "branch_from")
+    check(config, "a name", bool, "data", "out_dir", "heldout", "branch_from")  # --data=$UNSET
     processes = Processes(launch.device)
     given = asdict(model_config) | asdict(config) | asdict(intervention) | asdict(launch)
     processes.agree(given | {name: given[name] is not None for name in PATHS})
@@ -714,8 +659,6 @@ def main(model_config, config, intervention, launch, options):
     interrupt = Interrupt()
     train(model_config, config, intervention, launch, processes, interrupt)
     if config.twin:
-        if processes.any(interrupt.signal):  # it came during the last save
-            interrupt.exit()
         # The first run's blocks lie in cycles of references (a replaced forward refers to its
         # block): without this their weights could still be in memory beside the twin's.
         gc.collect()
@@ -727,8 +670,6 @@ if __name__ == "__main__":
     try:
         run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig, LaunchConfig,
                          PlanConfig))
-    except FloatingPointError as error:
-        fail(str(error))
     finally:
         run(checkpoints.finish_writing)
         leave_processes()

@@ -36,8 +36,7 @@ def test_ranks_with_other_settings_are_refused(data, tmp_path, flag):
     flag = flag.format(data=data)
     done = Launched(command(data, tmp_path / "run"), 2, rank_1=[f"--{flag}"]).finish()
     assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert "the processes were not given the same run: rank 1: " in done.stderr
-    assert flag.split("=")[0] in done.stderr and done.stderr.count("\n") == 1
+    assert f"rank 1: {flag.split('=')[0]} is " in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_ranks_with_other_data_are_refused_and_moved_data_are_not(data, tmp_path):
@@ -141,7 +140,7 @@ def test_a_manifest_that_leaves_a_file_out_is_refused(data, begun, tmp_path, nam
 def test_a_branch_of_a_run_without_its_config_is_refused(data, begun, tmp_path):
     run = shutil.copytree(begun, tmp_path / "run")
     (run / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json: no such file, and nothing else says"):
+    with pytest.raises(ValueError, match="config.json: no such file"):
         run_here(data, tmp_path / "child", branch_from=run / "step8")
 
 
