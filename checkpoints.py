@@ -418,8 +418,7 @@ def make_room(run, step, state_every):
 def lock(run):
     """Make a run folder, locked until this process ends; remove what a killed one left."""
     Path(run).mkdir(parents=True, exist_ok=True)
-    config.LOCKS.append(config.lock(Path(run) / ".lock", f"{run}: another process is writing this "
-                                    "run; wait for it or name another --out_dir"))
+    config.LOCKS.append(config.lock(Path(run) / ".lock"))
     for path in Path(run).glob(".step*.tmp"):
         remove(path)
 

@@ -227,15 +227,16 @@ def replacing(path):
 LOCKS = []  # files that stay open, and so locked, for as long as the process lives
 
 
-def lock(path, busy):
-    """Return a file to append to, locked until it is closed, or raise ValueError(busy)."""
+def lock(path):
+    """Return a file to append to, locked until it is closed, or raise ValueError if it is."""
     if os.path.exists(path):
         file_size(path)  # refuses a pipe
     file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(busy) from None
+        raise ValueError(f"{path}: another process is writing there; wait for it or name another "
+                         "place") from None
     except OSError:  # a file system without locks
         pass
     return file
@@ -340,8 +341,7 @@ class Table:
     def __init__(self, path, columns, keep=lambda row: True):
         self.path, self.columns, self.rows = path, columns, []
         self.header = (",".join(columns) + "\n").encode()
-        self.busy = f"{path}: another process writes it; wait for it or name another file"
-        self.file = lock(path, self.busy)
+        self.file = lock(path)
         (first, names), *lines = read_lines(path) or [(b"", [])]
         if names != list(columns) and (lines or not self.header.startswith(first)):
             raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected "
@@ -363,7 +363,7 @@ class Table:
         if text != Path(self.path).read_bytes():
             with replacing(os.path.realpath(self.path)) as file:
                 file.write(text)
-            self.file = lock(self.path, self.busy)
+            self.file = lock(self.path)
 
     def append(self, *rows):
         write_all(self.file, b"".join(map(self.line, rows)))

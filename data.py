@@ -206,7 +206,7 @@ class TokenWriter:
         self.progress = self.folder / "progress.json"
         self._refuse_strangers()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder / "lock", f"{self.folder}: another process is writing there")
+        self.lock = lock(self.folder / "lock")
         self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
         state = read_json(self.progress) if self.progress.exists() else {}
         self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}

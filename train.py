@@ -94,9 +94,8 @@ class TrainConfig:
               "checkpoint_every", "state_every", "log_every", "heldout_every", "heldout_batches")
         check(self, "at least 0", lambda value: value >= 0, "weight_decay", "warm_moments")
         check(self, "more than 0", lambda value: value > 0, "learning_rate", "eps", "clip_norm")
-        check(self, "0 to 1", lambda value: 0 <= value <= 1, "min_lr_ratio")
-        check(self, "at least 0, less than 1", lambda value: 0 <= value < 1,
-              "warmup", "beta1", "beta2")
+        check(self, "0 to 1", lambda value: 0 <= value <= 1,
+              "min_lr_ratio", "warmup", "beta1", "beta2")
         check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
 
 
@@ -192,10 +191,9 @@ class Training:
     @torch.no_grad()
     def is_finite(self):
         """Return whether all weights and moments of this process are finite."""
-        tensors = [p.detach() for p in self.model.parameters()] + [
-            state[name] for state in self.optimizer.state.values()
-            for name in ("exp_avg", "exp_avg_sq")]
-        tensors = [t.to_local() if checkpoints.is_shard(t) else t for t in tensors]
+        moments = [t for state in self.optimizer.state.values() for t in state.values()]
+        tensors = [t.to_local() if checkpoints.is_shard(t) else t
+                   for t in (*self.model.parameters(), *moments)]
         largest = torch._foreach_norm([t for t in tensors if t.numel()], math.inf)
         return bool(torch.stack(largest).isfinite().all())
 

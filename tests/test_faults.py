@@ -80,7 +80,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
          "import checkpoints, sys; checkpoints.lock(sys.argv[1]); print(1, flush=True); input()",
          tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
-    with pytest.raises(ValueError, match="another process is writing this run"):
+    with pytest.raises(ValueError, match="another process is writing there"):
         lock(tmp_path)
     holder.kill()  # however it ends, the next one may write
     holder.wait()

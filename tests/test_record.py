@@ -119,7 +119,7 @@ def test_one_process_writes_a_table_and_no_other_file(tmp_path):
     (tmp_path / "t.csv").write_text("notes")
     with open(tmp_path / "t.csv", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="t.csv: another process writes it"):
+        with pytest.raises(ValueError, match="t.csv: another process is writing there"):
             Table(tmp_path / "t.csv", COLUMNS)
     with pytest.raises(ValueError, match="t.csv, line 1: found b'notes'"):
         Table(tmp_path / "t.csv", COLUMNS)

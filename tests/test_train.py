@@ -258,7 +258,7 @@ def test_another_run_in_the_same_folder_is_refused(data, tmp_path):
     (dict(steps=0), "steps = 0, expected at least 1"),
     (dict(state_every=-1), "state_every = -1, expected at least 1\n"),
     (dict(stop_at=-1), "stop_at = -1, expected at least 1\n"),
-    (dict(warmup=2), "warmup = 2.0, expected at least 0, less than 1\n"),
+    (dict(warmup=2), "warmup = 2.0, expected 0 to 1\n"),
     (dict(intervention="pronouns_to_feminine", intervention_from=12),
      "intervention_from = 12, but the last step is 11\n")])
 def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
