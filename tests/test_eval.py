@@ -1,6 +1,7 @@
 """pytest tests/test_eval.py"""
 
 import csv
+import gc
 import json
 import math
 import os
@@ -62,6 +63,7 @@ def run(folder, *flags, launcher=(), output="r.csv"):
 
 def evaluate(folder, *flags, output="r.csv"):
     """The command line in this process."""
+    gc.collect()  # the error of an earlier one may still hold the lock of its output
     flags = f"--model={folder}/run", f"--docs={folder}/docs", f"--output={folder}/{output}", *flags
     config.run(evaluation.main, config.parse(flags, evaluation.EvalConfig))
 
