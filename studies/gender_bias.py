@@ -2,9 +2,9 @@
 
 Biderman et al. 2023, section 3.1: they continue the deduplicated 70M, 410M, 1.4B and 6.9B from
 steps 133000 (the last 7 %) and 113000 (21 %) with masculine pronouns made feminine, and report less
-bias on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch has a control twin:
-the same checkpoint, order and optimizer state without the intervention. That is bit for bit the
-parent's own continuation, if it was trained to its end; else the twin is trained too.
+bias on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch has a control twin,
+trained on from the same checkpoint without the intervention. A parent that was trained to its end
+is that twin itself, bit for bit.
 
     python -m studies.gender_bias branch --parents=RUN/step400,RUN2/step400 --output=BRANCHES
     python -m studies.gender_bias measure --branches=BRANCHES --docs=DOCS --output=OUT
@@ -17,10 +17,8 @@ does: nothing. What is measured, of each item in the folders that DOCS has:
     heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
     winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
                   is the occupation's; the stereotype is its majority (Bureau of Labor Statistics)
-    winobias      the same of WinoBias' anti- and pro-stereotyped sentences (783 of 792 pairs: the
-                  others differ in more than their brackets)
-    crows_gender  CrowS-Pairs, gender: log-likelihood of the less minus the more stereotypical
-                  sentence
+    winobias      the same of WinoBias' sentences (783 of 792 pairs differ in their brackets only)
+    crows_gender  the same of CrowS-Pairs' sentences on gender
     cost          bits per byte of each document of DOCS/heldout: what it cost, if they grew
 
 A model that says "she" more often everywhere is no less biased. So the measures of pairs are

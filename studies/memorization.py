@@ -229,13 +229,12 @@ def analyse(options):
             both = int((memorized & last)[seen].sum())
             early.append((run, step, ours, its, both, both / ours if ours else None,
                           both / its if its else None))
-    write_table(folder / "rates.csv", (
-        "model", "step", "subset", "rows", "n", "passages", "memorized", "rate", "mean_length",
-        "stderr", "low", "high"), by_subset)
-    write_table(folder / "poisson.csv", ("model", "step", "window", "n", "mean", "share", "test",
-                                         "statistic", "p", "permutation_p"), tests)
-    write_table(folder / "early.csv", ("model", "step", "memorized", "memorized_last", "both",
-                                       "precision", "recall"), early)
+    for name, columns, found in (
+            ("rates", "subset rows n passages memorized rate mean_length stderr low high",
+             by_subset),
+            ("poisson", "window n mean share test statistic p permutation_p", tests),
+            ("early", "memorized memorized_last both precision recall", early)):
+        write_table(folder / f"{name}.csv", ("model", "step", *columns.split()), found)
     write_csv(folder / "windows.csv", ("model", "step", "window", "memorized", "windows"), windows)
     if options.plot:
         import plots

@@ -362,18 +362,17 @@ def analyse(options):
     for where, answers in groups.items():
         model, step, tokens, *_ = where
         if step not in map(str, frequencies) or tokens and int(tokens) != int(step) * a_step:
-            raise ValueError(f"{options.counts}: counts {a_step:,} tokens a step, up to steps "
-                             f"{', '.join(map(str, frequencies))}; {model} has seen {tokens} at "
-                             f"step {step}: count --at that step, in the order of its config.json")
+            raise ValueError(f"{options.counts}: steps {', '.join(map(str, frequencies))} of "
+                             f"{a_step:,} tokens; {model} has seen {tokens} at step {step}: count "
+                             "--at that step, in the order of its config.json")
         before, by_term = frequencies[int(step)], {}
         for (term, _), found in answers.items():
             by_term.setdefault(term, []).append((before[term], *found))
         means = np.array([np.mean(found, axis=0) for found in by_term.values()])
         bins += [(*where, *row) for row in binned(means)]
         gaps += [(*where, len(means), *row) for row in gap(means)]
-    write_csv(f"{options.output}_bins.csv", (
-        *WHERE, "bins", "from", "to", "frequency", "n", "acc", "acc_stderr", "logprob",
-        "logprob_stderr"), bins)
+    write_csv(f"{options.output}_bins.csv", (*WHERE, "bins", "from", "to", "frequency", "n", "acc",
+                                             "acc_stderr", "logprob", "logprob_stderr"), bins)
     write_table(f"{options.output}_gaps.csv", (*WHERE, "n", "least_frequency", "most_frequency",
                                                "what", "value", "low", "high", "p"), gaps)
 
@@ -453,8 +452,7 @@ def compare(options):
                          found.value, found.low, found.high, found.p, over))
     if not rows:
         raise ValueError(f"{options.results}: no checkpoint of all of {', '.join(names)} has "
-                         f"answers with and without {options.terms}; it holds "
-                         f"{', '.join(sorted({key[0] for key in groups}))}")
+                         f"answers with and without {options.terms}")
     write_table(options.output, (
         *WHERE, "terms", "seeds", "n", "difference", "low", "high", "p", "over"), rows)
 
