@@ -13,45 +13,38 @@ import pytest
 import torch
 
 from checkpoints import load_model, saved_steps
+from config import COUNT, NUMBER, TEXT, Table, explain
 from data import OrderedData, samples_needed
-from test_train import assert_same_bits, data, losses, parent, run_here, table, train  # noqa: F401
 from interventions import InterventionConfig
-from train import TrainConfig
 from parallel import Processes
-from train import Log
-from config import COUNT, explain, NUMBER, Table, TEXT
-
-
-def opened(folder, start):
-    config = TrainConfig(data="", learning_rate=1e-3, out_dir=str(folder), steps=400, batch_size=8)
-    return Log(config, start, 256, InterventionConfig(), Processes("cpu"))
+from test_train import assert_same_bits, data, run_here, table  # noqa: F401
+from train import Log, TrainConfig
 
 
 def test_a_spike_is_named_after_overflows_and_a_resume(tmp_path):
     """float16: a loss that is not finite is none of the 128 that the next are held against."""
-    log = opened(tmp_path, 0)
-    noise = torch.randn(260, generator=torch.Generator().manual_seed(0)) / 100
-    for step, loss in enumerate(4 + noise[:200]):
-        log.note(step, loss * (math.nan if step % 3 == 1 else 1), torch.tensor(1.0), 1e-3, 2.0, ())
-    log.flush()
-    log.tables["metrics"].file.close()
-    again = opened(tmp_path, 200)
-    assert list(again.recent) == list(log.recent) and len(log.recent) == 128
-    again.note(200, torch.tensor(5.0), torch.tensor(1.0), 1e-3, 1.0, ())
-    again.flush()
+    config = TrainConfig(data="", learning_rate=1e-3, out_dir=str(tmp_path), steps=400,
+                         batch_size=8)
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0)) / 100
+    losses = [loss * (math.nan if i % 3 == 1 else 1) for i, loss in enumerate(4 + noise)]
+    for start, noted in ((0, losses), (200, [torch.tensor(5.0)])):
+        log = Log(config, start, 256, InterventionConfig(), Processes("cpu"))
+        for step, loss in enumerate(noted, start):
+            log.note(step, loss, torch.tensor(1.0), 1e-3, 2.0, ())
+        log.flush()
+        log.tables["metrics"].file.close()
     [line] = (tmp_path / "log.txt").read_text().splitlines()
-    assert re.match(r"spike at step 200 \(rows 1,600 to 1,607\): loss 5.0000, \d+.\d standard "
-                    "deviations", line)
+    assert line.startswith("spike at step 200 (rows 1,600 to 1,607): loss 5.0000")
 
 
 COLUMNS = {"step": COUNT, "loss": NUMBER, "name": TEXT}
 WHOLE = b"step,loss,name\n8,4.25,r2\n9,1e-05,\"a, b\"\n10,nan,\xc3\xa9\n"
 
 
-def reopened(path, text, **how):
+def reopened(path, text):
     """Return the rows of a table with these bytes, and its lines afterwards."""
     path.write_bytes(text)
-    table = Table(path, COLUMNS, **how)
+    table = Table(path, COLUMNS)
     table.file.close()
     return table.rows, path.read_bytes().splitlines(True)
 
@@ -80,29 +73,19 @@ def test_a_flipped_bit_takes_one_row_and_is_said(tmp_path, capsys, monkeypatch):
             assert path.read_bytes() == text
             continue
         rows, lines = reopened(path, text)
-        said = capsys.readouterr().err
-        assert len(rows) == len(lines) - 1 >= 3 - 1 - (WHOLE[place] == 10) and lines[0] == good[0]
-        assert len(set(good) - set(lines)) <= 1 + (WHOLE[place] == 10)
+        said, most = capsys.readouterr().err, 1 + (WHOLE[place] == 10)
+        assert 3 >= len(rows) == len(lines) - 1 >= 3 - most and lines[0] == good[0]
+        assert len(set(good) - set(lines)) <= most
         assert not any('"' in row["name"] for row in rows)
         if len(rows) < 3:
             assert re.search(rf"^{path}, line [234] is damaged and goes.*: b", said)
             assert Path(f"{path}.damaged").read_bytes() == text
 
 
-def test_a_quote_before_much_text_takes_one_line(tmp_path, capsys):
-    """csv.reader takes the rest of the file for one cell, and ends at 128 KB of it."""
-    rest = b"".join(b"%d,0.5,run\n" % i for i in range(20_000))
-    rows, _ = reopened(tmp_path / "t.csv", WHOLE.replace(b"9,1e", b'9,"1e') + rest,
-                       keep=lambda row: int(row["step"]) < 11)
-    assert [row["step"] for row in rows] == ["8", "10", *map(str, range(11))]
-    said = capsys.readouterr().err
-    assert "t.csv, line 3 is damaged" in said and said.endswith("b'9,\"1e-05,\"a, b\"\\n'\n")
-
-
 def test_what_is_appended_can_be_read(tmp_path):
     table, good = Table(tmp_path / "t.csv", COLUMNS), (7, -1.5e-7, 'a "b", c')
-    for bad in (("1=cmd", 0.5, ""), (10**18, 0.5, ""), (8, "x", ""), *(
-            (8, 0.5, name) for name in ("a\nb", "a\rb", os.fsdecode(b"\xff"), "x" * 200_000))):
+    for bad in (("1=cmd", 0.5, ""), (10**18, 0.5, ""), (8, "x", ""), (8, 0.5, "a\nb"),
+                (8, 0.5, "a\rb"), (8, 0.5, os.fsdecode(b"\xff")), (8, 0.5, "x" * 200_000)):
         with pytest.raises(ValueError, match="t.csv: cannot hold (step|loss|name) = '"):
             table.append(good, bad)
     table.append(good, (8, float("inf"), None))
@@ -115,32 +98,21 @@ def test_what_is_appended_can_be_read(tmp_path):
     assert explain(full.value) == "/dev/full: No space left on device"
 
 
-def test_one_process_writes_a_table_and_no_other_file(tmp_path):
-    (tmp_path / "t.csv").write_text("notes")
+def test_one_process_writes_a_table(tmp_path):
     with open(tmp_path / "t.csv", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="t.csv: another process is writing there"):
+        with pytest.raises(ValueError, match="another process is writing there"):
             Table(tmp_path / "t.csv", COLUMNS)
-    with pytest.raises(ValueError, match="t.csv, line 1: found b'notes'"):
-        Table(tmp_path / "t.csv", COLUMNS)
-    assert (tmp_path / "t.csv").read_text() == "notes"
 
 
-def test_without_git_a_run_starts(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    run_here(data, tmp_path, steps=1)
-    assert json.loads((tmp_path / "launches.jsonl").read_text())["git_commit"] is None
-
-
-def test_the_folder_explains_the_run(parent):
-    [launch] = [json.loads(line) for line in (parent / "launches.jsonl").read_text().splitlines()]
-    assert launch["torch"] == torch.__version__ and "--steps=12" in launch["command"]
-    assert launch["micro_batch_size"] == 4 and launch["processes"] == 1 and launch["cpu"]
-    assert "step     11/12 | loss" in (parent / "log.txt").read_text()
-
-
-def test_heldout_loss_is_the_checkpoints_own(data, tmp_path):
-    train(data, tmp_path, heldout=data, heldout_every=6)
+def test_the_folder_explains_the_run_and_heldout_loss_is_the_checkpoints_own(
+        data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without git, too
+    run_here(data, tmp_path, heldout=data, heldout_every=6)
+    launch = json.loads((tmp_path / "launches.jsonl").read_text())
+    assert launch["torch"] == torch.__version__ and launch["git_commit"] is None and launch["cpu"]
+    assert launch["micro_batch_size"] == 4 and launch["processes"] == 1
+    assert "step     11/12 | loss" in (tmp_path / "log.txt").read_text()
     rows = {int(row["step"]): float(row["loss"]) for row in table(tmp_path / "heldout.csv")}
     assert list(rows) == [6, 12]
     order = OrderedData(data, 32, samples_needed(1, 8), 1234)
@@ -149,9 +121,6 @@ def test_heldout_loss_is_the_checkpoints_own(data, tmp_path):
         with torch.no_grad():
             expected = load_model(tmp_path / f"step{step}")(tokens[:, :-1], tokens[:, 1:])
             assert math.isclose(loss, expected, rel_tol=1e-6)
-
-
-# ---------------------------------------------------------------------------- power failures
 
 
 class Disk:
@@ -163,12 +132,11 @@ class Disk:
 
     def __init__(self, run, images, monkeypatch):
         self.run, self.images, self.bytes, self.events = run, images, {}, []
-        self.real = {name: getattr(os, name) for name in ("fsync", "rename")}
-        for name in self.real:
-            monkeypatch.setattr(os, name, getattr(self, name))
+        self.real_rename = os.rename
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        monkeypatch.setattr(os, "rename", self.rename)
 
     def fsync(self, descriptor):
-        self.real["fsync"](descriptor)
         path = Path(f"/proc/self/fd/{descriptor}")
         if path.is_file():
             self.bytes[path.stat().st_ino] = path.read_bytes()
@@ -176,7 +144,7 @@ class Disk:
             self.events.append(path.resolve())
 
     def rename(self, before, after):
-        self.real["rename"](before, after)
+        self.real_rename(before, after)
         self.events.append(Path(after))
         if re.fullmatch(r"step\d+", Path(after).name):
             def synced(source, target):
@@ -191,16 +159,13 @@ def test_a_run_goes_on_to_the_same_bits_after_a_power_failure(data, tmp_path, mo
     with monkeypatch.context() as patch:
         disk = Disk(run, images, patch)
         run_here(data, run, **settings)
-    assert saved_steps(run) == [0, 1, 2, 4, 6, 8, 12]
     for step in saved_steps(run):
         image, folder = images / f"step{step}", run / f"step{step}"
         for path in (path for path in folder.rglob("*") if path.is_file()):
             assert (image / path.relative_to(run)).read_bytes() == path.read_bytes()
-        assert losses(image) == losses(run)[:step]
-        assert table(image / "interventions.csv") == [
-            row for row in table(run / "interventions.csv") if int(row["step"]) < step]
-        assert table(image / "heldout.csv") == [
-            row for row in table(run / "heldout.csv") if int(row["step"]) <= step]
+        for name, end in (("metrics", step), ("interventions", step), ("heldout", step + 1)):
+            assert table(image / f"{name}.csv") == [
+                row for row in table(run / f"{name}.csv") if int(row["step"]) < end]
         # The name itself is on the disk before training goes on.
         assert disk.events[disk.events.index(folder) + 1] == run
     assert table(run / "interventions.csv") and len(table(run / "heldout.csv")) == 6
