@@ -24,7 +24,6 @@ gpt-neox v1.0, tools/convert_to_hf.py, for its layer_XX-model_YY-model_states.pt
 
 import errno
 import functools
-import math
 import os
 import re
 import shlex
@@ -46,10 +45,10 @@ from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, rea
 from tokenizer import N_TOKENS, load_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
+_WRITER, _WRITING = ThreadPoolExecutor(1), []  # a thread, and what it does: see save
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of each parameter
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
-# The forms of published weights, the preferred first. Shards come with an index, which says no more
-# than their names and what they hold.
+# The forms of published weights, the preferred first. Shards' index says no more than they do.
 FORMS = ("model.safetensors", "model-*-of-*.safetensors",
          "layer_[0-9][0-9]-model_[0-9][0-9]-model_states.pt",  # gpt-neox's
          "pytorch_model.bin", "pytorch_model-*-of-*.bin")
@@ -67,10 +66,7 @@ def checkpoint_steps(steps, every=1000):
 
 
 def open_file(path):
-    """Return {name: tensor} of a safetensors file or, named .bin or .pt, one of torch.save.
-
-    Tensors are mapped, not read, until they are used. Raises ValueError naming the file.
-    """
+    """Return {name: tensor} of a safetensors or torch.save file, mapped and not read until used."""
     file_size(path)  # refuses what is no file
     try:
         if path.suffix in (".bin", ".pt"):
@@ -90,11 +86,6 @@ def open_file(path):
 def one_line(error):
     """Return the beginning of an error's words, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def open_files(paths):
-    """Return {name: tensor} of all files together."""
-    return {name: tensor for path in paths for name, tensor in open_file(path).items()}
 
 
 def weight_files(folder):
@@ -144,7 +135,7 @@ def split(stem, tensors, shard_size):
 
 
 def write_file(path, tensors):
-    """Write a safetensors file. It is not on the disk yet (see sync)."""
+    """Write a safetensors file; sync brings it to the disk."""
     path.parent.mkdir(exist_ok=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path,
@@ -166,9 +157,8 @@ def sync(path):
 
 def step_folders(run):
     """Return [(step, folder)] of all in a run folder that is named like a checkpoint, in order."""
-    names = os.listdir(run) if os.path.isdir(run) else []
-    return sorted((int(name[4:]), Path(run) / name) for name in names
-                  if re.fullmatch(r"step(0|[1-9]\d*)", name) and os.path.isdir(Path(run) / name))
+    return sorted((int(path.name[4:]), path) for path in Path(run).glob("step*")
+                  if re.fullmatch(r"step(0|[1-9]\d*)", path.name) and path.is_dir())
 
 
 def saved_steps(run, state=False):
@@ -208,10 +198,9 @@ def write_manifest(folder):
 
 
 def check_hashes(folder):
-    """Raise ValueError unless the files of a checkpoint have the SHA-256 in its manifest, if any.
+    """Raise ValueError unless a checkpoint's files have the hashes in its manifest, if any.
 
-    Training goes on only from what has been checked, for a changed bit would spread to every later
-    checkpoint. The processes of a run share the files.
+    A changed bit would spread to every later checkpoint. The processes of a run share the files.
     """
     entries, (rank, count) = manifest_of(folder), process_place()
     read = {name for name in files_of(folder)
@@ -249,9 +238,8 @@ def load_model(folder, device="cpu"):
     config, tensors = open_any(folder)
     with torch.device("meta"):
         model = Pythia(config)
-    state = {name: tensors[hf_name(name)].to(device, torch.float32, copy=True)
-             for name, _ in model.named_parameters()}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({name: tensors[hf_name(name)].to(device, torch.float32, copy=True)
+                           for name, _ in model.named_parameters()}, assign=True)
     return model
 
 
@@ -273,7 +261,8 @@ def load_training(run, step, model, optimizer):
         fill(parameter, weights[hf_name(name)])
     if not training or not (folder / "optimizer").exists():
         return None
-    moments = open_files(folder.glob("optimizer/*.safetensors"))
+    moments = {name: tensor for path in folder.glob("optimizer/*.safetensors")
+               for name, tensor in open_file(path).items()}
     for name, parameter in parameters.items() if training["updates"] else ():  # else there are none
         state = {"step": torch.tensor(float(training["updates"]), device=parameter.device)}
         for kind in MOMENTS:
@@ -303,16 +292,13 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     """Write RUN/step{N} whole or not at all. Every process calls; the first one writes.
 
     training: the object that load_training gives back. An unscheduled checkpoint (of an interrupted
-    run) is removed when the next one is saved. A whole one that is there already is kept, but one
-    without moments is written again: a run that resumed before it may be interrupted there.
-    asynchronous: return once the tensors are copied to host memory; the next call or finish_writing
-    waits for the rest. state_every: Adam's moments stay only in checkpoints of its multiples and in
-    the newest.
+    run) goes when the next is saved. A whole one that is there is kept, but one without moments is
+    written again: a run that resumed before it may be interrupted there. asynchronous: return once
+    the tensors are in host memory; the next call or finish_writing waits for the rest. state_every:
+    Adam's moments stay only in checkpoints of its multiples and in the newest.
     """
     finish_writing()
     folder, first = Path(run) / f"step{step}", process_place()[0] == 0
-    if not Path(run).is_dir():  # for instance an unmounted disk: no new run begins in its place
-        raise FileNotFoundError(errno.ENOENT, "the run folder has vanished", str(run))
     exists = [is_whole(folder) and (folder / "optimizer").exists()]
     if dist.is_initialized():  # all do what the first one sees
         dist.broadcast_object_list(exists, group=_group())
@@ -343,9 +329,6 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
         _WRITING.append(_WRITER.submit(write))
     else:
         write()
-
-
-_WRITER, _WRITING = ThreadPoolExecutor(1), []
 
 
 def finish_writing():
@@ -384,12 +367,10 @@ def write_notes(folder, notes, spec, tokenizer):
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}}
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-        # With clean_up_tokenization_spaces, transformers 4's default, "Hello , world" would be
-        # decoded as "Hello, world".
-        notes["tokenizer_config.json"] = dict.fromkeys(
-            ("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | {
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        notes["tokenizer_config.json"] = special | {
             "tokenizer_class": "GPTNeoXTokenizer", "pad_token": "<|padding|>",
-            "clean_up_tokenization_spaces": False,
+            "clean_up_tokenization_spaces": False,  # else "a , b" would be decoded as "a, b"
             "model_max_length": spec["max_position_embeddings"]}
     for name, value in notes.items():
         write_json(folder / name, value)
@@ -411,8 +392,9 @@ def make_room(run, step, state_every):
         off_grid = scheduled and state_every and other % state_every
         if scheduled is False or off_grid and (folder / "optimizer").exists():
             # Renamed before it is removed, so that nothing half has its name at any moment.
-            os.rename(folder / "optimizer" if off_grid else folder, temporary_of(folder))
-            shutil.rmtree(temporary_of(folder))
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            os.rename(folder / "optimizer" if off_grid else folder, temporary)
+            shutil.rmtree(temporary)
 
 
 def lock(run):
@@ -420,16 +402,7 @@ def lock(run):
     Path(run).mkdir(parents=True, exist_ok=True)
     config.LOCKS.append(config.lock(Path(run) / ".lock"))
     for path in Path(run).glob(".step*.tmp"):
-        remove(path)
-
-
-def temporary_of(folder):
-    return folder.with_name(f".{folder.name}.tmp")
-
-
-def remove(path):
-    """Remove a folder, or a link without what it leads to."""
-    path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -438,9 +411,9 @@ def writing(folder):
 
     A folder that has the name already is kept as NAME.broken, unless the new one has all its bytes.
     """
-    temporary, before = temporary_of(folder), None
-    remove(temporary)  # a killed process may have left it
-    temporary.mkdir(parents=True)
+    temporary, before = folder.with_name(f".{folder.name}.tmp"), None
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+    temporary.mkdir()  # but no parent: it is gone if a disk was unmounted
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
@@ -455,7 +428,7 @@ def writing(folder):
         if before and manifest_of(folder).items() >= {
                 name: describe_file(path) for name, path in files_of(before).items()
                 if name != "manifest.json"}.items():
-            remove(before)
+            shutil.rmtree(before, ignore_errors=True)
     finally:  # after an error, such as a full disk, the room is free again
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -465,12 +438,12 @@ def writing(folder):
 
 def open_any(source):
     """Return the ModelConfig and {published name: tensor} of a checkpoint in any published form."""
-    source = Path(source)
-    paths = weight_files(source)
+    paths = weight_files(Path(source))
     if paths[0].suffix == ".pt":
-        config, tensors = open_neox(source, paths)
+        config, tensors = open_neox(Path(source), paths)
     else:
-        config, tensors = read_config(source), open_files(paths)
+        config = read_config(source)
+        tensors = {name: tensor for path in paths for name, tensor in open_file(path).items()}
     # accelerate and huggingface_hub write the head under the name it has in transformers 5.
     tensors = {"embed_out.weight" if name == "lm_head.weight" else name: tensor
                for name, tensor in tensors.items() if not name.endswith(LEGACY_BUFFERS)}
@@ -498,8 +471,7 @@ def open_neox(folder, paths):
             try:
                 tensors[published] = merged(published, [part[name] for part in parts])
             except (KeyError, IndexError, RuntimeError) as error:
-                raise ValueError(f"{folder}: the ranks of layer {layer} have no {name} that fits "
-                                 f"together: {one_line(error)}") from None
+                raise ValueError(f"{folder}: layer {layer}, {name}: {one_line(error)}") from None
     rotary = "gpt_neox.layers.0.attention.rotary_emb.inv_freq"  # says how many heads there are
     if absent := [name for name in (*ends.values(), rotary) if name not in tensors]:
         raise ValueError(f"{folder}: missing {', '.join(absent)}")
@@ -512,9 +484,9 @@ def open_neox(folder, paths):
 def merged(name, parts):
     """Return the whole of a tensor of which each tensor-parallel rank has a part.
 
-    As gpt-neox does, in its dtype: row parallel layers are split over inputs, the others over
-    outputs (whole heads, or rows of the vocabulary). The biases of row parallel ones add up. Every
-    rank has a copy of each LayerNorm; the copies differ by rounding, and the whole is their mean.
+    Row parallel layers are split over inputs, others over outputs (whole heads, or rows of the
+    vocabulary). As in gpt-neox, row parallel layers' biases add up, and LayerNorms, of which each
+    rank has a copy that rounding has changed, are averaged, in their own dtype.
     """
     if len(parts) == 1 or name.endswith(LEGACY_BUFFERS):
         return parts[0]
@@ -527,21 +499,18 @@ def merged(name, parts):
 
 
 EARLY = {0, *(2**i for i in range(10))}
-FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), 70000, 80000, 90000, 100000, 103000, 110000,
-                      120000, 130000, 140000}
+FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), *range(70000, 140001, 10000), 103000}
 # Repositories (a regular expression), steps (None: any), what is wrong, EleutherAI/pythia's issue.
 KNOWN_BAD = (
     ("pythia-2.8b", FINAL_2_8B, "serves weights of the end of training (#205, #195)"),
-    ("pythia-2.8b(-deduped)?", EARLY | {1000},
-     "up to step 1000 the published evaluations of 2.8b and 2.8b-deduped are equal: one is a copy"),
+    ("pythia-2.8b(-deduped)?", EARLY | {1000}, "one is a copy: their published scores are equal"),
     ("pythia-12b", {50000, 58000}, "its first shard is the final checkpoint's (#206)"),
     ("pythia-12b-deduped", {32000}, "was the final model until June 2023: is yours older? (#108)"),
     ("neox-ckpt-pythia-6.9b-deduped.*", None, "several steps may hold the same weights (#195)"),
     ("pythia-160m-weight-seed[12]", None, "later steps do not descend from its step 0 (#203)"),
     ("pythia-410m-seed(9|6|2)", {40000, 88000, 111000},
      "of seeds 9, 6, 2 weights are reported missing at step 40000, 88000, 111000 (#202)"),
-    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (the first update has rate 0, #83); float16 "
-     "hides most of the second update (#198)"))
+    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (#83); float16 hides most of 2 (#198)"))
 
 
 def known_bad(name, step):
@@ -558,18 +527,14 @@ def identify(source):
 
 
 def folder_tokenizer(folder, named=None):
-    """Return the tokenizer.json of a model: `named`, or its folder's own, or the one beside us.
-
-    Raises ValueError if the folder's own is not GPT-NeoX-20B's, and if the model has fewer ids.
-    """
+    """Return `named`, or a folder's own tokenizer.json if it is the 20B's, or the one beside us."""
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
         load_tokenizer(own)
         named = own
     size = open_any(folder)[0].vocab_size
     if size < N_TOKENS:
-        raise ValueError(f"{folder}: vocab_size is {size:,}, but GPT-NeoX-20B's tokenizer, the "
-                         f"only one that is known here, has {N_TOKENS:,} ids")
+        raise ValueError(f"{folder}: vocab_size is {size}, but the tokenizer has {N_TOKENS:,} ids")
     return named or "20B_tokenizer.json"
 
 
@@ -605,22 +570,20 @@ def import_(options):
     for name, tensor in tensors.items() if options.dtype else ():
         tensors[name] = tensor.to(getattr(torch, options.dtype))
         if tensors[name].isinf().sum() > tensor.isinf().sum():
-            raise ValueError(f"{name}: {tensor.abs().max():g} overflows torch.{options.dtype}; "
-                             "choose bfloat16 or float32")
+            raise ValueError(f"{name}: {tensor.abs().max():g} overflows torch.{options.dtype}")
     files, notes = split("model", tensors, options.shard_size)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     spec = hf_config(model_config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output) as folder:
         for file, some in files.items():
             write_file(folder / file, some)
         (folder / "README.md").write_text(model_card(source.resolve(), spec))
         write_notes(folder, notes, spec, tokenizer)
-    print(f"{output}: {len(tensors)} tensors in {len(files)} file(s), gelu {model_config.gelu}, "
-          f"{'a' if tokenizer else 'no'} tokenizer")
+    print(f"{output}: {len(tensors)} tensors in {len(files)} file(s), gelu {model_config.gelu}")
     if options.push:
-        step = source.resolve()
-        print(shlex.join(["hf", "upload", step.parent.name, options.output, ".",
-                          f"--revision={step.name}"]))
+        *_, run, step = source.resolve().parts
+        print(shlex.join(["hf", "upload", run, options.output, ".", f"--revision={step}"]))
 
 
 def model_card(source, spec):
@@ -645,12 +608,11 @@ class Fetch:
 
 def fetch(options):
     """Download published checkpoints; what is already whole is not downloaded again."""
-    steps = (checkpoint_steps(143000) if options.steps == "all" else
-             [int(step) for step in options.steps.split(",")])
+    steps = checkpoint_steps(143000) if options.steps == "all" else options.steps.split(",")
     repository = options.name if "/" in options.name else f"EleutherAI/{options.name}"
     name = repository.split("/")[1]
     run = Path(options.out_dir or name)
-    for step in steps:
+    for step in map(int, steps):
         folder = run / f"step{step}"
         for line in known_bad(name, step):
             note(line)
@@ -670,9 +632,8 @@ def download(repository, folder):
     import huggingface_hub
     info = huggingface_hub.HfApi().model_info(repository, revision=folder.name, files_metadata=True)
     files = {file.rfilename: file.lfs for file in info.siblings}
-    weights = r"model[\w.-]*\.safetensors[\w.]*"
-    if not any(re.fullmatch(weights, file) for file in files):
-        weights = r"pytorch_model[\w.-]*\.bin[\w.]*"
+    safe = any(file.startswith("model") and ".safetensors" in file for file in files)
+    weights = r"model[\w.-]*\.safetensors[\w.]*" if safe else r"pytorch_model[\w.-]*\.bin[\w.]*"
     for file, lfs in files.items():
         if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
             # By commit: all files are of one upload, whatever is pushed meanwhile.
@@ -703,12 +664,11 @@ def list_(options):
                 tokens = f"{training['tokens']:,}"
         except (ValueError, OSError) as error:
             damage += f" ({config.explain(error)})"
-        size = sum(path.stat().st_size for path in files_of(folder).values())
+        size = sum(path.stat().st_size for path in files_of(folder).values()) / 1e6
         held = [name for name in ("optimizer", "tokenizer.json", "manifest.json")
                 if (folder / name).exists()]
         loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
-        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size / 1e6:8,.1f} MB  "
-              f"{', '.join(held)}{damage}")
+        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(held)}{damage}")
     print(f"{len(folders)} checkpoints")
 
 

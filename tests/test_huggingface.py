@@ -275,10 +275,10 @@ def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
     (6, [0], None, None, "layer_06-model_00-model_states.pt: no such file"),
     (3, (0, 1), None, None, "missing gpt_neox.layers.1.input_layernorm.weight"),
     (6, (0, 1), None, None, "missing .*embed_out.weight"),
-    (2, [1], "attention.dense.bias", None, "layer 2 have no attention.dense.bias that fits"),
+    (2, [1], "attention.dense.bias", None, "layer 2, attention.dense.bias: KeyError"),
     (2, (0, 1), "mlp.dense_4h_to_h.bias", None, "missing gpt_neox.layers.0.mlp.dense_4h_to_h.b"),
-    (2, [0], "extra", torch.ones(3), "layer 2 have no extra that fits"),
-    (2, [1], "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "no mlp.dense_h_to_4h.weight that"),
+    (2, [0], "extra", torch.ones(3), "layer 2, extra: KeyError"),
+    (2, [1], "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "dense_h_to_4h.weight: RuntimeError"),
     (2, [1], "mlp.dense_h_to_4h.weight", torch.ones(3, 64).half(), r"\(131, 64\), expected \(256,"),
     (5, (0, 1), "norm.bias", torch.ones(63).half(), r"final_layer_norm.bias is \(63,\)"),
     (2, (0, 1), "attention.rotary_emb.inv_freq", None, "missing .*attention.rotary_emb")])
