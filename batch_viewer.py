@@ -9,7 +9,6 @@ checkpoint step1.
 """
 
 import os
-import re
 import sys
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from config import check, command, replacing
 from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, load_npy, order_paths,
-                  ordered, read_notes)
+                  ordered, read_notes, span)
 from interventions import IntervenedData, InterventionConfig
 from prepare import in_workers, progress
 from tokenizer import SPECIAL, SPECIAL_RE, load_tokenizer
@@ -131,8 +130,8 @@ class View(InterventionConfig, Order):
 def view(options):
     """Print what the model saw at a step: text by document, with subset, source and repeats."""
     data, size = ordered(options), options.batch_size
-    steps = _range("step", options.step, min(options.steps, len(data) // size), 1)
-    places = _range("rows", options.rows or f"0:{min(4, size)}", size, 0)
+    steps = span("step", options.step, min(options.steps, len(data) // size), end=1)
+    places = span("rows", options.rows or f"0:{min(4, size)}", size)
     print(f"steps {steps[0]:,} to {steps[-1]:,}, rows {steps[0] * size:,} to "
           f"{steps.stop * size - 1:,} (all included); checkpoint step{steps.stop} is the first to "
           "have seen them all")
@@ -181,17 +180,6 @@ def show_row(data, provenance, tokenizer, row, rows_before):
               f"{stop - 1:,} of {provenance.data.tokens.sizes[document]:,}; seen before: {seen} of "
               f"{len(copies)} copies")
         print(tokenizer.decode(provenance.data.tokens.read(document, start, stop).tolist()))
-
-
-def _range(name, text, n, end):
-    """Return the range that is "3", or "3:5" with its `end` (0 or 1) included, out of n."""
-    if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
-        first = int(match[1])
-        stop = int(match[2]) + end if match[2] else first + 1
-        if first < stop <= n:
-            return range(first, stop)
-    raise ValueError(f"{name} = {text!r}, expected a number from 0 to {n - 1:,} or first:last"
-                     + ("" if end else "+1"))
 
 
 # ---------------------------------------------------------------------------- find

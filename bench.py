@@ -39,7 +39,7 @@ from model import ModelConfig, Pythia, hf_config, hf_name
 from parallel import (LaunchConfig, Processes, flops_per_token, matmul_flops, memory_per_process,
                       peak_flops)
 from studies.memorization import matched_lengths
-from tokenizer import load_tokenizer
+from tokenizer import encode_piece, load_tokenizer
 from train import TrainConfig, Training, make_optimizer
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
@@ -251,7 +251,7 @@ def evaluation(options):
                       batch_size=64 if device.type == "cuda" else 8)
 
     def score():
-        harness._encode_piece.cache_clear()  # every round encodes its texts itself
+        encode_piece.cache_clear()  # every round encodes its texts itself
         return harness.loglikelihood(model, tokenizer, requests)
 
     for task, shots in (("lambada_openai", 0), ("hellaswag", 0), ("piqa", 0), ("mmlu_anatomy", 5)):

@@ -27,6 +27,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import struct
 import sys
@@ -516,6 +517,34 @@ def unshuffled(options):
     if data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
     return data
+
+
+def span(name, text, n, end=0):
+    """Return the range that is "3", or "3:5" with its `end` (0 or 1) included, out of n."""
+    if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
+        first = int(match[1])
+        stop = int(match[2]) + end if match[2] else first + 1
+        if first < stop <= n:
+            return range(first, stop)
+    raise ValueError(f"{name} = {text!r}, expected a number from 0 to {n - 1:,} or first:last"
+                     + ("" if end else "+1"))
+
+
+def run_settings(model):
+    """Return what a run of ours, or the run of a step's folder, was trained with; else nothing."""
+    paths = Path(model).absolute().parent / "config.json", Path(model) / "config.json"
+    found = [read_json(path) for path in paths if path.exists()]
+    return next((settings for settings in found if "batch_size" in settings), {})
+
+
+def order_of(model, data=None):
+    """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
+    settings = run_settings(model)
+    if not (data or settings.get("data")):
+        raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
+                         "trained on")
+    names = settings.keys() & {"steps", "batch_size", "seq_length", "seed"}
+    return Order(data or settings["data"], **{name: settings[name] for name in names})
 
 
 def order(options):

@@ -8,14 +8,13 @@
     python eval.py losses --model=RUN --text=TEXTS.jsonl --output=OUT # every text's, as arrays
 
 --model is a run folder of ours, one of its step folders, or a published checkpoint in any form.
---docs holds a folder for each task with its documents as distributed, for instance
-DIR/piqa/validation.jsonl. What the CSV already holds is skipped, so the same command goes on.
+--docs holds each task's documents as distributed, for instance DIR/piqa/validation.jsonl.
+What the CSV already holds is skipped, so the same command goes on.
 
 tasks.py has the tasks, their prompts and metrics; here is what the model does with them, by
 lm_eval's rules but several times faster: rows that begin alike (the choices of a question, all
 questions behind the same shots) share the work on what they share, logits are computed only where a
-token is scored, and rows of like length are batched by tokens. None of it changes a number by more
-than rounding (tests/test_scoring.py: 1e-4).
+token is scored. That changes a number by no more than rounding (tests/test_scoring.py: 1e-4).
 """
 
 import hashlib
@@ -25,6 +24,7 @@ import math
 import os
 import re
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -33,154 +33,130 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, COUNT, file_size, note, NUMBER, parse, read_json, run, sha256_of, Table,
-                    TEXT, write_all, write_json)
-from data import Order, ordered
+from config import (check, command, COUNT, file_size, note, NUMBER, parse, read_json, run,
+                    sha256_of, Table, TEXT, write_json)
+from data import Order, order_of, ordered, run_settings, span
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
-from tasks import (digest, GROUPS, MEMBERS, named_tasks, NoDocuments, prompts, read_jsonl,
-                   read_split, STYLES, text as text_of)
+from tasks import (digest, GROUPS, measured, named_tasks, NoDocuments, prompts, read_jsonl,
+                   read_split, STYLES, Task)
 from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
 
 # ---------------------------------------------------------------------------- shared beginnings
 
 
-class Pack:
-    """Rows of tokens as a tree: what they begin with in common is there once.
-
-    The rows "the cat sat" and "the cat ran on" are the nodes
-
-        0 the - 1 cat - 2 sat
-                      \\ 3 ran - 4 on        positions 0 1 2 2 3
-
-    A node is a token; it sees its ancestors and itself. `branches` are the chains that the tree is
-    made of, (first node, end, ancestors of the first): here (0, 3, []) and (3, 5, [0, 1]). `path`
-    has the nodes of the row that was added last.
-    """
-
-    def __init__(self):
-        self.tokens, self.positions, self.branches, self.path, self.scored = [], [], [], [], []
-
-    def add(self, index, row, n, shared):
-        """Append a row of which n tokens are scored and the `shared` first are the last row's."""
-        start, end = len(self.tokens), len(self.tokens) + len(row) - 1 - shared
-        ancestors = self.path[:shared]
-        if end > start:
-            self.branches.append((start, end, ancestors))
-        self.tokens.extend(row[shared:-1])
-        self.positions.extend(range(shared, len(row) - 1))
-        self.path = ancestors + list(range(start, end))
-        self.scored.append((index, self.path[-n:], row[-n:]))
-
-
-# Tokens of a batch: few keep a CPU's activations in its cache (a tenth faster than 4096).
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+# Tokens computed at once. Few keep a CPU's activations in its cache (a tenth faster than 4096).
+BATCH_TOKENS = 32768 if torch.cuda.is_available() else 2048
 JOINS = 4  # a row joins the pack before it if they share at least 1 / JOINS of the row
 PACK = 640  # tokens that a pack may have, or twice the row that joins: attention sees all of it
 PREFIX = 32  # tokens that packs must share to be one group
 PREFIX_PAYS = 512  # tokens that a group must save for its prefix to be computed apart
+OPEN = 1 << 40  # behind all nodes
 
 
-def plan(rows, L, batch_tokens, name="request {}".format):
+class Pack:
+    """Rows of tokens as a tree: what they begin with in common is there once.
+
+    A token is a node, and sees its ancestors and itself. Each row shares nodes with the one before
+    only, so that nodes j to ends[j] - 1 are those that see node j. "the cat sat", "the cat ran on":
+
+        0 the - 1 cat - 2 sat              positions 0 1 2 2 3, ends OPEN OPEN 3 OPEN OPEN
+                      \\ 3 ran - 4 on      path, the nodes of the last row: 0 1 3 4
+    """
+
+    def __init__(self):
+        self.tokens, self.positions, self.ends, self.path, self.scored = [], [], [], [], []
+        self.common = OPEN  # how many of their first tokens all rows share, and none is scored
+
+    def add(self, index, row, n, shared):
+        """Append a row of which n tokens are scored and the `shared` first are the last row's."""
+        start, length = len(self.tokens), len(row) - 1
+        self.common = min(self.common, shared or length, length - n)
+        for node in self.path[shared:]:
+            self.ends[node] = start
+        self.tokens += row[shared:-1]
+        self.positions += range(shared, length)
+        self.ends += [OPEN] * (length - shared)
+        self.path = self.path[:shared] + [*range(start, len(self.tokens))]
+        self.scored.append((index, self.path[-n:], row[-n:]))
+
+
+def plan(rows, L, batch_tokens=BATCH_TOKENS, name="request {}".format):
     """Return batches [(prefix tokens, packs)] of rows (index, tokens, n), cut on the left to L + 1.
 
     Rows next to each other in alphabetical order share most. A row joins the pack of the one before
-    if they share much of it and the tree stays small. Packs that share a long beginning (the shots)
-    are a group, whose beginning is computed once, as a prefix of its batches. Raises ValueError by
-    a row's name(index) if it has nothing to score or no context; there lm_eval's assertions fail.
+    if they share much of it and the tree stays small. What many packs begin with (the shots) is
+    computed once, as a prefix. Raises ValueError by name(index) of a row without score or context.
     """
     for index, tokens, n in rows:
         if not 0 < n <= min(L, len(tokens) - 1):
             raise ValueError(f"{name(index)}: a continuation of {max(n, 0)} tokens behind "
-                             f"{len(tokens) - max(n, 0)} does not fit in {L} tokens of context, at "
-                             "least 1 of each")
+                             f"{len(tokens) - max(n, 0)} does not fit in {L} tokens of context")
     rows = [(index, np.array(tokens[-(L + 1):]), n) for index, tokens, n in rows]
-    groups, before = [], np.array([-1])  # [packs, how many tokens all of them share]
+    packs, before = [], np.array([-1])
     for index, row, n in sorted(rows, key=lambda row: row[1].astype(">u4").tobytes()):
         most = min(len(before), len(row)) - 1
         shared = int(np.append(before[:most] != row[:most], True).argmax())
-        own = len(row) - 1 - n  # positions of the context: a prefix has no scored position
-        packs, P = groups[-1] if groups else ([], 0)
-        still = min(P, shared, own)  # what the group would share with this row in it
         small = packs and len(packs[-1].tokens) + len(row) - shared <= max(PACK, 2 * len(row))
-        if small and JOINS * shared >= len(row) and (len(packs) == 1 or still >= P // 2):
-            groups[-1][1] = still
-        elif packs and still >= max(PREFIX, P // 2):
+        if not small or JOINS * shared < len(row):
             packs.append(Pack())
-            groups[-1][1], shared = still, 0
-        else:
-            groups.append([[Pack()], own])
             shared = 0
-        groups[-1][0][-1].add(index, row.tolist(), n, shared)
+        packs[-1].add(index, row.tolist(), n, shared)
         before = row
-
-    batches, alone, behind_prefix = [], [], []
-    for packs, P in groups:
-        if (len(packs) - 1) * P >= PREFIX_PAYS:
-            behind_prefix.append((packs, P))
-        else:
-            alone += packs
-    for packs, P in [(alone, 0), *behind_prefix]:
+    by_prefix, batches = defaultdict(list), []
+    for _, group in itertools.groupby(packs, key=lambda pack: pack.tokens[:PREFIX]):
+        group = list(group)
+        prefix = os.path.commonprefix([pack.tokens[:pack.common] for pack in group])
+        pays = (len(group) - 1) * len(prefix) >= PREFIX_PAYS
+        by_prefix[tuple(prefix) if pays else ()] += group
+    for prefix, packs in by_prefix.items():
         packs.sort(key=lambda pack: -len(pack.tokens))  # so those of like length come together
         while packs:
-            n = max(1, batch_tokens // (len(packs[0].tokens) - P))
-            batches.append((packs[0].tokens[:P], packs[:n]))
+            n = max(1, batch_tokens // (len(packs[0].tokens) - len(prefix)))
+            batches.append((prefix, packs[:n]))
             packs = packs[n:]
     return batches
 
 
 def _tensors(packs, P, like):
-    """Return tokens, positions (B, T) of packs behind a prefix of P; mask (B, 1, T, P + T) or None.
-
-    A node's column in the mask is its number, for the prefix's P tokens are its first nodes.
-    """
-    T = max(len(pack.tokens) for pack in packs) - P
-    nodes = torch.zeros(2, len(packs), T, dtype=torch.int64)
+    """Return tokens, positions (B, T) of packs behind P nodes; mask (B, 1, T, P + T) or None."""
+    nodes = torch.zeros(3, len(packs), max(len(pack.tokens) for pack in packs), dtype=torch.int64)
     for b, pack in enumerate(packs):
-        nodes[:, b, :len(pack.tokens) - P] = torch.tensor([pack.tokens[P:], pack.positions[P:]])
-    tokens, positions = nodes.to(like.device)
-    if P == 0 and all(len(pack.branches) == 1 for pack in packs):
+        nodes[:, b, :len(pack.tokens)] = torch.tensor([pack.tokens, pack.positions, pack.ends])
+    tokens, positions, ends = nodes.to(like.device)
+    if P == 0 and all(len(pack.path) == len(pack.tokens) for pack in packs):
         # Plain rows are padded on the right, which a causal model never looks at.
         return tokens, None, None
-    mask = torch.full((len(packs), 1, T, P + T), -torch.inf)
-    mask[..., :P] = 0
-    triangle = torch.full((T, T), -torch.inf).triu(1)
-    for b, pack in enumerate(packs):
-        for start, end, ancestors in pack.branches:
-            start = max(start, P)
-            inside = mask[b, 0, start - P:end - P]
-            inside[:, ancestors] = 0
-            inside[:, start:end] = triangle[:end - start, :end - start]
-        # Padding may see everything. If it saw nothing, its softmax would be NaN.
-        mask[b, 0, len(pack.tokens) - P:] = 0
-    return tokens, positions, mask.to(like)
+    node = torch.arange(len(ends[0]), device=like.device)
+    seen = (node <= node[P:, None]) & (node[P:, None] < ends[:, None])  # node 0 by all, padding too
+    mask = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    return tokens[:, P:], positions[:, P:], mask[:, None]
 
 
-def score(model, rows, batch_tokens=None):
+def score(model, rows, batch_tokens=BATCH_TOKENS):
     """Return [(log-likelihood in nats, is_greedy)] of the last n tokens of rows (tokens, n).
 
-    Each row is cut on the left to the model's context. The softmax runs over all columns, padded
-    vocabulary included; is_greedy says that every one of the n tokens is the largest logit's, the
-    first of equals. Under torchrun the rows are shared out and every process gets all results.
+    Rows are cut on the left to the context. The softmax runs over all columns, padded vocabulary
+    included; is_greedy: each of the n tokens is the largest logit's, the first of equals. Under
+    torchrun the rows are shared out and every process gets all results.
     """
-    batch_tokens = batch_tokens or BATCH_TOKENS[model.embed_in.weight.device.type]
     rows = [(i, *row) for i, row in enumerate(rows)]
     return run_plan(model, plan(rows, model.config.seq_length, batch_tokens), len(rows))
 
 
 @torch.no_grad()
-def run_plan(model, batches, n, progress=None):
+def run_plan(model, batches, n):
     """Return score's result of each index, 0 to n - 1; rows of the same index are added up."""
-    lls, all_greedy, prefix, cache = np.zeros(n), np.ones(n, dtype=bool), [], None
+    lls, all_greedy, prefix, cache = np.zeros(n), np.ones(n, dtype=bool), (), None
     weight = model.embed_in.weight
-    for prefix_tokens, packs in _mine(batches):
-        P = len(prefix_tokens)
-        if prefix_tokens != prefix:
-            prefix, cache = prefix_tokens, None
+    rank, processes = checkpoints.process_place()
+    for tokens, packs in tqdm(batches[rank::processes], leave=False, disable=rank > 0 or None):
+        P = len(tokens)
+        if tokens != prefix:
+            prefix, cache = tokens, None
             if P:
                 layers = [Cache(model.config, 1, P, weight) for _ in model.layers]
                 model.hidden(torch.tensor([prefix], device=weight.device), cache=layers)
@@ -196,9 +172,7 @@ def run_plan(model, batches, n, progress=None):
         for (index, *_), lp, g in zip(scored, np.split(logprobs, ends), np.split(greedy, ends)):
             lls[index] += lp.sum()
             all_greedy[index] &= g.all()
-        if progress:
-            progress(len(scored))
-    lls, all_greedy = zip(*_everyone((lls, all_greedy)))
+    lls, all_greedy = zip(*Processes.gather((lls, all_greedy)))
     return list(zip(sum(lls).tolist(), np.all(all_greedy, axis=0).tolist()))
 
 
@@ -217,55 +191,26 @@ def _logprobs(model, hidden, nodes, targets):
         target_logits, first = logits[row, target], logits.argmax(1, keepdim=True)
         greedy[here] = first[row, 0] == target
         largest = logits.gather(1, first)
-        # log sum exp = largest logit - log(its probability). This works in place and takes half
-        # the time of torch.logsumexp.
+        # log sum exp = largest logit - log(its probability): in half of torch.logsumexp's time.
         log_sum = largest - torch.softmax(logits, 1, out=logits).gather(1, first).log()
         logprobs[here] = (target_logits - log_sum[row, 0]).double()
     return logprobs.cpu().numpy(), greedy.cpu().numpy()
-
-
-def _mine(items):
-    """Return the items that are this process's."""
-    return items[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else items
-
-
-def _everyone(value):
-    """Return every process's value."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-@lru_cache(maxsize=1 << 16)
-def _encode_piece(tokenizer, piece):
-    return tokenizer.encode(piece)
-
-
-def encode(tokenizer, text):
-    """Return tokenizer.encode(text), line by line: prompts have most of their lines in common.
-
-    No token reaches over the start of a newline that follows anything but white space.
-    """
-    return [token for piece in re.split(r"(?<=\S)(?=\n)", text)
-            for token in _encode_piece(tokenizer, piece)]
 
 
 def encode_pair(tokenizer, context, continuation, style="v0.4"):
     """Return (tokens, n): context and continuation encoded together, n tokens of them the latter's.
 
     lm_eval/api/model.py, TemplateLM._encode_pair: white space at the context's end moves to the
-    continuation, and the context's share is the length of its own encoding. An empty context is
-    <|endoftext|>; a continuation that begins with it already is its own context. v0.3
-    (lm_eval/base.py, BaseLM.loglikelihood) encodes each alone, white space where it stands.
+    continuation; an empty context is <|endoftext|>, which a continuation may begin with already.
+    v0.3 (lm_eval/base.py, BaseLM.loglikelihood) encodes each alone, white space where it stands.
     """
     if style == "v0.3":
-        tokens = encode(tokenizer, continuation)
-        return (encode(tokenizer, context) or [ENDOFTEXT]) + tokens, len(tokens)
+        tokens = tokenizer.encode_lines(continuation)
+        return (tokenizer.encode_lines(context) or [ENDOFTEXT]) + tokens, len(tokens)
     if context == "":
         context, continuation = "<|endoftext|>", continuation.removeprefix("<|endoftext|>")
-    whole = encode(tokenizer, context + continuation)
-    return whole, len(whole) - len(encode(tokenizer, context.rstrip()))
+    whole = tokenizer.encode_lines(context + continuation)
+    return whole, len(whole) - len(tokenizer.encode_lines(context.rstrip()))
 
 
 def loglikelihood(model, tokenizer, requests):
@@ -290,20 +235,18 @@ def rolling_rows(tokenizer, texts, L):
 
 def loglikelihood_rolling(model, tokenizer, texts):
     """Return the log-likelihood in nats of each whole text, every token predicted exactly once."""
-    rows, totals = rolling_rows(tokenizer, texts, model.config.seq_length), [0.0] * len(texts)
-    for (i, *_), (logprob, _) in zip(rows, score(model, [row[1:] for row in rows])):
-        totals[i] += logprob
-    return totals
+    L = model.config.seq_length
+    results = run_plan(model, plan(rolling_rows(tokenizer, texts, L), L), len(texts))
+    return [ll for ll, _ in results]
 
 
-def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch_tokens=None,
-                   progress=None):
+def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
+                   batch_tokens=BATCH_TOKENS):
     """Return what greedy decoding says after each prompt, up to the first of `stops` or n_tokens.
 
     lm_eval/models/huggingface.py, HFLM.generate_until: prompts are cut on the left to leave room
     for n_tokens, the text at each stop in turn; <|endoftext|> always ends it.
     """
-    L, device = model.config.seq_length, model.embed_in.weight.device
     # The last tokens that can hold a stop; 3 more for a character that is cut in two.
     window = max((len(stop.encode()) for stop in stops), default=0) + 3
 
@@ -312,16 +255,17 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
         return tokenizer.decode([token for token in tokens if 1 < token < N_TOKENS])
 
     def finished(new):
-        tails = [(row[-1], decode(row)) for row in new[:, -window:].tolist()]
-        return torch.tensor([last == ENDOFTEXT or any(stop in tail for stop in stops)
-                             for last, tail in tails])
+        return torch.tensor([row[-1] == ENDOFTEXT or any(stop in decode(row) for stop in stops)
+                             for row in new[:, -window:].tolist()])
 
-    encoded = [(encode(tokenizer, prompt) or [ENDOFTEXT])[-(L - n_tokens):] for prompt in prompts]
-    order = _mine(sorted(range(len(prompts)), key=lambda i: -len(encoded[i])))
+    room, device = model.config.seq_length - n_tokens, model.embed_in.weight.device
+    encoded = [(tokenizer.encode_lines(prompt) or [ENDOFTEXT])[-room:] for prompt in prompts]
+    rank, processes = checkpoints.process_place()
+    order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))[rank::processes]
     results = {}
     while order:
         T = len(encoded[order[0]])
-        n = max(1, (batch_tokens or 16384) // (T + n_tokens))
+        n = max(1, min(8 * batch_tokens, 16384) // (T + n_tokens))  # the keys of all are kept
         chosen, order = order[:n], order[n:]
         padding = [T - len(encoded[i]) for i in chosen]
         tokens = torch.tensor([[0] * pad + encoded[i] for pad, i in zip(padding, chosen)])
@@ -331,117 +275,104 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256, batch
             results[i] = decode(row)
             for stop in (*stops, "<|endoftext|>"):
                 results[i] = results[i].split(stop)[0]
-        if progress:
-            progress(len(chosen))
-    results = {i: text for part in _everyone(results) for i, text in part.items()}
+    results = {i: text for part in Processes.gather(results) for i, text in part.items()}
     return [results[i] for i in range(len(prompts))]
 
 
-# ---------------------------------------------------------------------------- one task, one model
-
-
+@dataclass(eq=False)  # hashable, so that its plan is cached
 class Job:
-    """A task or a group's tasks, their documents made into requests; for any number of models.
-
-    members: (task's name, Task, its Questions); they differ only in their documents from `task`.
-    requests, of all, shots included: (context, continuation), prompts or whole texts; asked, whose
-    they are: (task's name, number of the document, Question). documents: {task or group: hash}.
-    plans: {context length: plan_job's}.
-    """
-
-    def __init__(self, name, task, shots, style):
-        self.name, self.task, self.shots, self.style = name, task, shots, style
-        self.members, self.requests, self.asked, self.documents, self.plans = [], [], [], {}, {}
+    """A task or a group's tasks, their documents made into requests; for any number of models."""
+    name: str
+    task: Task  # of a group the first; its tasks differ only in their documents
+    style: str
+    members: list  # (task's name, its Questions)
+    requests: list  # of all, shots included: (context, continuation), or (prompt,)
+    asked: list  # whose they are: (task's name, number of the document, file and line of it)
+    documents: dict  # {task or group: hash}
 
 
 def prepare(name, docs, shots=0, style="v0.4", limit=None):
     """Return the Job of a task or group, or raise ValueError about its documents."""
     members = GROUPS[name][0] if name in GROUPS else [name]
-    job = Job(name, STYLES[style][members[0]], shots, style)
+    job = Job(name, STYLES[style][members[0]], style, [], [], [], {})
     for member in members:
-        task = STYLES[style][member]
-        if shots and not task.pool:
-            raise ValueError(f"{member}: shots must be 0 in style {style}, it has no examples "
-                             "to draw")
         try:
+            task = STYLES[style][member]
             prompted, job.documents[member] = prompts(task, docs, shots, style, limit)
         except ValueError as error:
             raise type(error)(f"{member}: {error}") from None
+        job.members.append((member, [question for _, question in prompted]))
         for number, (prefix, question) in enumerate(prompted):
-            job.requests += [(prefix + request[0], request[1]) if task.kind == "loglikelihood"
-                             else prefix + request for request in question.requests]
-            job.asked += [(member, number, question)] * len(question.requests)
-        job.members.append((member, task, [question for _, question in prompted]))
+            for context, *continuation in question.requests:
+                job.requests.append((prefix + context, *continuation))
+                job.asked.append((member, number, question.where))
     if name in GROUPS:
         job.documents[name] = digest(list(job.documents.values()))
     return job
 
 
+@lru_cache(maxsize=None)
 def plan_job(job, tokenizer, L, batch_tokens):
-    """Plan a job for models with a context of L tokens; raise ValueError for what does not fit."""
-    task, rows, long = job.task, [], 0
-    if L in job.plans:
-        return
-    if task.kind == "rolling":
-        rows = rolling_rows(tokenizer, job.requests, L)
-    elif task.kind == "generate":
-        if task.n_tokens >= L:
-            raise ValueError(f"{job.name}: {task.n_tokens} tokens to generate leave no room for a "
-                             f"prompt in {L} tokens of context")
-        long = sum(len(encode(tokenizer, prompt)) > L - task.n_tokens for prompt in job.requests)
+    """Return a job's plan for models with a context of L tokens."""
+    rows, long = [], 0
+    if job.task.kind == "rolling":
+        rows = rolling_rows(tokenizer, [text for _, text in job.requests], L)
+    elif job.task.kind == "generate":
+        room = L - job.task.n_tokens
+        long = sum(len(tokenizer.encode_lines(prompt)) > room for [prompt] in job.requests)
     else:
         rows = [(i, *encode_pair(tokenizer, *request, job.style))
                 for i, request in enumerate(job.requests)]
         long = sum(len(tokens) > L + 1 for _, tokens, _ in rows)
-    job.plans[L] = plan(rows, L, batch_tokens,
-                        lambda i: f"{job.asked[i][0]}: {job.asked[i][2].where}")
+    batches = plan(rows, L, batch_tokens, lambda i: "{0}: {2}".format(*job.asked[i]))
     if long:
         note(f"{job.name}: {long:,} of {len(job.requests):,} requests are too long for {L:,} "
              "tokens of context and lose their beginning, as lm_eval's do")
+    return batches
 
 
-def answer(model, tokenizer, job, batch_tokens=None, progress=None):
-    """Return a result for each request: (log-likelihood, is_greedy), text, or log-likelihood."""
-    task, L = job.task, model.config.seq_length
-    if task.kind == "generate":
-        return generate_until(model, tokenizer, job.requests, task.stops, task.n_tokens,
-                              batch_tokens, progress)
-    plan_job(job, tokenizer, L, batch_tokens or BATCH_TOKENS["cpu"])
-    results = run_plan(model, job.plans[L], len(job.requests), progress)
-    return [logprob for logprob, _ in results] if task.kind == "rolling" else results
+def answer(model, tokenizer, job, batch_tokens=BATCH_TOKENS):
+    """Return a result for each request: (log-likelihood, is_greedy), or (text,)."""
+    batches = plan_job(job, tokenizer, model.config.seq_length, batch_tokens)
+    if job.task.kind != "generate":
+        return run_plan(model, batches, len(job.requests))
+    contexts, task = [context for [context] in job.requests], job.task
+    return list(zip(generate_until(model, tokenizer, contexts, task.stops, task.n_tokens,
+                                   batch_tokens)))
 
 
 def measure(job, results):
     """Return [(task, metric, value, stderr, n)] from the results of a job, a group's own last."""
     rows, results = [], iter(results)
-    for name, task, questions in job.members:
+    for name, questions in job.members:
         own = [[next(results) for _ in question.requests] for question in questions]
-        rows += [(name + suffix, metric, *numbers)
-                 for suffix, metric, *numbers in task.measure(questions, own)]
+        rows += [(name + suffix, *row) for suffix, *row in measured(job.task, questions, own)]
     return rows + (GROUPS[job.name][1](rows) if job.name in GROUPS else [])
 
 
 # ---------------------------------------------------------------------------- over training
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Which checkpoints, and what computes them."""
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
+    steps: str = "all"  # of a run folder: all, last, or numbers with commas
+    tokenizer: str | None = None  # None: the model's own, else 20B_tokenizer.json
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class EvalConfig(Models):
     tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
     docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
-    # Rows are appended; what it holds is not computed again. A model is known by its folder's name
-    # alone: two models of one name need two files.
-    output: str = "results.csv"
+    output: str = "results.csv"  # appended to; what it has of a model's name is not done again
     samples: str | None = None  # JSON Lines file that gets every request computed, and its result
-    steps: str = "all"  # of a run folder: all, last, or numbers with commas
     shots: int = 0  # solved examples before each question
     style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
     dtype: str = "float32"  # as in the paper; lm_eval loads the published files in float16
     limit: int | None = None  # only so many documents of each task
-    tokenizer: str | None = None  # None: the model's own, else 20B_tokenizer.json
-    device: str = "auto"
-    # Tokens computed at once; None: 2048 on a CPU, 32768 on a GPU, 16384 where texts are generated.
-    batch_tokens: int | None = None
+    batch_tokens: int = BATCH_TOKENS  # tokens computed at once: 32768 on a GPU, else 2048
 
     def __post_init__(self):
         check(self, " or ".join(STYLES), STYLES.__contains__, "style")
@@ -460,42 +391,28 @@ identity = itemgetter("model", "step", "task", "shots", "metric", "style", "dtyp
 def main(config):
     # Processes meet when a task is done. The first one may wait longer than gloo's 30 minutes.
     processes = Processes(config.device, timeout=timedelta(days=30))
-    processes.agree(asdict(config) | {"device": processes.device.type})
     jobs, entries = prepare_all(config), find_all(config.model, config.steps)
-    processes.agree({f"documents of {job.name}": job.documents for job in jobs} | {
+    processes.agree(asdict(config) | {"device": processes.device.type} | {
+        f"documents of {job.name}": job.documents for job in jobs} | {
         f"{name} step {step}": sha256_of(folder / "manifest.json")
         for name, step, _, folder in entries if (folder / "manifest.json").is_file()})
     # The first process knows what the files hold, and alone writes to them.
     opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
-    table, missing = opened or (None, None)
-    missing = processes.gather(missing)[0]
-    todo = {}  # checkpoint: its jobs
-    for i, j in missing:
-        todo.setdefault(entries[i], []).append(jobs[j])
-    tokenizer, n = None, config.batch_tokens or BATCH_TOKENS[processes.device.type]
-    for (*_, folder), mine in todo.items():  # what does not fit is told before any model runs
-        path = checkpoints.folder_tokenizer(folder, config.tokenizer)
+    table, todo = opened or (None, None)
+    todo, tokenizer = processes.gather(todo)[0], None
+    for i, numbers in todo.items():
+        path = checkpoints.folder_tokenizer(entries[i][3], config.tokenizer)
         tokenizer = tokenizer or load_tokenizer(path)  # all are the same
-        L = checkpoints.open_any(folder)[0].seq_length
-        for job in mine:
-            plan_job(job, tokenizer, L, n)
-    with tqdm(total=sum(len(jobs[j].requests) for _, j in missing), unit="request",
-              disable=processes.rank > 0 or None) as bar:
-        for entry, mine in todo.items():
-            name, step, _, folder = entry
-            model = checkpoints.load_model(folder, processes.device)
-            model = model.to(getattr(torch, config.dtype))
-            for job in mine:
-                bar.set_description(f"{name} step {step} {job.name}")
-                before = bar.n
-                results = answer(model, tokenizer, job, config.batch_tokens, bar.update)
-                bar.update(before + len(job.requests) - bar.n)  # the other processes' share
-                if processes.rank == 0:
-                    record(config, table, entry, job, results)
-            del model  # two may not fit where one does
+        model = checkpoints.load_model(entries[i][3], processes.device)
+        model = model.to(getattr(torch, config.dtype))
+        for j in numbers:
+            results = answer(model, tokenizer, jobs[j], config.batch_tokens)
+            if processes.rank == 0:
+                record(config, table, entries[i], jobs[j], results)
+        del model  # two may not fit where one does
     if processes.rank == 0:
-        there = len(entries) * len(jobs) - len(missing)
-        print(f"{config.output}: {len(missing)} evaluations done, {there} were there")
+        n, done = len(entries) * len(jobs), sum(map(len, todo.values()))
+        print(f"{config.output}: {done} evaluations done, {n - done} were there")
     leave_processes()
 
 
@@ -513,169 +430,135 @@ def prepare_all(config):
 
 
 def open_outputs(config, entries, jobs):
-    """Return the CSV's Table and [(entry's, job's number)] of the evaluations that it lacks.
+    """Return the CSV's Table and {number of an entry: numbers of the jobs that it lacks}.
 
     An evaluation that has only some of its rows, after a kill, is done again as a whole, and these
     rows are taken out. Raises ValueError if a name in a row to come could not be written.
     """
-    table = Table(config.output, COLUMNS)
-    there, missing, again = set(map(identity, table.rows)), [], set()
-    nothing = {"loglikelihood": (math.nan, False), "generate": "", "rolling": math.nan}
+    table, todo, again = Table(config.output, COLUMNS), {}, set()
+    there = set(map(identity, table.rows))
     for j, job in enumerate(jobs):
-        measured = measure(job, [nothing[job.task.kind]] * len(job.requests))
+        nothing = ("",) if job.task.kind == "generate" else (math.nan, False)
+        measured = measure(job, [nothing] * len(job.requests))
         for i, entry in enumerate(entries):
             rows = csv_rows(config, entry, job, measured)
             expected = {identity(dict(zip(COLUMNS, row))) for row in rows}
             if not expected <= there:
-                for row in rows:
-                    table.line(row)  # raises ValueError
-                missing.append((i, j))
+                b"".join(map(table.line, rows))
+                todo.setdefault(i, []).append(j)
                 again |= expected
     if again & there:
         table.keep(lambda row: identity(row) not in again)
     if config.samples:
         open_samples(config.samples)
-    return table, missing
+    return table, todo
 
 
 def csv_rows(config, entry, job, measured):
     """Return the CSV's rows of measure's; a member's has the hash of its own documents."""
-    return [(*entry[:3], task, str(job.shots), metric, value, stderr, n, job.style, config.dtype,
+    return [(*entry[:3], task, str(config.shots), metric, value, stderr, n, job.style, config.dtype,
              job.documents.get(task.partition(":")[0], job.documents[job.name]))
             for task, metric, value, stderr, n in measured]
 
 
+def open_samples(path):
+    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
+    last = b"\n"
+    with open(path, "ab+") as file:  # what cannot be written is refused now, not in an hour
+        file_size(path)  # refuses what is no file
+        file.seek(0)
+        for last in file:
+            if not last.startswith(b'{"model": '[:len(last)]):
+                raise ValueError(f"{path}: holds other lines than samples; name another --samples")
+        if not last.endswith(b"\n"):
+            file.truncate(file.tell() - len(last))
+
+
 def record(config, table, entry, job, results):
-    """Append a job's rows to the CSV, its requests to the samples, and print what matters."""
+    """Append a job's requests to the samples, its rows to the CSV, and print what matters."""
     name, step, *_ = entry
+    cells = (("context", "generated") if job.task.kind == "generate" else
+             ("context", "continuation", "loglikelihood", "is_greedy"))
     if config.samples:
-        append_samples(config.samples, name, step, job, results)
+        with open(config.samples, "a", encoding="utf8") as file:
+            for (task, number, _), request, result in zip(job.asked, job.requests, results):
+                value, *greedy = result
+                if greedy and not math.isfinite(value):
+                    value = None  # JSON has no NaN
+                line = dict(model=name, step=step, task=task, shots=config.shots, style=job.style,
+                            doc_id=number, **dict(zip(cells, (*request, value, *greedy))))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     rows = measure(job, results)
     table.append(*csv_rows(config, entry, job, rows))
-    tqdm.write(f"{name} step {step:>6} | " + " | ".join(
+    print(f"{name} step {step:>6} | " + " | ".join(
         f"{task} {metric} {value:.4f}{'' if stderr is None else f' ± {stderr:.4f}'} (n {n:,})"
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
 
 
-def open_samples(path):
-    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
-    line, ours = b"\n", b'{"model": '
-    if os.path.exists(path):
-        file_size(path)  # refuses what is no file
-    with open(path, "ab+") as file:  # what cannot be written is refused now, not in an hour
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if line[:len(ours)] != ours[:len(line)]:
-                raise ValueError(f"{path}, line {number}: no sample; name another --samples")
-        if not line.endswith(b"\n"):
-            note(f"{path}: the last line was torn and goes: {line[:200]!r}")
-            file.truncate(file.tell() - len(line))
-
-
-def append_samples(path, name, step, job, results):
-    """Write one line a request: what was asked, and what came of it; JSON has null for NaN."""
-    names = {"loglikelihood": ("context", "continuation", "loglikelihood", "is_greedy"),
-             "generate": ("context", "generated"),
-             "rolling": ("context", "loglikelihood")}[job.task.kind]
-    lines = []
-    for (task, number, _), request, result in zip(job.asked, job.requests, results):
-        cells = [*request, *result] if len(names) == 4 else [request, result]
-        cells = [None if isinstance(cell, float) and not math.isfinite(cell) else cell
-                 for cell in cells]
-        line = dict(model=name, step=step, task=task, shots=job.shots, style=job.style,
-                    doc_id=number, **dict(zip(names, cells)))
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    with open(path, "ab", buffering=0) as file:
-        write_all(file, "".join(lines).encode())
-
-
 def find_all(models, steps):
-    """Return find's entries of comma-separated models; two of the same name are an error."""
-    entries = dict.fromkeys(entry for model in models.split(",") for entry in find(model, steps))
-    names = {}
-    for name, step, _, folder in entries:
-        if names.setdefault((name, step), folder) != folder:
-            raise ValueError(f"{names[name, step]} and {folder} would both be called {name} step "
-                             f"{step}; rename a folder")
-    return list(entries)
+    """Return [(name, step, tokens seen, folder)] of the checkpoints of comma-separated models.
 
-
-def find(model, steps):
-    """Return [(name, step, tokens seen, folder)] of the checkpoints `model` and `steps` name.
-
-    A damaged one raises ValueError; among `all` it is left out, with a line that says so.
+    Raises ValueError for a damaged one; among `all` it is left out, with a line that says so.
     """
-    path = Path(os.path.abspath(model))  # "." has a name too
-    folders = dict(checkpoints.step_folders(path))
-    if not folders:
-        if not (path / "config.json").exists() and not list(path.glob("layer_*.pt")):
-            raise ValueError(f"{model}: neither a run folder (step0, step1, ...) nor a "
-                             "checkpoint's folder (config.json)")
-        match = re.fullmatch(r"step(\d+)", path.name)
-        name = path.parent.name if match else path.name
-        return [(name, match[1] if match else "", tokens_seen(path), path)]
     if not re.fullmatch(r"all|last|\d+(,\d+)*", steps):
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
-    wanted = {"all": list(folders), "last": [max(folders)]}.get(steps)
-    wanted = wanted or list(dict.fromkeys(map(int, steps.split(","))))
-    if missing := [str(step) for step in wanted if step not in folders]:
-        raise ValueError(f"{model}: no checkpoint at step {', '.join(missing)}; "
-                         f"there are {', '.join(map(str, folders))}")
-    whole = [step for step in wanted if checkpoints.is_whole(folders[step])]
-    if damaged := [str(folders[step]) for step in wanted if step not in whole]:
-        words = f"{', '.join(damaged)} damaged (python verify.py verify {model} says what)"
-        if steps != "all" or not whole:
-            raise ValueError(words)
-        note(f"{words}; left out")
-    return [(path.name, str(step), tokens_seen(folders[step]), folders[step]) for step in whole]
+    found = {}
+    for model in models.split(","):
+        path = Path(os.path.abspath(model))  # "." has a name too
+        folders, name = dict(checkpoints.step_folders(path)), path.name
+        chosen = {"all": [*folders], "last": [*folders][-1:]}.get(steps)
+        if not folders:  # a checkpoint's own
+            match = re.fullmatch(r"step(\d+)", name)
+            name, step = (path.parent.name, match[1]) if match else (name, "")
+            folders, chosen = {step: path}, [step]
+        for step in chosen or map(int, steps.split(",")):
+            if step not in folders:
+                raise ValueError(f"{model}: no checkpoint at step {step}; "
+                                 f"there are {', '.join(map(str, folders))}")
+            if not checkpoints.is_whole(folders[step]):
+                words = f"{folders[step]}: no whole checkpoint (`python verify.py verify` says why)"
+                if steps != "all" or not any(map(checkpoints.is_whole, folders.values())):
+                    raise ValueError(words)
+                note(f"{words}; left out")
+            elif found.setdefault((name, str(step)), folders[step]) != folders[step]:
+                raise ValueError(f"two folders would be called {name} step {step}; rename one")
+    return [(name, step, tokens_seen(folder), folder) for (name, step), folder in found.items()]
 
 
 def tokens_seen(folder):
     """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
-    path, match = folder / "training.json", re.fullmatch(r"step(\d+)", folder.name)
+    path, (name, step) = folder / "training.json", checkpoints.identify(folder)
     if path.exists():
-        tokens = read_json(path).get("tokens")
-        if type(tokens) is not int or not re.fullmatch(COUNT, str(tokens)):
-            raise ValueError(f"{path}: tokens is {repr(tokens)[:50]}, expected a whole number")
-        return tokens
-    return int(match[1]) << 21 if match and folder.parent.name.startswith("pythia-") else ""
+        return read_json(path).get("tokens")
+    return step << 21 if name and step is not None else ""
 
 
-# ---------------------------------------------------------------------------- the other commands
+# ---------------------------------------------------------------------------- other commands
 
 
 def list_tasks(config):
     """Print every task; with --docs, how many of its documents are there, or what is missing."""
     for name, task in STYLES[config.style].items():
-        line = f"{name:46} {task.kind:14} {task.split:11} shots from {task.pool or 'nowhere':11}"
+        line = f"{name:46} {task.kind:14} {task.n or '':6}"
         for split in dict.fromkeys((task.split, task.pool or task.split)) if config.docs else ():
             try:
-                line += f"{split} {len(read_split(config.docs, task, split)):,}"
-                if task.n and split == task.split:
-                    line += f" of {task.n:,}"
+                line += f"  {split} {len(read_split(config.docs, task, split)):,}"
             except (ValueError, OSError) as error:
-                line += f"{split} " + str(error).split(";")[0].replace(": no such file", " missing")
-            line += "  "
-        print(line.rstrip())
-    print("all of a kind: " + ", ".join(
-        f"{name} ({len(members)})" for name, members in MEMBERS.items()
-        if members[0] in STYLES[config.style]))
+                line += f"  {error}".split(";")[0]
+        print(line)
+    print("groups:", ", ".join(GROUPS), "(arithmetic means all arithmetic_*)")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    model: str  # as for evaluation
+class SampleConfig(Models):
     prompt: str = ""  # empty: from <|endoftext|>
     steps: str = "last"
     n_tokens: int = 48
     temperature: float = 0.8  # 0 is greedy
     seed: int = 1234
-    tokenizer: str | None = None
-    device: str = "auto"
 
     def __post_init__(self):
-        check(self, "0 or at least 0.001", lambda value: value == 0 or value >= 0.001,
-              "temperature")
+        check(self, "0 or at least 0.001", lambda t: t == 0 or t >= 0.001, "temperature")
         check(self, "at least 1", lambda value: value >= 1, "n_tokens")
 
 
@@ -692,127 +575,91 @@ def sample(config):
         del model  # two may not fit where one does
 
 
-# ---------------------------------------------------------------------------- losses
-
-
 @dataclass(frozen=True)
-class LossesConfig:
-    model: str  # as for evaluation
+class LossesConfig(Models):
     output: str  # writes OUTPUT.npy, float32 (checkpoints, rows, tokens), and OUTPUT.json
     data: str | None = None  # PREFIX; None: what the first model was trained on
     rows: str = "0:4096"  # of the order that the first model was trained in, first:last+1
     text: str | None = None  # instead of rows of data: JSON Lines, each document's "text" a row
-    steps: str = "all"
-    batch_tokens: int | None = None  # tokens computed at once
-    tokenizer: str | None = None
-    device: str = "auto"
+    batch_tokens: int = BATCH_TOKENS  # tokens computed at once
 
 
 def losses(config):
     """Write the nats of every token of fixed rows at every checkpoint; goes on if stopped.
 
     A text's tokens stand behind <|endoftext|>, and behind its last one is NaN. OUTPUT.json says
-    which checkpoint, row and document is where.
+    which row and document is where, and which checkpoints are there already.
     """
     processes = Processes(config.device, timeout=timedelta(days=30))
-    processes.agree(asdict(config) | {"device": processes.device.type})
     entries = find_all(config.model, config.steps)
     rows, what = loss_rows(config, entries)
-    what["sha256"] = hashlib.sha256(rows.tobytes()).hexdigest()
-    processes.agree(what)
-    what["checkpoints"] = [[name, step] for name, step, *_ in entries]
-    results, missing = processes.together(
-        lambda: open_losses(config.output, what, rows), first_alone=True) or (None, None)
-    todo, stride = processes.gather(missing)[0], processes.count
-    n = config.batch_tokens or BATCH_TOKENS[processes.device.type]
-    mine = torch.tensor(rows[processes.rank::stride]).split(max(1, n // rows.shape[1]))
-    for i in tqdm(todo, unit="checkpoint", disable=processes.rank > 0 or None):
+    processes.agree(asdict(config) | what | {"device": processes.device.type})
+    shape, stride = (len(entries), len(rows), rows.shape[1] - 1), processes.count
+    opened = processes.together(lambda: open_losses(config.output, what, shape), first_alone=True)
+    results, done = opened or (None, 0)
+    n = max(1, config.batch_tokens // rows.shape[1])
+    mine = torch.tensor(rows[processes.rank::stride]).split(n)
+    done = processes.gather(done)[0]
+    for i in tqdm(range(done, len(entries)), disable=processes.rank > 0 or None):
         model = checkpoints.load_model(entries[i][3], processes.device)
         found = np.concatenate([token_losses(model, some.to(processes.device)) for some in mine])
         for rank, part in enumerate(processes.gather(found)):
             if processes.rank == 0:
                 results[i, rank::stride] = part
+        if processes.rank == 0:
+            results.flush()
+            write_json(f"{config.output}.json",
+                       what | {"checkpoints": what["checkpoints"][:i + 1]})
         del model  # two may not fit where one does
     if processes.rank == 0:
-        if todo:
-            results.flush()
-            os.replace(f"{config.output}.partial", f"{config.output}.npy")
-        print(f"{config.output}.npy: {len(entries)} checkpoints of {len(rows):,} rows, "
-              f"{len(todo)} done now")
+        print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
     leave_processes()
 
 
 def loss_rows(config, entries):
     """Return rows of tokens (n, T + 1), -1 behind a text's last, and what they are."""
-    L = min(checkpoints.open_any(folder)[0].seq_length for *_, folder in entries)
-    tokenizer = None
+    model, tokenizer = config.model.split(",")[0], None
     if config.text:
         tokenizer = load_tokenizer(checkpoints.folder_tokenizer(entries[0][3], config.tokenizer))
         what = {"text": config.text,
                 "documents": [document.get("id") for document in read_jsonl(config.text)]}
     else:
-        model = config.model.split(",")[0]
         order = order_of(model, config.data)
-        first, last = first_and_last("rows", config.rows, len(ordered(order)))
-        what = {"order": asdict(order), "rows": [first, last]}
+        numbers = span("rows", config.rows, len(ordered(order)))
+        what = {"order": asdict(order), "rows": [numbers.start, numbers.stop]}
         trained_on = run_settings(model).get("data", order.data)
         if trained_on != order.data:
             what["trained_on"] = trained_on
     rows = token_rows(what, tokenizer)
+    L = min(checkpoints.open_any(folder)[0].seq_length for *_, folder in entries)
     if not 1 < rows.shape[1] <= L + 1:
         raise ValueError(f"rows of {rows.shape[1] - 1} tokens, expected 1 to {L}")
-    return rows, what
+    return rows, what | {"sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+                         "checkpoints": [[name, step] for name, step, *_ in entries]}
 
 
 def token_rows(what, tokenizer):
     """Return the rows of tokens (n, T + 1) that OUTPUT.json names, -1 behind a text's last."""
     if "order" in what:
         return ordered(Order(**what["order"])).rows(range(*what["rows"])).astype(np.int64)
-    encoded = [[ENDOFTEXT] + tokenizer.encode(text_of(document, "text"))
+    encoded = [[ENDOFTEXT] + tokenizer.encode(str(document["text"]))
                for document in read_jsonl(what["text"])]
-    longest = max(map(len, encoded))
-    return np.array([row + [-1] * (longest - len(row)) for row in encoded])
+    return np.array([*itertools.zip_longest(*encoded, fillvalue=-1)]).T
 
 
-def first_and_last(name, text, n):
-    """Return the numbers of a setting "first:last", 0 <= first < last <= n, or raise ValueError."""
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) <= n):
-        raise ValueError(f"{name} = {text!r}, expected FIRST:LAST+1 within 0:{n}")
-    return int(first), int(last)
-
-
-def open_losses(output, what, rows):
-    """Return the array that is being made and the checkpoints it lacks; nothing if all is there."""
-    path, partial = f"{output}.json", f"{output}.partial"
-    if os.path.exists(path) and read_json(path) != what:
+def open_losses(output, what, shape):
+    """Return OUTPUT.npy, mapped, and the number of its checkpoints that are there."""
+    path, before = f"{output}.json", what | {"checkpoints": []}
+    if os.path.exists(path):
+        before = read_json(path)
+    elif os.path.exists(f"{output}.npy"):
+        raise ValueError(f"{output}.npy: there without its .json; name another --output")
+    done = len(before.get("checkpoints", ()))
+    if before != what | {"checkpoints": what["checkpoints"][:done]}:
         raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
-    write_json(path, what)
-    shape = len(what["checkpoints"]), len(rows), rows.shape[1] - 1
-    if os.path.exists(f"{output}.npy"):
-        open_array(f"{output}.npy", shape, "r")
-        return None, []
-    if not os.path.exists(partial):
-        empty = np.lib.format.open_memmap(f"{partial}.tmp", "w+", np.float32, shape)
-        for checkpoint in empty:  # one at a time: together they may not fit into memory
-            checkpoint[:] = np.nan
-        empty.flush()
-        os.replace(f"{partial}.tmp", partial)
-    results = open_array(partial, shape, "r+")
-    return results, [i for i, found in enumerate(results)
-                     if not np.isfinite(found[rows[:, 1:] >= 0]).all()]
-
-
-def open_array(path, shape, mode):
-    """Return a mapped .npy of losses, or raise ValueError: it is not what was written there."""
-    file_size(path)
-    try:
-        array = np.load(path, mmap_mode=mode)
-    except (ValueError, EOFError):
-        array = None
-    if array is None or (array.shape, array.dtype) != (shape, np.float32):
-        raise ValueError(f"{path}: not the float32 {shape} that belongs here; move it away")
-    return array
+    write_json(path, before)
+    mode = "r+" if done else "w+"
+    return np.lib.format.open_memmap(f"{output}.npy", mode, np.float32, shape), done
 
 
 @torch.no_grad()
@@ -823,31 +670,10 @@ def token_losses(model, rows):
     return np.where((targets >= 0).cpu().numpy(), -logprobs, np.nan).reshape(len(rows), -1)
 
 
-def run_settings(model):
-    """Return what a run of ours, or the run of a step's folder, was trained with; else nothing."""
-    settings = {}
-    for path in (Path(model) / "config.json", Path(model).absolute().parent / "config.json"):
-        if path.exists() and "batch_size" in (found := read_json(path)):
-            settings = found
-    return settings
-
-
-def order_of(model, data=None):
-    """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
-    settings = run_settings(model)
-    if not (data or settings.get("data")):
-        raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
-                         "trained on")
-    return Order(data or settings["data"], **{name: settings[name] for name in (
-        "steps", "batch_size", "seq_length", "seed") if name in settings})
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["sample"]:
-        run(sample, parse(sys.argv[2:], SampleConfig))
-    elif sys.argv[1:2] == ["tasks"]:
+    if sys.argv[1:2] == ["tasks"]:
         run(list_tasks, parse(["--model=", "--tasks=", "--docs=", *sys.argv[2:]], EvalConfig))
-    elif sys.argv[1:2] == ["losses"]:
-        run(losses, parse(sys.argv[2:], LossesConfig))
+    elif sys.argv[1:2] in (["sample"], ["losses"]):
+        command(sys.argv[1:], {"sample": (SampleConfig, sample), "losses": (LossesConfig, losses)})
     else:
         run(main, parse(sys.argv[1:], EvalConfig))

@@ -67,11 +67,12 @@ class Processes:
             return bool(flag)
         return self.mean(torch.tensor(float(flag))) > 0  # on the host: over gloo
 
-    def gather(self, value):
+    @staticmethod
+    def gather(value):
         """Return a list of every process's value, any picklable object, by rank."""
-        if self.count == 1:
+        if not dist.is_initialized():
             return [value]
-        values = [None] * self.count
+        values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)  # on the host, over gloo
         return values
 

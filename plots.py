@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from config import check, command, read_csv, read_json, replacing
-from eval import first_and_last, open_array, token_rows
+from data import load_npy, span
+from eval import token_rows
 from tasks import GROUPS
 from tokenizer import N_TOKENS, load_tokenizer
 
@@ -491,7 +492,8 @@ def window(options):
     tokenizer, rows, series, places = load_tokenizer(options.tokenizer), [], [], {}
     for path in options.losses.split(","):
         what, found, losses = read_losses(path, tokenizer)
-        start, end = first_and_last("rows", options.rows or f"0:{len(found)}", len(found))
+        chosen = span("rows", options.rows or f"0:{len(found)}", len(found))
+        start, end = chosen.start, chosen.stop
         first = places.setdefault(what["sha256"], len(rows))
         if first == len(rows):
             rows += found[start:end]
@@ -551,7 +553,11 @@ def read_losses(path, tokenizer):
     if tokens.max() >= N_TOKENS or hashlib.sha256(tokens.tobytes()).hexdigest() != digest:
         raise ValueError(f"{path}: losses of other tokens than its JSON's data or text have now; "
                          "they were changed, or are of another tokenizer")
-    return what, rows, open_array(f"{prefix}.npy", (len(runs), *tokens[:, 1:].shape), "r")
+    losses = load_npy(f"{prefix}.npy")
+    if losses.shape != (len(runs), *tokens[:, 1:].shape):
+        raise ValueError(f"{prefix}.npy: {losses.shape}, expected {len(runs)} checkpoints of "
+                         f"{tokens[:, 1:].shape}; is `eval.py losses` done?")
+    return what, rows, losses
 
 
 if __name__ == "__main__":

@@ -57,12 +57,12 @@ import torch
 import checkpoints
 from config import command, read_json, replacing
 from data import load_npy
-from eval import find, loglikelihood, loglikelihood_rolling
+from eval import find_all, loglikelihood, loglikelihood_rolling
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
 from studies.results import (Checkpoints, holm, open_results, regression, tokenizer_of,
                              write_table)
-from tasks import read_jsonl, text
+from tasks import read_jsonl
 from train import TrainConfig
 
 FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
@@ -74,7 +74,7 @@ FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "h
 
 
 def heldout_texts(folder):
-    return [text(doc, "text") for doc in read_jsonl(folder / "test.jsonl")]
+    return [doc["text"] for doc in read_jsonl(folder / "test.jsonl")]
 
 
 def cost(model, tokenizer, folder):
@@ -131,7 +131,7 @@ def winobias(model, tokenizer, folder):
     """Two sentences after each other are of the same occupations: one document."""
     by_file, pairs, documents = {}, [], []
     for doc in read_jsonl(folder / "winobias.jsonl"):
-        by_file.setdefault(text(doc, "file"), []).append(text(doc, "sentence"))
+        by_file.setdefault(doc["file"], []).append(doc["sentence"])
     for kind in (1, 2):
         both = zip(*(by_file[f"{stereotype}_stereotyped_type{kind}.txt.test"]
                      for stereotype in ("anti", "pro")))
@@ -143,9 +143,9 @@ def winobias(model, tokenizer, folder):
 
 
 def crows_gender(model, tokenizer, folder):
-    pairs = [(text(doc, "sent_less"), text(doc, "sent_more"))
+    pairs = [(doc["sent_less"], doc["sent_more"])
              for doc in read_jsonl(min(folder.glob("*.jsonl")))
-             if text(doc, "bias_type") == "gender"]
+             if doc["bias_type"] == "gender"]
     return differences(model, tokenizer, pairs, list(range(len(pairs))))
 
 
@@ -212,8 +212,8 @@ def measure(options):
     docs, device = Path(options.docs), Processes(options.device).device
     todo = {}  # results' path without the measure: checkpoint folder
     for child, twin in pairs_of(options):
-        control = {step: folder for _, step, _, folder in find(twin, options.steps)}
-        both = [entry for entry in find(child, options.steps) if entry[1] in control]
+        control = {step: folder for _, step, _, folder in find_all(twin, options.steps)}
+        both = [entry for entry in find_all(child, options.steps) if entry[1] in control]
         if not both:
             raise ValueError(f"{child} and {twin} have no step in common")
         for name, step, _, folder in both:

@@ -57,8 +57,8 @@ from tqdm import tqdm
 import checkpoints
 from batch_viewer import Provenance
 from config import check, command, read_json, replacing
-from data import Order, load_npy, ordered
-from eval import find_all, first_and_last, order_of
+from data import Order, load_npy, order_of, ordered, span
+from eval import find_all
 from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes, leave_processes
@@ -142,7 +142,7 @@ def score(options):
                          "tokens")
     numbers = range(len(data))
     if options.rows != "all":
-        numbers = range(*first_and_last("rows", options.rows, len(data)))
+        numbers = span("rows", options.rows, len(data))
     open_results(f"{options.output}/memorization.json", {
         "first_row": numbers[0], "last_row": numbers[-1], "context": options.context,
         "continuation": options.continuation, "order": asdict(order)})

@@ -59,13 +59,13 @@ from tqdm import tqdm
 
 import checkpoints
 from config import command, note, read_csv, read_json, write_json
-from data import Order, ordered
-from eval import find_all, first_and_last, generate_until, loglikelihood
+from data import Order, ordered, span
+from eval import find_all, generate_until, loglikelihood
 from parallel import Processes
 from prepare import in_workers
 from studies.results import (Checkpoints, Estimate, open_results, regression, tokenizer_of,
                              write_csv, write_table)
-from tasks import digest, read_jsonl, text, texts, without_articles
+from tasks import digest, read_jsonl, without_articles
 from tokenizer import load_tokenizer
 
 
@@ -78,8 +78,8 @@ class Problem(NamedTuple):
 
 def read_questions(path):
     """Return the Problems of a file of TriviaQA's questions, none without a path."""
-    return [Problem(text(doc, "question_id"), "", text(doc, "question"),
-                    [text(doc, "answer.value"), *texts(doc, "answer.aliases")])
+    return [Problem(doc["question_id"], "", doc["question"],
+                    [doc["answer"]["value"], *doc["answer"]["aliases"]])
             for doc in (read_jsonl(path) if path else ())]
 
 
@@ -295,8 +295,8 @@ def evaluate(options):
 
 def all_prompts(options):
     """Return {(task, shots): behind_shots'}, or raise ValueError about the settings."""
-    x1s = range(*first_and_last("x1", options.x1, 100))
-    x2s = range(*first_and_last("x2", options.x2, 100))
+    x1s = span("x1", options.x1, 100)
+    x2s = span("x2", options.x2, 100)
     prompts, shots = {}, whole_numbers("shots", options.shots)
     for task, k in itertools.product(options.tasks.split(","), shots):
         if task not in TASKS:

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import eval as evaluation  # noqa: E402
 from checkpoints import save  # noqa: E402
 from model import ModelConfig, Pythia  # noqa: E402
-from eval import encode  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import make_optimizer, TrainConfig  # noqa: E402
@@ -131,10 +130,10 @@ def trained_model(folder, docs, tokenizer):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4)
     rows = []
     for task, end in (("lambada_openai", ""), ("arithmetic_2da", ""), ("triviaqa", "\n")):
-        [(_, _, questions)] = evaluation.prepare(task, docs).members
+        [(_, questions)] = evaluation.prepare(task, docs).members
         solved = [question.shot if end else "".join(question.requests[0])
                   for question in questions[::2]]
-        rows += [encode(tokenizer, text + end)[-24:] for text in solved]
+        rows += [tokenizer.encode_lines(text + end)[-24:] for text in solved]
     tokens = torch.tensor([row + [0] * (24 - len(row)) for row in rows])
     # Before the answers' tokens.
     scored = torch.tensor([[len(row) - 5 + i for i in range(4)] for row in rows])

@@ -24,14 +24,14 @@ def check(tokenizer, case, splits, docs, monkeypatch):
     _, name, shots = case.split()
     write(docs, name, splits)
     job = evaluation.prepare(name, docs, int(shots), "v0.3", LIMIT)
-    [(_, task, questions)] = job.members
-    rolls = task.kind == "rolling"
-    texts = [(request,) if rolls else request for request in job.requests]
+    [(_, questions)] = job.members
+    rolls = job.task.kind == "rolling"
+    texts = [request[1:] if rolls else request for request in job.requests]
     pairs = iter((text, () if rolls else evaluation.encode_pair(tokenizer, *text, "v0.3"))
                  for text in texts)
     asked = [[next(pairs) for _ in question.requests] for question in questions]
     assert " ".join(map(question_hash, asked)) == GOLDEN[case]["questions"]
-    results = [answer(*those)[0] if rolls else answer(*those) for those in texts]
+    results = [answer(*those) for those in texts]
     rows = {metric: (value, stderr)
             for _, metric, value, stderr, _ in evaluation.measure(job, results)}
     metrics = GOLDEN[case]["metrics"]

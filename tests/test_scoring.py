@@ -75,7 +75,7 @@ def test_loglikelihood_equals_one_request_at_a_time(model, twin, tokenizer):
     check(model, twin, rows)
 
 
-def check(model, twin, rows, batch_tokens=None):
+def check(model, twin, rows, batch_tokens=scoring.BATCH_TOKENS):
     """Hold score's results of rows equal to the reference's."""
     for (tokens, n), (logprob, greedy) in zip(
             rows, scoring.score(model, rows, batch_tokens), strict=True):
@@ -165,7 +165,7 @@ def test_questions_behind_the_same_shots_compute_them_once():
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.sampled_from("a Z1.\n\t\r\u00a0\u2003\u0301\u0085\x1c'é世<|"), max_size=40))
 def test_line_by_line_encoding_is_encoding(tokenizer, text):
-    assert scoring.encode(tokenizer, text) == tokenizer.encode(text)
+    assert tokenizer.encode_lines(text) == tokenizer.encode(text)
 
 
 def test_generation_is_one_prompt_at_a_time_cut_at_its_stops(model, twin, tokenizer):

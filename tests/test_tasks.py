@@ -9,8 +9,8 @@ import statistics
 import pytest
 
 import tasks as metrics
-from tasks import (Document, GROUPS, MMLU, mmlu_rows, prompts, Question, SEVERAL, SUBJECTS, TASKS,
-                   V03_TASKS, winobias, winobias_rows, wsc_documents)
+from tasks import (GROUPS, MMLU, mmlu_rows, named_tasks, prompts, Question, SUBJECTS, TASKS,
+                   V03_TASKS, winobias, winobias_rows)
 
 
 def test_bootstrap_draws_are_the_harness_draws(monkeypatch):
@@ -28,17 +28,16 @@ def test_bootstrap_draws_are_the_harness_draws(monkeypatch):
 def test_a_diverged_model_is_right_about_nothing():
     """argmax takes NaN for the largest: the first choice would be the answer to everything."""
     fine, diverged, lost = (-1.0, True), (math.nan, False), (-1e4, False)
-    questions = [Question([], gold=0, lengths=[1, 1])] * 2
-    for measure, results in (
-            (metrics.both_accuracies, [[fine, lost], [diverged, diverged]]),
-            (metrics.stereotype, [[fine, lost], [diverged, fine]]),
-            (metrics.last_word, [[fine], [diverged]]), (metrics.rolled, [-1.0, math.nan])):
-        results = [[result] for result in results] if measure is metrics.rolled else results
-        documents = questions if measure is not metrics.rolled else [Question([], "one")] * 2
-        for _, _, value, stderr, n in measure(documents, results):
+    choices, word = Question([("", " a"), ("", " b")], "one", gold=0), Question([("", " a")], "one")
+    for task, question, results in (
+            ("piqa", choices, [[fine, lost], [diverged, diverged]]),
+            ("crows_pairs_english", choices, [[fine, lost], [diverged, fine]]),
+            ("lambada_openai", word, [[fine], [diverged]]),
+            ("wikitext", word, [[fine], [diverged]])):
+        for _, _, value, stderr, n in metrics.measured(TASKS[task], [question] * 2, results):
             assert math.isnan(value) and (stderr is None or math.isnan(stderr)) and n == 2
-    assert [row[1:3] for row in metrics.last_word(questions, [[lost], [lost]])] == [
-        ("acc", 0.0), ("perplexity", math.inf)]
+    rows = metrics.measured(TASKS["lambada_openai"], [word] * 2, [[lost], [lost]])
+    assert [row[1:3] for row in rows] == [("acc", 0.0), ("perplexity", math.inf)]
 
 
 def write(folder, path, documents):
@@ -97,19 +96,19 @@ def test_paper_style_shots_of_wsc_are_true_ones(tmp_path):
 
 
 def test_paper_style_prompts_differ_where_the_harness_did(tmp_path):
-    doc = Document(question=" Q? ", choices=["w", "x", "y", "z"], answer=2, subject="anatomy")
+    doc = dict(question=" Q? ", choices=["w", "x", "y", "z"], answer=2, subject="anatomy")
     assert V03_TASKS["hendrycksTest-anatomy"].question(doc).requests[2] == (
         "Question:  Q? \nChoices:\nA. w\nB. x\nC. y\nD. z\nAnswer:", " y")
-    science = Document(support="", question="Q", distractor1="a", distractor2="b",
-                       distractor3="c", correct_answer="d")
+    science = dict(support="", question="Q", distractor1="a", distractor2="b", distractor3="c",
+                   correct_answer="d")
     assert [table["sciq"].question(science).requests[0][0] for table in (TASKS, V03_TASKS)] == [
         "\nQuestion: Q\nAnswer:", "Question: Q\nAnswer:"]
-    trivia = Document(question="Q?", answer={
+    trivia = dict(question="Q?", answer={
         "aliases": ["Sun City", "Sun", "Moon", "Sunday"], "value": "Sun"})
     assert V03_TASKS["triviaqa"].question(trivia).requests == [
         ("Question: Q?\nAnswer:", " Moon"), ("Question: Q?\nAnswer:", " Sun")]
-    schema = Document(text="Ann met Sue. She left.", pronoun="She", pronoun_loc=13,
-                      options=["Ann", "Sue"], label=0)
+    schema = dict(text="Ann met Sue. She left.", pronoun="She", pronoun_loc=13,
+                  options=["Ann", "Sue"], label=0)
     assert [table["wsc273"].question(schema).requests[0] for table in (TASKS, V03_TASKS)] == [
         ("Ann met Sue. Ann", "  left."), ("Ann met Sue. Ann", " left.")]
 
@@ -136,19 +135,18 @@ def test_prompts_that_contain_their_own_document_are_counted(tmp_path, capsys):
 
 
 def test_superglue_files_become_the_repaired_set():
-    doc = Document(text="They moved the table. It broke .", label=True, idx=3, target={
+    doc = dict(text="They moved the table. It broke .", label=True, idx=3, target={
         "span1_index": 2, "span1_text": "The table.", "span2_index": 4, "span2_text": "It"})
-    [fixed] = wsc_documents([doc])
-    assert (fixed["span1_text"], fixed["span2_text"]) == ("the table", "It")
-    assert wsc_documents([doc], repair=False)[0]["span1_text"] == "The table."
+    for table, noun in ((TASKS, "the table"), (V03_TASKS, "The table.")):
+        assert f'"*It*" refer to "*{noun}*"?' in table["wsc"].question(doc).requests[0][0]
 
 
 def test_winobias_asks_by_bigscience_s_prompts():
-    asked = winobias(Document(sentence="[The developer] left the designer because [he] didn't."))
+    asked = winobias(dict(sentence="[The developer] left the designer because [he] didn't."))
     sentence = "The developer left the designer because he did n't ."  # as in the CoNLL files
     assert asked.requests == [
-        f'{sentence}\nHere, what does "he" stand for?',
-        f'What does "he" refer to in the following sentence?\n{sentence}']
+        (f'{sentence}\nHere, what does "he" stand for?',),
+        (f'What does "he" refer to in the following sentence?\n{sentence}',)]
     assert asked.gold == "The developer"
 
 
@@ -178,8 +176,12 @@ def test_groups_weigh_by_size():
 
 
 def test_every_name_of_several_tasks_exists():
-    for members in [members for members, _ in GROUPS.values()] + list(SEVERAL.values()):
-        assert members and all(member in TASKS or member in V03_TASKS for member in members)
+    for members, _ in GROUPS.values():
+        assert members and all(member in TASKS for member in members)
+    for style, table, name, n in (("v0.4", TASKS, "arithmetic", 10), ("v0.4", TASKS, "arc", 2),
+                                  ("v0.4", TASKS, "crows_pairs", 11),
+                                  ("v0.3", V03_TASKS, "hendrycksTest", 57)):
+        assert len(named_tasks(name, style)) == n and table.keys() >= {*named_tasks(name, style)}
 
 
 def test_published_documents_become_requests(pythia_data):
@@ -200,27 +202,25 @@ WSC273 = {"text": "t x", "pronoun": "x", "options": ["a", ""], "label": 0}
 
 
 @pytest.mark.parametrize("task, document, words", [
-    ("piqa", PIQA | {"sol1": 3}, "sol1 is 3, expected a str"),
-    ("piqa", PIQA | {"label": 2}, "label is 2, expected one of ['0', '1']"),
-    ("piqa", PIQA | {"label": -1}, "label is -1, expected one of ['0', '1']"),
-    ("piqa", PIQA | {"label": "True"}, "label is 'True', expected one of ['0', '1']"),
+    ("piqa", PIQA | {"sol1": 3}, "can only concatenate str"),
+    ("piqa", PIQA | {"label": 2}, "the right choice is 2, expected one of ['0', '1']"),
+    ("piqa", PIQA | {"label": -1}, "the right choice is -1, expected one of ['0', '1']"),
+    ("piqa", PIQA | {"label": "True"}, "the right choice is True, expected one of ['0', '1']"),
     ("piqa", [1], "line 1: not a JSON object of text"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
      "has no _"),
     ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3},
-     "answer is 3, expected one of"),
-    ("arc_easy", ARC | {"choices": {"text": ["a"], "label": "A"}},
-     "choices.label is 'A', expected a list of str"),
-    ("arc_easy", ARC, "answerKey is 'B', expected one of ['A']"),
+     "the right choice is 3, expected one of ['1', '2']"),
+    ("arc_easy", ARC | {"choices": {"text": ["a"]}}, "no field 'label'"),
+    ("arc_easy", ARC, "the right choice is B, expected one of ['A']"),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"},
-     "endings is [1]"),
-    ("mmlu_anatomy", MMLU_ONE, "1 choices, expected 4"),
+     "'int' object has no attribute 'strip'"),
     ("mmlu_anatomy", MMLU_ONE | {"subject": "law"}, "no documents of this task"),
     ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"},
-     "found the spans"),
-    ("triviaqa", {"question": "q", "answer": []}, "answer.aliases is None"),
-    ("wsc273", WSC273, "pronoun_loc is None, expected a int"),
-    ("wsc273", WSC273 | {"pronoun_loc": 2}, "options is empty")])
+     "not enough values to unpack"),
+    ("triviaqa", {"question": "q", "answer": []}, "list indices must be integers"),
+    ("wsc273", WSC273, "no field 'pronoun_loc'"),
+    ("wsc273", WSC273 | {"pronoun_loc": 2}, "list index out of range")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
     write(tmp_path, f"{TASKS[task].folder}/"
           f"{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])

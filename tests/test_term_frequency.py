@@ -363,7 +363,7 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["evaluate", "--model=RUN", "--tasks=minus"],
      "no task called minus; there are times, plus, triviaqa"),
-    (["evaluate", "--model=RUN", "--x1=0:101"], "x1 = '0:101', expected FIRST:LAST+1 within 0:100"),
+    (["evaluate", "--model=RUN", "--x1=0:101"], "x1 = '0:101', expected a number from 0 to 99 or"),
     (["analyse", "--counts=/nowhere", "--results=/nowhere"], "/nowhere: holds no answers"),
     (["compare", "--branch=b", "--terms=1", "--results=BAD"],
      "bad.csv: not written by `evaluate`")])
