@@ -442,7 +442,7 @@ def test_a_users_mistakes_are_one_line(tmp_path, checkpoints):
                          (("diff", "a"), "missing: --b"),
                          (("diff", "a", "b"), "a: no checkpoint"),
                          (("list", "nowhere"), "nowhere: no step0, step1, ... in it"),
-                         (("list", "a", "b"), "expected run")):
+                         (("list", "a", "b"), "b: cannot read this config")):
         code, text = checkpoints(*wrong)
         assert code == 2 and words in text and len(text.splitlines()) == 1, wrong
 
