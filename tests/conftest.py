@@ -1,3 +1,6 @@
+import csv
+import gc
+import json
 import os
 import runpy
 import subprocess
@@ -9,27 +12,40 @@ import pytest
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"tokenize": "prepare.py", "dedup": "prepare.py", "shuffle": "prepare.py",
-            "order": "data.py", "view": "batch_viewer.py", "find": "batch_viewer.py"}
-
-
-def script_of(argv):
-    """Return the file that has the command argv[0]."""
-    return COMMANDS.get(str(argv[0]), "data.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 def run(*argv, expect=0, **options):
-    """Run a command as a user does; a mistake (expect=2) must be one line."""
-    done = subprocess.run([sys.executable, script_of(argv), *map(str, argv)], cwd=ROOT,
-                          capture_output=True, text=True, **options)
+    """Run `python ARGV` as a user does; a mistake (expect=2) must be one line."""
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True,
+                          text=True, **options)
     assert done.returncode == expect and (expect == 0 or done.stderr.count("\n") == 1), done.stderr
     return done
+
+
+def train(*flags):
+    """Train a model of one layer for a few steps; a flag given replaces one of these."""
+    return run("train.py", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16",
+               "--steps=8", "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
+               f"--tokenizer={ROOT}/20B_tokenizer.json", *flags)
+
+
+def write_jsonl(path, records):
+    """Write a JSON object a line, and the folder that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def table(path):
+    """Return the rows {column: cell} of a CSV file."""
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run a script's command line in this process: (exit code, stdout, stderr)."""
     def run_here(script, *arguments):
+        gc.collect()  # the error of an earlier one may still hold a lock
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
         try:
@@ -37,6 +53,17 @@ def command(monkeypatch, capsys):
         except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
+    return run_here
+
+
+@pytest.fixture
+def refused(command, capsys):
+    """Run a script's command line that is a mistake; return the one line that it ends in."""
+    def run_here(script, *arguments):
+        capsys.readouterr()
+        code, _, said = command(script, *arguments)
+        assert code == 2 and said.count("\n") == 1, said
+        return said
     return run_here
 
 

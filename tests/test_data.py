@@ -2,7 +2,7 @@
 
 import fcntl
 import hashlib
-import json
+import os
 import struct
 import time
 
@@ -50,24 +50,14 @@ def random_documents(sizes, seed=0):
     return [rng.randint(0, 50277, size).astype(np.uint16) for size in sizes]
 
 
-# ---------------------------------------------------------------------------- token files
-
-
 def test_files_are_byte_for_byte_megatron(tmp_path):
-    write(tmp_path / "d", [[5, 6, 50276], [7], [8, 0]])
-    assert (tmp_path / "d.bin").read_bytes() == struct.pack("<6H", 5, 6, 50276, 7, 8, 0)
+    documents = [[5, 6, 50276], [], [7], [65535, 0]]
+    write(tmp_path / "d", documents)
+    assert (tmp_path / "d.bin").read_bytes() == struct.pack("<6H", 5, 6, 50276, 7, 65535, 0)
     assert (tmp_path / "d.idx").read_bytes() == (
-        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 4) + struct.pack("<3i", 3, 1, 2)
-        + struct.pack("<3q", 0, 6, 8) + struct.pack("<4q", 0, 1, 2, 3))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1).filter(any))
-def test_round_trip(tmp_path_factory, documents):
-    prefix = tmp_path_factory.mktemp("d") / "d"
-    write(prefix, documents)
-    tokens = TokenFile(prefix)
-    assert [tokens.read(i).tolist() for i in range(len(tokens))] == documents
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 4, 5) + struct.pack("<4i", 3, 0, 1, 2)
+        + struct.pack("<4q", 0, 6, 6, 8) + struct.pack("<5q", 0, 1, 2, 3, 4))
+    assert [TokenFile(tmp_path / "d").read(i).tolist() for i in range(4)] == documents
 
 
 def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_path):
@@ -77,6 +67,10 @@ def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_pa
     writer.append([3, 3, 3], [3])  # lost: never committed
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["d.partial"]
+    with open(tmp_path / "d.partial/lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing there"):
+            TokenWriter(tmp_path / "d", "job")
     writer = TokenWriter(tmp_path / "d", "job")
     assert writer.position == "after the first"
     writer.append([4], [1])
@@ -88,14 +82,18 @@ def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_pa
 def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path):
     writer = TokenWriter(tmp_path / "d", "job")
     writer.append([1, 2, 3], [3])
-    writer.commit("at the end")
-    writer.commit(writer.position)  # what finish does first
+    writer.commit("at the end")  # what finish does first
     writer.close()
     again = TokenWriter(tmp_path / "d", "job")
     assert again.position == "at the end" and again.files["bin"].tell() == 6
     again.close()
     (tmp_path / "d.partial" / "bin").rename(tmp_path / "d.bin")  # and last
-    assert TokenWriter(tmp_path / "d", "job").position is None
+    anew = TokenWriter(tmp_path / "d", "job")
+    assert anew.position is None
+    anew.append([1], [1])
+    anew.commit("after the first")
+    anew.close()
+    assert TokenWriter(tmp_path / "d", "another job").position is None
 
 
 def test_an_order_of_other_documents_is_refused(tmp_path):
@@ -111,11 +109,11 @@ def test_an_order_of_other_documents_is_refused(tmp_path):
 
 
 def test_a_file_is_in_training_order_only_if_something_says_so(tmp_path):
-    write(tmp_path / "d", random_documents([9] * 100))  # chunks of 9 tokens, as many corpora are
+    rows = random_documents([9] * 100)  # chunks of 9 tokens, as many corpora are
+    write(tmp_path / "d", rows)
     data = OrderedData(tmp_path / "d", 8, 20, 1234)
     assert not data.preshuffled and "every document has 9 tokens: if this" in data.describe()[-1]
-    notes = json.loads((tmp_path / "d.json").read_text())
-    (tmp_path / "d.json").write_text(json.dumps(notes | {"preshuffled": True}))
+    write(tmp_path / "d", rows, preshuffled=True)
     data = OrderedData(tmp_path / "d", 8, 20, 1234)
     assert data.preshuffled and len(data.describe()) == 1
     with pytest.raises(ValueError, match="in training order already, in rows of 9 tokens"):
@@ -128,69 +126,42 @@ def test_a_file_is_in_training_order_only_if_something_says_so(tmp_path):
     assert OrderedData(tmp_path / "d", 8, 20, 1234).preshuffled
 
 
-def test_what_is_unusual_is_said(tmp_path):
-    documents = random_documents([5, 9, 14, 2, 30])
-    write(tmp_path / "d", documents)
-    lines = OrderedData(tmp_path / "d", 4, 20, 1234).describe()
-    assert "2 epochs in one shuffle, so that no step ends an epoch" in lines[0]
-    ended = sum(document[-1] == 0 for document in documents)
-    assert f"{ended} of 5 documents looked at end in <|endoftext|>" in lines[1]
-    write(tmp_path / "d", [np.append(document, 0) for document in documents])
-    assert len(OrderedData(tmp_path / "d", 4, 11, 1234).describe()) == 1
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=20), st.data())
 def test_a_fingerprint_sees_every_token_and_every_document(tmp_path_factory, sizes, draw):
     folder = tmp_path_factory.mktemp("d")
     documents = random_documents(sizes)
-    write(folder / "d", documents)
+    joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens, cut otherwise
+    for name, those in (("d", documents), ("moved", documents), ("joined", joined)):
+        write(folder / name, those)
+        check_whole(folder / name)
     before = digest(folder / "d")
-    write(folder / "moved", documents)
-    assert digest(folder / "moved") == before
-    check_whole(folder / "d")
+    assert digest(folder / "moved") == before != digest(folder / "joined")
     raw = bytearray((folder / "d.bin").read_bytes())
     raw[draw.draw(st.integers(0, len(raw) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
     (folder / "d.bin").write_bytes(raw)
     assert digest(folder / "d") != before
     with pytest.raises(ValueError, match="d.bin: SHA-256 .* the data changed since"):
         check_whole(folder / "d")
-    joined = [np.concatenate(documents[:2]), *documents[2:]]  # the same tokens, cut otherwise
-    write(folder / "joined", joined)
-    assert digest(folder / "joined") != before
 
 
 def test_a_large_file_is_known_by_its_blocks(tmp_path):
     def sparse(sizes):
         with open(tmp_path / "d.idx", "wb") as file:
             write_index(file, sizes)
-        with open(tmp_path / "d.bin", "wb") as file:
-            file.truncate(2 * int(sizes.sum(dtype=np.int64)))
+        (tmp_path / "d.bin").touch()
+        os.truncate(tmp_path / "d.bin", 2 * int(sizes.sum(dtype=np.int64)))
+        return digest(tmp_path / "d")
 
-    sparse(np.full(300_000, 1_000_000, dtype=np.int32))  # 600 GB
     start = time.perf_counter()
-    before = digest(tmp_path / "d")
+    before = sparse(np.full(300_000, 1_000_000, dtype=np.int32))  # 600 GB
     assert time.perf_counter() - start < 2
-    sparse(np.tile(np.array([999_999, 1_000_001], dtype=np.int32), 150_000))
-    assert digest(tmp_path / "d") != before
-    sparse(np.full(1000, 600_000, dtype=np.int32))  # 1.2 GB
-    before = digest(tmp_path / "d")
+    assert sparse(np.tile(np.array([999_999, 1_000_001], dtype=np.int32), 150_000)) != before
+    before = sparse(np.full(1000, 600_000, dtype=np.int32))  # 1.2 GB
     with open(tmp_path / "d.bin", "r+b") as file:  # 1 % of it becomes other text
         file.seek(700 * 10**6)
         file.write(b"x" * 12 * 10**6)
     assert digest(tmp_path / "d") != before
-
-
-def test_another_job_starts_anew(tmp_path):
-    writer = TokenWriter(tmp_path / "d", "job")
-    writer.append([1, 2], [2])
-    writer.commit(1)
-    writer.close()
-    with open(tmp_path / "d.partial/lock") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is writing there"):
-            TokenWriter(tmp_path / "d", "another")
-    assert TokenWriter(tmp_path / "d", "another").position is None
 
 
 @settings(max_examples=300, deadline=None)
@@ -210,44 +181,32 @@ def test_a_corrupted_index_is_a_value_error_or_reads_in_bounds(tmp_path_factory,
         assert str(prefix) in str(error)
 
 
-@pytest.mark.parametrize("name, damage, words", [
-    ("d.idx", lambda raw: b"NOTANIDX\0" + raw[9:], "not a Megatron index"),
-    ("d.idx", lambda raw: raw[:9] + b"\2" + raw[10:], "not a Megatron index of version 1"),
-    ("d.idx", lambda raw: raw[:17] + b"\6" + raw[18:], "version 1 and uint16"),
-    ("d.idx", lambda raw: raw[:18] + b"\x09" + raw[19:], "truncated, damaged"),
-    ("d.idx", lambda raw: b"", "not a Megatron index"),
-    ("d.bin", lambda raw: raw[:2], "truncated")])
-def test_each_defect_is_named(tmp_path, name, damage, words):
-    write(tmp_path / "d", random_documents([3, 4]))
-    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
-    with pytest.raises(ValueError, match=words):
-        TokenFile(tmp_path / "d")
+def test_a_damaged_file_is_named(tmp_path):
+    for name, damage in (
+            ("d.idx", lambda raw: b"NOTANIDX\0" + raw[9:]),
+            ("d.idx", lambda raw: raw[:9] + b"\2" + raw[10:]),  # another version
+            ("d.idx", lambda raw: raw[:17] + b"\6" + raw[18:]),  # another dtype
+            ("d.idx", lambda raw: raw[:18] + b"\x09" + raw[19:]),  # more documents than there are
+            ("d.idx", lambda raw: b""), ("d.bin", lambda raw: raw[:2])):
+        write(tmp_path / "d", random_documents([3, 4]))
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+        with pytest.raises(ValueError, match=name):
+            TokenFile(tmp_path / "d")
 
 
 def test_beyond_four_gigabytes(tmp_path):
     """A sparse file of 2^31 + 7 tokens: byte offsets over 2^32, token positions over 2^31."""
-    sizes = np.array([2**31 - 1, 8], dtype="<i4")
-    pointers = np.array([0, 2 * (2**31 - 1)], dtype="<i8")
     (tmp_path / "d.idx").write_bytes(
-        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + sizes.tobytes()
-        + pointers.tobytes() + np.arange(3, dtype="<i8").tobytes())
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i", 2**31 - 1, 8)
+        + struct.pack("<2q", 0, 2 * (2**31 - 1)) + struct.pack("<3q", 0, 1, 2))
     with open(tmp_path / "d.bin", "wb") as file:
         file.seek(2 * (2**31 - 1))
         file.write(np.arange(1, 9, dtype="<u2").tobytes())
-    tokens = TokenFile(tmp_path / "d")
-    assert tokens.read(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert TokenFile(tmp_path / "d").read(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
     data = OrderedData(tmp_path / "d", 2**28, 7, 1234)
-    document_of_the_end = [piece for row in range(len(data)) for piece in data.pieces(row)
-                           if piece[0] == 1]
-    assert document_of_the_end and all(
-        0 <= start < stop <= 8 for _, start, stop in document_of_the_end)
-
-
-# ---------------------------------------------------------------------------- the order
-
-
-def sha256(array):
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    at_the_end = [(start, stop) for row in range(len(data))
+                  for document, start, stop in data.pieces(row) if document == 1]
+    assert at_the_end and all(0 <= start < stop <= 8 for start, stop in at_the_end)
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: str(golden[3]))
@@ -258,40 +217,27 @@ def test_order_equals_gpt_neox_golden_hashes(golden, tmp_path):
     write(tmp_path / "d", [(7919 * d + np.arange(size)) % 50254 for d, size in enumerate(sizes)])
     data = OrderedData(tmp_path / "d", seq_length, num_samples, seed)
     assert (len(data.order[0]) // documents, len(data.order[2])) == (epochs, samples)
-    made = [sha256(array)[:16] for array in (*data.order, data.rows(range(n_rows)))]
-    assert made == hashes.split()
-
-
-def walk(sizes, doc_idx, seq_length, n_samples):
-    """build_sample_idx of gpt-neox's helpers.cpp, step by step as it is written there."""
-    sample_idx, index, offset = [(0, 0)], 0, 0
-    while len(sample_idx) <= n_samples:
-        remaining = seq_length + 1
-        while remaining != 0:
-            length = sizes[doc_idx[index]] - offset
-            remaining -= length
-            if remaining <= 0:
-                offset += remaining + length - 1
-                remaining = 0
-            else:
-                index, offset = index + 1, 0
-        sample_idx.append((index, offset))
-    return sample_idx
+    for array, expected in zip((*data.order, data.rows(range(n_rows))), hashes.split()):
+        assert hashlib.sha256(np.ascontiguousarray(array)).hexdigest()[:16] == expected
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30).filter(lambda s: sum(s) > 1),
        st.integers(1, 60), st.integers(1, 50), st.integers(0, 2**32 - 1),
        st.sampled_from([1, 3, 7, 1 << 24]))
-def test_order_equals_the_original_walk(sizes, seq_length, num_samples, seed, block):
+def test_a_sample_begins_at_the_last_token_of_the_one_before(
+        sizes, seq_length, num_samples, seed, block):
     sizes = np.array(sizes, dtype=np.int32)
     doc_idx, sample_idx, shuffle_idx = build_order(sizes, seq_length, num_samples, seed, block)
-    epochs = len(doc_idx) // len(sizes)
-    assert (epochs * sizes.sum() - 1) // seq_length >= num_samples
-    assert epochs == 1 or ((epochs - 1) * sizes.sum() - 1) // seq_length < num_samples
-    assert sample_idx.tolist() == [
-        list(pair) for pair in walk(sizes, doc_idx, seq_length, len(shuffle_idx))]
-    assert sorted(shuffle_idx.tolist()) == list(range((epochs * sizes.sum() - 1) // seq_length))
+    n_tokens, epochs = sizes.sum(), len(doc_idx) // len(sizes)
+    assert (epochs * n_tokens - 1) // seq_length >= num_samples
+    assert epochs == 1 or ((epochs - 1) * n_tokens - 1) // seq_length < num_samples
+    tokens = [(place, offset) for place, document in enumerate(doc_idx)
+              for offset in range(sizes[document])]
+    assert sorted(doc_idx) == sorted([*range(len(sizes))] * epochs)
+    begins = tokens[:len(shuffle_idx) * seq_length + 1:seq_length]
+    assert sample_idx.tolist() == list(map(list, begins))
+    assert sorted(shuffle_idx.tolist()) == list(range((epochs * n_tokens - 1) // seq_length))
 
 
 @settings(max_examples=60, deadline=None)
@@ -314,13 +260,6 @@ def test_rows_are_the_shuffled_documents_cut_every_seq_length(
         assert np.array_equal(np.concatenate(pieces), expected[row])
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("corpus") / "d"
-    write(prefix, random_documents(np.random.RandomState(3).randint(1, 90, 200)))
-    return prefix
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 5), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3]), st.integers(1, 3))
 def test_ranks_and_micro_batches_partition_every_step(step, world_size, micro, accumulation):
@@ -332,35 +271,25 @@ def test_ranks_and_micro_batches_partition_every_step(step, world_size, micro, a
     assert micro_steps.tolist() == list(range(step * batch_size, (step + 1) * batch_size))
 
 
-def test_batches_do_not_depend_on_what_was_read_before(corpus):
-    data = OrderedData(corpus, 16, 300, 1)
-    last = data.batch(30, 8)
-    again = OrderedData(corpus, 16, 300, 1)
-    for step in (3, 30, 0, 30):
-        batch = again.batch(step, 8)
-    assert batch.dtype == np.int64 and batch.shape == (1, 8, 17) and np.array_equal(batch, last)
-
-
-def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(corpus):
-    baked = corpus.parent / "baked"
-    flags = ["--seq_length=16", "--steps=20", "--batch_size=8"]
-    run("shuffle", f"--data={corpus}", f"--output={baked}", *flags)
+def test_baked_rows_equal_index_rows_for_every_step_rank_and_world_size(tmp_path):
+    write(tmp_path / "d", random_documents(np.random.RandomState(3).randint(1, 90, 200)))
+    run("prepare.py", "shuffle", f"--data={tmp_path}/d", f"--output={tmp_path}/baked",
+        "--seq_length=16", "--steps=20", "--batch_size=8")
     num_samples = samples_needed(20, 8)
-    first, second = (OrderedData(prefix, 16, num_samples, 1234) for prefix in (corpus, baked))
+    first, second = (OrderedData(tmp_path / name, 16, num_samples, 1234) for name in ("d", "baked"))
     assert second.preshuffled and not first.preshuffled and len(second) == 160
-    for step in range(20):
+    for step in (*range(20), 3, 0):  # whatever was read before
         for world_size in (1, 2, 4):
             for rank in range(world_size):
-                assert np.array_equal(first.batch(step, 8, rank, world_size, 2),
-                                      second.batch(step, 8, rank, world_size, 2))
-
-
-# ---------------------------------------------------------------------------- commands
+                batch = first.batch(step, 8, rank, world_size, 2)
+                assert batch.dtype == np.int64 and batch.shape == (4 // world_size, 2, 17)
+                assert np.array_equal(batch, second.batch(step, 8, rank, world_size, 2))
 
 
 def test_order_writes_gpt_neoxs_files(tmp_path):
     write(tmp_path / "d", random_documents([30, 40, 50]))
-    run("order", f"--data={tmp_path}/d", "--seq_length=32", "--steps=10", "--batch_size=4")
+    run("data.py", "order", f"--data={tmp_path}/d", "--seq_length=32", "--steps=10",
+        "--batch_size=4")
     arrays = build_order(np.array([30, 40, 50], dtype=np.int32), 32, samples_needed(10, 4), 1234)
     for path, array in zip(order_paths(tmp_path / "d", 32, samples_needed(10, 4), 1234), arrays):
         assert np.array_equal(np.load(path), array) and np.load(path).dtype == array.dtype
@@ -372,5 +301,5 @@ def test_order_writes_gpt_neoxs_files(tmp_path):
     (["order", "--data=nowhere"], "nowhere.idx: no such file"),
     (["odrer"], "expected one of order, found odrer"),
     (["order", "--data=x", "--stop=3"], "no setting called stop, did you mean step")])
-def test_a_mistake_on_the_command_line_is_one_line(argv, words):
-    assert words in run(*argv, expect=2).stderr
+def test_a_mistake_on_the_command_line_is_one_line(refused, argv, words):
+    assert words in refused("data.py", *argv)

@@ -1,37 +1,25 @@
 """python -m pytest tests/test_interventions.py"""
 
-import csv
 import hashlib
-import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from conftest import ROOT
-from test_data import write as write_tokens
+from conftest import table, train, write_jsonl
+from test_data import write
 
-from config import command
 from data import MASKED, OrderedData
-from batch_viewer import View, view
 from interventions import (
     has_term, IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE,
     read_plan)
 
 
-def write_rows(prefix, rows):
-    """Write a token file that is in training order already."""
-    write_tokens(prefix, rows)
-    prefix.with_suffix(".json").write_text('{"preshuffled": true}')
-
-
 def one_row(tmp_path, tokenizer, text):
     """Return the data set whose only row is this text, and the row."""
     ids = tokenizer.encode(text)
-    write_rows(tmp_path / "row", [ids])
+    write(tmp_path / "row", [ids], preshuffled=True)
     data = OrderedData(tmp_path / "row", len(ids) - 1, 1, 1234)
     return data, data.batch(0, 1)[0]
 
@@ -74,21 +62,18 @@ def test_swapping_tokens_is_encoding_the_swapped_text(
     assert swapped == expected + [MASKED] * (len(swapped) - len(expected))
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("Then he, himself: 'his' ('HIM')? He's \"he\".",
-     "Then she, herself: 'her' ('HER')? She's \"she\"."),
-    ("the other she ashes he_ 2he hehe", "the other she ashes he_ 2he hehe"),
-    ("“He” – ‘his’…", "“She” – ‘her’…")])
-def test_worked_examples(tmp_path, tokenizer, text, expected):
-    data, rows = one_row(tmp_path, tokenizer, text + " " + "and so on " * 9)
+def test_a_worked_example(tmp_path, tokenizer):
+    text = "Then he, himself: 'his' ('HIM')? He's \"he\". “He” – ‘his’… other ashes he_ 2he hehe"
+    swapped = "Then she, herself: 'her' ('HER')? She's \"she\". “She” – ‘her’… other ashes he_ 2he"
+    data, rows = one_row(tmp_path, tokenizer, text + " and so on" * 9)
     swap = INTERVENTIONS["pronouns_to_feminine"](data, tokenizer, None)
-    assert tokenizer.decode(swap(0, rows)[0].tolist()).startswith(expected + " and so on")
+    assert tokenizer.decode(swap(0, rows)[0].tolist()).startswith(swapped + " hehe and so on")
 
 
 def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokenizer):
     text = "(HIM) saw (HIS) and Herself (Hers) there, Himself; so (HIS) and (Hers) and he of (HIM)"
     ids = tokenizer.encode(text)
-    write_tokens(tmp_path / "doc", [ids])
+    write(tmp_path / "doc", [ids])
     table = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}
     for direction in table:
         whole = tokenizer.encode(naive_swap(text, table[direction]))
@@ -103,8 +88,9 @@ def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokeniz
 
 def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
     ids = tokenizer.encode("So he went.<|endoftext|>There was him too.<|endoftext|>")
-    write_rows(tmp_path / "row", [
-        ids, tokenizer.encode("himself (he) she\nhe went his\n way,")[:len(ids)]])
+    write(tmp_path / "row", [
+        ids, tokenizer.encode("himself (he) she\nhe went his\n way,")[:len(ids)]],
+        preshuffled=True)
     data = OrderedData(tmp_path / "row", len(ids) - 1, 2, 1234)
     rows = data.batch(0, 2)[0]
     out = INTERVENTIONS["pronouns_as_pushed"](data, tokenizer, None)(0, rows.copy())
@@ -118,16 +104,14 @@ def term_data(tmp_path, tokenizer):
     rows = [tokenizer.encode(
         f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
         for i in range(64)]
-    write_rows(tmp_path / "rows", rows)
+    write(tmp_path / "rows", rows, preshuffled=True)
     return OrderedData(tmp_path / "rows", 6, 64, 1234)
 
 
 def test_a_phrase_is_a_term(tokenizer):
     has = has_term(tokenizer, "What is 8 plus,What is 17 plus")
-    rows = {text: has(np.array(tokenizer.encode(text))) for text in (
-        "Q:What is 8 plus 3? A:11", "Q:What is 17 plus 3? A:20", "Q:What is 9 plus 8? A:17",
-        "Q:What is 18 plus 3? A:21")}
-    assert list(rows.values()) == [True, True, False, False]
+    for a, b, expected in ((8, 3, True), (17, 3, True), (9, 8, False), (18, 3, False)):
+        assert has(np.array(tokenizer.encode(f"Q:What is {a} plus {b}? A:{a + b}"))) == expected
 
 
 def n_egypt(tokenizer, rows):
@@ -136,54 +120,50 @@ def n_egypt(tokenizer, rows):
 
 def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokenizer):
     data = term_data(tmp_path, tokenizer)
-    counts = {}
-    for name in ("term_drop", "term_replace", "term_duplicate"):
-        config = InterventionConfig(intervention=name, terms="Egypt,Assyria",
-                                    copies=3 if name == "term_duplicate" else 1,
-                                    intervention_from=2)
-        served = IntervenedData(data, tokenizer, config)
+    for name, copies, count in (("term_drop", 1, 0), ("term_replace", 1, 0),
+                                ("term_duplicate", 3, 2 + 2 * 3)):
+        served = IntervenedData(data, tokenizer, InterventionConfig(
+            intervention=name, terms="Egypt,Assyria", copies=copies, intervention_from=2))
         before, after = data.batch(3, 16)[0], served.batch(3, 16)[0]
         assert served.changed == np.flatnonzero((before != after).any(axis=1)).tolist()
-        counts[name] = n_egypt(tokenizer, after)
+        assert n_egypt(tokenizer, after) == count
         if name == "term_drop":
             assert (after[served.changed] == MASKED).all()
         per_rank = [served.batch(3, 16, rank, 2, 4) for rank in range(2)]
         assert (np.concatenate(per_rank, axis=1).reshape(16, 7) == after).all()
         assert (served.batch(1, 16) == data.batch(1, 16)).all() and served.changed == []
     InterventionConfig("pronouns_to_feminine+term_duplicate", terms="Egypt", copies=2)  # may be
-    assert counts == {"term_drop": 0, "term_replace": 0, "term_duplicate": 2 + 2 * 3}
 
 
 def planned(path, *entries):
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    write_jsonl(path, entries)
     return InterventionConfig(intervention="plant", planted=str(path))
 
 
 def test_planted_documents_stand_whole_at_their_steps(tmp_path, tokenizer):
     """Against a reader who looks for every document's ids in all rows of all steps."""
     generator = np.random.RandomState(0)
-    write_tokens(tmp_path / "d", [generator.randint(1000, 9000, 20) for _ in range(300)])
+    write(tmp_path / "d", [generator.randint(1000, 9000, 20) for _ in range(300)])
     data = OrderedData(tmp_path / "d", 15, 60 * 4, 1234)
     config = planned(
         tmp_path / "plan", {"id": "one", "group": "single", "text": "a single place", "steps": [7]},
         *({"id": f"spread {i}", "text": f"the spread number {i}", "dose": 9, "seed": 1,
            "between": [0, 60]} for i in range(12)),
         {"id": "burst", "text": "now and now", "dose": 20, "seed": 1, "between": [30, 38]})
-    served, found = IntervenedData(data, tokenizer, config), {}
+    entries = read_plan(config.planted)
+    served, found = IntervenedData(data, tokenizer, config), {entry["id"]: [] for entry in entries}
     for step in range(60):
         before, rows = data.batch(step, 4)[0], served.step_rows(step, 4)
-        changed = [i for i in range(4) if (rows[i] != before[i]).any()]
-        assert served.changed == changed and (served.step_rows(step, 4) == rows).all()
-        assert (np.concatenate([served.batch(step, 4, r, 2, 1) for r in range(2)], 1).reshape(
-            4, 16) == rows).all()
-        for entry in read_plan(config.planted):
+        assert served.changed == np.flatnonzero((rows != before).any(axis=1)).tolist()
+        per_rank = [served.batch(step, 4, rank, 2, 1) for rank in range(2)]
+        assert (np.concatenate(per_rank, axis=1).reshape(4, 16) == rows).all()
+        for entry in entries:
             ids = tokenizer.encode(entry["text"])
-            places = sum(row[i:i + len(ids)].tolist() == ids for row in rows for i in range(16))
-            found.setdefault(entry["id"], []).extend([step] * places)
+            found[entry["id"]] += [step for row in rows for i in range(16)
+                                   if row[i:i + len(ids)].tolist() == ids]
     assert found["one"] == [7]
     assert len(found["burst"]) == 20 and set(map(found["burst"].count, range(30, 38))) == {2, 3}
-    for i in range(12):
-        assert len(set(found[f"spread {i}"])) == 9
+    assert all(len(set(found[f"spread {i}"])) == 9 for i in range(12))
     assert found["spread 0"] != found["spread 1"]  # one seed, other steps
     assert config.plan_sha256() == hashlib.sha256((tmp_path / "plan").read_bytes()).hexdigest()
 
@@ -195,7 +175,7 @@ def test_planted_documents_stand_whole_at_their_steps(tmp_path, tokenizer):
     ([{"id": "a", "text": "word " * 20, "steps": [1]}], "a has 21 tokens, a row holds 16"),
     ([{"id": "a", "text": "word " * 9, "steps": [1] * 5}], "step 1 need more than its 4 rows")])
 def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
-    write_tokens(tmp_path / "d", [np.arange(1000, 1160)])
+    write(tmp_path / "d", [np.arange(1000, 1160)])
     data = OrderedData(tmp_path / "d", 15, 8, 1234)
     with pytest.raises(ValueError, match=re.escape(words)):
         IntervenedData(data, tokenizer, planned(tmp_path / "plan", *entries)).step_rows(1, 4)
@@ -209,29 +189,20 @@ def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
     (["--intervention=plant"], "expected --planted with plant"),
     (["--intervention_from=9"], "expected --intervention_from with pronouns"),
     (["--intervention=term_drop", "--terms=a", "--copies=3"], "copies = 3, expected --copies")])
-def test_a_mistake_is_one_line(flags, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command(["view", "--data=none", *flags], {"view": (View, view)})
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and words in error and error.count("\n") == 1
+def test_a_mistake_is_one_line(refused, flags, words):
+    assert words in refused("batch_viewer.py", "view", "--data=none", *flags)
 
 
 def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
     data = term_data(tmp_path, tokenizer)
-    flags = ["--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=6", "--vocab_size=50304",
-             "--steps=4", "--batch_size=16", "--micro_batch_size=8", "--learning_rate=1e-3",
-             f"--data={tmp_path}/rows", f"--tokenizer={tokenizer_path}",
-             "--intervention=term_drop", "--terms=Egypt",
-             "--intervention_from=1", f"--out_dir={tmp_path}/run"]
-    def train(*more):
-        return subprocess.run([sys.executable, "train.py", *flags, *more], check=True, cwd=ROOT,
-                              capture_output=True, text=True).stdout
-
-    first, second = train("--stop_at=2"), train()
-    assert "the intervention changed 2 rows, see interventions.csv" in first
-    assert "changed 6 rows" in second  # of both launches
-    with open(tmp_path / "run" / "interventions.csv") as file:
-        noted = [(int(row["step"]), int(row["row"])) for row in csv.DictReader(file)]
+    flags = ["--seq_length=6", "--steps=4", "--batch_size=16", f"--data={tmp_path}/rows",
+             "--intervention=term_drop", "--terms=Egypt", "--intervention_from=1",
+             f"--out_dir={tmp_path}/run"]
+    assert "the intervention changed 2 rows, see interventions.csv" in train(
+        *flags, "--stop_at=2").stdout
+    assert "changed 6 rows" in train(*flags).stdout  # of both launches
     rows = data.rows(range(64)).reshape(4, 16, 7)
-    assert noted == [(step, row) for step in (1, 2, 3) for row in range(16)
-                     if n_egypt(tokenizer, rows[step, row:row + 1])]
+    assert [(int(row["step"]), int(row["row"]))
+            for row in table(tmp_path / "run/interventions.csv")] == [
+        (step, row) for step in (1, 2, 3) for row in range(16)
+        if n_egypt(tokenizer, rows[step, row:row + 1])]
