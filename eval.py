@@ -439,16 +439,15 @@ def open_outputs(config, entries, jobs):
     there = set(map(identity, table.rows))
     for j, job in enumerate(jobs):
         nothing = ("",) if job.task.kind == "generate" else (math.nan, False)
-        measured = measure(job, [nothing] * len(job.requests))
+        empty = measure(job, [nothing] * len(job.requests))
         for i, entry in enumerate(entries):
-            rows = csv_rows(config, entry, job, measured)
+            rows = csv_rows(config, entry, job, empty)
             expected = {identity(dict(zip(COLUMNS, row))) for row in rows}
             if not expected <= there:
                 b"".join(map(table.line, rows))
                 todo.setdefault(i, []).append(j)
                 again |= expected
-    if again & there:
-        table.keep(lambda row: identity(row) not in again)
+    table.keep(lambda row: identity(row) not in again)
     if config.samples:
         open_samples(config.samples)
     return table, todo
@@ -544,7 +543,7 @@ def list_tasks(config):
             try:
                 line += f"  {split} {len(read_split(config.docs, task, split)):,}"
             except (ValueError, OSError) as error:
-                line += f"  {error}".split(";")[0]
+                line += "  " + str(error).split(";")[0].removeprefix(f"{config.docs}/")
         print(line)
     print("groups:", ", ".join(GROUPS), "(arithmetic means all arithmetic_*)")
 

@@ -339,4 +339,4 @@ def test_the_list_of_tasks_tells_what_is_missing(workplace, capsys):
     evaluation.list_tasks(evaluation.EvalConfig("", f"{workplace}/docs", model=""))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert ("test 2" in lines["heldout"]
-            and f"{workplace}/docs/piqa/train.jsonl: no such file" in lines["piqa"])
+            and " piqa/train.jsonl: no such file" in lines["piqa"])
