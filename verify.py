@@ -395,20 +395,18 @@ def diff(options):
     for name in configs:
         print(f"config: {name} is {getattr(config_a, name)} and {getattr(config_b, name)}")
     print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
-    differing = sorted(a.keys() ^ b.keys())
+    both = [name for name in a if name in b and a[name].shape == b[name].shape]
+    differing = sorted((a.keys() | b.keys()) - set(both))
     for name in differing:
-        print(f"{name:50} only in {options.a if name in a else options.b}")
-    for name in tqdm([name for name in a if name in b], disable=None, leave=False):
+        print(f"{name:50} is not in both in one shape")
+    for name in tqdm(both, disable=None, leave=False):
         x, y = a[name].double(), b[name].double()
-        line = f"{name:50} {'x'.join(map(str, x.shape)):>14}"
         if not torch.equal(x, y):
             differing.append(name)
-        if x.shape != y.shape:
-            tqdm.write(f"{line} {'x'.join(map(str, y.shape)):>14} in {options.b}")
-            continue
         norm, delta = y.norm(), (x - y).abs()
         relative = f"{delta.norm() / norm:10.3g}" if norm else f"{'-':>10}"
-        tqdm.write(f"{line} {delta.max():10.3g} {delta.mean():10.3g} {relative}")
+        tqdm.write(f"{name:50} {'x'.join(map(str, x.shape)):>14} {delta.max():10.3g} "
+                   f"{delta.mean():10.3g} {relative}")
     print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
           + (f"; configs differ: {', '.join(configs)}" if configs else ""))
     if differing or configs:
