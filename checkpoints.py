@@ -11,7 +11,8 @@
                training.json        the step, its place in the data, the loss scaler
                config.json          GPTNeoXForCausalLM's, naming the GELU the run is trained with
                generation_config.json, tokenizer.json, tokenizer_config.json
-               manifest.json        bytes and SHA-256 of every file above, written last
+               manifest.json        bytes and SHA-256 of every file above, written last; "chain":
+                                    the digest of the step before (metrics.csv), one of all tensors
 
 Checkpoint N is the weights after N updates; step 0 is the initialisation. It is written in a folder
 .stepN.tmp, brought to the disk and then renamed, so that a killed process leaves either the whole
@@ -24,6 +25,7 @@ gpt-neox v1.0, tools/convert_to_hf.py, for its layer_XX-model_YY-model_states.pt
 
 import errno
 import functools
+import hashlib
 import os
 import re
 import shlex
@@ -44,6 +46,7 @@ from config import command, file_size, note, read_json, read_lines, sha256_of, w
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
+FIRST_DIGEST = "0" * 64  # before any step
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 _WRITER, _WRITING = ThreadPoolExecutor(1), []  # a thread, and what it does: see save
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of each parameter
@@ -182,7 +185,18 @@ def manifest_of(folder):
     """Return {file: its entry} of a manifest, {} without one; moments only if they are there."""
     path = folder / "manifest.json"
     entries = read_json(path) if os.path.lexists(path) else {}
-    return {name: entry for name, entry in entries.items() if (folder / name).parent.exists()}
+    return {name: entry for name, entry in entries.items()
+            if name != "chain" and (folder / name).parent.exists()}
+
+
+def chain_of(folder):
+    """Return {"digest", "state_sha256"}: the last step's digest and one hash of all tensors.
+
+    Of a checkpoint that no run of ours has saved, digest is as before the first step.
+    """
+    path = folder / "manifest.json"
+    chain = read_json(path).get("chain") if path.exists() else None
+    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain or {})
 
 
 def describe_file(path):
@@ -190,11 +204,16 @@ def describe_file(path):
     return {"bytes": file_size(path), "sha256": sha256_of(path)}
 
 
-def write_manifest(folder):
-    """Write folder/manifest.json, with which a checkpoint is whole."""
-    write_json(folder / "manifest.json", {
-        name: describe_file(path) for name, path in sorted(files_of(folder).items())
-        if name != "manifest.json"})
+def write_manifest(folder, digest=None):
+    """Write folder/manifest.json, with which a checkpoint is whole. digest: the last step's."""
+    entries = {name: describe_file(path) for name, path in sorted(files_of(folder).items())
+               if name != "manifest.json"}
+    if digest:
+        tensors = "".join(entry["sha256"] for name, entry in entries.items()
+                          if name.endswith(".safetensors"))
+        entries["chain"] = {"digest": digest,
+                            "state_sha256": hashlib.sha256(tensors.encode()).hexdigest()}
+    write_json(folder / "manifest.json", entries)
 
 
 def check_hashes(folder):
@@ -288,14 +307,15 @@ def fill(tensor, whole):
 
 
 def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, asynchronous=False,
-         state_every=None):
+         state_every=None, digest=None):
     """Write RUN/step{N} whole or not at all. Every process calls; the first one writes.
 
     training: the object that load_training gives back. An unscheduled checkpoint (of an interrupted
     run) goes when the next is saved. A whole one that is there is kept, but one without moments is
     written again: a run that resumed before it may be interrupted there. asynchronous: return once
     the tensors are in host memory; the next call or finish_writing waits for the rest. state_every:
-    Adam's moments stay only in checkpoints of its multiples and in the newest.
+    Adam's moments stay only in checkpoints of its multiples and in the newest. digest: the last
+    step's.
     """
     finish_writing()
     folder, first = Path(run) / f"step{step}", process_place()[0] == 0
@@ -320,7 +340,7 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
             with writing(folder) as temporary:
                 for file, tensors in whole:
                     write_file(temporary / file, tensors)
-                write_notes(temporary, notes, hf_config(model.config), tokenizer)
+                write_notes(temporary, notes, hf_config(model.config), tokenizer, digest)
             make_room(run, step, state_every)
         if dist.is_initialized():  # no process ends, or reads the folder, before it is written
             dist.barrier(_group())
@@ -361,7 +381,7 @@ def gathered(files, copy):
         yield file, whole
 
 
-def write_notes(folder, notes, spec, tokenizer):
+def write_notes(folder, notes, spec, tokenizer, digest=None):
     """Write what lies beside the tensors: {name: object}, config.json (spec), and the manifest."""
     notes = notes | {"config.json": spec, "generation_config.json": {
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}}
@@ -374,7 +394,7 @@ def write_notes(folder, notes, spec, tokenizer):
             "model_max_length": spec["max_position_embeddings"]}
     for name, value in notes.items():
         write_json(folder / name, value)
-    write_manifest(folder)
+    write_manifest(folder, digest)
 
 
 def make_room(run, step, state_every):

@@ -32,10 +32,10 @@ class Processes:
     """This process among those that torchrun started; alone, it is rank 0 of 1.
 
     device: "auto", "cpu" or "cuda". timeout: a timedelta, how long a process may wait for another;
-    None is torch's default.
+    None is torch's default. threads: of a process on a CPU; None shares out the cores.
     """
 
-    def __init__(self, device="auto", timeout=None):
+    def __init__(self, device="auto", timeout=None, threads=None):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -47,8 +47,8 @@ class Processes:
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
-            if on_this_node > 1:  # torchrun leaves one thread to each
-                torch.set_num_threads(max(1, os.cpu_count() // on_this_node))
+            if threads or on_this_node > 1:  # torchrun leaves one thread to each
+                torch.set_num_threads(threads or max(1, os.cpu_count() // on_this_node))
         if self.count > 1:
             # Hosts exchange their messages over gloo, so that GPUs need not stop for them.
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -141,22 +141,24 @@ class LaunchConfig:
     activation_checkpointing: bool = False  # keep each block's input only, compute the rest again
     compile: bool = False  # torch.compile each block, and on a GPU the loss
     deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
+    threads: int | None = None  # of each process on a CPU; default: the cores are shared out
     check_data: bool = False  # compare every byte of the data with the SHA-256 that tokenize noted
 
     def __post_init__(self):
         check(self, "auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__, "device")
         check(self, "ddp or fsdp", ("ddp", "fsdp").__contains__, "sharding")
-        check(self, "at least 1", lambda value: value >= 1, "micro_batch_size")
+        check(self, "at least 1", lambda value: value >= 1, "micro_batch_size", "threads")
 
 
-def parallelize(model, launch, dtype, processes):
+def parallelize(model, launch, dtype, processes, exact_sums=False):
     """Return the module that training calls, whose every process takes its part.
 
     model: a Pythia on the meta device. It gets its memory here, unfilled, on the processes' device.
     DDP keeps every weight on every process and averages gradients. FSDP2 keeps 1/n of weights,
     gradients and moments on each of n processes and gathers one block at a time. In float32 both
     take the same steps (tests/test_parallel.py: 1e-6). At 16 bits FSDP rounds the blocks' LayerNorm
-    weights too, as Pythia's own fp16 weights were; autocast leaves them in float32.
+    weights too, as Pythia's own fp16 weights were; autocast leaves them in float32. exact_sums:
+    gradients are not averaged here (ExactSums does).
     """
     if launch.compile and processes.device.type == "cuda" and dtype != torch.float32:
         model.fused_loss = torch.compile(losses_and_gradient)
@@ -180,7 +182,7 @@ def parallelize(model, launch, dtype, processes):
             fully_shard(layer, mesh=mesh, mp_policy=half)
         fully_shard(model, mesh=mesh)
     model.to_empty(device=processes.device)
-    if processes.count > 1 and launch.sharding == "ddp":
+    if processes.count > 1 and launch.sharding == "ddp" and not exact_sums:
         # Every process fills in the same weights, so there is nothing to broadcast.
         return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
     return model
@@ -201,6 +203,61 @@ def forget_gradients(wrapped, optimizer):
     step's gradients would lie beside the buffers until the last micro-batch.
     """
     optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
+
+
+class ExactSums:
+    """The mean of micro-batches' gradients, with equal bits however many processes share them.
+
+    A sum of floats rounds at every addition, so its bits depend on the order. Here each gradient is
+    rounded once, to a whole multiple of 2**-k, and whole numbers (int64) have one sum in any order.
+    With n micro-batches a step, k = 58 - ceil(log2(n)): entries up to 16 are at most 2**(k + 4), n
+    of them at most 2**62, so no sum can overflow. An entry that is larger, or not finite, makes the
+    norm infinite, on which training stops. (Clipping allows a norm of 1, so entries up to 1.) The
+    mean is off by 2**-(k + 1) at most. With 32 micro-batches that is 2**-54, less than float32's
+    own rounding of any entry above 2**-30. Smaller entries matter to Adam only beside its eps of
+    1e-8, of which 2**-54 is 6e-9.
+    """
+
+    BLOCK = 1 << 22  # entries at a time, as temporary tensors of a whole embedding would be slow
+
+    def __init__(self, parameters, micro_batches, processes):
+        """micro_batches: of one step on all processes together."""
+        self.parameters, self.n, self.processes = list(parameters), micro_batches, processes
+        self.unit = 2.0**(58 - math.ceil(math.log2(micro_batches)))
+        loss = torch.zeros((), device=processes.device)
+        self.sums = [torch.zeros_like(t, dtype=torch.int64) for t in (*self.parameters, loss)]
+        self.largest = loss
+
+    def add(self, loss, loss_scale):
+        """Add the gradients, which are loss_scale too large, and the loss of one micro-batch."""
+        values = [p.grad for p in self.parameters] + [loss.detach() * (loss_scale / 64)]
+        largest = torch.stack(torch._foreach_norm(values, math.inf)).max() / loss_scale
+        self.largest = torch.maximum(self.largest, largest)
+        for total, value in zip(self.sums, values):
+            for a, b in zip(self.blocks(total), self.blocks(value)):
+                a += (b * (self.unit / loss_scale)).round_().long()
+        for p in self.parameters:
+            p.grad = None
+
+    def mean(self):
+        """Make every gradient the mean over all processes; return the mean loss; begin again."""
+        too_large = (~(self.largest <= 16)).float()
+        if self.processes.count > 1:
+            dist.all_reduce(too_large, dist.ReduceOp.MAX)
+            for total in self.sums:
+                dist.all_reduce(total)
+        for p, total in zip(self.parameters, self.sums):
+            p.grad = torch.empty_like(p)
+            for gradient, a in zip(self.blocks(p.grad), self.blocks(total)):
+                gradient.copy_(a.double() / (self.n * self.unit))
+        self.parameters[0].grad += torch.where(too_large > 0, math.inf, 0.0)
+        loss = (self.sums[-1].double() * 64 / (self.n * self.unit)).float()
+        torch._foreach_zero_(self.sums)
+        self.largest = torch.zeros_like(self.largest)
+        return loss
+
+    def blocks(self, tensor):
+        return tensor.reshape(-1).split(self.BLOCK)
 
 
 def rehearse(training, micro_batch_size, seq_length):

@@ -6,6 +6,8 @@
     python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child \\
         --intervention=NAME --twin=True
     python train.py configs/pythia_12b.py --plan=True --gpus=64   # the torchrun line for many nodes
+    python train.py --replay=runs/mini/step256:300  # takes steps again and compares
+    python train.py --restore=runs/mini/step300     # any step, from the state saved before it
 
 Checkpoint N is the weights after N updates, so step 0 is the initialisation. Step s is the update
 that makes checkpoint s + 1 from the rows s * batch_size to (s + 1) * batch_size - 1 of the order.
@@ -19,7 +21,8 @@ The run folder explains itself:
                        from its parent
     launches.jsonl     one line a launch: command, git commit, package versions, hardware
     log.txt            what was printed
-    metrics.csv        one line a step
+    metrics.csv        one line a step; its digest is SHA-256 of the digest before, of the rows
+                       token ids, the rate, the loss scale, the loss and the gradient's norm
     heldout.csv        the loss on the held-out batches, of checkpoint `step`
     interventions.csv  the rows that an intervention changed
     stepN/             a checkpoint: checkpoints.py
@@ -28,7 +31,9 @@ Sources: gpt-neox v1.0, megatron/{training,learning_rates}.py.
 """
 
 import gc
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -51,10 +56,11 @@ from config import check, COUNT, fail, note, NUMBER, parse, read_json, run, Tabl
 from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
-from parallel import (Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes, communicate,
-                      compute_dtype, flops_per_token, forget_gradients, leave_processes,
-                      parallelize, peak_flops, plan, rehearse)
+from parallel import (ExactSums, Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes,
+                      communicate, compute_dtype, flops_per_token, forget_gradients,
+                      leave_processes, parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
+from verify import again, begin_again, link, prove
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient of all parameters
-    seed: int = 1234  # of the initialisation and of the data order
+    seed: int = 1234  # of the initialisation
+    data_seed: int | None = None  # of the order of the data; default: seed
+    exact_sums: bool = False  # equal bits on any number of processes, with --threads=N
     dtype: str = "float16"  # on a GPU: float32, bfloat16 or float16; a CPU computes in float32
     checkpoint_every: int = 1000  # besides steps 0, 1, 2, 4, ..., 512
     state_every: int | None = None  # keep Adam's moments (2/3 of it) only here and in the newest
@@ -96,7 +104,7 @@ class TrainConfig:
         check(self, "more than 0", lambda value: value > 0, "learning_rate", "eps", "clip_norm")
         check(self, "0 to 1", lambda value: 0 <= value <= 1,
               "min_lr_ratio", "warmup", "beta1", "beta2")
-        check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed")
+        check(self, f"0 to {2**32 - 1:,}", lambda value: 0 <= value < 2**32, "seed", "data_seed")
 
 
 # ---------------------------------------------------------------------------- one update
@@ -139,7 +147,11 @@ class Training:
         self.dtype = compute_dtype(config.dtype, processes.device)
         with torch.device("meta"):
             self.model = Pythia(model_config)
-        self.wrapped = parallelize(self.model, launch, self.dtype, processes)
+        self.wrapped = parallelize(self.model, launch, self.dtype, processes, config.exact_sums)
+        self.sums = None
+        if config.exact_sums:
+            micro_batches = config.batch_size // launch.micro_batch_size
+            self.sums = ExactSums(self.model.parameters(), micro_batches, processes)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = LossScaler(enabled=self.dtype == torch.float16)
         self.updates = 0  # that were not skipped: the learning rate goes by them
@@ -157,6 +169,12 @@ class Training:
 
     def gradients(self, batch):
         """Add up the gradients of micro-batches (A, B, T + 1) on the host; return the mean loss."""
+        if self.sums:
+            for rows in batch:
+                loss = self.loss(rows)
+                (loss * self.scaler.scale).backward()
+                self.sums.add(loss, self.scaler.scale)
+            return self.sums.mean()
         total = 0.0
         for i, rows in enumerate(batch):
             communicate(self.wrapped, last=i == len(batch) - 1)
@@ -227,23 +245,29 @@ class Batches:
     def open(self):
         """Open the order and read a step, so that a mistake shows before anything is computed."""
         config, wanted = self.config, self.config.steps * self.config.batch_size
+        seed = config.seed if config.data_seed is None else config.data_seed
         self.data = OrderedData(config.data, self.model_config.seq_length,
-                                samples_needed(config.steps, config.batch_size), config.seed)
+                                samples_needed(config.steps, config.batch_size), seed)
         if wanted > len(self.data):
             raise ValueError(f"{config.data} holds {len(self.data):,} rows, too few for "
                              f"{config.steps:,} batches of {config.batch_size:,}")
         self.read(0)
 
     def read(self, step):
-        """Return micro-batches (A, B, T + 1) int64 on the host, and the rows that were changed."""
+        """Return micro-batches (A, B, T + 1) int64 on the host, the changed rows, A digests.
+
+        A digest holds SHA-256 of each row's ids, as little-endian int32, one after the other.
+        """
         batch, vocab_size = self.data.batch(step, **self.share), self.model_config.vocab_size
         if batch.max() >= vocab_size:
             raise ValueError(f"{self.config.data}: token {batch.max()} in step {step}, but "
                              f"vocab_size is {vocab_size}")
-        return torch.from_numpy(batch), getattr(self.data, "changed", [])
+        digests = [b"".join(hashlib.sha256(row).digest() for row in rows)
+                   for rows in batch.astype("<i4")]
+        return torch.from_numpy(batch), getattr(self.data, "changed", []), digests
 
 
-def identity(model_config, config, intervention, order, unseen):
+def identity(model_config, config, intervention, launch, order, unseen):
     """Return what decides a run's numbers: every setting, and what its files hold.
 
     order: its OrderedData; unseen: the held-out Batches, or None.
@@ -253,6 +277,9 @@ def identity(model_config, config, intervention, order, unseen):
         "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths()),
         "order_sha256": None if order.preshuffled else fingerprint(order.paths),
         "planted_sha256": intervention.plan_sha256()}
+    if config.exact_sums:  # then these alone decide how its sums round
+        settings |= {name: getattr(launch, name)
+                     for name in ("micro_batch_size", "threads", "compile")}
     if unseen:
         return settings | {"heldout_sha256": fingerprint(unseen.data.tokens.paths())}
     del settings["heldout_batches"]  # a run may begin to measure later
@@ -434,7 +461,8 @@ def rows_of(step, config):
 
 
 METRICS = {"step": COUNT, "tokens": COUNT, "loss": NUMBER, "learning_rate": NUMBER,
-           "grad_norm": NUMBER, "loss_scale": NUMBER, "seconds": NUMBER}
+           "grad_norm": NUMBER, "loss_scale": NUMBER, "seconds": NUMBER,
+           "batch_sha256": "[0-9a-f]{64}", "digest": "[0-9a-f]{64}"}
 
 
 class Log:
@@ -444,8 +472,8 @@ class Log:
     them, every log_every steps and before anything is saved, so that a GPU rarely has to wait.
     """
 
-    def __init__(self, config, start, tokens_per_step, intervention, processes):
-        self.config, self.processes = config, processes
+    def __init__(self, config, start, tokens_per_step, intervention, processes, digest):
+        self.config, self.processes, self.digest = config, processes, digest
         self.tokens_per_step, self.tables = tokens_per_step, {}
         self.pending, self.recent = [], deque(maxlen=128)  # steps not yet written, last losses
         if processes.rank == 0:
@@ -477,9 +505,9 @@ class Log:
     def restart_clock(self):
         self.began = time.perf_counter()
 
-    def note(self, step, loss, norm, rate, scale, changed):
-        """Note a step; loss and norm are tensors, `changed` lists what an intervention changed."""
-        self.pending.append((step, loss, norm, rate, scale, changed))
+    def note(self, step, loss, norm, rate, scale, changed, digests):
+        """Note a step; loss and norm are tensors, `changed` and `digests` are Batches.read's."""
+        self.pending.append((step, loss, norm, rate, scale, changed, digests))
 
     def flush(self):
         """Write the noted steps; return the last's (step, loss, rate, norm, mean seconds) or None.
@@ -492,11 +520,18 @@ class Log:
             return None
         losses = self.processes.mean(torch.stack([loss for _, loss, *_ in pending]))
         norms = torch.stack([norm for _, _, norm, *_ in pending]).tolist()
+        read = zip(*self.processes.gather([digests for *_, digests in pending]))
         seconds = (time.perf_counter() - self.began) / len(pending)
         self.restart_clock()
-        for (step, _, _, rate, scale, rows), loss, norm in zip(pending, losses, norms):
-            self.write("metrics", step, step * self.tokens_per_step, loss, rate, norm,
-                       f"{scale:.0f}", f"{seconds:.4f}")
+        for (step, _, _, rate, scale, rows, _), loss, norm, digests in zip(
+                pending, losses, norms, read):
+            # Each process took a part of every micro-batch, by rank: this is the rows' order.
+            in_order = b"".join(itertools.chain.from_iterable(zip(*digests)))
+            line = dict(zip(METRICS, (step, step * self.tokens_per_step, loss, rate, norm,
+                                      f"{scale:.0f}", f"{seconds:.4f}",
+                                      hashlib.sha256(in_order).hexdigest())))
+            self.digest = link(self.digest, line)
+            self.write("metrics", *line.values(), self.digest)
             for row in rows:
                 self.write("interventions", step, row)
             if scale == 1 and not math.isfinite(loss + norm):
@@ -550,7 +585,7 @@ def save(training, step, scheduled, log):
     checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
         "tokens": step * log.tokens_per_step, "updates": training.updates,
         "scaler": dict(training.scaler.state)
-    }, config.tokenizer, scheduled, config.async_save, config.state_every)
+    }, config.tokenizer, scheduled, config.async_save, config.state_every, log.digest)
     log.restart_clock()
 
 
@@ -565,7 +600,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         heldout = [rows for step in range(short.steps) for rows in unseen.read(step)[0]]
     tokenizer = processes.together(lambda: load_tokenizer(config.tokenizer))
     settings = processes.together(
-        lambda: identity(model_config, config, intervention, order, unseen))
+        lambda: identity(model_config, config, intervention, launch, order, unseen))
     processes.agree({name: value for name, value in settings.items() if name not in PATHS})
     seen = order
     if intervention.intervention:
@@ -577,7 +612,8 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     first = processes.together(lambda: restore(training, source, start))
     tokens_per_step = config.batch_size * model_config.seq_length
     peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
-    log = Log(config, start, tokens_per_step, intervention, processes)
+    log = Log(config, start, tokens_per_step, intervention, processes,
+              checkpoints.chain_of(source)["digest"] if source else checkpoints.FIRST_DIGEST)
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
             f"process(es) on {processes.device.type}, "
@@ -600,7 +636,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     batches.data = seen  # what was replayed came as the parent saw it
     end, stop = min(config.steps, config.stop_at or config.steps), False
     if start < end:
-        batch, changed = batches.read(start)
+        batch, changed, digests = batches.read(start)
     log.restart_clock()
     for step in range(start, end):
         last = step + 1 == end
@@ -608,9 +644,9 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         rate = learning_rate_at(training.updates, config)
         loss = training.gradients(batch)
         norm = training.clip()
-        log.note(step, loss, norm, rate, training.scaler.scale, changed)
+        log.note(step, loss, norm, rate, training.scaler.scale, changed, digests)
         if not last:  # read the next batch while a GPU is still computing this one
-            batch, changed = batches.read(step + 1)
+            batch, changed, digests = batches.read(step + 1)
         training.update(rate, norm)
         # ----------------------------------------------------------------- what is left of it
         stop = processes.any(interrupt.signal)
@@ -634,7 +670,16 @@ def train(model_config, config, intervention, launch, processes, interrupt):
             f"{len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
 
-def main(model_config, config, intervention, launch, options):
+@dataclass(frozen=True)
+class ProofConfig:
+    replay: str | None = None  # RUN/stepA:B: take steps A to B of a run again and compare them
+    restore: str | None = None  # RUN/stepN: make any step again, from the full state before it
+
+
+SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig, ProofConfig
+
+
+def main(model_config, config, intervention, launch, options, proof=None):
     if intervention.intervention and intervention.intervention_from >= config.steps:
         fail(f"intervention_from = {intervention.intervention_from:,}, but the last step is "
              f"{config.steps - 1:,}")
@@ -644,9 +689,14 @@ def main(model_config, config, intervention, launch, options):
     if config.out_dir is None:
         fail("missing: --out_dir, the run folder (--help explains every setting)")
     check(config, "a name", bool, "data", "out_dir", "heldout", "branch_from")  # --data=$UNSET
-    processes = Processes(launch.device)
+    if config.exact_sums and (launch.sharding == "fsdp" or launch.threads is None):
+        fail("exact_sums = True: expected --sharding=ddp and --threads=N, since the bits of a "
+             "matmul depend on the number of threads")
+    processes = Processes(launch.device, threads=launch.threads)
     given = asdict(model_config) | asdict(config) | asdict(intervention) | asdict(launch)
     processes.agree(given | {name: given[name] is not None for name in PATHS})
+    if proof:
+        processes.together(lambda: begin_again(config.out_dir, proof), first_alone=True)
     if launch.check_data:  # once a node
         processes.together(lambda: os.environ.get("LOCAL_RANK", "0") == "0"
                            and check_whole(config.data))
@@ -662,12 +712,15 @@ def main(model_config, config, intervention, launch, options):
         gc.collect()
         control = replace(config, out_dir=f"{config.out_dir.rstrip('/')}_twin", twin=False)
         train(model_config, control, InterventionConfig(), launch, processes, interrupt)
+    if proof and processes.rank == 0:
+        prove(proof, Path(config.out_dir))
 
 
 if __name__ == "__main__":
     try:
-        run(main, *parse(sys.argv[1:], ModelConfig, TrainConfig, InterventionConfig, LaunchConfig,
-                         PlanConfig))
+        arguments, proof = run(again, sys.argv[1:], SCHEMAS, MAY_CHANGE)
+        *settings, _ = parse(arguments, *SCHEMAS)
+        run(main, *settings, proof)
     finally:
         run(checkpoints.finish_writing)
         leave_processes()

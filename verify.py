@@ -20,21 +20,25 @@ Without a manifest two defects stay hidden: a few values that changed by less th
 moves between two checkpoints, and biases and LayerNorms of a neighbouring checkpoint.
 """
 
+import hashlib
+import json
 import math
 import re
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from checkpoints import (checkpoint_steps, describe_file, files_of, identify, manifest_of, one_line,
-                         open_any, open_file, read_training, step_folders, weight_files)
-from config import command, file_size, read_json
+from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
+                         manifest_of, one_line, open_any, open_file, open_files, read_training,
+                         saved_steps, step_folders, weight_files)
+from config import command, file_size, read_csv, read_json, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -347,6 +351,11 @@ def verify(options):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
+    if run and (run / "metrics.csv").exists():
+        try:
+            read_chain(run)
+        except ValueError as error:
+            problems.append(str(error))
     scans = [scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
     print_table(scans, check_path(one_model(scans)))
     problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
@@ -377,6 +386,172 @@ def print_table(scans, way):
         hashed = "-" if here.hashed is None else f"{here.hashed} ok"
         print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
               f"{len(here.problems) or '-'}")
+
+
+# ---------------------------------------------------------------------------- the proof of a run
+
+# What a line of metrics.csv says of a step that the same training must give again: its name here.
+PROVED = {"batch_sha256": "data", "learning_rate": "rate", "loss_scale": "loss scale",
+          "loss": "loss", "grad_norm": "gradient"}
+TOLERANCE = 0.01  # of the loss, where other hardware or versions give other bits
+
+
+def link(before, row):
+    """Return a step's digest: SHA-256 of the digest before it and of what is proved of the step."""
+    cells = [before, row["step"], *(row[name] for name in PROVED)]
+    return hashlib.sha256(",".join(map(str, cells)).encode()).hexdigest()
+
+
+def read_chain(run, first=0, last=math.inf):
+    """Return {step: row} of the steps first to last - 1 in RUN/metrics.csv.
+
+    Raises ValueError at the first line that does not follow from the one before it.
+    """
+    rows = {}
+    for row in read_csv(Path(run) / "metrics.csv"):
+        step, before = int(row["step"]), rows.get(int(row["step"]) - 1)
+        if not first <= step < last:
+            continue
+        if rows and (not before or link(before["digest"], row) != row["digest"]):
+            raise ValueError(f"{run}/metrics.csv: step {step} does not follow from the line before "
+                             "it: one of them was changed, added or lost")
+        rows[step] = row
+    if last < math.inf and len(rows) < last - first:
+        raise ValueError(f"{run}/metrics.csv: {len(rows)} of the steps {first} to {last - 1}")
+    return rows
+
+
+def first_difference(a, b):
+    """Return the first tensor of two checkpoints of ours that differs; None if none does.
+
+    Moments that --state_every has removed are compared by the hash of all tensors.
+    """
+    opened = [(open_any(a)[1], open_any(b)[1])]
+    if (a / "optimizer").exists() and (b / "optimizer").exists():
+        opened.append([open_files(folder.glob("optimizer/*.safetensors")) for folder in (a, b)])
+    for ours, theirs in opened:
+        for name in sorted(ours.keys() | theirs.keys()):
+            if not (name in ours and name in theirs
+                    and torch.equal(ours[name], theirs[name])):
+                return name
+    hashes = {chain_of(folder)["state_sha256"] for folder in (a, b)}
+    return "moments, which one has as a hash alone" if len(hashes - {None}) > 1 else None
+
+
+def environment(run, again):
+    """Return "name a -> b" for what a run's launches had otherwise than the last one of `again`."""
+    launches = []
+    for folder in (run, again):
+        for line in open(folder / "launches.jsonl"):
+            with suppress(ValueError):  # a full disk may have cut it
+                launches.append(json.loads(line))
+    return sorted({f"{name} {before[name]} -> {value}" for before in launches
+                   for name, value in launches[-1].items() if before.get(name, value) != value
+                   and name not in ("started", "command", "host", "check_data")})
+
+
+class Proof(NamedTuple):
+    """Steps first to last - 1 of a run, which are taken again; begun: the run's first step."""
+    run: Path
+    first: int
+    last: int
+    begun: int
+
+
+def again(argv, schemas, may_change):
+    """Return the command line that takes a run's steps again, and the Proof; without one, None.
+
+    argv: the user's. The run's settings are added, and how its last launch computed them. schemas:
+    train.py's; may_change: the settings that may be others.
+    """
+    asked = [word for word in argv if re.match("--(replay|restore)=", word)]
+    if not asked:
+        return argv, None
+    kind, _, place = asked[0].removeprefix("--").partition("=")
+    form = "RUN/stepA:B" if kind == "replay" else "RUN/stepN"
+    found = re.fullmatch(r"(.+)/step(\d{1,15})" + r":(\d{1,15})" * (kind == "replay"), place)
+    if len(asked) > 1 or not found:
+        raise ValueError(f"{' '.join(asked)}: expected one --{kind}={form}")
+    run, numbers = Path(found[1]), [int(number) for number in found.groups()[1:]]
+    settings, states = read_json(run / "config.json"), saved_steps(run, state=True)
+    branch = re.search(r"/step(\d+)/*$", str(settings.get("branch_from")))
+    begun = int(branch[1]) if branch else 0
+    first = numbers[0] if kind == "replay" else max([step for step in states if step < numbers[0]],
+                                                    default=begun)
+    proof = Proof(run, first, numbers[-1], begun)
+    if not begun <= first < proof.last:
+        raise ValueError(f"--{kind}={place}: expected steps in order, from {begun} on"
+                         + (f"; what came before is in {settings['branch_from']}" if begun else ""))
+    if first not in (begun, *states):
+        raise ValueError(f"{run}/step{first}: not a whole checkpoint with Adam's moments; replay "
+                         f"from one of {', '.join(map(str, (begun, *states)))}")
+    read_chain(run, first, proof.last)
+    given = [word[2:].partition("=")[0] for word in argv]
+    if fixed := [name for name in given if name in settings and name not in may_change]:
+        raise ValueError(f"--{fixed[0]}: a {kind} has the settings of its run; leave it out")
+    launch = json.loads((run / "launches.jsonl").read_text().splitlines()[-1])
+    same = {name: launch[name] for name in ("micro_batch_size", "sharding", "compile", "threads",
+                                            "activation_checkpointing", "deterministic")}
+    known = {field.name for schema in schemas for field in fields(schema)}
+    settings = {name: value for name, value in settings.items() if name in known} | same | {
+        "out_dir": f"{run}_{kind}_{place.rpartition('/')[2].replace(':', '_')}",
+        "stop_at": proof.last, "heldout": None, "twin": False}
+    return [f"--{name}={value}" for name, value in settings.items()] + argv, proof
+
+
+def begin_again(out_dir, proof):
+    """Make the folder of a repetition: the run's settings and a link to the step it begins from."""
+    folder = Path(out_dir)
+    if (folder / "config.json").exists():
+        return  # it was interrupted
+    folder.mkdir(parents=True, exist_ok=True)
+    if proof.first > proof.begun:
+        name = f"step{proof.first}"
+        (folder / name).symlink_to((proof.run / name).resolve())
+    # Without the data's hashes: where the data are others now, the steps that read them differ.
+    write_json(folder / "config.json", {
+        name: value for name, value in read_json(proof.run / "config.json").items()
+        if name not in ("data_tokens", "data_sha256", "order_sha256")})
+
+
+def prove(proof, again):
+    """Compare the steps of a Proof with what training them again gave, in order.
+
+    again: the run folder of the repetition. Lines of metrics.csv are compared, and at checkpoints
+    all tensors. Prints what was proved, or ends with exit code 1 naming the first step that differs
+    and what of it. Where the environment differs, data and rates must be the same and losses near.
+    """
+    run, first, last, found = proof.run, proof.first, proof.last, None
+    ours, theirs = read_chain(run, first, last), read_chain(again, first, last)
+    for step in range(first, last + 1):
+        saved = run / f"step{step}", again / f"step{step}"
+        if all(map(is_whole, saved)) and not saved[1].is_symlink():
+            if tensor := first_difference(*saved):
+                found = f"step{step}: weights differ, first {tensor}"
+        if not found and step < last:
+            row, other = ours[step], theirs[step]
+            different = [name for name in PROVED if row[name] != other[name]]
+            if different:
+                name = different[0]
+                found = f"step {step}: {PROVED[name]} differs, {row[name]}, again {other[name]}"
+            elif row["digest"] != other["digest"]:
+                found = f"step {step}: its digest does not follow from step{first}'s"
+        if found:
+            break
+    else:
+        print(f"steps {first} to {last} proved: {last - first} equal to the bit")
+        return
+    others = environment(run, again)
+    same = all(ours[step][name] == theirs[step][name] for step in ours
+               for name in ("batch_sha256", "learning_rate"))
+    apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)
+    if others and same and apart <= TOLERANCE:
+        print(f"steps {first} to {last}: the same data and rates, losses within {apart:.2g} of "
+              f"them (at most {TOLERANCE} is allowed). Bits differ, as they may with "
+              f"{', '.join(others)}; {found}")
+        return
+    print(found)
+    sys.exit(1)
 
 
 # ---------------------------------------------------------------------------- diff

@@ -1,0 +1,336 @@
+"""pytest tests/test_proof.py: a run's digests, what replays prove and find, sums without order.
+
+pytest tests/test_proof.py -m proof plants 200 faults, stops 50 honest runs, restores 50 steps.
+"""
+
+import hashlib
+import json
+import math
+import random
+import shutil
+import signal
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import train as train_module
+from config import parse, read_json, write_json
+from data import OrderedData
+from interventions import InterventionConfig
+from checkpoints import saved_steps
+from launch import Launched
+from model import ModelConfig, Pythia, hf_name
+from parallel import ExactSums, Processes
+from test_train import (as_a_process, command, data, refused, run_here, SHAPE,  # noqa: F401
+                        table, train)
+from train import SCHEMAS
+
+EVERY = dict(checkpoint_every=1, steps=12)
+
+
+def again(flag, expect=0):
+    """Give --replay or --restore as a user does; return the last line, and the exit code's."""
+    done = Launched(["train.py", flag]).finish()
+    assert done.returncode == expect, done.stdout + done.stderr
+    return (done.stderr if expect == 2 else done.stdout).strip().splitlines()[-1]
+
+
+def proved_here(capsys, flag):
+    """Replay in this process, which is faster; return the last line that it prints."""
+    arguments, proof = train_module.again([flag], SCHEMAS, train_module.MAY_CHANGE)
+    capsys.readouterr()
+    try:
+        with as_a_process():
+            train_module.main(*parse(arguments, *SCHEMAS)[:-1], proof)
+    except SystemExit as end:
+        assert end.code == 1
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_digests_are_sha256_of_what_the_docstring_says(data, tmp_path):
+    train(data, tmp_path / "one")
+    train(data, tmp_path / "two", 2)
+    order, before = OrderedData(data, 32, 96, 1234), "0" * 64
+    for row, other in zip(table(tmp_path / "one/metrics.csv"), table(tmp_path / "two/metrics.csv")):
+        step = int(row["step"])
+        ids = order.rows(np.arange(8 * step, 8 * step + 8)).astype("<i4")
+        of_rows = b"".join(hashlib.sha256(r.tobytes()).digest() for r in ids)
+        assert row["batch_sha256"] == other["batch_sha256"] == hashlib.sha256(of_rows).hexdigest()
+        text = ",".join([before, *(row[name] for name in (
+            "step", "batch_sha256", "learning_rate", "loss_scale", "loss", "grad_norm"))])
+        before = hashlib.sha256(text.encode()).hexdigest()
+        assert row["digest"] == before
+        folder = tmp_path / f"one/step{step + 1}"
+        if folder.exists():
+            entries = read_json(folder / "manifest.json")
+            hashes = "".join(entries[name]["sha256"] for name in (
+                "model.safetensors", "optimizer/moments.safetensors"))
+            assert entries["chain"] == {
+                "digest": before, "state_sha256": hashlib.sha256(hashes.encode()).hexdigest()}
+
+
+# ---------------------------------------------------------------------------- faults are named
+
+
+def shifted(monkeypatch, step_of):
+    """Let a run read the batch of step_of(step) at every step, or change it in place."""
+    batch = OrderedData.batch
+    monkeypatch.setattr(OrderedData, "batch", lambda self, step, **share: step_of(
+        step, lambda other: batch(self, other, **share)))
+
+
+def token(monkeypatch, draw, k):
+    def flipped(step, read):
+        rows = read(step)
+        if step == k:
+            rows.flat[draw.randrange(rows.size)] ^= 1
+        return rows
+
+    shifted(monkeypatch, flipped)
+    return f"step {k}: data differs"
+
+
+def skipped_step(monkeypatch, draw, k):
+    shifted(monkeypatch, lambda step, read: read(step + (step >= k)))
+    return f"step {k}: data differs"
+
+
+def doubled_step(monkeypatch, draw, k):
+    shifted(monkeypatch, lambda step, read: read(step - (step > k)))
+    return f"step {k + 1}: data differs"
+
+
+def rate(monkeypatch, draw, k):
+    rate_at = train_module.learning_rate_at
+    monkeypatch.setattr(train_module, "learning_rate_at", lambda n, config: (
+        math.nextafter(rate_at(n, config), 1) if n == k else rate_at(n, config)))
+    return f"step {k}: rate differs"
+
+
+def flipped_bit(monkeypatch, draw, k, kind):
+    """Flip a bit of the mantissa of one weight or moment after the update of step k."""
+    names = [name for name, _ in Pythia(ModelConfig(**SHAPE)).named_parameters()]
+    chosen, update = draw.randrange(len(names)), train_module.Training.update
+
+    def wrong(self, rate, norm):
+        update(self, rate, norm)
+        if self.updates == k + 1:
+            parameter = list(self.model.parameters())[chosen]
+            tensor = parameter.detach() if kind == "" else self.optimizer.state[parameter][kind]
+            tensor.view(-1).view(torch.int32)[draw.randrange(tensor.numel())] ^= 1 << draw.randrange(23)
+
+    monkeypatch.setattr(train_module.Training, "update", wrong)
+    name = f"{kind}.{names[chosen]}" if kind else hf_name(names[chosen])
+    return f"step{k + 1}: weights differ, first {name}"
+
+
+def weight(monkeypatch, draw, k):
+    return flipped_bit(monkeypatch, draw, k, "")
+
+
+def moment(monkeypatch, draw, k):
+    return flipped_bit(monkeypatch, draw, k, draw.choice(["exp_avg", "exp_avg_sq"]))
+
+
+def another_seed(monkeypatch, draw, k):
+    return {"seed": draw.randrange(1000), "data_seed": 1234}, "step0: weights differ, first "
+
+
+def another_order(monkeypatch, draw, k):
+    return {"data_seed": draw.randrange(1000)}, "step 0: data differs"
+
+
+def another_intervention(monkeypatch, draw, k):
+    return {"intervention": "plant", "planted": "plan.jsonl"}, f"step {k}: data differs"
+
+
+FAULTS = [token, skipped_step, doubled_step, rate, weight, moment, another_seed, another_order,
+          another_intervention]
+
+
+def check_fault(data, folder, monkeypatch, capsys, fault, number):
+    """Train a run with a fault that nothing in its folder says; a replay has to name it."""
+    draw, run = random.Random(number), folder / f"run{number}"
+    k, changes = draw.randrange(1, 10), {}
+    expected = fault(monkeypatch, draw, k)
+    if type(expected) is tuple:
+        changes, expected = expected
+    if "planted" in changes:
+        plan = {"id": "a", "text": "a b c", "steps": [k]}
+        changes["planted"] = folder / "plan.jsonl"
+        changes["planted"].write_text(json.dumps(plan) + "\n")
+    run_here(data, run, **EVERY, **changes)
+    monkeypatch.undo()
+    honest = {"seed": 1234, "data_seed": None, "planted_sha256": None} | asdict(InterventionConfig())
+    write_json(run / "config.json", read_json(run / "config.json") | honest)
+    last = proved_here(capsys, f"--replay={run}/step0:12")
+    assert last.startswith(expected), f"{fault.__name__} {number}: {last}, expected {expected}"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_replay_names_every_fault(data, tmp_path, monkeypatch, capsys, fault):
+    check_fault(data, tmp_path, monkeypatch, capsys, fault, 0)
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("number", range(200))
+def test_200_faults(data, tmp_path, monkeypatch, capsys, number):
+    check_fault(data, tmp_path, monkeypatch, capsys, FAULTS[number % len(FAULTS)], number)
+
+
+# ---------------------------------------------------------------------------- honest runs
+
+
+def interrupted(data, out_dir, draw, **changes):
+    """Train a run that is stopped at two random moments, once by a kill."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        running = Launched(command(data, out_dir, **changes))
+        running.wait_until(running.printed(f"step {draw.randrange(1, 12):6}/"))
+        running.send(number)
+        running.finish()
+    train(data, out_dir, **changes)
+
+
+@pytest.mark.parametrize("number", [0, *(pytest.param(i, marks=pytest.mark.proof)
+                                         for i in range(1, 50))])
+def test_no_false_alarm_on_an_interrupted_run(data, tmp_path, capsys, number):
+    draw = random.Random(number)
+    interrupted(data, tmp_path / "run", draw, checkpoint_every=3)
+    first = draw.choice([0, 1, 2, 3, 4, 6, 8, 9])
+    last = proved_here(capsys, f"--replay={tmp_path}/run/step{first}:12")
+    assert last == f"steps {first} to 12 proved: {12 - first} equal to the bit"
+
+
+@pytest.fixture(scope="module")
+def sparse(data, tmp_path_factory):
+    """A run of 30 steps that keeps moments at steps 0, 20 and 30, and one that keeps all."""
+    folder = tmp_path_factory.mktemp("sparse")
+    train(data, folder / "every", steps=30, checkpoint_every=1)
+    train(data, folder / "run", steps=30, checkpoint_every=10, state_every=20)
+    return folder
+
+
+@pytest.mark.parametrize("number", [0, 1, *(pytest.param(i, marks=pytest.mark.proof)
+                                            for i in range(2, 50))])
+def test_any_step_is_restored(sparse, capsys, number):
+    step = random.Random(number).randrange(1, 30)
+    last = proved_here(capsys, f"--restore={sparse}/run/step{step}")
+    assert "equal to the bit" in last
+    for name in ("model.safetensors", "optimizer/moments.safetensors"):
+        first, second = (sparse / f"{run}/step{step}/{name}" for run in (
+            "every", f"run_restore_step{step}"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
+    run = sparse / "run"
+    shutil.copytree(run, tmp_path / "run")
+    train(data, tmp_path / "child", steps=30, branch_from=run / "step20", stop_at=25)
+    lines = (run / "metrics.csv").read_text().splitlines()
+    lines[13] = lines[13].replace("12,3072,", "12,3072,1")  # another loss
+    (tmp_path / "run/metrics.csv").write_text("\n".join(lines) + "\n")
+    for flags, words in (
+            (f"--replay={run}/step8:9", "step8: not a whole checkpoint with Adam's moments; replay"),
+            (f"--replay={run}/step8", "expected one --replay=RUN/stepA:B"),
+            (f"--restore={run}/step8:9", "expected one --restore=RUN/stepN"),
+            (f"--replay={run}/step10:10", "expected steps in order, from 0 on"),
+            (f"--replay={run}/step20:40", "10 of the steps 20 to 39"),
+            (f"--replay={tmp_path}/child/step0:9", "what came before is in"),
+            (f"--replay={tmp_path}/run/step0:20", "step 12 does not follow from the line before"),
+            (f"--replay={tmp_path}/step0:20", "no such file"),
+            (f"--replay={run}/step0:20 --beta1=0.5", "--beta1: a replay has the settings of its")):
+        done = Launched(["train.py", *flags.split()]).finish()
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+    verified = Launched(["verify.py", "verify", str(tmp_path / "run")]).finish()
+    assert verified.returncode == 1 and "step 12 does not follow" in verified.stdout
+    assert "proved: 5 equal" in again(f"--replay={tmp_path}/child/step20:25")
+
+
+def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
+    train(data, tmp_path / "run", **EVERY)
+    launches = tmp_path / "run/launches.jsonl"
+    launches.write_text(launches.read_text().replace(torch.__version__, "1.0.0"))
+    flag = f"--replay={tmp_path}/run/step0:12"
+    assert "proved" in again(flag)  # the bits happen to be the same
+    shutil.rmtree(tmp_path / "run_replay_step0_12")
+    done = Launched(["train.py", flag, "--micro_batch_size=2"]).finish()
+    assert done.returncode == 0 and "losses within" in done.stdout
+    assert f"torch 1.0.0 -> {torch.__version__}" in done.stdout
+
+
+# ---------------------------------------------------------------------------- sums without order
+
+
+def test_sums_are_the_means_of_float64(monkeypatch):
+    """In any order, at any loss scale, equal to the float64 mean rounded once."""
+    monkeypatch.setattr(ExactSums, "BLOCK", 1000)
+    draw, n = torch.Generator().manual_seed(0), 12
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((70, 33), (33,))]
+    gradients = [[10.0**-(i % 5) * torch.randn(p.shape, generator=draw) for p in parameters]
+                 for i in range(n)]
+    losses = 10 + torch.rand(n, generator=draw)
+    sums = ExactSums(parameters, n, Processes("cpu"))
+    for order, scale in ((range(n), 1.0), (reversed(range(n)), 4096.0)):
+        for i in order:
+            for p, gradient in zip(parameters, gradients[i]):
+                p.grad = gradient * scale
+            sums.add(losses[i], scale)
+        assert sums.mean() == losses.double().mean().float()
+        for p, each in zip(parameters, zip(*gradients)):
+            expected = torch.stack(each).double().mean(0).float()
+            # A multiple of 2**-54 in float32 lies beside the mean of reals at the worst.
+            assert torch.allclose(p.grad, expected, rtol=2**-23, atol=2**-53)
+    for wrong in (17.0, math.nan, -math.inf):
+        for i in range(n):
+            for p, gradient in zip(parameters, gradients[i]):
+                p.grad = gradient.clone()
+            if i == 5:
+                parameters[1].grad[7] = wrong
+            sums.add(losses[i], 1.0)
+        sums.mean()
+        assert parameters[0].grad.norm() == math.inf
+
+
+EXACT = dict(exact_sums=True, threads=1, batch_size=12, micro_batch_size=1)
+
+
+def test_bits_do_not_depend_on_the_number_of_processes(data, tmp_path):
+    train(data, tmp_path / "one", **EXACT)
+    for count in (2, 3, 4):
+        train(data, tmp_path / f"{count}", count, **EXACT)
+    for count, step in ((4, 3), (1, 7), (3, 10)):  # and killed in between
+        running = Launched(command(data, tmp_path / "mixed", **EXACT), count)
+        running.wait_until(running.printed(f"step {step:6}/"))
+        for rank in range(count):
+            running.send(signal.SIGKILL, rank)
+        running.finish()
+    train(data, tmp_path / "mixed", 2, **EXACT)
+    for other in ("2", "3", "4", "mixed"):
+        for step in saved_steps(tmp_path / "one"):
+            first, second = (tmp_path / f"{run}/step{step}/manifest.json" for run in ("one", other))
+            assert first.read_bytes() == second.read_bytes()  # the hashes of all files
+    train(data, tmp_path / "plain", **EXACT | {"exact_sums": False})
+    for ours, plain in zip(table(tmp_path / "one/metrics.csv"), table(tmp_path / "plain/metrics.csv")):
+        assert float(ours["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
+
+
+def test_exact_sums_stop_and_refuse_with_a_line(data, tmp_path):
+    refused(data, tmp_path / "a", "expected --sharding=ddp and --threads=N", exact_sums=True)
+    refused(data, tmp_path / "a", "expected --sharding=ddp", sharding="fsdp", **EXACT)
+    train(data, tmp_path / "run", stop_at=2, **EXACT)
+    refused(data, tmp_path / "run", "threads was 1, is 2", **EXACT | {"threads": 2})
+    refused(data, tmp_path / "run", "micro_batch_size was 1, is 2", **EXACT | {"micro_batch_size": 2})
+
+
+def test_the_order_has_a_seed_of_its_own(data, tmp_path):
+    for name, seeds in (("both", {"seed": 5}), ("order", {"data_seed": 5}),
+                        ("weights", {"seed": 5, "data_seed": 1234}), ("neither", {})):
+        train(data, tmp_path / name, stop_at=1, **seeds)
+    batches = {name: table(tmp_path / name / "metrics.csv")[0]["batch_sha256"]
+               for name in ("both", "order", "weights", "neither")}
+    weights = {name: (tmp_path / name / "step0/model.safetensors").read_bytes() for name in batches}
+    assert batches["both"] == batches["order"] != batches["weights"] == batches["neither"]
+    assert weights["both"] == weights["weights"] != weights["order"] == weights["neither"]
