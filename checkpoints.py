@@ -262,6 +262,12 @@ def load_model(folder, device="cpu"):
     return model
 
 
+def moments_of(folder):
+    """Return {exp_avg.NAME or exp_avg_sq.NAME: tensor} of what lies in a checkpoint."""
+    return {name: tensor for path in folder.glob("optimizer/*.safetensors")
+            for name, tensor in open_file(path).items()}
+
+
 def load_training(run, step, model, optimizer):
     """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
 
@@ -280,8 +286,7 @@ def load_training(run, step, model, optimizer):
         fill(parameter, weights[hf_name(name)])
     if not training or not (folder / "optimizer").exists():
         return None
-    moments = {name: tensor for path in folder.glob("optimizer/*.safetensors")
-               for name, tensor in open_file(path).items()}
+    moments = moments_of(folder)
     for name, parameter in parameters.items() if training["updates"] else ():  # else there are none
         state = {"step": torch.tensor(float(training["updates"]), device=parameter.device)}
         for kind in MOMENTS:

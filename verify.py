@@ -36,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
-                         manifest_of, one_line, open_any, open_file, open_files, read_training,
+                         manifest_of, moments_of, one_line, open_any, open_file, read_training,
                          saved_steps, step_folders, weight_files)
 from config import command, file_size, read_csv, read_json, write_json
 
@@ -428,7 +428,7 @@ def first_difference(a, b):
     """
     opened = [(open_any(a)[1], open_any(b)[1])]
     if (a / "optimizer").exists() and (b / "optimizer").exists():
-        opened.append([open_files(folder.glob("optimizer/*.safetensors")) for folder in (a, b)])
+        opened.append((moments_of(a), moments_of(b)))
     for ours, theirs in opened:
         for name in sorted(ours.keys() | theirs.keys()):
             if not (name in ours and name in theirs

@@ -28,9 +28,9 @@ def test_a_spike_is_named_after_overflows_and_a_resume(tmp_path):
     noise = torch.randn(200, generator=torch.Generator().manual_seed(0)) / 100
     losses = [loss * (math.nan if i % 3 == 1 else 1) for i, loss in enumerate(4 + noise)]
     for start, noted in ((0, losses), (200, [torch.tensor(5.0)])):
-        log = Log(config, start, 256, InterventionConfig(), Processes("cpu"))
+        log = Log(config, start, 256, InterventionConfig(), Processes("cpu"), "0" * 64)
         for step, loss in enumerate(noted, start):
-            log.note(step, loss, torch.tensor(1.0), 1e-3, 2.0, ())
+            log.note(step, loss, torch.tensor(1.0), 1e-3, 2.0, (), [b"ids"])
         log.flush()
         log.tables["metrics"].file.close()
     [line] = (tmp_path / "log.txt").read_text().splitlines()
