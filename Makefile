@@ -48,8 +48,8 @@ parity: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pip install --quiet --disable-pip-version-check lm_eval==0.4.13 accelerate==1.15.0
 	$(PY) tests/lm_eval_golden.py tests/lm_eval_golden.json
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target=.venv/lm_eval_v03 lm_eval==0.3.0
-	PYTHONPATH=.venv/lm_eval_v03 $(PY) tests/lm_eval_v03_golden.py tests/lm_eval_v03_golden.json "$$PYTHIA_DATA"
-	$(PY) -m pytest -q tests/test_parity.py tests/test_parity_v03.py
+	PYTHONPATH=.venv/lm_eval_v03 $(PY) tests/lm_eval_golden.py tests/lm_eval_v03_golden.json "$$PYTHIA_DATA"
+	$(PY) -m pytest -q tests/test_parity.py
 
 tokenizer: 20B_tokenizer.json
 

@@ -1,13 +1,16 @@
 """pytest tests/test_parity.py
 
-Style v0.4 at 0 and 5 shots against what lm-evaluation-harness 0.4.13 itself computed for the same
-small model and the same awkward documents (lm_eval_golden.py; `make parity` asks it anew).
+Both styles at 0 and 5 shots against what lm-evaluation-harness itself said (`make parity` asks it
+anew). 0.4.13 was asked with a small model about awkward documents: requests,
+results and metrics. 0.3.0 was asked about these and about the real ones in the folder PYTHIA_DATA,
+with made-up results (lm_eval_golden.py): the documents' order, every request with its shots and
+token ids, metrics and errors.
 
-Compared: lambada_openai, piqa, winogrande, wsc, wsc273, arc_easy, sciq, logiqa, hellaswag,
-mmlu_anatomy, crows_pairs_english, arithmetic_2da, triviaqa and wikitext. By the same code, so not
-asked again: arc_challenge, the other subjects, types and sums. Not compared: mmlu's own rows and
-winobias, which is not in lm_eval (both worked by hand in test_tasks.py), heldout (ours), logiqa's
-raw text file.
+Of v0.4 these are compared: lambada_openai, piqa, winogrande, wsc, wsc273, arc_easy, sciq, logiqa,
+hellaswag, mmlu_anatomy, crows_pairs_english, arithmetic_2da, triviaqa and wikitext. By the same
+code, so not asked again: arc_challenge, the other subjects, types and sums. Not compared: mmlu's
+own rows and winobias, which is not in lm_eval (both worked by hand in test_tasks.py), heldout
+(ours), logiqa's raw text file.
 """
 
 import json
@@ -16,32 +19,46 @@ import math
 import pytest
 
 import eval as evaluation
+import lm_eval_golden as golden
 from conftest import ROOT
-from tasks import TASKS
-from lm_eval_golden import requests_hash, trained_model, write_documents
+from tasks import TASKS, V03_TASKS
 from tokenizer import Tokenizer
 
-GOLDEN = json.loads((ROOT / "tests" / "lm_eval_golden.json").read_text())
+GOLDEN, GOLDEN_V03 = (json.loads((ROOT / "tests" / f"lm_eval_{name}.json").read_text())
+                      for name in ("golden", "v03_golden"))
+EXACT = ("acc", "acc_norm", "exact_match", "pct_stereotype")  # counts
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("parity")
-    write_documents(folder / "docs")
-    tokenizer = Tokenizer(tokenizer_path)
-    return trained_model(folder / "run", folder / "docs", tokenizer), tokenizer, folder / "docs"
+    docs, tokenizer = folder / "docs", Tokenizer(tokenizer_path)
+    for name in golden.CASES:
+        golden.write_documents(docs, TASKS[name], golden.made_documents(name, TASKS[name], 8))
+    return golden.trained_model(folder / "run", docs, tokenizer), tokenizer, docs
+
+
+def check_metrics(job, results, expected, tolerance, monkeypatch):
+    """Hold the metrics and errors that come of a job's results equal to the harness's."""
+    monkeypatch.setattr("tasks.BOOTSTRAP", golden.BOOTSTRAP)  # as golden
+    rows = evaluation.measure(job, results)
+    assert {metric for _, metric, *_ in rows} == {
+        metric for metric in expected if not metric.endswith("_stderr")}
+    for _, metric, value, stderr, _ in rows:
+        assert math.isclose(value, expected[metric], rel_tol=tolerance(metric))
+        error = expected.get(f"{metric}_stderr")
+        assert error in (None, "N/A") if stderr is None else math.isclose(
+            stderr, error, rel_tol=tolerance(metric))
 
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch):
     model, tokenizer, docs = small
     task, shots = case.split()
-    # As the golden file; more only take longer.
-    monkeypatch.setattr("tasks.BOOTSTRAP", 1000)
     job = evaluation.prepare(task, docs, int(shots))
     rolls = job.task.kind == "rolling"
     texts = [request[1:] if rolls else request for request in job.requests]
-    assert requests_hash(texts) == GOLDEN[case]["requests"]
+    assert golden.requests_hash(texts) == GOLDEN[case]["requests"]
     results = evaluation.answer(model, tokenizer, job)
     for ours, theirs in zip(results, GOLDEN[case]["results"], strict=True):
         if job.task.kind == "generate":
@@ -51,25 +68,42 @@ def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch
         else:
             assert (math.isclose(ours[0], theirs[0], rel_tol=1e-5, abs_tol=1e-4)
                     and ours[1] == theirs[1])
-    rows = evaluation.measure(job, results)
-    names = {name for _, metric, *_ in rows for name in (metric, metric + "_stderr")}
-    assert names == set(GOLDEN[case]["metrics"])
-    for _, metric, value, stderr, _ in rows:
-        expected, error = (GOLDEN[case]["metrics"][key] for key in (metric, metric + "_stderr"))
-        # Counts are exact; in a perplexity the log-likelihoods' rounding stands in an exponent.
-        tolerance = (1e-12 if metric in ("acc", "acc_norm", "exact_match", "pct_stereotype")
-                     else 1e-4)
-        assert math.isclose(value, expected, rel_tol=tolerance)
-        assert error == "N/A" if stderr is None else math.isclose(stderr, error, rel_tol=tolerance)
+    # In a perplexity the log-likelihoods' rounding stands in an exponent.
+    check_metrics(job, results, GOLDEN[case]["metrics"],
+                  lambda metric: 1e-12 if metric in EXACT else 1e-4, monkeypatch)
 
 
-def test_every_kind_of_task_is_compared():
+def test_every_kind_of_task_is_compared_and_some_answers_are_greedy():
     alike = ("arc_challenge", "mmlu", "crows_pairs", "arithmetic")  # with one that is
     assert {task for task in TASKS if not task.startswith((*alike, "wino_bias"))} - {"heldout"} <= {
         case.split()[0] for case in GOLDEN} <= set(TASKS)
-
-
-def test_some_requests_are_answered_greedily_and_some_are_not():
     flags = [result[1] for answer in GOLDEN.values() for result in answer["results"]
              if isinstance(result, list)]
     assert 5 < sum(flags) < len(flags) - 5
+
+
+def check_v03(tokenizer, case, data, docs, monkeypatch):
+    _, name, shots = case.split()
+    golden.write_documents(docs, V03_TASKS[name], golden.splits_of(case, data))
+    job = evaluation.prepare(name, docs, int(shots), "v0.3", golden.LIMIT)
+    [(_, questions)] = job.members
+    rolls = job.task.kind == "rolling"
+    texts = [request[1:] if rolls else request for request in job.requests]
+    pairs = iter((text, () if rolls else evaluation.encode_pair(tokenizer, *text, "v0.3"))
+                 for text in texts)
+    asked = [[next(pairs) for _ in question.requests] for question in questions]
+    assert " ".join(map(golden.question_hash, asked)) == GOLDEN_V03[case]["questions"]
+    results = [golden.answer(*those) for those in texts]
+    check_metrics(job, results, GOLDEN_V03[case]["metrics"], lambda metric: 1e-12, monkeypatch)
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN_V03 if case.startswith("made")])
+def test_awkward_documents_are_asked_and_measured_as_by_the_paper_s_harness(
+        tokenizer, case, tmp_path, monkeypatch):
+    check_v03(tokenizer, case, None, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN_V03 if case.startswith("real")])
+def test_real_documents_are_asked_and_measured_as_by_the_paper_s_harness(
+        tokenizer, case, pythia_data, tmp_path, monkeypatch):
+    check_v03(tokenizer, case, pythia_data, tmp_path, monkeypatch)
