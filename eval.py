@@ -14,7 +14,7 @@ What the CSV already holds is skipped, so the same command goes on.
 tasks.py has the tasks, their prompts and metrics; here is what the model does with them, by
 lm_eval's rules but several times faster: rows that begin alike (the choices of a question, all
 questions behind the same shots) share the work on what they share, logits are computed only where a
-token is scored. That changes a number by no more than rounding (tests/test_scoring.py: 1e-4).
+token is scored. That changes a number by no more than rounding (tests/test_eval.py: 1e-4).
 """
 
 import hashlib

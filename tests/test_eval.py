@@ -1,37 +1,176 @@
-"""pytest tests/test_eval.py"""
+"""pytest tests/test_eval.py
 
-import csv
+The scoring rules are those of lm-evaluation-harness 0.4; the numbers they are applied to come from
+transformers' model and tokenizer, one request at a time, without batching or padding.
+"""
+
 import gc
 import json
 import math
 import os
+import random
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as OriginalTokenizer
 
 import config
 import eval as evaluation
 from checkpoints import load_model, save
-from conftest import ROOT
-from eval import generate_until, loglikelihood
+from config import read_json, write_json
+from conftest import ROOT, TORCHRUN, run, table, train, write_jsonl
+from data import order_of, ordered
+from eval import LossesConfig, loglikelihood, losses, score
 from model import ModelConfig, Pythia
 from tasks import read_jsonl
-from tokenizer import Tokenizer
+from test_data import random_documents, write
+from test_model import randomized, transformers_twin
 from train import make_optimizer, TrainConfig
 
-CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=264)
+L = 24  # context length: short, so that truncation and several windows happen
+
+
+# ---------------------------------------------------------------------------- scoring
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomized(ModelConfig(1, 32, 2, vocab_size=50304, seq_length=L)).eval()
+
+
+@pytest.fixture(scope="module")
+def twin(model):
+    return transformers_twin(model)[0].eval()
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer_path):
+    original = OriginalTokenizer.from_file(str(tokenizer_path))
+    return lambda text: original.encode(text).ids
+
+
+@torch.no_grad()
+def reference(twin, context, continuation, L=L):
+    """Log-likelihood and greedy flag of token lists by rules 4 and 5 of the harness, one at a
+    time.
+    """
+    inputs = (context + continuation)[-(L + 1):][:-1]
+    logits = twin(torch.tensor([inputs])).logits[0, -len(continuation):]
+    logprobs = logits.log_softmax(-1)
+    return (sum(float(logprobs[i, token]) for i, token in enumerate(continuation)),
+            logits.argmax(-1).tolist() == continuation)
+
+
+PAIRS = [("The capital of France is", " Paris"),
+         ("Question: why?\nAnswer:", " because it is so, they say"),
+         ("trailing spaces  \n", "move"), ("", "an empty context"),
+         ("", "<|endoftext|>already there"), ("é e\u0301 世界", " naïve\u0301"),
+         ("a " * 40, "b " * 5), ("merge acro", "ss the boundary"), ("x", " y" * (L - 1))]
+
+
+def test_pairs_are_encoded_and_scored_by_the_harness_rules(model, twin, tokenizer, encode):
+    rows = [evaluation.encode_pair(tokenizer, *pair) for pair in PAIRS]
+    for (context, continuation), row in zip(PAIRS, rows):
+        if context == "":
+            whole = [0] + encode(continuation) if encode(continuation)[0] else encode(continuation)
+            assert row == (whole, len(whole) - 1)
+        else:
+            whole = encode(context + continuation)
+            assert row == (whole, len(whole) - len(encode(context.rstrip())))
+        # The paper's harness encodes each apart; white space stays with the context.
+        expected = (encode(context) or [0]) + encode(continuation), len(encode(continuation))
+        assert evaluation.encode_pair(tokenizer, context, continuation, "v0.3") == expected
+    assert loglikelihood(model, tokenizer, PAIRS) == score(model, rows)
+    check_scores(model, twin, rows)
+
+
+def check_scores(model, twin, rows, batch_tokens=evaluation.BATCH_TOKENS):
+    """Hold score's results of rows equal to the reference's."""
+    for (tokens, n), (logprob, greedy) in zip(
+            rows, score(model, rows, batch_tokens), strict=True):
+        expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
+        assert (math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4)
+                and greedy == expected_greedy)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2 * L), st.integers(2, L + 1)),
+                min_size=1, max_size=30),
+       st.sampled_from([4, 50277]), st.sampled_from([1, 20, 100, 10_000]),
+       st.randoms(use_true_random=False))
+def test_scores_depend_on_no_batching_order_or_shared_beginning(
+        model, twin, shapes, n_ids, batch_tokens, rng):
+    # Of few ids, much is shared by chance too.
+    texts = [[rng.randrange(n_ids) for _ in range(2 * L)] for _ in range(4)]
+    rows = [(texts[which][:kept] + [rng.randrange(n_ids) for _ in range(more)],
+             rng.randrange(1, more)) for which, kept, more in shapes]
+    check_scores(model, twin, rows, batch_tokens)
+
+
+@pytest.mark.parametrize("n_words", [0, 1, L - 1, L, L + 1, 2 * L, 5 * L + 3])
+def test_rolling_windows_predict_every_token_once(model, twin, tokenizer, n_words):
+    """Of L tokens; the context is <|endoftext|> and all before, as far as it fits."""
+    text = " word" * n_words
+    [total] = evaluation.loglikelihood_rolling(model, tokenizer, [text])
+    tokens = tokenizer.encode(text)
+    expected = sum(reference(twin, [0] + tokens[:start], tokens[start:start + L])[0]
+                   for start in range(0, len(tokens), L))
+    assert math.isclose(total, expected, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def test_questions_behind_the_same_shots_compute_them_once():
+    model = randomized(ModelConfig(2, 32, 2, vocab_size=512, seq_length=256)).eval()
+    twin, rng = transformers_twin(model)[0].eval(), random.Random(0)
+    shots, *questions = ([rng.randrange(512) for _ in range(n)]
+                         for n in (200, *(rng.randrange(3, 40) for _ in range(100))))
+    rows = [(shots + question + [choice], 1) for question in questions for choice in range(4)]
+    batches = evaluation.plan([(i, *row) for i, row in enumerate(rows)], 256, batch_tokens=400)
+    assert len(batches) > 2 and all(len(prefix) == 200 for prefix, _ in batches)
+    nodes = sum(len(pack.tokens) - 200 for _, packs in batches for pack in packs)
+    # The four choices ask one position; questions that begin with the same token share that too.
+    assert nodes <= sum(map(len, questions))
+    for (tokens, _), (logprob, _) in list(zip(rows, score(model, rows), strict=True))[::9]:
+        expected, _ = reference(twin, tokens[:-1], tokens[-1:], 256)
+        assert math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("a Z1.\n\t\r\u00a0\u2003\u0301\u0085\x1c'é世<|"), max_size=40))
+def test_line_by_line_encoding_is_encoding(tokenizer, text):
+    assert tokenizer.encode_lines(text) == tokenizer.encode(text)
+
+
+@torch.no_grad()
+def test_generation_is_one_prompt_at_a_time_cut_at_its_stops(model, twin, tokenizer):
+    prompts = ["The cat", "", "x\n",
+               "a much longer prompt than there is room for in so small a context, isn't it?"]
+    stops, n_tokens = (" ", "e"), 9
+    for prompt, ours in zip(
+            prompts, evaluation.generate_until(model, tokenizer, prompts, stops, n_tokens),
+            strict=True):
+        tokens = (tokenizer.encode(prompt) or [0])[-(L - n_tokens):]
+        for _ in range(n_tokens):
+            tokens = tokens + [int(twin(torch.tensor([tokens])).logits[0, -1].argmax())]
+        new = tokens[-n_tokens:]
+        expected = tokenizer.decode(new[:new.index(0)] if 0 in new else new)
+        for stop in stops:
+            expected = expected.split(stop)[0]
+        assert ours == expected
+
+
+# ---------------------------------------------------------------------------- evaluation
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("eval")
-    model = Pythia(CONFIG)
+    model = Pythia(ModelConfig(1, 32, 2, vocab_size=50304, seq_length=264))
     optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1.0))
     for run, steps in (("run", (0, 2, 8)), ("diverged", (9,))):
         (folder / run).mkdir()
@@ -48,50 +187,27 @@ def workplace(tmp_path_factory, tokenizer_path):
             "docs/wsc273/test": [{"options": 3}],
             "docs/triviaqa/validation": [trivia | {"question": "why " * i} for i in range(12)],
             }.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / f"{path}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in documents))
+        write_jsonl(folder / f"{path}.jsonl", documents)
     return folder
 
 
-def run(folder, *flags, launcher=(), output="r.csv"):
-    command = [sys.executable, *launcher, "eval.py", f"--model={folder}/run",
-               f"--docs={folder}/docs", f"--output={folder}/{output}", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def flags_of(folder, *flags, output="r.csv"):
+    return f"--model={folder}/run", f"--docs={folder}/docs", f"--output={folder}/{output}", *flags
 
 
 def evaluate(folder, *flags, output="r.csv"):
     """The command line in this process."""
     gc.collect()  # the error of an earlier one may still hold the lock of its output
-    flags = f"--model={folder}/run", f"--docs={folder}/docs", f"--output={folder}/{output}", *flags
-    config.run(evaluation.main, config.parse(flags, evaluation.EvalConfig))
-
-
-def refused(capsys, folder, *flags, output="r.csv"):
-    """Return the one line that a mistake ends in."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        evaluate(folder, *flags, output=output)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1
-    return said
-
-
-def rows_of(path):
-    return list(csv.DictReader(path.read_text().splitlines()))
+    config.run(evaluation.main, config.parse(flags_of(folder, *flags, output=output),
+                                             evaluation.EvalConfig))
 
 
 def test_all_checkpoints_are_evaluated_once(workplace, capsys):
-    """Even those that a kill has torn: the metrics not yet written would be lost for good."""
-    run(workplace, "--tasks=heldout", "--steps=2")
-    [first, *_] = (workplace / "r.csv").read_text().splitlines()[1:]
-    with open(workplace / "r.csv", "a") as file:
-        file.write(first.replace("run,2,128", "run,8,512") + "\nrun,8,512,heldout,0,byte_per")
+    run("eval.py", *flags_of(workplace, "--tasks=heldout", "--steps=2"))
     for counts in ("2 evaluations done, 1 were there", "0 evaluations done, 3 were there"):
         evaluate(workplace, "--tasks=heldout")
         assert counts in capsys.readouterr().out
-    rows = rows_of(workplace / "r.csv")
+    rows = table(workplace / "r.csv")
     assert [[row[name] for name in ("model", "step", "tokens", "n")] for row in rows
             if row["metric"] == "bits_per_byte"] == [
         ["run", "2", "128", "2"], ["run", "0", "0", "2"], ["run", "8", "512", "2"]]
@@ -100,7 +216,7 @@ def test_all_checkpoints_are_evaluated_once(workplace, capsys):
 
 
 def test_a_damaged_csv_is_made_whole_again(workplace, capsys):
-    """By the same command: the evaluation that lacks a row, and nothing else."""
+    """By the same command: the evaluation that lacks a row, as after a kill, and nothing else."""
     path, flags = workplace / "damaged.csv", ("--tasks=heldout,piqa", "--steps=2,8")
     evaluate(workplace, *flags, output=path.name)
     whole, at = path.read_bytes(), b"run,2,128,piqa,0,acc_norm"
@@ -120,28 +236,14 @@ def test_a_damaged_csv_is_made_whole_again(workplace, capsys):
         assert re.search(rf"{path}, line \d+ is (torn|damaged) and goes", said.err)
 
 
-def test_a_name_that_no_csv_can_hold_is_refused_before_any_model(workplace, tmp_path, capsys):
-    (tmp_path / "docs/heldout").mkdir(parents=True)
-    (tmp_path / "docs/heldout/test.jsonl").write_text(json.dumps(
-        {"text": "one", "meta": {"pile_set_name": "x\n"}}))
+def test_a_name_that_no_csv_can_hold_is_refused_before_any_model(workplace, tmp_path, refused):
+    write_jsonl(tmp_path / "docs/heldout/test.jsonl", [
+        {"text": "one", "meta": {"pile_set_name": "x\n"}}])
     for name in ("r\nun", os.fsdecode(b"\xff"), "run"):
         (tmp_path / name).symlink_to(workplace / "run")
-        said = refused(capsys, tmp_path if name == "run" else workplace, "--tasks=heldout",
-                       f"--model={tmp_path}/{name}", output="odd.csv")
-        assert re.search("odd.csv: cannot hold (model|task) = '", said)
-
-
-def test_a_torn_sample_is_dropped_and_nothing_of_another_file(tmp_path):
-    path, whole = tmp_path / "s.jsonl", b'{"model": "run", "step": "1"}\n' * 2
-    for torn in (b"", b'{"mod', b'{"model": "run", "context": "\xc3'):
-        path.write_bytes(whole + torn)
-        evaluation.open_samples(path)
-        assert path.read_bytes() == whole
-    for text in ('{"text": "documents"}\n', "one\ntwo"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="s.jsonl: holds other lines than samples"):
-            evaluation.open_samples(path)
-        assert path.read_text() == text
+        folder = tmp_path if name == "run" else workplace
+        assert re.search("odd.csv: cannot hold (model|task) = '", refused("eval.py", *flags_of(
+            folder, "--tasks=heldout", f"--model={tmp_path}/{name}", output="odd.csv")))
 
 
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path, capsys):
@@ -158,9 +260,8 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path,
 
 def test_of_several_tasks_those_without_documents_are_left_out(tmp_path, capsys):
     """CrowS-Pairs as first distributed has no bias_type "autre"."""
-    (tmp_path / "crows_pairs").mkdir()
-    (tmp_path / "crows_pairs/test.jsonl").write_text(json.dumps(
-        {"sent_more": "a", "sent_less": "b", "bias_type": "age"}))
+    write_jsonl(tmp_path / "crows_pairs/test.jsonl", [
+        {"sent_more": "a", "sent_less": "b", "bias_type": "age"}])
     config = evaluation.EvalConfig(model="", tasks="crows_pairs", docs=f"{tmp_path}")
     assert [job.name for job in evaluation.prepare_all(config)] == [
         "crows_pairs_english", "crows_pairs_english_age"]
@@ -174,21 +275,17 @@ def test_two_processes_write_the_same_file(workplace):
     """Of log-likelihoods, whose batches are shared out, and of texts, whose prompts are."""
     flags = "--tasks=heldout,piqa,triviaqa", "--steps=8", "--batch_tokens=8"
     evaluate(workplace, *flags, output="one.csv")
-    run(workplace, *flags, output="two.csv", launcher=(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    run(*TORCHRUN, "eval.py", *flags_of(workplace, *flags, output="two.csv"))
     assert (workplace / "one.csv").read_text() == (workplace / "two.csv").read_text()
-    assert len(rows_of(workplace / "one.csv")) == 6
+    assert len(table(workplace / "one.csv")) == 6
 
 
 def test_a_diverged_checkpoint_is_measured_once_as_not_a_number(workplace, capsys):
     flags = ("--tasks=heldout,piqa", f"--model={workplace}/diverged",
              f"--samples={workplace}/nan.jsonl")
     evaluate(workplace, *flags, output="nan.csv")
-    assert {(row["task"], row["metric"], row["value"])
-            for row in rows_of(workplace / "nan.csv")} == {
-        ("heldout", "bits_per_byte", "nan"), ("heldout", "byte_perplexity", "nan"),
-        ("heldout", "word_perplexity", "nan"),
-        ("piqa", "acc", "nan"), ("piqa", "acc_norm", "nan")}
+    rows = table(workplace / "nan.csv")
+    assert [row["value"] for row in rows] == ["nan"] * 5  # three of heldout, two of piqa
     lines = (workplace / "nan.jsonl").read_text().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail)["loglikelihood"]
             for line in lines] == [None] * 6
@@ -198,57 +295,51 @@ def test_a_diverged_checkpoint_is_measured_once_as_not_a_number(workplace, capsy
 
 def test_a_member_of_a_group_is_known_by_its_own_documents(tmp_path):
     """So that it is not computed again alone, and a plot may join both."""
-    (tmp_path / "winobias").mkdir()
-    (tmp_path / "winobias/winobias.jsonl").write_text("".join(json.dumps({
-        "file": f"{kind}_stereotyped_type{i}.txt.test",
-        "sentence": f"[The dev] met [him] {kind} {i}"}) + "\n"
-        for kind in ("pro", "anti") for i in (1, 2)))
-    group, alone = (evaluation.prepare(name, tmp_path)
-                    for name in ("winobias", "wino_bias_type1_pro"))
+    write_jsonl(tmp_path / "winobias/winobias.jsonl", [
+        {"file": f"{kind}_stereotyped_type{i}.txt.test", "sentence": f"[A] met [him] {kind} {i}"}
+        for kind in ("pro", "anti") for i in (1, 2)])
     names = ("wino_bias_type1_pro:refers_to", "winobias", "wino_bias_type1_anti")
-    config = evaluation.EvalConfig("", "", model="")
-    measured = [(name, "em", 0, 0, 1) for name in names]
     (own, *_), (member, *others) = (
-        [row[-1] for row in evaluation.csv_rows(config, ("", "", ""), job, measured)]
-        for job in (alone, group))
+        [row[-1] for row in evaluation.csv_rows(
+            evaluation.EvalConfig("", "", model=""), ("", "", ""),
+            evaluation.prepare(name, tmp_path), [(name, "em", 0, 0, 1) for name in names])]
+        for name in ("wino_bias_type1_pro", "winobias"))
     assert member == own and len({own, *others}) == 3
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=hellaswagg"], "no task called hellaswagg in style v0.4; `python eval.py tasks"),
-    (["--tasks=xyz"], "no task called xyz in style v0.4; `python eval.py tasks"),
+    (["--tasks=mmlu", "--style=v0.3"], "no task called mmlu in style v0.3"),
     (["--tasks=lambada_openai"], "lambada_openai/test.jsonl: no such file"),
     (["--tasks=wsc273"], "wsc273/test.jsonl, line 1: no field 'pronoun'"),
-    (["--tasks=heldout", "--steps=1,2,3"], "no checkpoint at step 1; there are 0, 2, 8"),
-    (["--tasks=heldout", "--steps=first"], "steps = 'first', expected all, last"),
-    (["--tasks=heldout", "--shots=1"], "heldout: 1 shots need 1 documents of None"),
-    (["--tasks=mmlu", "--style=v0.3"], "no task called mmlu in style v0.3"),
-    (["--tasks=heldout", "--style=v1"], "style = 'v1', expected v0.4 or v0.3"),
-    (["--tasks=heldout", "--samples=/nowhere/s.jsonl"], "/nowhere/s.jsonl: No such file"),
-    (["--tasks=heldout", "--output=/nowhere/r.csv"], "/nowhere/r.csv: No such file"),
-    (["--tasks=heldout", "--output=/dev/full"], "/dev/full: not a regular file"),
-    (["--tasks=heldout", "--output=/proc"], "/proc: not a regular file"),
-    (["--tasks=heldout", "--model=/proc"], "/proc: no whole checkpoint")])
-def test_a_mistake_is_one_line(workplace, capsys, flags, words):
-    assert words in refused(capsys, workplace, *flags)
+    (["--steps=1,2,3"], "no checkpoint at step 1; there are 0, 2, 8"),
+    (["--steps=first"], "steps = 'first', expected all, last"),
+    (["--shots=1"], "heldout: 1 shots need 1 documents of None"),
+    (["--style=v1"], "style = 'v1', expected v0.4 or v0.3"),
+    (["--samples=/nowhere/s.jsonl"], "/nowhere/s.jsonl: No such file"),
+    ([f"--samples={ROOT}/LICENSE"], "LICENSE: holds other lines than samples"),
+    (["--output=/nowhere/r.csv"], "/nowhere/r.csv: No such file"),
+    (["--output=/dev/full"], "/dev/full: not a regular file"),
+    (["--model=/proc"], "/proc: no whole checkpoint")])
+def test_a_mistake_is_one_line(workplace, refused, flags, words):
+    assert words in refused("eval.py", *flags_of(workplace, "--tasks=heldout", *flags))
 
 
-def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tmp_path, capsys):
+def test_documents_that_cannot_be_asked_are_named_before_any_model(
+        workplace, tmp_path, refused, capsys):
     """lm_eval ends with an assertion, or in its tokenizer."""
     path = tmp_path / "docs/arithmetic/single_digit_three_ops.jsonl"
-    path.parent.mkdir(parents=True)
+    flags = flags_of(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
+    sums = [{"context": "1 + 1 =", "completion": answer} for answer in (" 2", " 3")]
     for context, completion, words in (
             ("Ans", "wer", "a continuation of 0 tokens behind 1 does not fit in 264 tokens"),
             ("Answer:", "", "a continuation of 0 tokens behind 2 does not fit"),
             ("Answer:", " a" * 265, "a continuation of 265 tokens behind 2 does not fit"),
             ("\udc00", "x", "not a JSON object of text ('utf-8' codec can't encode")):
-        path.write_text("".join(json.dumps({"context": "1 + 1 =", "completion": answer}) + "\n"
-                                for answer in (" 2", " 3"))
-                        + json.dumps({"context": context, "completion": completion}))
+        write_jsonl(path, [*sums, {"context": context, "completion": completion}])
         read_jsonl.cache_clear()
-        said = refused(capsys, tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
-        assert f"arithmetic_1dc: {path}, line 3: {words}" in said
-    path.write_text(json.dumps({"context": "1" + " +" * 300, "completion": " 2"}))
+        assert f"arithmetic_1dc: {path}, line 3: {words}" in refused("eval.py", *flags)
+    write_jsonl(path, [{"context": "1" + " +" * 300, "completion": " 2"}])
     read_jsonl.cache_clear()
     evaluate(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
     assert capsys.readouterr().err == (  # once for all checkpoints
@@ -256,87 +347,159 @@ def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tm
         "beginning, as lm_eval's do\n")
 
 
-def test_out_of_memory_is_one_line(workplace, capsys, monkeypatch):
-    flags = "--tasks=piqa", "--steps=2", "--batch_tokens=64"
+def test_out_of_memory_is_one_line(workplace, refused, command, monkeypatch):
+    flags = flags_of(workplace, "--tasks=piqa", "--steps=2", "--batch_tokens=64", output="m")
 
     def on_gpu(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
-    for run_plan in (on_gpu, lambda *_: torch.empty(1 << 60)):
-        monkeypatch.setattr(evaluation, "run_plan", run_plan)
+    for hidden in (on_gpu, lambda *_: torch.empty(1 << 60)):
+        monkeypatch.setattr(Pythia, "hidden", hidden)
         assert re.fullmatch("a setting is too large: .*(out of|allocate) memory.*; lower "
-                            "--batch_tokens=64\n", refused(capsys, workplace, *flags, output="m"))
-    monkeypatch.setattr(evaluation, "run_plan", lambda *_: torch.ones(2) @ torch.ones(3))
+                            "--batch_tokens=64\n", refused("eval.py", *flags))
+    monkeypatch.setattr(Pythia, "hidden", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):  # a fault of ours keeps its traceback
-        evaluate(workplace, *flags, output="m")
+        command("eval.py", *flags)
 
 
-def test_a_stranger_s_folder(workplace, tmp_path, capsys, monkeypatch):
+def test_a_stranger_s_folder(workplace, tmp_path, refused, monkeypatch):
     """Its tokenizer is used if it is ours and refused if not; pytorch_model.bin is read as well."""
     folder = shutil.copytree(workplace / "run/step8", tmp_path / "pythia-1/step8")
     flags = "--tasks=heldout", f"--model={folder}"
+    new = flags_of(workplace, *flags, output="new.csv")
     monkeypatch.chdir(tmp_path)  # no 20B_tokenizer.json there
     evaluate(workplace, *flags, output="own.csv")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     for name in ("model.safetensors", "manifest.json", "training.json"):
         (folder / name).unlink()
     evaluate(workplace, *flags, output="bin.csv")
-    own, bin_ = (rows_of(workplace / name) for name in ("own.csv", "bin.csv"))
+    own, bin_ = (table(workplace / name) for name in ("own.csv", "bin.csv"))
     assert {row.pop("tokens") for row in own} == {"512"}
     assert {row.pop("tokens") for row in bin_} == {str(8 << 21)} and own == bin_
 
     for tokens in (10**400, "1\n=cmd|", -1, 1.5, True):
         (folder / "training.json").write_text(json.dumps({"tokens": tokens}))
-        assert "cannot hold tokens = " in refused(capsys, workplace, *flags, output="new.csv")
+        assert "cannot hold tokens = " in refused("eval.py", *new)
     (folder / "training.json").unlink()
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["merges"].reverse()
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    assert "tokenizer.json: not the GPT-NeoX-20B tokenizer" in refused(
-        capsys, workplace, *flags, output="new.csv")
+    assert "tokenizer.json: not the GPT-NeoX-20B tokenizer" in refused("eval.py", *new)
     evaluate(workplace, *flags, f"--tokenizer={ROOT}/20B_tokenizer.json", output="new.csv")
 
 
-def test_samples_start_with_the_prompt(workplace, capsys):
-    flags = f"--model={workplace}/run", "--steps=0,8", "--prompt=In the beginning", "--n_tokens=5"
-    evaluation.sample(config.parse(flags, evaluation.SampleConfig))
-    said = capsys.readouterr().out
+def test_samples_start_with_the_prompt(workplace, command, refused):
+    flags = "sample", f"--model={workplace}/run", "--prompt=In the beginning", "--n_tokens=5"
+    _, said, _ = command("eval.py", *flags, "--steps=0,8")
     assert said.count("In the beginning") == 2 and "--- run step 8" in said
-    for wrong in ({"temperature": -1.0}, {"temperature": 1e-40}, {"n_tokens": -1}):
-        with pytest.raises(ValueError, match="expected (0 or )?at least [01]"):
-            evaluation.SampleConfig(model="run", **wrong)
+    for wrong in ("--temperature=-1", "--temperature=1e-40", "--n_tokens=-1"):
+        assert "at least" in refused("eval.py", *flags, wrong)
 
 
-def test_samples_hold_every_request(workplace):
-    (workplace / "s.jsonl").write_text('{"model": "run", "st')  # a kill
+def test_samples_hold_every_request(workplace, tokenizer):
+    (workplace / "s.jsonl").write_bytes(b'{"model": "run", "context": "\xc3')  # a kill
     evaluate(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
              f"--samples={workplace}/s.jsonl", output="s.csv")
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
-    assert {(line["model"], line["step"], line["shots"], line["style"]) for line in lines} == {
-        ("run", "8", 0, "v0.4")}
-    asked = [(line["task"], line["doc_id"], line["context"], line.get("continuation"))
-             for line in lines]
-    assert asked == [
-        ("heldout", 0, "", "one"), ("heldout", 1, "", "two two"),
-        *(("piqa", i, "Question: g\nAnswer:", choice) for i in (0, 1) for choice in (" a a", " b")),
-        ("triviaqa", 0, "Question: ?\nAnswer:", None),
-        ("triviaqa", 1, "Question: why ?\nAnswer:", None)]
+    names = ("model", "step", "shots", "style", "task", "doc_id", "context", "continuation")
+    assert [tuple(line.get(name) for name in names) for line in lines] == [
+        ("run", "8", 0, "v0.4", *asked) for asked in (
+            ("heldout", 0, "", "one"), ("heldout", 1, "", "two two"),
+            *(("piqa", i, "Question: g\nAnswer:", text) for i in (0, 1) for text in (" a a", " b")),
+            ("triviaqa", 0, "Question: ?\nAnswer:", None),
+            ("triviaqa", 1, "Question: why ?\nAnswer:", None))]
     rows = {(row["task"], row["metric"]): float(row["value"])
-            for row in rows_of(workplace / "s.csv")}
+            for row in table(workplace / "s.csv")}
     assert rows["heldout", "byte_perplexity"] == pytest.approx(
         math.exp(-sum(line["loglikelihood"] for line in lines[:2]) / 10))
-    model, tokenizer = load_model(workplace / "run/step8"), Tokenizer(ROOT / "20B_tokenizer.json")
-    for line in lines[2:6]:
-        request = line["context"], line["continuation"]
-        [(logprob, greedy)] = loglikelihood(model, tokenizer, [request])
+    model = load_model(workplace / "run/step8")
+    pairs = [(line["context"], line["continuation"]) for line in lines[2:6]]
+    for line, (logprob, greedy) in zip(lines[2:6], loglikelihood(model, tokenizer, pairs)):
         assert line["loglikelihood"] == pytest.approx(logprob, rel=1e-5)
         assert line["is_greedy"] is greedy
-    for line in lines[6:]:
-        [generated] = generate_until(model, tokenizer, [line["context"]], ("\n", ".", ","))
-        assert line["generated"] == generated
+    assert [line["generated"] for line in lines[6:]] == evaluation.generate_until(
+        model, tokenizer, [line["context"] for line in lines[6:]], ("\n", ".", ","))
 
 
-def test_the_list_of_tasks_tells_what_is_missing(workplace, capsys):
-    evaluation.list_tasks(evaluation.EvalConfig("", f"{workplace}/docs", model=""))
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+def test_the_list_of_tasks_tells_what_is_missing(workplace, command):
+    _, said, _ = command("eval.py", "tasks", f"--docs={workplace}/docs")
+    lines = {line.split()[0]: line for line in said.splitlines()}
     assert ("test 2" in lines["heldout"]
             and " piqa/train.jsonl: no such file" in lines["piqa"])
+
+
+# ---------------------------------------------------------------------------- losses
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer_path):
+    """Two runs of other orders on the same documents."""
+    folder = tmp_path_factory.mktemp("losses")
+    write(folder / "d", random_documents(np.random.RandomState(0).randint(5, 60, 60)))
+    for seed in (1, 2):
+        train("--batch_size=8", f"--seed={seed}", f"--data={folder}/d",
+              f"--out_dir={folder}/seed{seed}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    losses(LossesConfig(f"{runs}/whole", model=f"{runs}/seed1,{runs}/seed2", rows="3:20"))
+    return np.load(f"{runs}/whole.npy"), read_json(runs / "whole.json")
+
+
+def test_losses_are_the_evaluations_loglikelihoods(runs, whole):
+    values, what = whole
+    assert what["checkpoints"] == [[f"seed{seed}", str(step)] for seed in (1, 2)
+                                   for step in (0, 1, 2, 4, 8)]
+    assert values.shape == (10, 17, 16) and values.dtype == np.float32
+    rows = ordered(order_of(f"{runs}/seed1")).rows(range(3, 20)).tolist()
+    model = load_model(runs / "seed2" / "step4", "cpu")
+    expected = [-ll for ll, _ in score(model, [(row, 16) for row in rows])]
+    np.testing.assert_allclose(values[8].sum(axis=1), expected, rtol=1e-6)
+    # A token's alone: the last of a row, behind all others.
+    alone = [-ll for ll, _ in score(model, [(row[:6], 1) for row in rows])]
+    np.testing.assert_allclose(values[8, :, 4], alone, atol=1e-5)
+
+
+def test_texts_are_rows_of_their_own_length(runs, tokenizer):
+    texts = ["one two three", "a", "four five six seven eight nine"]
+    write_jsonl(runs / "t.jsonl", [{"id": f"text {i}", "text": text}
+                                   for i, text in enumerate(texts)])
+    losses(LossesConfig(f"{runs}/t", model=f"{runs}/seed1", text=f"{runs}/t.jsonl", steps="4,8"))
+    values = np.load(runs / "t.npy")
+    assert np.isfinite(values).sum(axis=2).tolist() == [
+        [len(tokenizer.encode(text)) for text in texts]] * 2
+    model = load_model(runs / "seed1" / "step8", "cpu")
+    expected = [-ll for ll, _ in loglikelihood(model, tokenizer, [("", text) for text in texts])]
+    np.testing.assert_allclose(np.nansum(values[1], axis=1), expected, rtol=1e-6)
+    assert read_json(runs / "t.json")["documents"] == ["text 0", "text 1", "text 2"]
+
+
+def test_rows_of_other_data_say_what_the_run_was_trained_on(runs, whole):
+    write(runs / "other", random_documents([300, 200], seed=1))
+    losses(LossesConfig(f"{runs}/o", model=f"{runs}/seed1", data=f"{runs}/other", rows="0:2",
+                        steps="8"))
+    what = read_json(runs / "o.json")
+    assert what["order"]["data"] == f"{runs}/other" and what["trained_on"] == f"{runs}/d"
+    assert "trained_on" not in whole[1]
+
+
+def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path):
+    values, what = whole
+    model, flags = f"{runs}/seed1,{runs}/seed2", dict(rows="3:20", batch_tokens=40)
+    losses(LossesConfig(f"{tmp_path}/small", model=model, **flags))
+    np.testing.assert_allclose(np.load(tmp_path / "small.npy"), values, atol=1e-5)
+    partial = values.copy()
+    partial[5:] = 0  # a kill
+    partial[4] += 7  # a number that no model would give: it is there, so it stays
+    np.save(tmp_path / "cut.npy", partial)
+    write_json(tmp_path / "cut.json", what | {"checkpoints": what["checkpoints"][:5]})
+    run(*TORCHRUN, "eval.py", "losses", f"--model={model}", f"--output={tmp_path}/cut",
+        "--rows=3:20")
+    values = values.copy()
+    values[4] += 7
+    np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), values, atol=1e-5)
+    with pytest.raises(ValueError, match="of other checkpoints or rows; name another --output"):
+        losses(LossesConfig(f"{tmp_path}/cut", model=model, rows="3:21"))
+    with pytest.raises(ValueError, match="rows = '0:9999', expected a number from 0 to "):
+        losses(LossesConfig(f"{tmp_path}/none", model=model, rows="0:9999"))

@@ -1,22 +1,21 @@
 """python -m pytest tests/test_memorization.py"""
 
-import csv
-import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import run, table, TORCHRUN, train, write_jsonl
 from test_data import write
-from test_gender_bias import run
 from test_model import transformers_twin
 
-from data import OrderedData, PROVENANCE
+from config import write_json
+from data import OrderedData, PROVENANCE, order_of
 from model import ModelConfig, Pythia
 from plots import poisson_quantiles
 from studies.memorization import (
-    Analyse, Score, analyse, describe_rows, generated_matches, matched_lengths, poisson_tests,
-    rates, score, window_counts)
+    Analyse, Position, Score, analyse, describe_rows, generated_matches, matched_lengths,
+    poisson_tests, position, rates, score, window_counts)
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=2, vocab_size=96, seq_length=40)
 
@@ -62,15 +61,6 @@ def test_poisson_tests_equal_scipys():
     x = np.arange(40) - 19.5
     z = (x * counts).sum() / np.sqrt(counts.var(ddof=1) * (x**2).sum())
     assert tests["trend"][1] == pytest.approx(2 * stats.norm.sf(abs(z)), rel=1e-6)
-    # The permutation p is what plainly shuffling the rows gives.
-    generator, null = np.random.RandomState(1), []
-    for _ in range(2000):
-        shuffled = window_counts(generator.permutation(memorized), 64)
-        null.append((shuffled.var(ddof=1) / shuffled.mean(), (x * shuffled).sum() / shuffled.std()))
-    for found, plain, test in ((counts.var(ddof=1) / counts.mean(), 0, "dispersion"),
-                               ((x * counts).sum() / counts.std(), 1, "trend")):
-        above = np.mean([draw[plain] >= found for draw in null])
-        assert tests[test][2] == pytest.approx(2 * min(above, 1 - above), abs=0.08)
 
 
 @pytest.mark.parametrize("n, mean", [(9, 0.0), (400, 0.3), (400, 30.0), (300_000, 3.0), (99, 2e4)])
@@ -80,30 +70,16 @@ def test_poisson_quantiles_equal_scipys(n, mean):
     assert poisson_quantiles(n, mean).tolist() == expected.tolist()
 
 
-def write_rows(prefix, rows):
-    """Write a token file that is in training order already."""
-    write(prefix, rows)
-    prefix.with_suffix(".json").write_text('{"preshuffled": true}')
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tokenizer_path):
-    folder = tmp_path_factory.mktemp("run")
-    generator = np.random.RandomState(0)
+def scored(tmp_path_factory, tokenizer_path):
+    """Settings of a score, whose results are there: every other row is the same."""
+    folder, generator = tmp_path_factory.mktemp("run"), np.random.RandomState(0)
     repeated = generator.randint(96, size=17)
-    write_rows(folder / "rows", [repeated if i % 2 else generator.randint(96, size=17)
-                                 for i in range(280)])
-    run("train", "--n_layers=1", "--d_model=64", "--n_heads=2", "--seq_length=16",
-        "--vocab_size=96", "--steps=64", "--batch_size=4", "--micro_batch_size=4",
-        "--learning_rate=1e-2", f"--data={folder}/rows", f"--tokenizer={tokenizer_path}",
-        f"--out_dir={folder}/run")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def scored(trained):
-    """Settings of a score, whose results are there."""
-    options = Score(f"{trained}/run", f"{trained}/one", context=8, continuation=8, batch=16,
+    write(folder / "rows", [repeated if i % 2 else generator.randint(96, size=17)
+                            for i in range(280)], preshuffled=True)
+    train("--d_model=64", "--vocab_size=96", "--steps=64", f"--data={folder}/rows",
+          f"--out_dir={folder}/run")
+    options = Score(f"{folder}/run", f"{folder}/one", context=8, continuation=8, batch=16,
                     steps="1,64", generate=True)
     score(options)
     return options
@@ -111,11 +87,6 @@ def scored(trained):
 
 def lengths(folder, name="run_step64"):
     return np.load(f"{folder}/{name}.npy").tolist()
-
-
-def table(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 def test_scoring_goes_on(scored, tmp_path):
@@ -138,8 +109,7 @@ def test_scoring_goes_on(scored, tmp_path):
 def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):
     flags = [f"--{name}={value}"
              for name, value in asdict(replace(scored, output=tmp_path)).items()]
-    done = run("torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "-m", "studies.memorization", "score", *flags)
+    done = run(*TORCHRUN, "-m", "studies.memorization", "score", *flags)
     names = ["run_step1", "run_step1_generated", "run_step64", "run_step64_generated"]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
         f"{tmp_path}/{name}.npy" for name in names]
@@ -165,9 +135,8 @@ def test_analysis_by_hand(scored):
 
 def test_runs_of_different_orders_are_refused(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
-        (tmp_path / name).mkdir()
-        settings = {"data": "d", "steps": 8, "batch_size": 4, "seq_length": 16, "seed": seed}
-        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        write_json(tmp_path / name / "config.json", {
+            "data": "d", "steps": 8, "batch_size": 4, "seq_length": 16, "seed": seed})
     with pytest.raises(ValueError, match="/a,.*/b were trained in different orders"):
         score(Score(f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/out"))
 
@@ -179,7 +148,7 @@ def test_rows_are_of_the_document_that_holds_their_first_tokens(tmp_path):
     documents = np.zeros(40, dtype=PROVENANCE)
     documents["subset"] = np.arange(40) % 2
     np.save(tmp_path / "d_documents.npy", documents)
-    (tmp_path / "d.json").write_text(json.dumps({"subsets": ["even", "odd"], "files": ["x"]}))
+    write_json(tmp_path / "d.json", {"subsets": ["even", "odd"], "files": ["x"]})
     data = OrderedData(str(tmp_path / "d"), 16, 100, 1234)
     rows = np.arange(len(data))
     names, codes, passages = describe_rows(data, rows, 9)
@@ -202,3 +171,29 @@ def test_the_standard_error_is_over_passages():
     assert both[:8] == ("all", "seen", 4, 2, 1, 0.25, 2.0, 1.0) and once[2:] == both[2:]
     alone = rates(np.array([1, 3]), whole[:2], seen[:2], [], codes[:2], passages[:2])
     assert next(alone)[-1] is None
+
+
+def test_position_is_tested_on_rows_and_on_planted_documents(scored, tmp_path):
+    """With losses made by hand: what the run learnt late in training it knows better."""
+    generator = np.random.default_rng(0)
+    order = asdict(order_of(scored.model))
+    plan = [{"id": str(i), "group": "early" if i < 20 else "late", "text": "x", "steps": [i]}
+            for i in range(40)] + [{"id": "never", "text": "x", "steps": []}]
+    write_jsonl(tmp_path / "plan", plan)
+    for name, what, n in (("rows", {"order": order, "rows": [0, 40]}, 40),
+                          ("plan", {"text": f"{tmp_path}/plan"}, 41)):
+        values = generator.standard_normal((3, n, 5)).astype(np.float32)
+        values[1] -= 9  # an earlier checkpoint, which is not the last
+        values[2] = values[0] - np.linspace(0, 3, n)[:, None] + 0.1 * values[2]
+        values[:, :3, 3:] = np.nan
+        np.save(tmp_path / f"{name}.npy", values)
+        write_json(tmp_path / f"{name}.json", what | {
+            "checkpoints": [["other", "8"], ["run", "4"], ["run", "8"]]})
+        position(Position(f"{tmp_path}/{name}", "run", "other", f"{tmp_path}/{name}.csv"))
+        line, hump, *rest = table(tmp_path / f"{name}.csv")
+        assert (line["subset"], line["n"]) == ("all", "40") and float(line["permutation_p"]) < 0.01
+        assert float(line["value"]) == pytest.approx(3, abs=0.2) and abs(float(hump["value"])) < 0.2
+        assert {row["subset"] for row in rest} == ({"unnamed"} if name == "rows" else
+                                                   {"early", "late"})
+    with pytest.raises(ValueError, match="no third among other, run"):
+        position(Position(f"{tmp_path}/plan", "run", "third"))
