@@ -1,11 +1,7 @@
 """pytest tests/test_plots.py"""
 
-import subprocess
-import sys
-
 import pytest
 
-from conftest import ROOT
 import plots
 
 RESULTS = """model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs
@@ -69,16 +65,14 @@ def test_curves_show_our_models_before_the_published_ones(files):
         f"{files}/r.csv", reference=f"{files}/ref.csv", output=f"{files}/c.png"))
     assert (files / "c.png").read_bytes()[:4] == b"\x89PNG"
     heldout, piqa = figure.axes
-    assert [(axes.get_title(), axes.get_ylabel(), axes.get_xlabel())
-            for axes in (heldout, piqa)] == [
-        ("heldout, 0-shot", "bits per byte", "tokens seen"),
-        ("piqa, 0-shot", "accuracy", "tokens seen")]
+    assert [(axes.get_title(), axes.get_ylabel()) for axes in (heldout, piqa)] == [
+        ("heldout, 0-shot", "bits per byte"), ("piqa, 0-shot", "accuracy")]
     assert contents(heldout) == {"mine-70m": ([1 << 24], [1.5])}
     assert [(line.get_label(), list(line.get_ydata())) for line in piqa.lines] == [
         ("published", [0.63]), ("published", [0.59]), ("mine-14m", [0.56]), ("mine-70m", [0.6])]
     assert [text.get_text() for text in piqa.texts] == ["gpt2", "70m"]
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["mine-14m", "mine-70m", "published"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "mine-14m", "mine-70m", "published"]
     assert figure.get_suptitle() == "ours: v0.4"
 
 
@@ -95,10 +89,6 @@ def test_a_band_stays_above_zero_on_a_log_axis_only(files):
                       ("log", "perplexity per word", 0.4)]
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert labels and all(labels)  # less than a decade has some, too
-    for axes in figure.axes:
-        ticks = [*axes.xaxis.get_minor_ticks(), *axes.yaxis.get_minor_ticks(),
-                 *axes.yaxis.get_major_ticks()]
-        assert {tick.label1.get_size() for tick in ticks} == {7.0}
 
 
 def test_what_is_not_a_number_is_a_gap(files):
@@ -131,28 +121,20 @@ v0,baseline,1.4b,71500,143000,0,crows_pairs_english_gender,,pct_stereotype,0.9,0
 
 def test_the_paper_s_figures(files):
     (files / "bias.csv").write_text(BIAS)
+    for reference, words in (("r", "has no column deduped"), ("ref", "has no column variant")):
+        with pytest.raises(ValueError, match=words):  # of the published files only
+            plots.paper(plots.Paper(f"{files}/{reference}.csv", f"{files}/ref.csv", f"{files}/f"))
     figures = plots.paper(plots.Paper(f"{files}/ref.csv", f"{files}/bias.csv", f"{files}/figures"))
     assert set(figures) == {"standard_0_shot", "gender"}
     assert {path.stem for path in (files / "figures").iterdir()} == set(figures)
     [piqa] = figures["standard_0_shot"].axes
     assert piqa.get_xscale() == "log" and contents(piqa) == {"pythia-70m": ([8 << 21], [0.59])}
     wino, crows = figures["gender"].axes
-    assert (wino.get_title() == "wino_bias_type1_pro\nrefers_to, 0-shot"
-            and wino.get_xscale() == "linear")
-    assert crows.get_title() == "crows_pairs_english_gender, 0-shot"
+    assert (wino.get_title(), wino.get_xscale(), crows.get_title()) == (
+        "wino_bias_type1_pro\nrefers_to, 0-shot", "linear", "crows_pairs_english_gender, 0-shot")
     for axes, plain, swapped in ((wino, 0.2, 0.3), (crows, 0.6, 0.5)):  # no v0, no step 3000
         assert contents(axes) == {"pythia-1.4b-deduped": ([143000 << 21], [plain]),
                                   "pythia-1.4b-deduped-intervention_7": ([143000 << 21], [swapped])}
-
-
-def test_the_paper_s_figures_are_of_the_published_files_only(files):
-    (files / "bias.csv").write_text(BIAS)
-    for reference, bias, words in (("r", "bias", "r.csv: has no column deduped"),
-                                   ("bias", "bias", "bias.csv: has no column deduped"),
-                                   ("ref", "ref", "ref.csv: has no column variant")):
-        with pytest.raises(ValueError, match=words):
-            plots.paper(plots.Paper(f"{files}/{reference}.csv", f"{files}/{bias}.csv",
-                                    f"{files}/figures"))
 
 
 def test_a_group_stands_for_its_members_unless_they_are_named():
@@ -223,8 +205,6 @@ def test_differences_have_their_intervals(tmp_path):
     (["--metrics=accuracy"], "the results have no accuracy of any task; there are acc of piqa"),
     (["--tasks=piqa,heldout", "--metrics=acc"], "the results have no acc of heldout; there are"),
     (["--results=plots.py"], "plots.py, line 3: "),
-    (["--results=/nowhere.csv"], "/nowhere.csv: No such file")])
-def test_a_mistake_is_one_line(files, flags, words):
-    done = subprocess.run([sys.executable, "plots.py", "curves", f"--results={files}/r.csv",
-                           *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    (["--results=/nowhere.csv"], "/nowhere.csv: no such file")])
+def test_a_mistake_is_one_line(files, refused, flags, words):
+    assert words in refused("plots.py", "curves", f"--results={files}/r.csv", *flags)

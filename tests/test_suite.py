@@ -1,25 +1,22 @@
 """python -m pytest tests/test_suite.py -m "proof or not proof" """
 
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import run
 
 import plots
 from studies.corpus import place, planned
 from studies.results import write_table
 from studies.suite import (
     DOSES, canaries, dose_claims, dose_rows, facts, occupations, place_claims, sums, swap_claims)
-from tokenizer import Tokenizer
 
 WORDS = "light water house people king land son day hand heart voice stone river field".split()
 
 
-def test_plans_give_each_seed_other_doses_of_the_same_texts(tokenizer_path):
-    tokenizer, plans = Tokenizer(tokenizer_path), {}
+def test_plans_give_each_seed_other_doses_of_the_same_texts(tokenizer):
+    plans = {}
     for seed in (1, 2):
         plan = plans[seed] = planned(seed, tokenizer, WORDS, 1280)
         tokens = place(plan, tokenizer, 1280, 420, seed)
@@ -42,12 +39,12 @@ def test_plans_give_each_seed_other_doses_of_the_same_texts(tokenizer_path):
     assert abs(np.corrcoef(rank, np.arange(48))[0, 1]) < 0.3  # a dose does not tell a size
 
 
-def test_claims_are_the_slopes_that_were_put_in(tokenizer_path, tmp_path):
+def test_claims_are_the_slopes_that_were_put_in(tokenizer, tmp_path):
     """Models made by hand, of which all that is planted is known."""
     generator, plans, found, swapped = np.random.default_rng(0), [], [], []
     for seed in (1, 2, 3):
-        plan = planned(seed, Tokenizer(tokenizer_path), WORDS, 1280, 0.3)
-        place(plan, Tokenizer(tokenizer_path), 1280, 420, seed)
+        plan = planned(seed, tokenizer, WORDS, 1280, 0.3)
+        place(plan, tokenizer, 1280, 420, seed)
         noise = lambda n: 0.1 * generator.standard_normal(n)
         dose = lambda entries: np.array([entry["total"] for entry in entries])
         odds = np.array([np.log(entry["share"] / (1 - entry["share"]))
@@ -81,13 +78,12 @@ def test_claims_are_the_slopes_that_were_put_in(tokenizer_path, tmp_path):
 
 @pytest.mark.proof
 def test_a_hundred_steps_of_everything_make_a_report(tmp_path, tokenizer_path):
-    command = [sys.executable, "-m", "studies.suite", f"--output={tmp_path}/suite",
-               f"--data={tmp_path}/data", f"--tokenizer={tokenizer_path}", "--steps=128",
-               "--seeds=2", "--scale=0.03"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    command = ("-m", "studies.suite", f"--output={tmp_path}/suite", f"--data={tmp_path}/data",
+               f"--tokenizer={tokenizer_path}", "--steps=128", "--seeds=2", "--scale=0.03")
+    run(*command)
     page = (tmp_path / "suite" / "report.html").read_text()
     assert all(f"<h2>{title}</h2>" in page for title in (
         "Memorization", "Gendered pronouns", "Term frequency"))
     before = {path: path.stat().st_mtime for path in tmp_path.glob("suite/*/*")}
-    subprocess.run(command, cwd=ROOT, check=True)  # nothing is done again but the report
+    run(*command)  # nothing is done again but the report
     assert before == {path: path.stat().st_mtime for path in tmp_path.glob("suite/*/*")}

@@ -1,12 +1,12 @@
 """pytest tests/test_tasks.py"""
 
-import json
 import math
 import os
 import random
 import statistics
 
 import pytest
+from conftest import write_jsonl
 
 import tasks as metrics
 from tasks import (GROUPS, MMLU, mmlu_rows, named_tasks, prompts, Question, SUBJECTS, TASKS,
@@ -40,98 +40,47 @@ def test_a_diverged_model_is_right_about_nothing():
     assert [row[1:3] for row in rows] == [("acc", 0.0), ("perplexity", math.inf)]
 
 
-def write(folder, path, documents):
-    path = folder / path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(doc) + "\n" for doc in documents))
-
-
-def piqa_documents(n, start=0):
-    return [{"goal": f"g{i}", "sol1": f"a{i}", "sol2": f"b{i}", "label": i % 2}
-            for i in range(start, start + n)]
-
-
-def shots_of(prefix):
-    return [shot.split("Question: g")[1].split("\n")[0] for shot in prefix.split("\n\n")[:-1]]
-
-
 def test_paper_style_draws_with_one_generator_that_has_shuffled_the_documents(tmp_path):
-    write(tmp_path, "piqa/validation.jsonl", piqa_documents(7))
-    write(tmp_path, "piqa/train.jsonl", piqa_documents(30, 100))
+    """And `limit` takes the first of these; parity's documents are fewer than its limit."""
+    for split, n in ("validation", 7), ("train", 30):
+        write_jsonl(tmp_path / f"piqa/{split}.jsonl", [
+            {"goal": f"{split} {i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(n)])
     prompted, _ = prompts(V03_TASKS["piqa"], tmp_path, shots=3, style="v0.3", limit=4)
     rng, order = random.Random(42), list(range(7))
     rng.shuffle(order)
-    expected = [([str(i) for i in rng.sample(range(100, 130), 3)], f"Question: g{doc}\nAnswer:")
-                for doc in order[:4]]
-    assert [(shots_of(prefix), question.requests[0][0])
-            for prefix, question in prompted] == expected
-
-
-def test_paper_style_keeps_a_document_out_of_shots_from_its_own_split(tmp_path):
-    documents = [{"text": f"Question: g{i}\nw"} for i in range(5)]
-    write(tmp_path, "lambada_openai/test.jsonl",
-          [{"text": doc["text"] + " end"} for doc in documents])
-    prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=4, style="v0.3")
-    for prefix, question in prompted:
-        own = question.requests[0][0].split("\n")[0].removeprefix("Question: g")
-        assert own not in shots_of(prefix) and len(shots_of(prefix)) == 4
-        assert "w end\n\n" in prefix  # one space; v0.4 has two
+    assert [prefix + question.requests[0][0] for prefix, question in prompted] == [
+        "".join(f"Question: train {i}\nAnswer: a\n\n" for i in rng.sample(range(30), 3))
+        + f"Question: validation {i}\nAnswer:" for i in order[:4]]
 
 
 def test_paper_style_without_a_shot_left_still_begins_with_an_empty_line(tmp_path):
-    write(tmp_path, "lambada_openai/test.jsonl", [{"text": "one end"}] * 2)
+    write_jsonl(tmp_path / "lambada_openai/test.jsonl", [{"text": "one end"}] * 2)
     prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=1, style="v0.3")
     # lm_eval/base.py, Task.fewshot_context.
     assert [prefix for prefix, _ in prompted] == ["\n\n"] * 2
 
 
-def test_paper_style_shots_of_wsc_are_true_ones(tmp_path):
-    base = {"text": "Ann met Sue . She left .", "span1_text": "Ann", "span1_index": 0,
-            "span2_text": "She", "span2_index": 4}
-    for split in ("train", "validation"):
-        write(tmp_path, f"wsc_superglue/{split}.jsonl",
-              [base | {"label": i % 2, "idx": i} for i in range(12)])
-    prompted, _ = prompts(V03_TASKS["wsc"], tmp_path, shots=5, style="v0.3")
-    assert all(prefix.count("Answer: yes\n\n") == 5 for prefix, _ in prompted)
+def test_copies_of_a_document_are_no_shots_of_it(tmp_path):
+    piqa = [{"goal": f"goal {i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(3)]
+    write_jsonl(tmp_path / "piqa/validation.jsonl", piqa[:1])
+    write_jsonl(tmp_path / "piqa/train.jsonl", piqa[:1] * 5 + piqa[1:])
+    [(prefix, _)], _ = prompts(TASKS["piqa"], tmp_path, shots=2)
+    assert [prefix.count(doc["goal"]) for doc in piqa] == [0, 1, 1]
 
 
-def test_paper_style_prompts_differ_where_the_harness_did(tmp_path):
-    doc = dict(question=" Q? ", choices=["w", "x", "y", "z"], answer=2, subject="anatomy")
-    assert V03_TASKS["hendrycksTest-anatomy"].question(doc).requests[2] == (
-        "Question:  Q? \nChoices:\nA. w\nB. x\nC. y\nD. z\nAnswer:", " y")
-    science = dict(support="", question="Q", distractor1="a", distractor2="b", distractor3="c",
-                   correct_answer="d")
-    assert [table["sciq"].question(science).requests[0][0] for table in (TASKS, V03_TASKS)] == [
-        "\nQuestion: Q\nAnswer:", "Question: Q\nAnswer:"]
+def test_paper_style_asks_no_alias_that_begins_with_another():
     trivia = dict(question="Q?", answer={
         "aliases": ["Sun City", "Sun", "Moon", "Sunday"], "value": "Sun"})
     assert V03_TASKS["triviaqa"].question(trivia).requests == [
         ("Question: Q?\nAnswer:", " Moon"), ("Question: Q?\nAnswer:", " Sun")]
-    schema = dict(text="Ann met Sue. She left.", pronoun="She", pronoun_loc=13,
-                  options=["Ann", "Sue"], label=0)
-    assert [table["wsc273"].question(schema).requests[0] for table in (TASKS, V03_TASKS)] == [
-        ("Ann met Sue. Ann", "  left."), ("Ann met Sue. Ann", " left.")]
-
-
-def test_copies_of_a_document_are_no_shots_of_it(tmp_path):
-    write(tmp_path, "piqa/validation.jsonl", piqa_documents(1))
-    write(tmp_path, "piqa/train.jsonl", piqa_documents(1) * 5 + piqa_documents(2, 50))
-    [(prefix, _)], _ = prompts(TASKS["piqa"], tmp_path, shots=2)
-    assert sorted(shots_of(prefix)) == ["50", "51"]
 
 
 def test_prompts_that_contain_their_own_document_are_counted(tmp_path, capsys):
     """Numbers stay lm_eval's, which draws lambada's shots from the split that it scores."""
-    write(tmp_path, "lambada_openai/test.jsonl", [{"text": f"one {i}"} for i in range(9)])
+    write_jsonl(tmp_path / "lambada_openai/test.jsonl", [{"text": f"one {i}"} for i in range(9)])
     prompted, _ = prompts(TASKS["lambada_openai"], tmp_path, shots=3)
-    rng = random.Random(1234)
-    shots = [rng.sample(range(9), 3) for _ in range(9)]
-    assert [prefix for prefix, _ in prompted] == [
-        "".join(f"one  {i}\n\n" for i in drawn) for drawn in shots]
-    leaks = sum(i in drawn for i, drawn in enumerate(shots))
-    assert 0 < leaks < 9 and capsys.readouterr().err == (
-        f"lambada_openai: {leaks} of 9 prompts contain their own document, as lm_eval's do in "
-        "style v0.4\n")
+    leaks = sum(f"one  {i}\n" in prefix for i, (prefix, _) in enumerate(prompted))
+    assert 0 < leaks < 9 and f"{leaks} of 9 prompts contain their own" in capsys.readouterr().err
 
 
 def test_superglue_files_become_the_repaired_set():
@@ -162,6 +111,12 @@ def test_winobias_summary_is_the_paper_s_notebook_s():
 
 
 def test_groups_weigh_by_size():
+    for members, _ in GROUPS.values():
+        assert members and all(member in TASKS for member in members)
+    for style, table, name, n in (("v0.4", TASKS, "arithmetic", 10), ("v0.4", TASKS, "arc", 2),
+                                  ("v0.4", TASKS, "crows_pairs", 11),
+                                  ("v0.3", V03_TASKS, "hendrycksTest", 57)):
+        assert len(named_tasks(name, style)) == n and table.keys() >= {*named_tasks(name, style)}
     value, stderr, n = metrics.pooled([(0.5, 0.1, 10), (0.25, 0.05, 30)])
     assert (value, n) == (0.3125, 40)
     assert stderr == pytest.approx(math.sqrt((9 * 10 * 0.01 + 29 * 30 * 0.0025) / 38 / 40))
@@ -173,15 +128,6 @@ def test_groups_weigh_by_size():
     assert dict((name, value) for name, _, value, *_ in rows) == {
         f"mmlu_{category}": statistics.fmean(map(SUBJECTS.index, subjects))
         for category, subjects in MMLU.items()} | {"mmlu": 28.0}
-
-
-def test_every_name_of_several_tasks_exists():
-    for members, _ in GROUPS.values():
-        assert members and all(member in TASKS for member in members)
-    for style, table, name, n in (("v0.4", TASKS, "arithmetic", 10), ("v0.4", TASKS, "arc", 2),
-                                  ("v0.4", TASKS, "crows_pairs", 11),
-                                  ("v0.3", V03_TASKS, "hendrycksTest", 57)):
-        assert len(named_tasks(name, style)) == n and table.keys() >= {*named_tasks(name, style)}
 
 
 def test_published_documents_become_requests(pythia_data):
@@ -203,14 +149,11 @@ WSC273 = {"text": "t x", "pronoun": "x", "options": ["a", ""], "label": 0}
 
 @pytest.mark.parametrize("task, document, words", [
     ("piqa", PIQA | {"sol1": 3}, "can only concatenate str"),
-    ("piqa", PIQA | {"label": 2}, "the right choice is 2, expected one of ['0', '1']"),
     ("piqa", PIQA | {"label": -1}, "the right choice is -1, expected one of ['0', '1']"),
     ("piqa", PIQA | {"label": "True"}, "the right choice is True, expected one of ['0', '1']"),
     ("piqa", [1], "line 1: not a JSON object of text"),
     ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
      "has no _"),
-    ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": 3},
-     "the right choice is 3, expected one of ['1', '2']"),
     ("arc_easy", ARC | {"choices": {"text": ["a"]}}, "no field 'label'"),
     ("arc_easy", ARC, "the right choice is B, expected one of ['A']"),
     ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"},
@@ -222,8 +165,8 @@ WSC273 = {"text": "t x", "pronoun": "x", "options": ["a", ""], "label": 0}
     ("wsc273", WSC273, "no field 'pronoun_loc'"),
     ("wsc273", WSC273 | {"pronoun_loc": 2}, "list index out of range")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
-    write(tmp_path, f"{TASKS[task].folder}/"
-          f"{(TASKS[task].files or (TASKS[task].split + '.jsonl',))[-1]}", [document])
+    name = (TASKS[task].files or [f"{TASKS[task].split}.jsonl"])[-1]
+    write_jsonl(tmp_path / TASKS[task].folder / name, [document])
     with pytest.raises(ValueError, match="line 1|holds no documents") as error:
         prompts(TASKS[task], tmp_path)
     assert words in str(error.value)

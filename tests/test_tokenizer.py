@@ -4,7 +4,6 @@ The reference is the `tokenizers` library reading the same file.
 """
 
 import json
-import os
 import random
 import re
 from unittest import mock
@@ -17,11 +16,6 @@ from tokenizer import LONG_RUN, N_TOKENS, Tokenizer
 
 
 @pytest.fixture(scope="module")
-def ours(tokenizer_path):
-    return Tokenizer(tokenizer_path)
-
-
-@pytest.fixture(scope="module")
 def original(tokenizer_path):
     return tokenizers.Tokenizer.from_file(str(tokenizer_path))
 
@@ -31,25 +25,15 @@ def original(tokenizer_path):
     ("Hello world\n\n  foo   bar", [12092, 1533, 535, 50276, 12110, 50275, 2009]),
     ("        x", [50270, 89]), ("a<|endoftext|>b", [66, 0, 67]),
     ("cafe\u0301 \u00e9", [68, 2320, 860, 3974]), ("\t\tx", [186, 186, 89]), ("", [])])
-def test_known_vectors(ours, text, ids):
-    assert ours.encode(text) == ids
+def test_known_vectors(tokenizer, text, ids):
+    assert tokenizer.encode(text) == ids
 
 
-def test_golden_texts(ours, pythia_data):
-    path = pythia_data.parent / "reference/tokenizer_golden.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    golden = [json.loads(line) for line in path.open()]
-    assert len(golden) == 300
-    assert [ours.encode(record["text"]) for record in golden] == [
-        record["ids"] for record in golden]
-
-
-def test_every_code_point(ours, original):
+def test_every_code_point(tokenizer, original):
     texts = ["".join(f"a{chr(c)} {chr(c)}1{chr(c)}{chr(c)}" for c in range(start, start + 16))
              for start in range(0, 0x110000, 16) if not 0xD800 <= start < 0xE000]
     for text, theirs in zip(texts, original.encode_batch(texts)):
-        assert ours.encode(text) == theirs.ids
+        assert tokenizer.encode(text) == theirs.ids
 
 
 # Runs of spaces around every rule that could swallow them; marks that compose, reorder, or are
@@ -65,46 +49,46 @@ AWKWARD = st.sampled_from([
 @settings(max_examples=1500, deadline=None)
 @given(st.lists(st.one_of(AWKWARD, st.text(max_size=4), st.text("etaoinshrdlu", max_size=12)),
                 max_size=10))
-def test_any_text(ours, original, pieces):
+def test_any_text(tokenizer, original, pieces):
     text = "".join(pieces)
-    assert ours.encode(text) == original.encode(text).ids
+    assert tokenizer.encode(text) == original.encode(text).ids
 
 
 @settings(max_examples=1000, deadline=None)
-@given(st.lists(st.sampled_from([" ", "  ", "\n", "\t", "\r\n", "\x85", "\xa0", "\u3000", "\x1c", "a",
-                                 "1", ".", "'s", "é", "\u200b", " " * 25]), max_size=30))
-def test_every_run_of_blanks_may_be_cut(ours, original, pieces):
+@given(st.lists(st.sampled_from([" ", "  ", "\n", "\t", "\r\n", "\x85", "\xa0", "\u3000", "\x1c",
+                                 "a", "1", ".", "'s", "é", "\u200b", " " * 25]), max_size=30))
+def test_every_run_of_blanks_may_be_cut(tokenizer, original, pieces):
     text = "".join(pieces)
     with mock.patch("tokenizer.LONG_RUN", re.compile(LONG_RUN.pattern.replace("100000", "1"))):
-        parts = list(ours._around_long_runs(text))
+        parts = list(tokenizer._around_long_runs(text))
     assert [id_ for ids in parts for id_ in ids] == original.encode(text).ids
 
 
 @pytest.mark.parametrize("run", [
     "\n", "\t", " \n", "\u3000", "\r\n  ", "\n\x85 ", " ", "\u0316\u0301", "\u0f73\u0316\u0897",
     "\u0344\U0001e94a"])
-def test_long_runs(ours, original, run):
+def test_long_runs(tokenizer, original, run):
     """Runs of 1 to 10^6 characters: by the pattern or by insertion, they would not end."""
     rng = random.Random(run)
     lengths = [1_000_000, *(10 ** rng.uniform(0, 6) for _ in range(3))]
     text = "".join(rng.choice(["e", ".", "\n", "é", " 1"]) + int(length) // len(run) * run
                    + rng.choice(["", "a", " a", "  a", "\na", "\u0327", "<|padding|>"])
                    for length in lengths)
-    assert ours.encode(text) == original.encode(text).ids
+    assert tokenizer.encode(text) == original.encode(text).ids
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from("ae \u1100가\u0301\u0316\u0327\u0344\u0345\u0f71\u0f73\u0f81\u0897"
                                 "\U0001e94a\U000110ba"), max_size=40))
-def test_marks_in_any_order(ours, characters):
+def test_marks_in_any_order(tokenizer, characters):
     text = "".join(characters)
-    assert ours.normalize(text) == tokenizers.normalizers.NFC().normalize_str(text)
+    assert tokenizer.normalize(text) == tokenizers.normalizers.NFC().normalize_str(text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, N_TOKENS - 1), max_size=20))
-def test_decoding_any_ids(ours, original, ids):
-    assert ours.decode(ids) == original.decode(ids, skip_special_tokens=False)
+def test_decoding_any_ids(tokenizer, original, ids):
+    assert tokenizer.decode(ids) == original.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"model": {"vocab": 3}}',
@@ -113,13 +97,8 @@ def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match="t.json: not the GPT-NeoX-20B tokenizer"):
         Tokenizer(tmp_path / "t.json")
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match="not a regular file"):
-            Tokenizer(path)
+    with pytest.raises(ValueError, match="not a regular file"):  # it would have no end
+        Tokenizer("/dev/zero")
 
 
 @pytest.mark.parametrize("path, value", [
@@ -132,18 +111,16 @@ def test_what_is_no_file_is_refused(tmp_path):
     (["model", "vocab", "世"], 40), (["model", "vocab", "Hello"], "x"), (["model", "vocab"], [])])
 def test_another_tokenizer_is_refused(tokenizer_path, tmp_path, path, value):
     spec = json.loads(tokenizer_path.read_text())
-    *way, last = path
     place = spec
-    for key in way:
+    for key in path[:-1]:
         place = place[key]
-    place[last] = value
+    place[path[-1]] = value
     (tmp_path / "t.json").write_text(json.dumps(spec))
-    with pytest.raises(ValueError, match="not the GPT-NeoX-20B tokenizer") as error:
+    with pytest.raises(ValueError, match="t.json: not the GPT-NeoX-20B tokenizer"):
         Tokenizer(tmp_path / "t.json")
-    assert "\n" not in str(error.value)
 
 
-def test_the_same_tokenizer_saved_by_another_library(ours, original, tokenizer_path, tmp_path):
+def test_the_same_tokenizer_saved_by_another_library(tokenizer, original, tokenizer_path, tmp_path):
     original.save(str(tmp_path / "t.json"))
     assert (tmp_path / "t.json").read_bytes() != tokenizer_path.read_bytes()
-    assert Tokenizer(tmp_path / "t.json").encode("Hello  world") == ours.encode("Hello  world")
+    assert Tokenizer(tmp_path / "t.json").encode("Hello  world") == tokenizer.encode("Hello  world")
