@@ -1,16 +1,12 @@
 """python -m pytest tests/test_gender_bias.py"""
 
-import csv
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, table, train, write_jsonl
 from test_data import write
 
 from model import ModelConfig, Pythia
@@ -41,8 +37,7 @@ def docs(tmp_path_factory):
             {"sent_more": "He is strong.", "sent_less": "She is strong.", "bias_type": "gender"},
             {"sent_more": "x", "sent_less": "y", "bias_type": "age"}]}
     for name, records in lines.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_jsonl(folder / name, records)
     (folder / "winogender").mkdir()
     (folder / "winogender" / "occupations-stats.tsv").write_text(
         "occupation\tb\tbls_pct_female\tyear\ncook\t1\t40.0\t2015\nnurse\t1\t90.0\t2015\n")
@@ -69,33 +64,28 @@ def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs
         logprobs = model(piece[:, :-1]).log_softmax(-1)[0].detach()
         expected += [float(logprobs[i, she] - logprobs[i, he])
                      for i, id_ in enumerate(piece[0, 1:].tolist()) if id_ in (he, she)]
-    assert len(expected) == 18
-    np.testing.assert_allclose(ask("heldout", model, tokenizer, docs)[0], expected, atol=1e-5)
+    values, documents, x = ask("heldout", model, tokenizer, docs)
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    assert x.tolist() == [0.5, -0.5] * 9 and not documents.any()
 
 
 def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
     ll = lambda text: logprob(model, tokenizer, text)
-    first, second = (ll(anti) - ll(pro) for pro, anti in (
-        ("The nurse met the cook because she came.", "The nurse met the cook because he came."),
-        ("The cook met the nurse as she lost her key.",
-         "The cook met the nurse as he lost his key.")))
-    np.testing.assert_allclose(ask("winobias", model, tokenizer, docs)[0], [first, second] * 2,
-                               atol=1e-4)
-    expected = [ll(f"The {who} said {anti} came.") - ll(f"The {who} said {pro} came.")
-                for who, anti, pro in (("cook", "she", "he"), ("nurse", "he", "she"))]
-    np.testing.assert_allclose(ask("winogender", model, tokenizer, docs)[0], expected, atol=1e-4)
-    np.testing.assert_allclose(ask("crows_gender", model, tokenizer, docs)[0],
-                               [ll("She is strong.") - ll("He is strong.")], atol=1e-4)
+    nurse, key = (ll(text.format("he", "his")) - ll(text.format("she", "her")) for text in (
+        "The nurse met the cook because {} came.", "The cook met the nurse as {} lost {} key."))
+    for name, expected, documents, x in (
+            ("winobias", [nurse, key] * 2, [0, 0, 1, 1], [-1, -2] * 2),  # he; then he and his
+            ("winogender", [ll("The cook said she came.") - ll("The cook said he came."),
+                            ll("The nurse said he came.") - ll("The nurse said she came.")],
+             [0, 1], [1, -1]),
+            ("crows_gender", [ll("She is strong.") - ll("He is strong.")], [0], [1])):
+        values, *items = ask(name, model, tokenizer, docs)
+        np.testing.assert_allclose(values, expected, atol=1e-4)
+        np.testing.assert_array_equal(items, [documents, x])
+    values, *items = ask("cost", model, tokenizer, docs)
     bits = -ll("It rained.") / math.log(2) / len("It rained.")
-    assert ask("cost", model, tokenizer, docs)[0, 1] == pytest.approx(bits, abs=1e-5)
-
-
-def test_items_know_their_documents_and_pronouns(model, tokenizer, docs):
-    known = lambda name: ask(name, model, tokenizer, docs)[1:].tolist()
-    assert known("heldout") == [[0] * 18, [0.5, -0.5] * 9]
-    assert known("winobias") == [[0, 0, 1, 1], [-1.0, -2.0] * 2]  # anti says he; then he and his
-    assert known("winogender") == [[0, 1], [1.0, -1.0]]
-    assert known("crows_gender") == [[0], [1.0]] and known("cost") == [[0, 1], [0, 0]]
+    assert values[1] == pytest.approx(bits, abs=1e-5)
+    np.testing.assert_array_equal(items, [[0, 1], [0, 0]])
 
 
 def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
@@ -112,8 +102,7 @@ def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
                 np.save(tmp_path / seed / f"{side}_step8_{name}.npy",
                         [values, np.arange(60) // 3, x])
     compare(Compare(str(tmp_path)))
-    with open(tmp_path / "gender_bias.csv") as file:
-        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    rows = {row["measure"]: row for row in table(tmp_path / "gender_bias.csv")}
     for measure_, value in {"winogender bias": 0, "winogender shift": 2, "heldout shift": 2,
                             "heldout context": -1, "cost": 0.1}.items():
         row = rows[measure_]
@@ -123,21 +112,12 @@ def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
     assert float(rows["winogender bias"]["p"]) > 0.05 > float(rows["heldout context"]["p"])
 
 
-def run(*argv, expect=0):
-    done = subprocess.run([sys.executable, "-m", *map(str, argv)], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == expect, done.stderr
-    return done
-
-
 def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path, docs, capsys):
     monkeypatch.chdir(ROOT)  # branch calls train.py
     ids = tokenizer.encode("And he said unto him, his day is come; and he went. " * 400)
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
-    train = ["train", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16", "--steps=8",
-             "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
-             f"--data={tmp_path}/d", f"--tokenizer={tokenizer_path}", f"--out_dir={tmp_path}/seed1"]
-    run(*train, "--stop_at=2")
+    flags = f"--data={tmp_path}/d", f"--out_dir={tmp_path}/seed1"
+    train(*flags, "--stop_at=2")
     branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/branches"))
     child = tmp_path / "branches" / "seed1_pronouns_to_feminine"
     options = Measure(str(docs), f"{tmp_path}/out", f"{tmp_path}/branches", steps="last",
@@ -147,16 +127,14 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     assert "twin_step8: heldout, winogender, winobias, crows_gender, cost\n" in (
         capsys.readouterr().out)
     compare(Compare(f"{tmp_path}/out"))
-    with open(tmp_path / "out" / "gender_bias.csv") as file:
-        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    rows = {row["measure"]: row for row in table(tmp_path / "out" / "gender_bias.csv")}
     assert set(rows) == {name + what for name, (*_, whats) in MEASURES.items()
                          for what in whats}
     assert float(rows["heldout shift"]["difference"]) > 0  # taught to say she
     assert rows["heldout shift"]["step"] == "8" and rows["cost"]["over"] == "documents of one pair"
-    with open(child / "interventions.csv") as file:
-        assert {int(row["step"]) for row in csv.DictReader(file)} == set(range(2, 8))
+    assert {row["step"] for row in table(child / "interventions.csv")} == set("234567")
 
-    run(*train)  # the parent's own continuation is the twin, which need not be trained
+    train(*flags)  # the parent's own continuation is the twin, which need not be trained
     branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/again"))
     assert [path.name for path in (tmp_path / "again").iterdir()] == [child.name]
     measure(replace(options, branches=f"{tmp_path}/again", output=f"{tmp_path}/out_again"))
@@ -176,8 +154,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     other = f"{tmp_path}/again/{child.name}/step8:{child}_twin/step8"
     with pytest.raises(ValueError, match=f"would both be .*{child.name}/branch_step8; rename"):
         measure(replace(pairs, pairs=f"{at(8)},{other}"))
-    (tmp_path / "docs" / "heldout").mkdir(parents=True)
-    (tmp_path / "docs" / "heldout" / "test.jsonl").write_text("")
+    write_jsonl(tmp_path / "docs/heldout/test.jsonl", [])
     with pytest.raises(ValueError, match="docs/heldout: documents of the measure heldout are not"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
 
