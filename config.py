@@ -88,7 +88,8 @@ def _read(argument, hints):
     except BaseException as error:  # whatever it does wrong, the user reads one line
         fail(f"{argument}: cannot read this config: {type(error).__name__}: "
              + " ".join(str(error).split()))
-    return {name: value for name, value in settings.items() if not name.startswith("_")}
+    return {name: value for name, value in settings.items()
+            if not name.startswith("_") and not inspect.ismodule(value)}
 
 
 def _typed(where, name, value, hint):

@@ -46,7 +46,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -557,10 +557,11 @@ class Log:
     def report(self, step, loss, rate, norm, seconds, peak):
         """Say where the run is: one line, fixed columns. peak: all processes', in tokens/s."""
         speed = self.tokens_per_step / seconds
+        left = timedelta(seconds=round(seconds * (self.config.steps - step - 1)))
         count = f"{speed / 1e6:.2f}M" if speed >= 1e6 else f"{speed / 1e3:.1f}k"
         self.say(f"step {step:6}/{self.config.steps} | loss {loss:.4f} | lr {rate:.2e} "
                  f"| norm {norm:.2f} | {seconds:.2f} s | {count} tok/s "
-                 f"| mfu {'-' if math.isnan(peak) else f'{speed / peak:.1%}'}")
+                 f"| mfu {'-' if math.isnan(peak) else f'{speed / peak:.1%}'} | {left} left")
 
     def heldout(self, step, loss):
         self.write("heldout", step, step * self.tokens_per_step, loss)
