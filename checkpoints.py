@@ -196,7 +196,7 @@ def chain_of(folder):
     """
     path = folder / "manifest.json"
     chain = read_json(path).get("chain") if path.exists() else None
-    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain or {})
+    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if type(chain) is dict else {})
 
 
 def describe_file(path):
@@ -645,6 +645,8 @@ def fetch(options):
             continue
         try:
             download(repository, folder)
+        except ImportError:
+            raise ValueError("fetch needs huggingface_hub: pip install huggingface_hub") from None
         except Exception as error:  # whatever the network and its client raise
             raise ValueError(f"{repository} step{step}: {one_line(error)}; the same command goes "
                              "on where it stopped") from None

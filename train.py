@@ -31,9 +31,7 @@ Sources: gpt-neox v1.0, megatron/{training,learning_rates}.py.
 """
 
 import gc
-import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -60,7 +58,7 @@ from parallel import (ExactSums, Interrupt, LaunchConfig, LossScaler, PlanConfig
                       communicate, compute_dtype, flops_per_token, forget_gradients,
                       leave_processes, parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
-from verify import again, begin_again, link, prove
+from verify import ProofConfig, again, batch_sha256, begin_again, link, prove, row_digests
 
 
 @dataclass(frozen=True)
@@ -254,17 +252,12 @@ class Batches:
         self.read(0)
 
     def read(self, step):
-        """Return micro-batches (A, B, T + 1) int64 on the host, the changed rows, A digests.
-
-        A digest holds SHA-256 of each row's ids, as little-endian int32, one after the other.
-        """
+        """Return micro-batches (A, B, T + 1) int64 on the host, the changed rows, the digests."""
         batch, vocab_size = self.data.batch(step, **self.share), self.model_config.vocab_size
         if batch.max() >= vocab_size:
             raise ValueError(f"{self.config.data}: token {batch.max()} in step {step}, but "
                              f"vocab_size is {vocab_size}")
-        digests = [b"".join(hashlib.sha256(row).digest() for row in rows)
-                   for rows in batch.astype("<i4")]
-        return torch.from_numpy(batch), getattr(self.data, "changed", []), digests
+        return torch.from_numpy(batch), getattr(self.data, "changed", []), row_digests(batch)
 
 
 def identity(model_config, config, intervention, launch, order, unseen):
@@ -525,11 +518,8 @@ class Log:
         self.restart_clock()
         for (step, _, _, rate, scale, rows, _), loss, norm, digests in zip(
                 pending, losses, norms, read):
-            # Each process took a part of every micro-batch, by rank: this is the rows' order.
-            in_order = b"".join(itertools.chain.from_iterable(zip(*digests)))
             line = dict(zip(METRICS, (step, step * self.tokens_per_step, loss, rate, norm,
-                                      f"{scale:.0f}", f"{seconds:.4f}",
-                                      hashlib.sha256(in_order).hexdigest())))
+                                      f"{scale:.0f}", f"{seconds:.4f}", batch_sha256(digests))))
             self.digest = link(self.digest, line)
             self.write("metrics", *line.values(), self.digest)
             for row in rows:
@@ -669,12 +659,6 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         interrupt.exit()
     log.say(f"done: step {max(start, end):,} of {config.steps:,}, "
             f"{len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
-
-
-@dataclass(frozen=True)
-class ProofConfig:
-    replay: str | None = None  # RUN/stepA:B: take steps A to B of a run again and compare them
-    restore: str | None = None  # RUN/stepN: make any step again, from the full state before it
 
 
 SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig, ProofConfig

@@ -21,6 +21,7 @@ moves between two checkpoints, and biases and LayerNorms of a neighbouring check
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -396,6 +397,20 @@ PROVED = {"batch_sha256": "data", "learning_rate": "rate", "loss_scale": "loss s
 TOLERANCE = 0.01  # of the loss, where other hardware or versions give other bits
 
 
+def row_digests(batch):
+    """Return the SHA-256 of each row of ids (A, B, T + 1), as int32, in A strings of bytes."""
+    return [b"".join(hashlib.sha256(row).digest() for row in rows) for rows in batch.astype("<i4")]
+
+
+def batch_sha256(digests):
+    """Return the SHA-256 of a whole batch from every process's row_digests, by rank.
+
+    Each process has a part of every micro-batch, so that this is the order of the rows.
+    """
+    in_order = itertools.chain.from_iterable(zip(*digests))
+    return hashlib.sha256(b"".join(in_order)).hexdigest()
+
+
 def link(before, row):
     """Return a step's digest: SHA-256 of the digest before it and of what is proved of the step."""
     cells = [before, row["step"], *(row[name] for name in PROVED)]
@@ -407,17 +422,19 @@ def read_chain(run, first=0, last=math.inf):
 
     Raises ValueError at the first line that does not follow from the one before it.
     """
-    rows = {}
-    for row in read_csv(Path(run) / "metrics.csv"):
+    rows, path = {}, Path(run) / "metrics.csv"
+    for row in read_csv(path):
+        if not row.keys() >= {"step", "digest", *PROVED}:
+            raise ValueError(f"{path}: has no digests, {', '.join(row)} alone")
         step, before = int(row["step"]), rows.get(int(row["step"]) - 1)
         if not first <= step < last:
             continue
         if rows and (not before or link(before["digest"], row) != row["digest"]):
-            raise ValueError(f"{run}/metrics.csv: step {step} does not follow from the line before "
+            raise ValueError(f"{path}: step {step} does not follow from the line before "
                              "it: one of them was changed, added or lost")
         rows[step] = row
     if last < math.inf and len(rows) < last - first:
-        raise ValueError(f"{run}/metrics.csv: {len(rows)} of the steps {first} to {last - 1}")
+        raise ValueError(f"{path}: has {len(rows)} of the steps {first} to {last - 1}")
     return rows
 
 
@@ -438,16 +455,29 @@ def first_difference(a, b):
     return "moments, which one has as a hash alone" if len(hashes - {None}) > 1 else None
 
 
+def launches(run):
+    """Return the objects in RUN/launches.jsonl but for those that a full disk has cut."""
+    found = []
+    for line in open(run / "launches.jsonl"):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    if not found or not all(type(one) is dict and "threads" in one for one in found):
+        raise ValueError(f"{run}/launches.jsonl: does not say how the run was computed")
+    return found
+
+
 def environment(run, again):
     """Return "name a -> b" for what a run's launches had otherwise than the last one of `again`."""
-    launches = []
-    for folder in (run, again):
-        for line in open(folder / "launches.jsonl"):
-            with suppress(ValueError):  # a full disk may have cut it
-                launches.append(json.loads(line))
-    return sorted({f"{name} {before[name]} -> {value}" for before in launches
-                   for name, value in launches[-1].items() if before.get(name, value) != value
+    return sorted({f"{name} {before[name]} -> {value}" for before in launches(run)
+                   for name, value in launches(again)[-1].items()
+                   if before.get(name, value) != value
                    and name not in ("started", "command", "host", "check_data")})
+
+
+@dataclass(frozen=True)
+class ProofConfig:
+    replay: str | None = None  # RUN/stepA:B: take steps A to B of a run again and compare them
+    restore: str | None = None  # RUN/stepN: make any step again, from the full state before it
 
 
 class Proof(NamedTuple):
@@ -489,9 +519,9 @@ def again(argv, schemas, may_change):
     given = [word[2:].partition("=")[0] for word in argv]
     if fixed := [name for name in given if name in settings and name not in may_change]:
         raise ValueError(f"--{fixed[0]}: a {kind} has the settings of its run; leave it out")
-    launch = json.loads((run / "launches.jsonl").read_text().splitlines()[-1])
-    same = {name: launch[name] for name in ("micro_batch_size", "sharding", "compile", "threads",
-                                            "activation_checkpointing", "deterministic")}
+    same = {name: launches(run)[-1][name] for name in (
+        "micro_batch_size", "sharding", "compile", "threads", "activation_checkpointing",
+        "deterministic")}
     known = {field.name for schema in schemas for field in fields(schema)}
     settings = {name: value for name, value in settings.items() if name in known} | same | {
         "out_dir": f"{run}_{kind}_{place.rpartition('/')[2].replace(':', '_')}",
