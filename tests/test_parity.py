@@ -82,10 +82,13 @@ def test_every_kind_of_task_is_compared_and_some_answers_are_greedy():
     assert 5 < sum(flags) < len(flags) - 5
 
 
-def check_v03(tokenizer, case, data, docs, monkeypatch):
+@pytest.mark.parametrize("case", GOLDEN_V03)
+def test_the_paper_s_harness_asks_and_measures_the_same(
+        tokenizer, case, request, tmp_path, monkeypatch):
+    data = request.getfixturevalue("pythia_data") if case.startswith("real") else None
     _, name, shots = case.split()
-    golden.write_documents(docs, V03_TASKS[name], golden.splits_of(case, data))
-    job = evaluation.prepare(name, docs, int(shots), "v0.3", golden.LIMIT)
+    golden.write_documents(tmp_path, V03_TASKS[name], golden.splits_of(case, data))
+    job = evaluation.prepare(name, tmp_path, int(shots), "v0.3", golden.LIMIT)
     [(_, questions)] = job.members
     rolls = job.task.kind == "rolling"
     texts = [request[1:] if rolls else request for request in job.requests]
@@ -95,15 +98,3 @@ def check_v03(tokenizer, case, data, docs, monkeypatch):
     assert " ".join(map(golden.question_hash, asked)) == GOLDEN_V03[case]["questions"]
     results = [golden.answer(*those) for those in texts]
     check_metrics(job, results, GOLDEN_V03[case]["metrics"], lambda metric: 1e-12, monkeypatch)
-
-
-@pytest.mark.parametrize("case", [case for case in GOLDEN_V03 if case.startswith("made")])
-def test_awkward_documents_are_asked_and_measured_as_by_the_paper_s_harness(
-        tokenizer, case, tmp_path, monkeypatch):
-    check_v03(tokenizer, case, None, tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("case", [case for case in GOLDEN_V03 if case.startswith("real")])
-def test_real_documents_are_asked_and_measured_as_by_the_paper_s_harness(
-        tokenizer, case, pythia_data, tmp_path, monkeypatch):
-    check_v03(tokenizer, case, pythia_data, tmp_path, monkeypatch)

@@ -47,9 +47,6 @@ def run(tmp_path_factory, tokenizer_path):
     return folder
 
 
-# ---------------------------------------------------------------------------- prompts
-
-
 def test_shots_are_drawn_as_lm_eval_drew_them():
     documents = [f"Q:What is 24 plus {x2}? A:" for x2 in range(1, 51)]
     pool = [f"Q:What is {a} plus {b}? A:{a + b}\n\n"
@@ -138,9 +135,6 @@ def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
         ask_with("Bert")
 
 
-# ---------------------------------------------------------------------------- counts
-
-
 def naive(text):
     """Return numbers_near_numbers, sorted, by one pattern that looks ahead from every space."""
     word = rf"[\w{re.escape(string.punctuation)}]+\s+"
@@ -150,9 +144,8 @@ def naive(text):
 
 PIECES = st.sampled_from([
     "1", "23", "007", "99999", "123456", "\u0663", "\u00b2", "word", "a_b", "_", "x86", "1,000",
-    "3-4", "5th", "\u2014", "\u201cq\u201d",
-    "\u00e9t\u00e9", "\ufffd", "<|endoftext|>", "\n", "\t", "\u00a0", "\x1c", "\x00", "", "$",
-    "(12)"])
+    "3-4", "5th", "\u2014", "\u201cq\u201d", "\u00e9t\u00e9", "\ufffd", "<|endoftext|>", "\n", "\t",
+    "\u00a0", "\x1c", "\x00", "", "$", "(12)"])
 SPACES = st.sampled_from([" ", " ", " ", "  ", "\n", " \n", "", "\u00a0"])
 
 
@@ -252,9 +245,6 @@ def test_counts_of_other_data_are_refused(corpus, tmp_path):
         count(Count(**options, at="1,8"))
 
 
-# ---------------------------------------------------------------------------- analysis
-
-
 def test_the_gap_by_hand():
     # 20 terms: a tenth is 2. The rarest have accuracies 0.1 and 0.3, the most frequent 0.9 and 0.5.
     means = np.array([[100 + i, 0.4, -5.0] for i in range(20)])
@@ -327,11 +317,10 @@ def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
 
 def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
     # Two seeds. The chosen 24 gains 3 and 1 with its two prompts, so 2, and 4; 30 gains 0, 31 2.
-    gains = {("more", "24", 1): 3, ("more", "24", 2): 1, ("more", "30", 1): 0,
-             ("more", "31", 1): 2, ("more2", "24", 1): 4, ("more2", "24", 2): 4,
-             ("more2", "30", 1): 0, ("more2", "31", 1): 2}
+    gains = [("more", 24, 1, 3), ("more", 24, 2, 1), ("more", 30, 1, 0), ("more", 31, 1, 2),
+             ("more2", 24, 1, 4), ("more2", 24, 2, 4), ("more2", 30, 1, 0), ("more2", 31, 1, 2)]
     rows = [(model + side, 8, 0, "plus", 0, term, item, 0, -9 + (gain if side == "" else 0))
-            for (model, term, item), gain in gains.items() for side in ("", "_twin")]
+            for model, term, item, gain in gains for side in ("", "_twin")]
     results = results_folder(tmp_path, rows)
     options = Compare("runs/more/,runs/more2", "24,99", results=results,
                       output=str(tmp_path / "c.csv"))
@@ -346,7 +335,7 @@ def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
     assert (float(found[1]["low"]), float(found[1]["high"])) == pytest.approx((-11.71, 13.71), 1e-3)
     with pytest.raises(ValueError, match="no checkpoint of all of more, more_twin, none, .* has"):
         compare(Compare("more,none", "24", results=results))
-    results_folder(tmp_path, [row for row in rows if row[0] != "more2" or row[5] != "31"])
+    results_folder(tmp_path, [row for row in rows if row[0] != "more2" or row[5] != 31])
     with pytest.raises(ValueError, match="not the same prompts for all of more, .* at step 8"):
         compare(options)
 
