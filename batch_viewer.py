@@ -9,6 +9,7 @@ checkpoint step1.
 """
 
 import os
+import re
 import sys
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import check, command, replacing
-from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, load_npy, order_paths,
+from data import (MASKED, Order, OrderedData, TokenFile, load_npy, order_paths,
                   ordered, read_notes, span)
 from interventions import IntervenedData, InterventionConfig
 from prepare import in_workers, progress
@@ -212,6 +213,8 @@ def find(options):
     """
     tokenizer, data = load_tokenizer(options.tokenizer), ordered(options)
     if options.tokens:
+        if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens):
+            raise ValueError(f"tokens = {options.tokens!r}, expected ids with commas")
         text = "".join(chr(int(id_)) for id_ in options.tokens.split(","))
         pattern = Pattern(text, IDS, data.tokens)
     else:

@@ -551,11 +551,17 @@ def identify(source):
     return name[1] if name else "", int(step[1]) if step else None
 
 
+COMPARED = set()  # SHA-256 of tokenizer files that were found to be GPT-NeoX-20B's
+
+
 def folder_tokenizer(folder, named=None):
     """Return `named`, or a folder's own tokenizer.json if it is the 20B's, or the one beside us."""
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
-        load_tokenizer(own)
+        file_size(own)  # refuses a pipe, whose hash would never end
+        if (digest := sha256_of(own)) not in COMPARED:
+            load_tokenizer(own)
+            COMPARED.add(digest)
         named = own
     size = open_any(folder)[0].vocab_size
     if size < N_TOKENS:

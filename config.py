@@ -82,6 +82,9 @@ def _read(argument, hints):
             return {name: ast.literal_eval(text)}
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return {name: text}
+    if not argument.endswith(".py"):
+        fail(f"command line: found {argument}, expected --name=value or a config file ending in "
+             ".py")
     try:
         file_size(argument)
         settings = runpy.run_path(argument)

@@ -223,7 +223,8 @@ class TokenWriter:
         """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
         if self.progress.exists():
             return
-        paths = [self.folder]
+        # A folder with nothing but the lock is of a command that was killed as it began.
+        paths = [] if (self.folder / "lock").exists() else [self.folder]
         if not {"documents", "tokens"} <= read_notes(self.prefix).keys():
             paths += [f"{self.prefix}{end}" for end in (".json", ".bin", ".idx", "_documents.npy")]
         for path in filter(os.path.lexists, paths):
@@ -540,6 +541,8 @@ def run_settings(model):
 def order_of(model, data=None):
     """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
     settings = run_settings(model)
+    if settings.get("data_seed") is not None:
+        settings["seed"] = settings["data_seed"]
     if not (data or settings.get("data")):
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")

@@ -319,12 +319,15 @@ def plan_job(job, tokenizer, L, batch_tokens):
         rows = rolling_rows(tokenizer, [text for _, text in job.requests], L)
     elif job.task.kind == "generate":
         room = L - job.task.n_tokens
+        if room < 1:
+            raise ValueError(f"{job.name}: {job.task.n_tokens} tokens to generate leave no room in "
+                             f"{L:,} of context")
         long = sum(len(tokenizer.encode_lines(prompt)) > room for [prompt] in job.requests)
     else:
         rows = [(i, *encode_pair(tokenizer, *request, job.style))
                 for i, request in enumerate(job.requests)]
         long = sum(len(tokens) > L + 1 for _, tokens, _ in rows)
-    batches = plan(rows, L, batch_tokens, lambda i: "{0}: {2}".format(*job.asked[i]))
+    batches = plan(rows, L, batch_tokens, lambda i: f"{job.asked[i][0]}: {job.asked[i][2]}")
     if long:
         note(f"{job.name}: {long:,} of {len(job.requests):,} requests are too long for {L:,} "
              "tokens of context and lose their beginning, as lm_eval's do")

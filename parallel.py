@@ -212,12 +212,13 @@ class ExactSums:
     rounded once, to a whole multiple of 2**-k, and whole numbers (int64) have one sum in any order.
     With n micro-batches a step, k = 58 - ceil(log2(n)): entries up to 16 are at most 2**(k + 4), n
     of them at most 2**62, so no sum can overflow. An entry that is larger, or not finite, makes the
-    norm infinite, on which training stops. (Clipping allows a norm of 1, so entries up to 1.) The
+    norm infinite: training stops, in float16 the update is skipped. (Clipping allows a norm of 1, so entries up to 1.) The
     mean is off by 2**-(k + 1) at most. With 32 micro-batches that is 2**-54, less than float32's
     own rounding of any entry above 2**-30. Smaller entries matter to Adam only beside its eps of
     1e-8, of which 2**-54 is 6e-9.
     """
 
+    LOSS_UNIT = 64  # losses up to 16 * 64 fit where gradients up to 16 do
     BLOCK = 1 << 22  # entries at a time, as temporary tensors of a whole embedding would be slow
 
     def __init__(self, parameters, micro_batches, processes):
@@ -230,7 +231,7 @@ class ExactSums:
 
     def add(self, loss, loss_scale):
         """Add the gradients, which are loss_scale too large, and the loss of one micro-batch."""
-        values = [p.grad for p in self.parameters] + [loss.detach() * (loss_scale / 64)]
+        values = [p.grad for p in self.parameters] + [loss.detach() * (loss_scale / self.LOSS_UNIT)]
         largest = torch.stack(torch._foreach_norm(values, math.inf)).max() / loss_scale
         self.largest = torch.maximum(self.largest, largest)
         for total, value in zip(self.sums, values):
@@ -251,7 +252,7 @@ class ExactSums:
             for gradient, a in zip(self.blocks(p.grad), self.blocks(total)):
                 gradient.copy_(a.double() / (self.n * self.unit))
         self.parameters[0].grad += torch.where(too_large > 0, math.inf, 0.0)
-        loss = (self.sums[-1].double() * 64 / (self.n * self.unit)).float()
+        loss = (self.sums[-1].double() * self.LOSS_UNIT / (self.n * self.unit)).float()
         torch._foreach_zero_(self.sums)
         self.largest = torch.zeros_like(self.largest)
         return loss

@@ -75,6 +75,8 @@ def numbers(rows, *names):
 
 def in_order(rows, name="step", /, **kept):
     """Return the rows that have these cells, by the number in column `name`."""
+    if rows and (absent := kept.keys() - rows[0].keys()):
+        raise ValueError(f"no column {', '.join(absent)}: another file than this figure's")
     chosen = [row for row in rows if all(row[key] == cell for key, cell in kept.items())]
     return sorted(chosen, key=lambda row: float(row[name]))
 

@@ -21,8 +21,8 @@ The run folder explains itself:
                        from its parent
     launches.jsonl     one line a launch: command, git commit, package versions, hardware
     log.txt            what was printed
-    metrics.csv        one line a step; its digest is SHA-256 of the digest before, of the rows
-                       token ids, the rate, the loss scale, the loss and the gradient's norm
+    metrics.csv        one line a step; its digest is SHA-256 of the digest before and of the step's
+                       token ids, rate, loss scale, loss and gradient norm
     heldout.csv        the loss on the held-out batches, of checkpoint `step`
     interventions.csv  the rows that an intervention changed
     stepN/             a checkpoint: checkpoints.py
@@ -58,7 +58,8 @@ from parallel import (ExactSums, Interrupt, LaunchConfig, LossScaler, PlanConfig
                       communicate, compute_dtype, flops_per_token, forget_gradients,
                       leave_processes, parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
-from verify import ProofConfig, again, batch_sha256, begin_again, link, prove, row_digests
+from verify import (ProofConfig, batch_sha256, begin_again, launches, link, prove, repeat_command,
+                    row_digests)
 
 
 @dataclass(frozen=True)
@@ -320,7 +321,7 @@ def claim(settings, config, launch, processes):
     return source, start, changed
 
 
-def restore(training, source, start):
+def load_start(training, source, start):
     """Fill weights, moments and loss scale from where `find_start` says; return the first step.
 
     Where a checkpoint holds weights alone, the first step lies `warm_moments` before `start`: those
@@ -345,7 +346,7 @@ def restore(training, source, start):
     return start - config.warm_moments
 
 
-def replay(training, batches, first, source, start, log, interrupt):
+def rebuild_moments(training, batches, first, source, start, log, interrupt):
     """Rebuild Adam's moments for checkpoint `start` from the batches of steps first to start - 1.
 
     They are taken at rate 0. Adam's moments are sums whose weights come to 1 - beta**updates: those
@@ -434,14 +435,14 @@ def note_launch(config, launch, processes):
         "gpu": (torch.cuda.get_device_name(processes.device)
                 if processes.device.type == "cuda" else None), "cuda": torch.version.cuda,
         "processes": processes.count, "threads": torch.get_num_threads()}
-    path = Path(config.out_dir) / "launches.jsonl"
     try:
-        before = json.loads(path.read_text().splitlines()[-1])
-        changed = [f"{name} {before[name]} -> {value}" for name, value in decides.items()
-                   if before[name] != value and name != "check_data"]
-    except (OSError, IndexError, ValueError, KeyError, TypeError):
-        changed = []  # no launch before, or a line that a full disk cut
-    with open(path, "a") as file:
+        before = launches(Path(config.out_dir))[-1]
+    except (OSError, ValueError):
+        before = {}  # this is the first
+    same_bits = {"check_data"} | ({"processes"} if config.exact_sums else set())
+    changed = [f"{name} {before[name]} -> {value}" for name, value in decides.items()
+               if before.get(name, value) != value and name not in same_bits]
+    with open(Path(config.out_dir) / "launches.jsonl", "a") as file:
         print(json.dumps({"started": datetime.now().astimezone().isoformat(timespec="seconds"),
                           "command": [sys.executable, *sys.argv], "host": platform.node(),
                           **decides}), file=file)
@@ -600,7 +601,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
 
     # Model, optimizer, and what the checkpoint has of them.
     training = Training(model_config, config, launch, processes)
-    first = processes.together(lambda: restore(training, source, start))
+    first = processes.together(lambda: load_start(training, source, start))
     tokens_per_step = config.batch_size * model_config.seq_length
     peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
     log = Log(config, start, tokens_per_step, intervention, processes,
@@ -623,7 +624,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     if processes.count > 1:
         rehearse(training, launch.micro_batch_size, model_config.seq_length)
     if first < start:
-        replay(training, batches, first, source, start, log, interrupt)
+        rebuild_moments(training, batches, first, source, start, log, interrupt)
     batches.data = seen  # what was replayed came as the parent saw it
     end, stop = min(config.steps, config.stop_at or config.steps), False
     if start < end:
@@ -703,7 +704,7 @@ def main(model_config, config, intervention, launch, options, proof=None):
 
 if __name__ == "__main__":
     try:
-        arguments, proof = run(again, sys.argv[1:], SCHEMAS, MAY_CHANGE)
+        arguments, proof = run(repeat_command, sys.argv[1:], SCHEMAS, MAY_CHANGE)
         *settings, _ = parse(arguments, *SCHEMAS)
         run(main, *settings, proof)
     finally:

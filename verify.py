@@ -1,7 +1,9 @@
-"""Which checkpoint is this really? Hashes, duplicates and breaks in the path the weights took.
+"""Which checkpoint is this really? Hashes, duplicates, breaks in the weights' path; a run's proof.
 
     python verify.py verify runs/mini             # or several folders, of any published form
     python verify.py diff runs/mini/step512 OTHER
+
+`train.py --replay` and `--restore` take steps of a run again; what they compare is here too.
 
 No model is run; one tensor at a time is in memory. Hashes are compared with the manifest and norms
 are exact. Distances and cosines come from the same 2,048 random entries of a tensor in every
@@ -352,7 +354,7 @@ def verify(options):
         listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
-    if run and (run / "metrics.csv").exists():
+    if run and there[-1] > 0 and (run / "metrics.csv").exists():
         try:
             read_chain(run)
         except ValueError as error:
@@ -391,7 +393,7 @@ def print_table(scans, way):
 
 # ---------------------------------------------------------------------------- the proof of a run
 
-# What a line of metrics.csv says of a step that the same training must give again: its name here.
+# Columns of metrics.csv that a repetition must have equal, and what they are of, causes first.
 PROVED = {"batch_sha256": "data", "learning_rate": "rate", "loss_scale": "loss scale",
           "loss": "loss", "grad_norm": "gradient"}
 TOLERANCE = 0.01  # of the loss, where other hardware or versions give other bits
@@ -452,7 +454,7 @@ def first_difference(a, b):
                     and torch.equal(ours[name], theirs[name])):
                 return name
     hashes = {chain_of(folder)["state_sha256"] for folder in (a, b)}
-    return "moments, which one has as a hash alone" if len(hashes - {None}) > 1 else None
+    return "the moments, by their hash" if len(hashes - {None}) > 1 else None
 
 
 def launches(run):
@@ -466,12 +468,12 @@ def launches(run):
     return found
 
 
-def environment(run, again):
-    """Return "name a -> b" for what a run's launches had otherwise than the last one of `again`."""
+def environment(run, repetition):
+    """Return "name a -> b" for what a run's launches had otherwise than a repetition's last one."""
     return sorted({f"{name} {before[name]} -> {value}" for before in launches(run)
-                   for name, value in launches(again)[-1].items()
+                   for name, value in launches(repetition)[-1].items()
                    if before.get(name, value) != value
-                   and name not in ("started", "command", "host", "check_data")})
+                   and name not in ("started", "command", "host", "check_data", "git_commit")})
 
 
 @dataclass(frozen=True)
@@ -488,7 +490,7 @@ class Proof(NamedTuple):
     begun: int
 
 
-def again(argv, schemas, may_change):
+def repeat_command(argv, schemas, may_change):
     """Return the command line that takes a run's steps again, and the Proof; without one, None.
 
     argv: the user's. The run's settings are added, and how its last launch computed them. schemas:
@@ -532,6 +534,9 @@ def again(argv, schemas, may_change):
 def begin_again(out_dir, proof):
     """Make the folder of a repetition: the run's settings and a link to the step it begins from."""
     folder = Path(out_dir)
+    if folder.resolve() == proof.run.resolve() or proof.last in saved_steps(folder):
+        raise ValueError(f"{folder}: has these steps already; move it away or name another "
+                         "--out_dir")
     if (folder / "config.json").exists():
         return  # it was interrupted
     folder.mkdir(parents=True, exist_ok=True)
@@ -544,20 +549,20 @@ def begin_again(out_dir, proof):
         if name not in ("data_tokens", "data_sha256", "order_sha256")})
 
 
-def prove(proof, again):
+def prove(proof, repetition):
     """Compare the steps of a Proof with what training them again gave, in order.
 
-    again: the run folder of the repetition. Lines of metrics.csv are compared, and at checkpoints
+    repetition: its run folder. Lines of metrics.csv are compared, and at checkpoints
     all tensors. Prints what was proved, or ends with exit code 1 naming the first step that differs
     and what of it. Where the environment differs, data and rates must be the same and losses near.
     """
     run, first, last, found = proof.run, proof.first, proof.last, None
-    ours, theirs = read_chain(run, first, last), read_chain(again, first, last)
+    ours, theirs = read_chain(run, first, last), read_chain(repetition, first, last)
     for step in range(first, last + 1):
-        saved = run / f"step{step}", again / f"step{step}"
+        saved = run / f"step{step}", repetition / f"step{step}"
         if all(map(is_whole, saved)) and not saved[1].is_symlink():
             if tensor := first_difference(*saved):
-                found = f"step{step}: weights differ, first {tensor}"
+                found = f"step{step}: weights or moments differ, first {tensor}"
         if not found and step < last:
             row, other = ours[step], theirs[step]
             different = [name for name in PROVED if row[name] != other[name]]
@@ -571,7 +576,7 @@ def prove(proof, again):
     else:
         print(f"steps {first} to {last} proved: {last - first} equal to the bit")
         return
-    others = environment(run, again)
+    others = environment(run, repetition)
     same = all(ours[step][name] == theirs[step][name] for step in ours
                for name in ("batch_sha256", "learning_rate"))
     apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)

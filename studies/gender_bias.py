@@ -43,7 +43,6 @@ at 40 % of their peak, not measured) 3.6 hours for the 70M, 4 days for the 1.4B,
 measure one checkpoint of a 70M takes a minute and a half of two CPU cores.
 """
 
-import json
 import math
 import re
 import subprocess
@@ -64,6 +63,7 @@ from studies.results import (Checkpoints, holm, open_results, regression, tokeni
                              write_table)
 from tasks import read_jsonl
 from train import TrainConfig
+from verify import launches
 
 FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
 
@@ -176,7 +176,7 @@ def branch(options):
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
         settings = read_json(run / "config.json")
-        settings |= json.loads((run / "launches.jsonl").read_text().splitlines()[-1])
+        settings |= launches(run)[-1]
         if options.checkpoint_every:
             settings["checkpoint_every"] = options.checkpoint_every
         child = Path(options.output) / f"{run.name}_{options.intervention}"

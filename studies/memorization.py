@@ -325,10 +325,11 @@ class Position:
 
 def position(options):
     """Test whether the place in training decides what is learnt of a row or planted document."""
-    what, values = read_json(f"{options.losses}.json"), load_npy(f"{options.losses}.npy")
+    prefix = options.losses.removesuffix(".npy")
+    what, values = read_json(f"{prefix}.json"), load_npy(f"{prefix}.npy")
     last = {name: i for i, (name, _) in enumerate(what["checkpoints"])}
     if missing := {options.model, options.reference} - last.keys():
-        raise ValueError(f"{options.losses}.json: no {', '.join(missing)} among {', '.join(last)}")
+        raise ValueError(f"{prefix}.json: no {', '.join(missing)} among {', '.join(last)}")
     gain = np.nanmean(values[last[options.reference]] - values[last[options.model]], axis=1)
     if "order" in what:
         place, data = np.arange(*what["rows"]), ordered(Order(**what["order"]))
