@@ -357,6 +357,11 @@ def grouped(folder):
 def analyse(options):
     """Compare what models do with how often they saw it: slope, bins, most minus least frequent."""
     groups, settings = grouped(options.results), read_json(Path(options.counts) / "counts.json")
+    asked = Path(options.results) / "asked.json"
+    if any("triviaqa" in where for where in groups) and asked.exists() and (
+            read_json(asked).get("questions") != settings.get("questions")):
+        raise ValueError(f"{options.counts}: counts other questions than those asked; count again "
+                         "with --questions=FILE")
     frequencies, bins, gaps = seen(options.counts), [], []
     a_step = settings["batch_size"] * settings["seq_length"]
     for where, answers in groups.items():

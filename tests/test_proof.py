@@ -39,7 +39,7 @@ def again(flag, expect=0):
 
 def proved_here(capsys, flag):
     """Replay in this process, which is faster; return the last line that it prints."""
-    arguments, proof = train_module.again([flag], SCHEMAS, train_module.MAY_CHANGE)
+    arguments, proof = train_module.repeat_command([flag], SCHEMAS, train_module.MAY_CHANGE)
     capsys.readouterr()
     try:
         with as_a_process():
@@ -123,7 +123,7 @@ def flipped_bit(monkeypatch, draw, k, kind):
 
     monkeypatch.setattr(train_module.Training, "update", wrong)
     name = f"{kind}.{names[chosen]}" if kind else hf_name(names[chosen])
-    return f"step{k + 1}: weights differ, first {name}"
+    return f"step{k + 1}: weights or moments differ, first {name}"
 
 
 def weight(monkeypatch, draw, k):
@@ -135,7 +135,7 @@ def moment(monkeypatch, draw, k):
 
 
 def another_seed(monkeypatch, draw, k):
-    return {"seed": draw.randrange(1000), "data_seed": 1234}, "step0: weights differ, first "
+    return {"seed": draw.randrange(1000), "data_seed": 1234}, "step0: weights or moments differ, first "
 
 
 def another_order(monkeypatch, draw, k):
@@ -255,6 +255,9 @@ def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
     launches.write_text(launches.read_text().replace(torch.__version__, "1.0.0"))
     flag = f"--replay={tmp_path}/run/step0:12"
     assert "proved" in again(flag)  # the bits happen to be the same
+    done = Launched(["train.py", flag]).finish()  # not compared again with what is there
+    assert done.returncode == 2 and "has these steps already" in done.stderr
+    assert Launched(["train.py", flag, f"--out_dir={tmp_path}/run"]).finish().returncode == 2
     shutil.rmtree(tmp_path / "run_replay_step0_12")
     done = Launched(["train.py", flag, "--micro_batch_size=2"]).finish()
     assert done.returncode == 0 and "losses within" in done.stdout
