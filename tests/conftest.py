@@ -12,6 +12,8 @@ import pytest
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
+# These models are too small for two threads; torch is imported after this.
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 

@@ -1,15 +1,12 @@
 """Saves checkpoints of a small model with Adam's moments; what test_faults.py runs by itself.
 
-    python tests/saver.py kill_often RUN 15 1    # 15 children, which save until they are killed
+    python tests/saver.py without_pause RUN      # until it is killed
     python tests/saver.py fill_disk RUN          # until the disk RUN is full, then on a larger one
-    python tests/saver.py save_once RUN
+    python tests/saver.py once RUN
 """
 
 import os
-import random
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -36,50 +33,15 @@ class Saver:
                          {"updates": min(step, 1), "tokens": 8, "scaler": {}}, **options)
 
 
-def save_without_pause(save, say):
+def without_pause(save):
     """Save for ever: every third as of an interrupted run, and the moments stay on every fifth."""
     checkpoints.lock(save.run)
     step = max(checkpoints.saved_steps(save.run), default=-1) + 1
     while True:
-        os.write(say, b"begun %d\n" % step)
+        print("begun", step, flush=True)
         save(step, scheduled=step % 3 > 0, state_every=5)
-        os.write(say, b"saved %d\n" % step)
+        print("saved", step, flush=True)
         step += 1
-
-
-def check(save, begun, saved):
-    """Check a run after a kill; return how many checkpoints were lost."""
-    there = checkpoints.saved_steps(save.run)
-    assert not saved or there[-1] >= saved[-1], (saved, there)
-    if there:
-        assert checkpoints.saved_steps(save.run, state=True)[-1] == there[-1]
-        checkpoints.load_training(save.run, there[-1], save.model, save.optimizer)
-    for _, folder in checkpoints.step_folders(save.run):
-        assert checkpoints.is_whole(folder), folder
-        for file, entry in checkpoints.manifest_of(folder).items():
-            assert checkpoints.sha256_of(folder / file) == entry["sha256"], (folder, file)
-    scheduled = [step for step in range(max(there, default=0)) if step % 3]  # these stay
-    assert set(scheduled) <= set(there), there
-    # Scheduled ones, and the last whether it is or not: an unscheduled one gives way to the next.
-    return len([step for step in begun if step not in there and (step % 3 or step == begun[-1])])
-
-
-def kill_often(save, count, seed):
-    """Print for each kill how many saves were begun, were done, and how many were lost."""
-    random.seed(int(seed))
-    for _ in range(int(count)):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            save_without_pause(save, writer)
-        os.close(writer)
-        time.sleep(random.uniform(0.0, 0.25))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        words = [line.split() for line in open(reader).read().splitlines()]
-        begun, saved = ([int(step) for said, step in words if said == name]
-                        for name in ("begun", "saved"))
-        print(len(begun), len(saved), check(save, begun, saved), flush=True)
 
 
 def fill_disk(save):
@@ -97,11 +59,9 @@ def fill_disk(save):
     assert checkpoints.saved_steps(save.run)[-1] == step
 
 
-def save_once(save):
+def once(save):
     config.run(save, 1)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    _, function, folder, *arguments = sys.argv
-    globals()[function](Saver(folder), *arguments)
+    globals()[sys.argv[1]](Saver(sys.argv[2]))

@@ -70,24 +70,18 @@ def test_compiled_steps_are_the_eager_ones_within_bfloat16():
 
 def test_a_resumed_run_has_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what --deterministic sets
-    torch.use_deterministic_algorithms(True)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True)
     try:
-        resume(tmp_path)
+        whole, first, second = (training("bfloat16") for _ in range(3))
+        losses(whole, range(4))
+        losses(first, range(2))
+        checkpoints.save(str(tmp_path), 2, first.model, first.optimizer,
+                         {"updates": 2, "tokens": 0, "scaler": first.scaler.state})
+        checkpoints.load_training(tmp_path, 2, second.model, second.optimizer)
+        losses(second, range(2, 4))
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def resume(tmp_path):
-    whole = training("bfloat16")
-    losses(whole, range(4))
-    first = training("bfloat16")
-    losses(first, range(2))
-    checkpoints.save(str(tmp_path), 2, first.model, first.optimizer,
-                     {"updates": 2, "tokens": 0, "scaler": first.scaler.state})
-    second = training("bfloat16")
-    checkpoints.load_training(tmp_path, 2, second.model, second.optimizer)
-    losses(second, range(2, 4))
     for a, b in zip(whole.model.parameters(), second.model.parameters()):
         assert torch.equal(a, b)
 

@@ -1,9 +1,9 @@
 """pytest tests/test_parallel.py"""
 
+import functools
 import itertools
 import math
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -19,14 +20,13 @@ from transformers import AutoModelForCausalLM
 import checkpoints
 from checkpoints import fill, load_training, saved_steps
 from config import parse
-from conftest import ROOT
-from launch import ENVIRONMENT, Launched
+from conftest import ROOT, TORCHRUN, run
+from launch import Launched
 from model import ModelConfig, Pythia
-from test_train import (assert_same_bits, command, data, losses, odd, parent,  # noqa: F401
-                        published, refused, run_here, SCHEMAS, SHAPE, train)
-from train import main, make_optimizer, TrainConfig
-from parallel import (LaunchConfig, communicate, forget_gradients, gpu_peak, parallelize,
-                      rehearse)
+from parallel import LaunchConfig, Processes, gpu_peak, memory_per_process, rehearse
+from test_train import (SCHEMAS, SHAPE, assert_same_bits, command, data, losses,  # noqa: F401
+                        parent, published, refused, run_here, train)
+from train import TrainConfig, Training, main, make_optimizer
 
 RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
 
@@ -77,11 +77,6 @@ def test_compiled_blocks_take_the_same_steps(data, tmp_path, single):
     assert_same_steps(single, tmp_path)  # under the same names
 
 
-def test_recomputation_changes_no_bit(data, tmp_path, single):
-    train(data, tmp_path, **RUN, micro_batch_size=8, activation_checkpointing=True)
-    assert_same_bits(single, tmp_path)
-
-
 @pytest.mark.parametrize("before, after", [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))])
 def test_a_run_goes_on_with_other_processes_and_sharding(data, tmp_path, single, before, after):
     (count, sharding), (count_after, sharding_after) = before, after
@@ -103,9 +98,9 @@ def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, 
 
 def test_processes_that_see_different_checkpoints_stop(data, tmp_path):
     """A shared disk may list what is new to one node before the other."""
-    done = odd("late", data, tmp_path / "run", 2, **RUN, micro_batch_size=4)
+    flags = command(data, tmp_path / "run", **RUN, micro_batch_size=4)[1:]
+    done = Launched(["tests/launch.py", "late", *flags], 2).finish()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "the checkpoint that its disk shows is" in done.stderr
     assert "/step1'" in done.stderr and "/step2'" in done.stderr
 
 
@@ -113,9 +108,7 @@ def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single)
     """Files of 20 kB from 2 processes of torchrun hold the bits of one; transformers reads them."""
     flags = command(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
                     async_save=True)[1:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*torchrun, "tests/odd_runs.py", "small_files", *flags], cwd=ROOT, check=True,
-                   capture_output=True, env=ENVIRONMENT)
+    run(*TORCHRUN, "tests/launch.py", "small_files", *flags)
     files = sorted(path.name for path in (tmp_path / "run/step1").glob("model-*"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     ours = checkpoints.load_model(tmp_path / "run/step1")
@@ -134,125 +127,80 @@ def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single)
                                    moments[f"exp_avg.{name}"], rtol=1e-4, atol=1e-8)
 
 
-@pytest.fixture
-def group():
-    """Return a function that starts a process group and gives a model, plain and wrapped."""
-    def group(backend, sharding="ddp", **options):
-        dist.init_process_group(backend, **options)
-        with torch.device("meta"):
-            model = Pythia(ModelConfig(**SHAPE))
-        processes = SimpleNamespace(count=2, device=torch.device("cpu"))
-        return model, parallelize(model, LaunchConfig(sharding=sharding), torch.float32, processes)
+class Calls(TorchDispatchMode):
+    """Notes the names of all operations."""
 
-    yield group
-    dist.destroy_process_group()
-
-
-def test_ddp_accumulates_where_its_messages_lie(group):
-    """A gradient that moves between micro-batches is held twice: there, and in DDP's buckets."""
-    model, wrapped = group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    sent, micro_batch = set(), None
-
-    def send(state, bucket):
-        sent.add(micro_batch)
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-
-    wrapped.register_comm_hook(None, send)
-    model.init_weights(0)
-    optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1e-3))
-    rehearse(SimpleNamespace(wrapped=wrapped, optimizer=optimizer,
-                             loss=lambda rows: wrapped(rows[:, :-1], rows[:, 1:])), 2, 8)
-    places = [[p.grad.data_ptr() for p in model.parameters()]]
-    for micro_batch in range(6):
-        communicate(wrapped, last=micro_batch % 3 == 2)
-        wrapped(*torch.randint(500, (2, 2, 8))).backward()
-        places.append([p.grad.data_ptr() for p in model.parameters()])
-        if micro_batch % 3 == 2:
-            optimizer.step()
-            forget_gradients(wrapped, optimizer)
-            assert not any(p.grad.any() for p in model.parameters())
-    assert all(some == places[0] for some in places)
-    assert sent == {None, 2, 5}  # the last of three, and the rehearsal
-
-
-class Sends(TorchDispatchMode):
-    """Counts how often gradients are sent."""
-
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "reduce_scatter" in str(function)
+        self.names.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-def test_fsdp_sends_gradients_after_the_last_micro_batch_alone(group):
-    model, _ = group("fake", "fsdp", store=FakeStore(), rank=0, world_size=2)  # sends nothing
-    model.init_weights(0, fill)
-    sent = []
-    for micro_batch in range(6):
-        communicate(model, last=micro_batch % 3 == 2)
-        with Sends() as sends:
-            model(*torch.zeros(2, 2, 8, dtype=torch.int64)).backward()
-        sent.append(sends.count)
-    assert sent == [0, 0, 3, 0, 0, 3]  # two blocks and the root
+@pytest.mark.parametrize("sharding, kind, messages, backend, store, count", [
+    ("ddp", "allreduce", 1, "gloo", dist.HashStore, 1),
+    ("fsdp", "reduce_scatter", 3, "fake", FakeStore, 2)])  # two blocks and the root; sends nothing
+def test_gradients_are_sent_after_the_last_micro_batch_alone(request, sharding, kind, messages,
+                                                             backend, store, count):
+    """DDP's stay where its messages lie. Elsewhere they would be held twice."""
+    dist.init_process_group(backend, store=store(), rank=0, world_size=count)
+    request.addfinalizer(dist.destroy_process_group)
+    training = Training(ModelConfig(**SHAPE), TrainConfig(data="", learning_rate=1e-3),
+                        LaunchConfig(sharding=sharding),
+                        SimpleNamespace(count=2, device=torch.device("cpu")))
+    training.model.init_weights(0, fill)
+    rehearse(training, 2, 8)
+    places = {tuple(p.grad.data_ptr() for p in training.model.parameters() if sharding == "ddp")}
+    for _ in range(2):
+        with Calls() as calls:
+            training.gradients(torch.randint(500, (3, 2, 9)))
+        places.add(tuple(p.grad.data_ptr() for p in training.model.parameters()
+                         if sharding == "ddp"))
+        training.update(1e-3, None)
+        assert messages == sum(kind in name for name in calls.names)
+    assert len(places) == 1
 
 
 # ---------------------------------------------------------------------------- signals during saves
 
 
-# A save takes as long as a step.
-SLOW_SAVE = dict(vocab_size=20000, steps=24, checkpoint_every=4, learning_rate=1e-3)
-
-
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unbroken")
-    train(data, folder, **SLOW_SAVE)
-    return folder
+    """Return a function of a number of processes: settings and folder of a run never stopped."""
+    @functools.cache
+    def unbroken(processes):
+        # A save takes as long as a step.
+        settings = dict(vocab_size=20000, steps=12, checkpoint_every=4, learning_rate=1e-3)
+        if processes == 2:
+            settings |= dict(sharding="fsdp", heldout=data, heldout_every=4, heldout_batches=20)
+        folder = tmp_path_factory.mktemp("unbroken")
+        train(data, folder, processes, **settings)
+        return settings, folder
+    return unbroken
 
 
-@pytest.mark.parametrize("number, changes", [
-    pytest.param(signal.SIGKILL, {}, marks=pytest.mark.proof),
-    (signal.SIGKILL, dict(async_save=True)),
-    pytest.param(signal.SIGTERM, {}, marks=pytest.mark.proof),
-    pytest.param(signal.SIGTERM, dict(async_save=True), marks=pytest.mark.proof)])
-def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken, number, changes):
-    run = Launched(command(data, tmp_path, **SLOW_SAVE, **changes))
-    run.wait_until((tmp_path / ".step12.tmp").exists)
-    run.send(number)
-    run.finish()
-    assert 24 not in saved_steps(tmp_path)
-    train(data, tmp_path, **SLOW_SAVE, **changes)
-    assert_same_bits(unbroken, tmp_path)
-    assert not list(tmp_path.glob(".step*"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_two_processes_stopped_while_they_evaluate_or_save_lose_no_bit(data, tmp_path, whole_fsdp,
-                                                                       number):
-    """One gets SIGTERM during the held-out loss, or SIGKILL in the middle of a save of both."""
-    settings, whole = whole_fsdp
-    run = Launched(command(data, tmp_path, **settings), 2)
+@pytest.mark.parametrize("processes, number, changes", [
+    (1, signal.SIGKILL, dict(async_save=True)), (2, signal.SIGTERM, {}), (2, signal.SIGKILL, {}),
+    *(pytest.param(1, *case, marks=pytest.mark.proof) for case in (
+        (signal.SIGKILL, {}), (signal.SIGTERM, {}), (signal.SIGTERM, dict(async_save=True))))])
+def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken, processes, number,
+                                                       changes):
+    """One of two processes gets SIGTERM during the held-out loss, or SIGKILL in a save of both."""
+    settings, whole = unbroken(processes)
+    run = Launched(command(data, tmp_path, **settings, **changes), processes)
     run.wait_until(run.printed("step      7/"))  # the held-out loss comes next, and takes longer
-    if number == signal.SIGKILL:
+    if processes == 1 or number == signal.SIGKILL:
         run.wait_until(lambda: (tmp_path / ".step8.tmp").exists() or 8 in saved_steps(tmp_path))
-    run.send(number, rank=1)
+    run.send(number, rank=processes - 1)
     run.finish()
     assert 12 not in saved_steps(tmp_path)
-    train(data, tmp_path, 2, **settings)
+    train(data, tmp_path, processes, **settings, **changes)
     assert_same_bits(whole, tmp_path)
-    assert (whole / "heldout.csv").read_bytes() == (tmp_path / "heldout.csv").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def whole_fsdp(data, tmp_path_factory):
-    settings = dict(SLOW_SAVE, steps=12, sharding="fsdp", heldout=data, heldout_every=4,
-                    heldout_batches=20)
-    folder = tmp_path_factory.mktemp("whole")
-    train(data, folder, 2, **settings)
-    return settings, folder
+    for path in whole.glob("heldout.csv"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    assert not list(tmp_path.glob(".step*"))
 
 
 @pytest.mark.proof
@@ -304,27 +252,22 @@ def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, plan):
 
 
 @pytest.mark.parametrize("name, peak", [  # as torch.cuda.get_device_name has them
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-    ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 144G HBM3e", 990), ("NVIDIA B200", 2250),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("Tesla V100-SXM2-16GB", 125),
-    ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
-    ("NVIDIA L40", math.nan), ("NVIDIA GB200", math.nan), ("Tesla V100-PCIE-16GB", math.nan),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan), ("NVIDIA GeForce RTX 4090 D", math.nan)])
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835),
+    ("NVIDIA GH200 144G HBM3e", 990), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
+    ("Tesla V100-SXM2-16GB", 125), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA L40", math.nan), ("NVIDIA GB200", math.nan), ("NVIDIA GeForce RTX 4090 D", math.nan),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan)])
 def test_a_gpus_peak_is_its_own_or_unknown(name, peak):
     assert gpu_peak(name) == pytest.approx(peak * 1e12, nan_ok=True)
 
 
-def test_a_plan_that_fits_nowhere_says_what_to_try(plan):
-    with pytest.raises(ValueError, match="no micro-batch fits .*try --sharding=fsdp"):
-        plan("configs/pythia_12b.py", "--sharding=ddp")
-
-
 def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
     printed = plan("configs/pythia_12b.py", "--plan=True", "--gpus=64")
-    assert [line for line in printed.splitlines() if line.startswith("torchrun ")] == [
-        "torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 "
-        "--shutdown-timeout=600 train.py configs/pythia_12b.py --gpus=64 --micro_batch_size=16 "
-        "--out_dir=RUN"]
+    [line] = [line for line in printed.splitlines() if line.startswith("torchrun ")]
+    assert "--nnodes=8 --nproc_per_node=8 " in line and line.endswith(
+        "train.py configs/pythia_12b.py --gpus=64 --micro_batch_size=16 --out_dir=RUN")
+    with pytest.raises(ValueError, match="no micro-batch fits .*try --sharding=fsdp"):
+        plan("configs/pythia_12b.py", "--sharding=ddp")
 
 
 @pytest.mark.parametrize("size, accumulation, flags", [
@@ -332,13 +275,22 @@ def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
     pytest.param("70m", 1, ["--activation_checkpointing=True"], marks=pytest.mark.proof),
     pytest.param("70m", 1, [], marks=pytest.mark.proof),
     pytest.param("70m", 2, [], marks=pytest.mark.proof)])
-def test_planned_memory_is_the_measured_peak(size, accumulation, flags):
-    # glibc keeps freed blocks below 32 MB in its heap, in fragments; here all are given back.
-    done = subprocess.run(
-        [sys.executable, "tests/measure_memory.py", str(accumulation), f"configs/pythia_{size}.py",
-         "--seq_length=256", "--micro_batch_size=4", *flags],
-        cwd=ROOT, text=True, capture_output=True,
-        env=ENVIRONMENT | {"MALLOC_MMAP_THRESHOLD_": "100000"})
-    assert done.returncode == 0, done.stderr
-    print(done.stdout)
-    assert 0.85 < float(done.stdout) < 1.15
+def test_planned_memory_is_the_tensors_peak(monkeypatch, size, accumulation, flags):
+    """Of a step, and of the backward passes of a second one, then beside Adam's moments."""
+    monkeypatch.chdir(ROOT)
+    shape, config, launch = parse(
+        [f"configs/pythia_{size}.py", "--seq_length=256", "--micro_batch_size=4", *flags],
+        ModelConfig, TrainConfig, LaunchConfig)
+    training = Training(shape, config, launch, Processes("cpu"))
+    training.model.init_weights(0)
+    rows, tracker = torch.randint(500, (accumulation, 4, 257)), MemTracker()
+    tracker.track_external(training.model, training.optimizer)
+    loss = training.loss  # the tracker's notes of modules are of one pass
+    monkeypatch.setattr(training, "loss", lambda rows: tracker.reset_mod_stats() or loss(rows))
+    with tracker:
+        training.gradients(rows)
+        training.update(0.0, training.clip())
+        training.gradients(rows)
+    planned = memory_per_process(shape, launch, 1, 4, accumulation > 1, 4, 512)["peak"]
+    [peak] = tracker.get_tracker_snapshot("peak").values()
+    assert 0.85 < planned / peak["Total"] < 1.15

@@ -14,10 +14,11 @@ import torch
 
 from checkpoints import load_model, saved_steps
 from config import COUNT, NUMBER, TEXT, Table, explain
+from conftest import table
 from data import OrderedData, samples_needed
 from interventions import InterventionConfig
 from parallel import Processes
-from test_train import assert_same_bits, data, run_here, table  # noqa: F401
+from test_train import assert_same_bits, data, run_here  # noqa: F401
 from train import Log, TrainConfig
 
 

@@ -1,14 +1,15 @@
 """pytest tests/test_train.py"""
 
-import csv
 import gc
 import json
 import math
+import os
 import re
 import shutil
 import signal
 import traceback
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,17 +24,16 @@ import config
 import train as train_module
 from checkpoints import saved_steps
 from config import parse
-from conftest import ROOT
+from conftest import ROOT, table
 from data import OrderedData, TokenWriter, samples_needed
+from interventions import IntervenedData, InterventionConfig
 from launch import Launched
 from model import Block, ModelConfig, Pythia
 from parallel import LaunchConfig, LossScaler, PlanConfig, flops_per_token
-from interventions import IntervenedData, InterventionConfig
 from test_model import transformers_twin
 from tokenizer import load_tokenizer
-from train import TrainConfig, learning_rate_at, make_optimizer
+from train import TrainConfig, learning_rate_at
 
-PYTHIA = TrainConfig(data="", out_dir="", learning_rate=1e-3)
 SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig
 SHAPE = dict(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=32)
 SETTINGS = dict(SHAPE, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2,
@@ -70,15 +70,27 @@ def refused(data, out_dir, /, *words, processes=1, **changes):
     return error
 
 
-def odd(name, data, out_dir, /, processes=1, **changes):
-    """Run a command in which one thing is odd: a function of odd_runs.py."""
-    script = [ROOT / "tests/odd_runs.py", name]
-    return Launched(script + command(data, out_dir, **changes)[1:], processes).finish()
+@contextmanager
+def as_a_process():
+    """Undo what a process's end would: signal handlers, the run folder's lock."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        config.LOCKS.clear()
 
 
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def run_here(data, out_dir, /, **changes):
+    """Train in this process, so that a test can look into it."""
+    with as_a_process():
+        train_module.main(*parse(command(data, out_dir, **changes)[1:], *SCHEMAS))
+
+
+def refused_here(data, out_dir, words, /, **changes):
+    with pytest.raises(ValueError, match=words):
+        run_here(data, out_dir, **changes)
 
 
 def losses(out_dir):
@@ -86,16 +98,15 @@ def losses(out_dir):
             for row in table(out_dir / "metrics.csv")]
 
 
-def assert_same_bits(first, second):
-    assert saved_steps(first) == saved_steps(second)
-    for step in saved_steps(first):
+def assert_same_bits(first, second, start=0):
+    """Of two runs, of which the second may have begun at step `start` as a branch."""
+    steps = [step for step in saved_steps(first) if step > start or start == 0]
+    assert saved_steps(second) == steps
+    for step in steps:
         for name in ("model.safetensors", "optimizer/moments.safetensors"):
             ours, theirs = (folder / f"step{step}" / name for folder in (first, second))
             assert ours.read_bytes() == theirs.read_bytes()
-    assert losses(first) == losses(second)
-
-
-# ---------------------------------------------------------------------------- parts
+    assert losses(first)[start:] == losses(second)
 
 
 @pytest.mark.parametrize("k, rate", [  # pythia.md section 2, from gpt-neox v1.0's own function
@@ -103,18 +114,8 @@ def assert_same_bits(first, second):
     (50000, 7.4135799e-4), (71500, 5.1570538e-4), (100000, 2.1986750e-4), (115138, 1.0000603e-4),
     (115139, 1e-4), (142999, 1e-4)])
 def test_learning_rate_has_gpt_neox_values(k, rate):
-    assert math.isclose(learning_rate_at(k, PYTHIA), rate, rel_tol=5e-8)
-
-
-def test_decay_reaches_matrices_and_embeddings_only():
-    model = Pythia(ModelConfig(**SHAPE))
-    decayed, bare = make_optimizer(model, PYTHIA).param_groups
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for p in decayed["params"]} == {
-        "embed_in", "embed_out", "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-    assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in bare["params"])
-    assert (decayed["weight_decay"], bare["weight_decay"]) == (0.1, 0.0)
-    assert len(names) == len(decayed["params"]) + len(bare["params"])
+    pythia = TrainConfig(data="", learning_rate=1e-3)
+    assert math.isclose(learning_rate_at(k, pythia), rate, rel_tol=5e-8)
 
 
 def test_flops_are_counted_from_the_matmuls():
@@ -137,16 +138,9 @@ def test_loss_scaler_follows_deepspeeds_table():
     assert seen[1500:1503] == [(8192, 1), (4096, 1), (2048, 1)]  # one forgiven, then halved
     assert seen[2501] == (2048, 1) and seen[2502] == (4096, 2)  # 1000 after the last overflow
     assert seen[3502] == (8192, 2) and seen[3600] == (8192, 1) and seen[4001] == (8192, 1)
-
-
-def test_a_scale_rests_while_it_is_not_needed():
-    """A run begun on a CPU or in bfloat16 goes on in float16 at 4096; the other way round at 1."""
-    plain = LossScaler(enabled=False)
-    plain.update(overflow=True)
-    assert plain.scale == 1
     half = LossScaler(enabled=True)
-    half.state = plain.state
-    assert half.scale == 4096
+    half.state = LossScaler(enabled=False).state  # of a run begun on a CPU or in bfloat16
+    assert half.scale == 4096 and LossScaler(enabled=False).scale == 1
 
 
 # ---------------------------------------------------------------------------- whole runs
@@ -155,11 +149,10 @@ def test_a_scale_rests_while_it_is_not_needed():
 def test_trajectory_equals_a_plain_loop_with_transformers(data, tmp_path):
     train(data, tmp_path / "run", steps=20)
     config = ModelConfig(**SHAPE)
-    settings = TrainConfig(data="", out_dir="", learning_rate=1e-2, steps=20, warmup=0.25)
+    settings = TrainConfig(data="", learning_rate=1e-2, steps=20, warmup=0.25)
     twin, _ = transformers_twin(Pythia(config))
-    matrices = [p for p in twin.parameters() if p.dim() == 2]
-    vectors = [p for p in twin.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in twin.parameters() if p.dim() == n], "weight_decay": decay}
+              for n, decay in ((2, 0.1), (1, 0.0))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     rows = OrderedData(data, 32, samples_needed(20, 8), 1234)
     for step, loss, norm in losses(tmp_path / "run"):
@@ -175,13 +168,11 @@ def test_trajectory_equals_a_plain_loop_with_transformers(data, tmp_path):
         assert math.isclose(loss, expected.item(), rel_tol=1e-5)
         assert math.isclose(norm, expected_norm.item(), rel_tol=1e-4)
     assert loss < 0.8 * losses(tmp_path / "run")[0][1]  # it really learned
-
-
-def test_steps_0_and_1_are_equal_and_the_schedule_is_kept(parent):
-    assert saved_steps(parent) == [0, 1, 2, 4, 6, 8, 12]
-    zero, one, two = (load_file(parent / f"step{n}/model.safetensors") for n in (0, 1, 2))
-    assert all(torch.equal(zero[name], one[name]) for name in zero)
-    assert not torch.equal(one["embed_out.weight"], two["embed_out.weight"])
+    ours = load_file(tmp_path / "run/step20/model.safetensors")
+    for name, theirs in twin.named_parameters():
+        if not name.endswith("query_key_value.bias"):  # a key's has no gradient but rounding
+            error = ours[name.replace("lm_head", "embed_out")] - theirs
+            assert error.norm() < 1e-3 * theirs.norm(), name  # decay of biases would be 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -191,82 +182,55 @@ def parent(data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[(8, signal.SIGTERM), (2, signal.SIGINT)],
-                ids=["one micro-batch", "four micro-batches"])
-def whole(data, tmp_path_factory, request):
-    """The settings of a run, the folder in which it was never interrupted, a polite signal."""
-    micro_batch_size, number = request.param
-    settings = dict(steps=60, micro_batch_size=micro_batch_size, checkpoint_every=20)
-    folder = tmp_path_factory.mktemp("whole")
-    train(data, folder, **settings)
-    return settings, folder, number
-
-
-@pytest.mark.parametrize("killed", [False, True])
-def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, whole, killed):
+@pytest.mark.parametrize("micro_batch_size, number", [
+    (8, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGKILL)])
+def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, micro_batch_size, number):
     """A real signal to a real process."""
-    settings, folder, number = whole
-    run = Launched(command(data, tmp_path, **settings))
+    settings = dict(steps=60, micro_batch_size=micro_batch_size, checkpoint_every=20)
+    whole, cut, killed = tmp_path / "whole", tmp_path / "cut", number == signal.SIGKILL
+    train(data, whole, **settings)
+    run = Launched(command(data, cut, **settings))
     run.wait_until(run.printed("step     21/"))
-    run.send(signal.SIGKILL if killed else number)
+    run.send(number)
     done = run.finish()
-    stopped = saved_steps(tmp_path)[-1]
-    assert done.returncode == (-signal.SIGKILL if killed else 128 + number)
+    stopped = saved_steps(cut)[-1]
+    assert done.returncode == (-number if killed else 128 + number) and stopped < 60
     assert killed or "interrupted: saved step" in done.stdout and stopped > 21
-    assert stopped < 60
-    assert f"going on from step {stopped}" in train(data, tmp_path, **settings).stdout
-    assert_same_bits(folder, tmp_path)
+    assert f"going on from step {stopped}" in train(data, cut, **settings).stdout
+    assert_same_bits(whole, cut)
 
 
 def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path):
     error = refused(data, tmp_path / "run", "Nothing was saved after it", learning_rate=1e38)
     assert re.match(r"step 2 \(rows 16 to 23\): loss nan|step 3 \(rows 24 to 31\)", error)
     assert saved_steps(tmp_path / "run")[-1] <= 2
+    refused(data, tmp_path / "update", "step 0: the update left", learning_rate=3e38, warmup=0)
+    assert saved_steps(tmp_path / "update") == [0]
 
 
-@pytest.mark.parametrize("changes", [dict(vocab_size=100), dict(heldout="large")])
-def test_a_token_outside_the_vocabulary_stops(data, tmp_path, changes):
+def test_a_token_outside_the_vocabulary_stops(data, tmp_path):
     """Of the data or of the held-out ones, which are all looked at before the first step."""
-    if "heldout" in changes:
-        writer = TokenWriter(tmp_path / "large", "test")
-        writer.append(np.full(400, 600), np.full(1, 400))
-        writer.finish({})
-        changes = dict(heldout=tmp_path / "large")
-    error = refused(data, tmp_path / "run", **changes)
-    assert re.fullmatch(r"/\S+/(tokens|large): token \d+ in step 0, but vocab_size is \d+\n", error)
-    assert saved_steps(tmp_path / "run") == []
-
-
-def test_another_run_in_the_same_folder_is_refused(data, tmp_path):
-    train(data, tmp_path, steps=2)
-    refused(data, tmp_path, "learning_rate was 0.01, is 0.5", "batch_size was 8, is 4",
-            steps=2, learning_rate=0.5, batch_size=4)
+    writer = TokenWriter(tmp_path / "large", "test")
+    writer.append(np.full(400, 600), np.full(1, 400))
+    writer.finish({})
+    for changes in (dict(vocab_size=100), dict(heldout=tmp_path / "large")):
+        refused_here(data, tmp_path / "run", r"/(tokens|large): token \d+ in step 0", **changes)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(tokenizer="nowhere.json"), "nowhere.json: no such tokenizer"),
+    (dict(tokenizer="nowhere.json"), "nowhere.json: no such"),
     (dict(data="nowhere"), "nowhere.idx: no such file"),
-    (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
-    (dict(out_dir=__file__), "test_train.py: File exists"),
-    (dict(out_dir=""), "out_dir = '', expected a name"),
-    (dict(heldout=""), "heldout = '', expected a name"),
-    (dict(stepz=3), "no setting called stepz, did you mean steps?"),
-    (dict(device="gpu"), "device = 'gpu', expected auto, cpu or cuda"),
-    (dict(n_heads=3), "d_model = 32 is not a multiple of n_heads = 3"),
-    (dict(batch_size=7), "batch_size = 7 is not a multiple"),
-    (dict(gpus=0), "gpus = 0, expected at least 1\n"),
-    (dict(steps=0), "steps = 0, expected at least 1"),
-    (dict(state_every=-1), "state_every = -1, expected at least 1\n"),
-    (dict(stop_at=-1), "stop_at = -1, expected at least 1\n"),
-    (dict(warmup=2), "warmup = 2.0, expected 0 to 1\n"),
-    (dict(intervention="pronouns_to_feminine", intervention_from=12),
-     "intervention_from = 12, but the last step is 11\n")])
+    (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "), (dict(out_dir=__file__), "File exists"),
+    (dict(out_dir=""), "out_dir = ''"), (dict(heldout=""), "heldout = ''"),
+    (dict(batch_size=7), "batch_size = 7 is not a multiple"), (dict(warmup=2), "warmup = 2.0"),
+    (dict(intervention="pronouns_to_feminine", intervention_from=12), "intervention_from = 12")])
 def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
     refused(data, tmp_path / "run", words, **changes)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_says_why_it_ends(data, tmp_path):
+def test_a_run_says_where_it_stopped(data, tmp_path):
     for changes, words in ((dict(stop_at=2), "step 2 of 12, 3 checkpoints"),
                            (dict(stop_at=1), "step 2 of 12, 3 checkpoints"),
                            ({}, "step 12 of 12, 7 checkpoints"),
@@ -274,21 +238,131 @@ def test_a_run_says_why_it_ends(data, tmp_path):
         assert f"done: {words}" in train(data, tmp_path, **changes).stdout
 
 
+# ---------------------------------------------------------------------------- only as it began
+
+
+@pytest.fixture(scope="module")
+def begun(data, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("begun") / "run"
+    run_here(data, out_dir, heldout=data, stop_at=8)
+    return out_dir
+
+
+@pytest.fixture
+def run(begun, tmp_path):
+    return shutil.copytree(begun, tmp_path / "run")
+
+
+def copy_of(data, folder, edit=lambda prefix: None):
+    """Return the prefix of a copy of a token file and its order, as edit(prefix) changes it."""
+    prefix = shutil.copytree(data.parent, folder) / data.name
+    edit(prefix)
+    return prefix
+
+
+def flip_one(prefix):
+    raw = bytearray(Path(f"{prefix}.bin").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    Path(f"{prefix}.bin").write_bytes(raw)
+
+
+def exchange_rows(prefix):
+    """The .npy files may be another program's: their names do not prove what they hold."""
+    for path in prefix.parent.glob("*_shuffle_idx.npy"):
+        array = np.load(path)
+        array[[80, 81]] = array[[81, 80]]
+        np.save(path, array)
+
+
+def test_processes_of_different_runs_are_refused_and_moved_data_are_not(data, tmp_path):
+    moved, other = copy_of(data, tmp_path / "a"), copy_of(data, tmp_path / "b", flip_one)
+    for flag, different in (("learning_rate=0.02", "learning_rate"), (f"heldout={data}", "heldout"),
+                            ("micro_batch_size=2", "micro_batch_size"),
+                            (f"data={other}", "data_sha256"), (f"data={moved}", None)):
+        done = Launched(command(data, tmp_path / "run", steps=1), 2, rank_1=[f"--{flag}"]).finish()
+        assert done.returncode == (2 if different else 0), done.stderr
+        assert (tmp_path / "run").exists() == (different is None)
+        if different:
+            assert f"rank 1: {different} is" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_another_run_is_refused_in_a_folder_and_as_a_branch(data, begun, tmp_path):
+    flipped, exchanged = (copy_of(data, tmp_path / edit.__name__, edit)
+                          for edit in (flip_one, exchange_rows))
+    branch = dict(out_dir=tmp_path / "child", branch_from=begun / "step8")
+    for changes, words in (
+            (dict(learning_rate=0.5), "learning_rate was 0.01, is 0.5"),
+            (dict(data=flipped), "data_sha256 was"), (dict(data=exchanged), "order_sha256 was"),
+            (dict(heldout=data, heldout_batches=2), "heldout_batches was"),
+            (dict(heldout=flipped), "heldout_sha256 was"),
+            (dict(data=flipped, check_data=True), "the data changed since they were tokenized"),
+            (branch | dict(data=flipped), "data_sha256 was"),
+            (branch | dict(data=exchanged), "order_sha256 was"),
+            (branch | dict(gelu="erf", steps=13), "gelu was 'tanh', is 'erf'.*steps was 12, is 13"),
+            (branch | dict(batch_size=4), "batch_size was 8, is 4"),
+            (branch | dict(warmup=0.5), "warmup was 0.25, is 0.5"),
+            (branch | dict(min_lr_ratio=0.0), "min_lr_ratio was 0.1, is 0.0")):
+        refused_here(data, begun, words, **changes)
+    assert saved_steps(begun)[-1] == 8 and not saved_steps(tmp_path / "child")
+
+
+def test_what_may_change_bits_is_said(data, run, tmp_path, capsys):
+    run_here(copy_of(data, tmp_path / "moved"), run, micro_batch_size=2, stop_at=9)
+    assert ("bits can differ from step 8 on: since the last launch micro_batch_size 4 -> 2\n"
+            in capsys.readouterr().out)
+    (run / "launches.jsonl").write_text('{"cut')
+    run_here(data, run, micro_batch_size=2)
+    assert "bits can differ" not in capsys.readouterr().out and len(losses(run)) == 12
+
+
+def test_an_update_that_is_not_finite_is_not_saved(data, tmp_path):
+    done = train(data, tmp_path, expect=2, learning_rate=3e38, warmup=0)
+    assert "step 0: the update left weights or moments that are not finite" in done.stderr
+    assert saved_steps(tmp_path) == [0]
+
+
+def test_a_run_that_cannot_go_on_does_not_begin_again(data, run, capsys):
+    os.truncate(run / "step8/model.safetensors", 3)
+    run_here(data, run, stop_at=9)
+    assert f"{run}/step8: damaged" in capsys.readouterr().err and len(losses(run)) == 9
+    for folder in run.glob("step*"):
+        shutil.rmtree(folder / "optimizer", ignore_errors=True)
+    before = (run / "metrics.csv").read_bytes()
+    refused_here(data, run, "step9: damaged or without .* to begin again")
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_a_run_or_branch_that_nothing_explains_is_refused(data, run, tmp_path):
+    manifest = run / "step8/manifest.json"
+    whole = manifest.read_text()
+    for name in ("model.safetensors", "training.json", "optimizer/moments.safetensors"):
+        manifest.write_text(json.dumps({file: entry for file, entry in json.loads(whole).items()
+                                        if file != name}))
+        refused_here(data, tmp_path / "child", f"step8/{name}: damaged, its SHA-256",
+                     branch_from=run / "step8")
+    manifest.write_text(whole)
+    shutil.rmtree(tmp_path / "child")
+    (run / "config.json").unlink()
+    refused_here(data, run, "config.json: no such file")
+    refused_here(data, tmp_path / "child", "config.json: no such file", branch_from=run / "step8")
+    assert not (run / "config.json").exists()
+
+
 # ---------------------------------------------------------------------------- branches
 
 
 def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp_path, parent):
-    out = train(data, tmp_path / "child", branch_from=parent / "step6", intervention="term_drop",
-                terms="e,t,a", intervention_from=7, twin=True).stdout
-    assert out.count("going on from step 6") == 2
-    child, twin, whole = (losses(folder) for folder in
-                          (tmp_path / "child", tmp_path / "child_twin", parent))
-    assert twin == whole[6:] and saved_steps(tmp_path / "child_twin") == [8, 12]
-    for step in (8, 12):
-        for file in ("model.safetensors", "optimizer/moments.safetensors"):
-            ours, theirs = (folder / f"step{step}" / file
-                            for folder in (parent, tmp_path / "child_twin"))
-            assert ours.read_bytes() == theirs.read_bytes()
+    gc.collect()
+    gc.disable()
+    try:
+        run_here(data, tmp_path / "child", branch_from=parent / "step6", intervention="term_drop",
+                 terms="e,t,a", intervention_from=7, twin=True, activation_checkpointing=True)
+        # The first run's blocks lie in cycles of references, which Python frees when it likes.
+        assert sum(type(thing) is Block for thing in gc.get_objects()) <= SHAPE["n_layers"]
+    finally:
+        gc.enable()
+    child, whole = losses(tmp_path / "child"), losses(parent)
+    assert_same_bits(parent, tmp_path / "child_twin", start=6)
     # Every changed row is noted under its own step, although the next batch is read before.
     config = InterventionConfig("term_drop", intervention_from=7, terms="e,t,a")
     rows = IntervenedData(OrderedData(data, 32, samples_needed(12, 8), 1234),
@@ -301,35 +375,24 @@ def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp
     assert [(int(row["step"]), int(row["row"])) for row in noted] == changed
     first = changed[0][0]
     assert child[:first - 6] == whole[6:first] and child[first - 6][1] != whole[first][1]
-    settings = json.loads((tmp_path / "child/config.json").read_text())
-    assert settings["branch_from"] == str(parent / "step6")
-    assert settings["differs_from_parent"] == {
+    ours, twins = (json.loads((tmp_path / name / "config.json").read_text())
+                   for name in ("child", "child_twin"))
+    assert ours["branch_from"] == str(parent / "step6") and twins["differs_from_parent"] == {}
+    assert ours["differs_from_parent"] == {
         "intervention": [None, "term_drop"], "terms": ["", "e,t,a"], "intervention_from": [0, 7]}
-    twin = json.loads((tmp_path / "child_twin/config.json").read_text())
-    assert twin["differs_from_parent"] == {}
 
 
-def test_a_branch_keeps_its_parents_order_and_schedule(data, tmp_path, parent):
-    refused(data, tmp_path, "gelu was 'tanh', is 'erf'", "steps was 12, is 13",
-            "batch_size was 8, is 4", "warmup was 0.25, is 0.5", "min_lr_ratio was 0.1, is 0.0",
-            branch_from=parent / "step6", batch_size=4,
-            steps=13, gelu="erf", warmup=0.5, min_lr_ratio=0.0)
-    refused(data, tmp_path, "expected a whole checkpoint", branch_from=parent / "step12")
-
-
-def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path):
+def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path, parent):
     swap = dict(intervention="pronouns_to_feminine", intervention_from=2)
-    train(data, tmp_path / "run", stop_at=4, **swap)
-    train(data, tmp_path / "child", stop_at=5, branch_from=tmp_path / "run/step4", **swap)
-    (tmp_path / "run/step4/optimizer/moments.safetensors").unlink()
-    refused(data, tmp_path / "other", "expected a whole checkpoint",
-            branch_from=tmp_path / "run/step4", warm_moments=2)
-
-
-def test_a_branch_goes_on_with_another_spelling(data, tmp_path, parent):
-    train(data, tmp_path, stop_at=8, branch_from=f"{parent}/step6/")
-    train(data, tmp_path, branch_from=f"{parent}/step6")
-    assert losses(tmp_path) == losses(parent)[6:] and saved_steps(tmp_path) == [8, 12]
+    run_here(data, tmp_path / "run", stop_at=4, **swap)
+    run_here(data, tmp_path / "child", stop_at=5, branch_from=tmp_path / "run/step4", **swap)
+    run_here(data, tmp_path / "child", branch_from=f"{tmp_path}/run/step4/", **swap)  # spelt so
+    run_here(data, tmp_path / "run", **swap)
+    assert losses(tmp_path / "child") == losses(tmp_path / "run")[4:]
+    (tmp_path / "run/step6/optimizer/moments.safetensors").unlink()
+    for source in (tmp_path / "run/step6", parent / "step12"):
+        refused_here(data, tmp_path / "other", "expected a whole checkpoint", branch_from=source,
+                     warm_moments=2)
 
 
 def published(run, step, folder):
@@ -353,68 +416,61 @@ def test_replayed_batches_are_those_that_the_parent_saw(data, tmp_path, parent):
     assert [row[0] for row in child] == list(range(6, 12)) and child[:2] == twin[:2]
 
 
-def test_a_signal_ends_a_replay_at_once(data, tmp_path, parent):
-    """Nothing but the replay is lost: the same command begins it again. Its time is no step's."""
+def test_a_signal_ends_a_replay_at_once(data, tmp_path, parent, monkeypatch):
+    """Nothing but the replay is lost: the same command begins it again."""
     settings = dict(branch_from=published(parent, 6, tmp_path), warm_moments=6)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = odd("slow_replay", data, whole, **settings)
-    assert done.returncode == 0, done.stderr
-    assert float(table(whole / "metrics.csv")[0]["seconds"]) < 0.2
-    done = odd("signal_in_replay", data, cut, **settings)
-    assert done.returncode == 128 + signal.SIGTERM and "begins the replay again" in done.stdout
+    whole, cut, read = tmp_path / "whole", tmp_path / "cut", OrderedData.batch
+
+    def batch(self, step, *arguments, **settings):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return read(self, step, *arguments, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{128 + signal.SIGTERM}"):
+        patch.setattr(OrderedData, "batch", batch)
+        run_here(data, cut, **settings)
     assert losses(cut) == [] and saved_steps(cut) == []
-    train(data, cut, **settings)
+    for folder in (whole, cut):
+        run_here(data, folder, **settings)
     assert_same_bits(whole, cut)
 
 
 # ---------------------------------------------------------------------------- looked into
 
 
-@contextmanager
-def as_a_process():
-    """Give back what a process that ends would leave: handlers, threads, the run folder's lock."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        config.LOCKS.clear()
-
-
-def run_here(data, out_dir, **changes):
-    """Train in this process, so that a test can look into it."""
-    with as_a_process():
-        train_module.main(*parse(command(data, out_dir, **changes)[1:], *SCHEMAS))
-
-
 class Watch(TorchFunctionMode):
-    """Calls `noticed` for every call that reads a tensor's value, for which the host waits."""
+    """Notes every call, outside these functions, that reads a tensor's value: the host waits."""
 
     waits = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__",
              "__index__"}
+    may_wait = {"claim", "flush", "save", "init_weights"}  # claim comes before step 0
 
-    def __init__(self, noticed):
+    def __init__(self, events):
         super().__init__()
-        self.noticed = noticed
+        self.events = events
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in self.waits:
-            self.noticed({frame.name for frame in traceback.extract_stack()})
+            if not self.may_wait & {frame.name for frame in traceback.extract_stack()}:
+                self.events.append("wait")
         return function(*args, **(kwargs or {}))
 
 
-def test_the_step_never_makes_the_host_wait(data, tmp_path):
-    """Whatever reads a tensor's value comes from the log's flush, or from a save."""
-    callers = []
-    with Watch(callers.append):
-        run_here(data, tmp_path, log_every=100)
-    assert any("flush" in names for names in callers)
-    allowed = {"claim", "flush", "save", "init_weights", "write_file"}  # claim: before step 0
-    assert [names for names in callers if not names & allowed] == []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_makes_the_host_wait_in_float16_alone(data, tmp_path, monkeypatch, dtype):
+    """There once, whether the gradient is finite, when the next batch has been read."""
+    events, read = [], OrderedData.batch
+
+    def batch(self, step, *arguments, **settings):
+        events.append(step)
+        return read(self, step, *arguments, **settings)
+
+    monkeypatch.setattr(OrderedData, "batch", batch)
+    monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: dtype)
+    with Watch(events):
+        run_here(data, tmp_path, stop_at=4, log_every=100)
+    wait = ["wait"] * (dtype == torch.float16)
+    assert events[events.index(1) - 1:] == [0, 1, *wait, 2, *wait, 3, *wait, *wait]
 
 
 @pytest.fixture
@@ -423,31 +479,20 @@ def float16(monkeypatch):
     monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
 
 
-def test_the_next_batch_is_read_before_the_host_waits(data, tmp_path, monkeypatch, float16):
-    """In float16 the host asks once a step whether the gradient is finite."""
-    events, read = [], OrderedData.batch
-
-    def batch(self, step, *arguments, **settings):
-        events.append(step)
-        return read(self, step, *arguments, **settings)
-
-    monkeypatch.setattr(OrderedData, "batch", batch)
-    with Watch(lambda names: events.append("wait") if "update" in names else None):
-        run_here(data, tmp_path, stop_at=4)
-    assert events[events.index(1) - 1:] == [0, 1, "wait", 2, "wait", 3, "wait", "wait"]
-
-
-def overflowing(enabled):
-    scaler = LossScaler(enabled)
-    scaler.state["scale"] = 2.0**26
-    return scaler
-
-
 def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch, float16):
-    """Training begins at a scale at which gradients overflow."""
-    monkeypatch.setattr(train_module, "LossScaler", overflowing)
-    run_here(data, tmp_path)
-    rows = table(tmp_path / "metrics.csv")
+    """Training begins at a scale at which gradients overflow.
+
+    A branch without moments, which --state_every took, keeps its place in the schedule.
+    """
+    def overflowing(enabled):
+        scaler = LossScaler(enabled)
+        scaler.state["scale"] = 2.0**26
+        return scaler
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "LossScaler", overflowing)
+        run_here(data, tmp_path / "run", state_every=12)
+    rows = table(tmp_path / "run/metrics.csv")
     skipped = [not math.isfinite(float(row["grad_norm"])) for row in rows]
     assert skipped[:2] == [True, True] and not skipped[-1]
     scales = [float(row["loss_scale"]) for row in rows]
@@ -456,16 +501,9 @@ def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch
     config = TrainConfig(data="", learning_rate=1e-2, steps=12, warmup=0.25)
     assert [float(row["learning_rate"]) for row in rows] == [
         learning_rate_at(step - sum(skipped[:step]), config) for step in range(12)]
-    weights = load_file(tmp_path / "step12/model.safetensors")
+    weights = load_file(tmp_path / "run/step12/model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all()
                for tensor in weights.values())
-
-
-def test_a_branch_without_moments_keeps_rate_and_loss_scale(data, tmp_path, monkeypatch, float16):
-    """--state_every took the parent's; its place in the schedule is in training.json."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "LossScaler", overflowing)
-        run_here(data, tmp_path / "run", state_every=12)
     run_here(data, tmp_path / "child", branch_from=tmp_path / "run/step6", warm_moments=3)
     ours, theirs = ((tmp_path / name / "step12/training.json").read_text()
                     for name in ("child", "run"))
@@ -482,25 +520,9 @@ def test_endless_overflow_stops_with_advice(data, tmp_path, float16):
     with pytest.raises(FloatingPointError, match="at loss scale 1.*--dtype=bfloat16"):
         run_here(data, tmp_path / "branch", steps=40, branch_from=source)
     rows = table(tmp_path / "branch/metrics.csv")
-    scales = [float(row["loss_scale"]) for row in rows]
-    assert scales == [4096, *(2**n for n in range(12, -1, -1))]  # one was forgiven
+    assert [float(row["loss_scale"]) for row in rows] == [
+        4096, *(2**n for n in range(12, -1, -1))]  # one was forgiven
     assert not any(math.isfinite(float(row["loss"])) for row in rows)
-
-
-def test_a_twin_has_its_parents_memory(data, tmp_path, parent):
-    """The first run's blocks lie in cycles of references, which Python frees when it likes."""
-    def blocks():
-        return sum(type(thing) is Block for thing in gc.get_objects())
-
-    gc.collect()
-    before = blocks()
-    gc.disable()
-    try:
-        run_here(data, tmp_path / "run", branch_from=parent / "step8", twin=True,
-                 activation_checkpointing=True)
-        assert blocks() - before <= SHAPE["n_layers"]
-    finally:
-        gc.enable()
 
 
 def test_replayed_moments_come_near_the_parents(data, tmp_path):
@@ -508,8 +530,7 @@ def test_replayed_moments_come_near_the_parents(data, tmp_path):
     settings = dict(steps=40, learning_rate=1e-3, checkpoint_every=32, log_every=100)
     run_here(data, tmp_path / "run", **settings)
     source = published(tmp_path / "run", 32, tmp_path / "published")
-    with pytest.raises(ValueError, match="holds weights only.*--warm_moments=K"):
-        run_here(data, tmp_path / "none", branch_from=source, **settings)
+    refused_here(data, tmp_path / "none", "--warm_moments=K", branch_from=source, **settings)
     start, whole = (load_file(tmp_path / f"run/step{step}/model.safetensors") for step in (32, 40))
     moved = sum((start[name] - whole[name]).square().sum() for name in whole)
     error = {}
