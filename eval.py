@@ -320,8 +320,7 @@ def plan_job(job, tokenizer, L, batch_tokens):
     elif job.task.kind == "generate":
         room = L - job.task.n_tokens
         if room < 1:
-            raise ValueError(f"{job.name}: {job.task.n_tokens} tokens to generate leave no room in "
-                             f"{L:,} of context")
+            raise ValueError(f"{job.name}: {job.task.n_tokens} new tokens do not fit into {L:,}")
         long = sum(len(tokenizer.encode_lines(prompt)) > room for [prompt] in job.requests)
     else:
         rows = [(i, *encode_pair(tokenizer, *request, job.style))

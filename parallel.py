@@ -212,10 +212,10 @@ class ExactSums:
     rounded once, to a whole multiple of 2**-k, and whole numbers (int64) have one sum in any order.
     With n micro-batches a step, k = 58 - ceil(log2(n)): entries up to 16 are at most 2**(k + 4), n
     of them at most 2**62, so no sum can overflow. An entry that is larger, or not finite, makes the
-    norm infinite: training stops, in float16 the update is skipped. (Clipping allows a norm of 1, so entries up to 1.) The
-    mean is off by 2**-(k + 1) at most. With 32 micro-batches that is 2**-54, less than float32's
-    own rounding of any entry above 2**-30. Smaller entries matter to Adam only beside its eps of
-    1e-8, of which 2**-54 is 6e-9.
+    norm infinite: training stops, in float16 the update is skipped. (Clipping allows a norm of 1,
+    so entries up to 1.) The mean is off by 2**-(k + 1) at most. With 32 micro-batches that is
+    2**-54, less than float32's own rounding of any entry above 2**-30. Smaller entries matter to
+    Adam only beside its eps of 1e-8, of which 2**-54 is 6e-9.
     """
 
     LOSS_UNIT = 64  # losses up to 16 * 64 fit where gradients up to 16 do
