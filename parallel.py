@@ -253,6 +253,7 @@ class ExactSums:
                 gradient.copy_(a.double() / (self.n * self.unit))
         self.parameters[0].grad += torch.where(too_large > 0, math.inf, 0.0)
         loss = (self.sums[-1].double() * self.LOSS_UNIT / (self.n * self.unit)).float()
+        loss += torch.where(too_large > 0, math.inf, 0.0)
         torch._foreach_zero_(self.sums)
         self.largest = torch.zeros_like(self.largest)
         return loss

@@ -546,16 +546,21 @@ def read_losses(path, tokenizer):
             else:
                 number = what["rows"][0] + i
                 row = {"name": f"row {number} of {what['order']['data']}"}
-                if "trained_on" not in what:  # else the order is not the run's own
-                    row["seen"] = number // what["order"]["batch_size"]
+                step = number // what["order"]["batch_size"]
+                # Else the order is not the run's own, or goes on behind its last step.
+                if "trained_on" not in what and step < what["order"]["steps"]:
+                    row["seen"] = step
                     row["name"] += f", seen by {runs[0][0]} in step {row['seen']}"
             rows.append(row | {"tokens": ids[ids >= 0]})
+        runs = [(str(name), int(step or 0)) for name, step in runs]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{prefix}.json: not written by `eval.py losses` ({error!r})") from None
     if tokens.max() >= N_TOKENS or hashlib.sha256(tokens.tobytes()).hexdigest() != digest:
         raise ValueError(f"{path}: losses of other tokens than its JSON's data or text have now; "
                          "they were changed, or are of another tokenizer")
     losses = load_npy(f"{prefix}.npy")
+    if losses.dtype != np.float32:
+        raise ValueError(f"{prefix}.npy: {losses.dtype}, expected float32")
     if losses.shape != (len(runs), *tokens[:, 1:].shape):
         raise ValueError(f"{prefix}.npy: {losses.shape}, expected {len(runs)} checkpoints of "
                          f"{tokens[:, 1:].shape}; is `eval.py losses` done?")

@@ -705,7 +705,9 @@ def main(model_config, config, intervention, launch, options, proof=None):
 if __name__ == "__main__":
     try:
         arguments, proof = run(repeat_command, sys.argv[1:], SCHEMAS, MAY_CHANGE)
-        *settings, _ = parse(arguments, *SCHEMAS)
+        *settings, asked = parse(arguments, *SCHEMAS)
+        if (asked.replay or asked.restore) and not proof:
+            fail("replay and restore are given on the command line, not in a config file")
         run(main, *settings, proof)
     finally:
         run(checkpoints.finish_writing)

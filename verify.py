@@ -41,7 +41,7 @@ from tqdm import tqdm
 from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
                          manifest_of, moments_of, one_line, open_any, open_file, read_training,
                          saved_steps, step_folders, weight_files)
-from config import command, file_size, read_csv, read_json, write_json
+from config import command, file_size, read_json, read_lines, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -422,21 +422,38 @@ def link(before, row):
 def read_chain(run, first=0, last=math.inf):
     """Return {step: row} of the steps first to last - 1 in RUN/metrics.csv.
 
-    Raises ValueError at the first line that does not follow from the one before it.
+    Raises ValueError at the first line that does not follow from the one before it, and at a
+    checkpoint whose manifest has another digest. A last line that a kill has torn is left out.
     """
-    rows, path = {}, Path(run) / "metrics.csv"
-    for row in read_csv(path):
-        if not row.keys() >= {"step", "digest", *PROVED}:
-            raise ValueError(f"{path}: has no digests, {', '.join(row)} alone")
-        step, before = int(row["step"]), rows.get(int(row["step"]) - 1)
+    run, rows = Path(run), {}
+    path = run / "metrics.csv"
+    (_, names), *lines = read_lines(path) or [(b"", [])]
+    if not {"step", "digest", *PROVED} <= set(names):
+        raise ValueError(f"{path}: has no digests, {', '.join(names)} alone")
+    for line, cells in lines:
+        row = dict(zip(names, cells))
+        if not line.endswith(b"\n") or not row.get("step", "").isdecimal():
+            continue
+        step, before = int(row["step"]), None
         if not first <= step < last:
             continue
-        if rows and (not before or link(before["digest"], row) != row["digest"]):
-            raise ValueError(f"{path}: step {step} does not follow from the line before "
-                             "it: one of them was changed, added or lost")
+        if step - 1 in rows:
+            before = rows[step - 1]["digest"]
+        elif not rows and (run / f"step{step}").exists():
+            before = chain_of(run / f"step{step}")["digest"]
+        if rows and not before or len(row) < len(names) or before and (
+                link(before, row) != row["digest"]):
+            raise ValueError(f"{path}: step {step} does not follow from the line before it: one of "
+                             "them was changed, added or lost")
         rows[step] = row
     if last < math.inf and len(rows) < last - first:
         raise ValueError(f"{path}: has {len(rows)} of the steps {first} to {last - 1}")
+    for step, folder in step_folders(run):
+        chain = chain_of(folder)
+        if first < step <= last and rows and step > min(rows) and chain["state_sha256"] and (
+                step - 1 not in rows or rows[step - 1]["digest"] != chain["digest"]):
+            raise ValueError(f"{path}: step {step - 1} is not the one that {folder.name}'s "
+                             "manifest.json ends with")
     return rows
 
 
@@ -450,30 +467,36 @@ def first_difference(a, b):
         opened.append((moments_of(a), moments_of(b)))
     for ours, theirs in opened:
         for name in sorted(ours.keys() | theirs.keys()):
-            if not (name in ours and name in theirs
-                    and torch.equal(ours[name], theirs[name])):
+            # As bytes, since 0 and -0 are equal as numbers.
+            if not (name in ours and name in theirs and torch.equal(
+                    ours[name].view(torch.uint8), theirs[name].view(torch.uint8))):
                 return name
     hashes = {chain_of(folder)["state_sha256"] for folder in (a, b)}
     return "the moments, by their hash" if len(hashes - {None}) > 1 else None
 
 
+# What a repetition computes in the same way as the run's last launch.
+COMPUTED = {"micro_batch_size", "sharding", "compile", "threads", "activation_checkpointing",
+            "deterministic"}
+
+
 def launches(run):
     """Return the objects in RUN/launches.jsonl but for those that a full disk has cut."""
     found = []
-    for line in open(run / "launches.jsonl"):
+    for line in open(run / "launches.jsonl", errors="replace"):
         with suppress(ValueError):
             found.append(json.loads(line))
-    if not found or not all(type(one) is dict and "threads" in one for one in found):
+    if not found or not all(type(one) is dict and one.keys() >= COMPUTED for one in found):
         raise ValueError(f"{run}/launches.jsonl: does not say how the run was computed")
     return found
 
 
 def environment(run, repetition):
-    """Return "name a -> b" for what a run's launches had otherwise than a repetition's last one."""
+    """Return "name a -> b" for what a run's launches had otherwise than a repetition's."""
     return sorted({f"{name} {before[name]} -> {value}" for before in launches(run)
-                   for name, value in launches(repetition)[-1].items()
-                   if before.get(name, value) != value
-                   and name not in ("started", "command", "host", "check_data", "git_commit")})
+                   for now in launches(repetition) for name, value in now.items()
+                   if before.get(name, value) != value and name not in (
+                       "started", "command", "host", "device", "check_data", "git_commit")})
 
 
 @dataclass(frozen=True)
@@ -516,14 +539,13 @@ def repeat_command(argv, schemas, may_change):
                          + (f"; what came before is in {settings['branch_from']}" if begun else ""))
     if first not in (begun, *states):
         raise ValueError(f"{run}/step{first}: not a whole checkpoint with Adam's moments; replay "
-                         f"from one of {', '.join(map(str, (begun, *states)))}")
+                         f"from one of {', '.join(map(str, sorted({begun, *states})))}")
     read_chain(run, first, proof.last)
-    given = [word[2:].partition("=")[0] for word in argv]
-    if fixed := [name for name in given if name in settings and name not in may_change]:
-        raise ValueError(f"--{fixed[0]}: a {kind} has the settings of its run; leave it out")
-    same = {name: launches(run)[-1][name] for name in (
-        "micro_batch_size", "sharding", "compile", "threads", "activation_checkpointing",
-        "deterministic")}
+    given = {word: word[2:].partition("=")[0] for word in argv}
+    if fixed := [word for word, name in given.items() if not word.startswith("--")
+                 or name == "stop_at" or name in settings and name not in may_change]:
+        raise ValueError(f"{fixed[0]}: a {kind} has the settings of its run; leave it out")
+    same = {name: launches(run)[-1][name] for name in COMPUTED}
     known = {field.name for schema in schemas for field in fields(schema)}
     settings = {name: value for name, value in settings.items() if name in known} | same | {
         "out_dir": f"{run}_{kind}_{place.rpartition('/')[2].replace(':', '_')}",
@@ -542,7 +564,8 @@ def begin_again(out_dir, proof):
     folder.mkdir(parents=True, exist_ok=True)
     if proof.first > proof.begun:
         name = f"step{proof.first}"
-        (folder / name).symlink_to((proof.run / name).resolve())
+        if not (folder / name).exists():
+            (folder / name).symlink_to((proof.run / name).resolve())
     # Without the data's hashes: where the data are others now, the steps that read them differ.
     write_json(folder / "config.json", {
         name: value for name, value in read_json(proof.run / "config.json").items()
@@ -554,12 +577,15 @@ def prove(proof, repetition):
 
     repetition: its run folder. Lines of metrics.csv are compared, and at checkpoints
     all tensors. Prints what was proved, or ends with exit code 1 naming the first step that differs
-    and what of it. Where the environment differs, data and rates must be the same and losses near.
+    and what of it. Where losses or gradients differ and the environment does, data and rates must
+    be the same and losses near. Raises ValueError if a checkpoint among the steps is damaged.
     """
     run, first, last, found = proof.run, proof.first, proof.last, None
     ours, theirs = read_chain(run, first, last), read_chain(repetition, first, last)
     for step in range(first, last + 1):
         saved = run / f"step{step}", repetition / f"step{step}"
+        if saved[0].exists() and not is_whole(saved[0]):
+            raise ValueError(f"{saved[0]}: damaged, a file is missing or cut")
         if all(map(is_whole, saved)) and not saved[1].is_symlink():
             if tensor := first_difference(*saved):
                 found = f"step{step}: weights or moments differ, first {tensor}"
@@ -576,11 +602,11 @@ def prove(proof, repetition):
     else:
         print(f"steps {first} to {last} proved: {last - first} equal to the bit")
         return
-    others = environment(run, repetition)
-    same = all(ours[step][name] == theirs[step][name] for step in ours
-               for name in ("batch_sha256", "learning_rate"))
+    others, differing = environment(run, repetition), {
+        name for name in PROVED for step in ours if ours[step][name] != theirs[step][name]}
+    rounding = differing and not differing & {"batch_sha256", "learning_rate"}
     apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)
-    if others and same and apart <= TOLERANCE:
+    if others and rounding and apart <= TOLERANCE:
         print(f"steps {first} to {last}: the same data and rates, losses within {apart:.2g} of "
               f"them (at most {TOLERANCE} is allowed). Bits differ, as they may with "
               f"{', '.join(others)}; {found}")

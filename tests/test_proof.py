@@ -240,13 +240,45 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
             (f"--replay={tmp_path}/child/step0:9", "what came before is in"),
             (f"--replay={tmp_path}/run/step0:20", "step 12 does not follow from the line before"),
             (f"--replay={tmp_path}/step0:20", "no such file"),
-            (f"--replay={run}/step0:20 --beta1=0.5", "--beta1: a replay has the settings of its")):
+            (f"--replay={run}/step0:20 --beta1=0.5", "--beta1=0.5: a replay has the settings of its"),
+            (f"--replay={run}/step0:20 --stop_at=9", "--stop_at=9: a replay has the settings")):
         done = Launched(["train.py", *flags.split()]).finish()
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
     verified = Launched(["verify.py", "verify", str(tmp_path / "run")]).finish()
     assert verified.returncode == 1 and "step 12 does not follow" in verified.stdout
     assert "proved: 5 equal" in again(f"--replay={tmp_path}/child/step20:25")
+
+
+def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, capsys):
+    """Not even the sign of a zero, and not on other hardware either."""
+    run = tmp_path / "run"
+    shutil.copytree(sparse / "run", run)
+    path = run / "step20/optimizer/moments.safetensors"
+    whole = path.read_bytes()
+    zero = whole.rindex(bytes(4))  # a moment of a token that never came
+    path.write_bytes(whole[:zero + 3] + b"\x80" + whole[zero + 4:])
+    flag = f"--replay={run}/step0:21"
+    assert proved_here(capsys, flag).startswith("step20: weights or moments differ, first exp_avg")
+    shutil.rmtree(tmp_path / "run_replay_step0_21")
+    launches = run / "launches.jsonl"
+    launches.write_text(launches.read_text().replace(torch.__version__, "1.0.0"))
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="step20: damaged, a file is missing or cut"):
+        proved_here(capsys, flag)
+
+
+def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path):
+    lines = (sparse / "run/metrics.csv").read_text().splitlines(keepends=True)
+    for name, text, words in (
+            ("first", lines[0] + lines[1].replace("0,0,", "0,0,1") + "".join(lines[2:]), "step 0 does"),
+            ("end", "".join(lines[:25]), "step 29 is not the one that step30's manifest.json"),
+            ("middle", "".join(lines[:5] + lines[6:]), "step 5 does not follow"),
+            ("torn", "".join(lines) + "30,77", "0 problems")):
+        shutil.copytree(sparse / "run", tmp_path / name)
+        (tmp_path / name / "metrics.csv").write_text(text)
+        done = Launched(["verify.py", "verify", str(tmp_path / name)]).finish()
+        assert words in done.stdout, (name, done.stdout, done.stderr)
 
 
 def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
