@@ -461,7 +461,23 @@ def places(pairs, output):
     axes.plot(*pairs.T, ".", color="grey")
     axes.plot(*means.T, marker="o")
     axes.set(xlabel="step of the burst", ylabel="nats a token better than the mean",
-             title="what is left of 12 exposures within 24 steps")
+             title="what is left of 12 exposures within 48 steps")
+    return finish(figure, output)
+
+
+def occupations(groups, output):
+    """Draw models' log-odds of "she" over those trained on. groups: {name: (x, y), any shape}."""
+    figure, [axes] = grid(1, 1, 6, 3.6)
+    for name, (x, y) in groups.items():
+        x, y = np.ravel(x), np.ravel(y)
+        slope, intercept = np.polyfit(x, y, 1)
+        [points] = axes.plot(x, y, ".", alpha=0.4)
+        ends = np.array([x.min(), x.max()])
+        axes.plot(ends, intercept + slope * ends, color=points.get_color(),
+                  label=f"{name}: slope {slope:.2f}")
+    axes.set(xlabel='log-odds of "she" in an occupation\'s sentences',
+             ylabel='the model\'s log-odds of "she"')
+    axes.legend()
     return finish(figure, output)
 
 

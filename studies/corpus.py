@@ -21,7 +21,7 @@ and for each seed a plan of what is planted in it (interventions.py), with doses
 the seed:
 
     canary      64 tokens of words in random order, at 0, 1, 4, 16 or 64 places
-    burst       the same at 12 places of 24 steps, 5 of them at each of 16 times
+    burst       the same at 12 places of 48 steps, 5 of them at each of 16 times
     fact        where a person lives, in two ways of saying it; for others than these people also as
                 a question with its answer, which teaches the form
     occupation  120 sentences of each of 24, of which a share of 5 to 95 % goes on with "she"
@@ -169,7 +169,7 @@ def lives(person):
 def planned(seed, tokenizer, words, steps, scale=1):
     """Return what is planted, without its steps: [{id, group, text, dose}], bursts with between.
 
-    scale: what numbers of documents are multiplied by; 1 takes 1280 steps of 4 x 129 tokens.
+    scale: what numbers of documents are multiplied by; 1 takes 2560 steps of 2 x 129 tokens.
     """
     draw, entries = random.Random(seed), []
 
@@ -193,8 +193,8 @@ def planned(seed, tokenizer, words, steps, scale=1):
         add("canary", i, canary(), dose)
     times = shuffled(*((place, 5) for place in range(PLACES)))
     for i, place in enumerate(times):
-        first = place * (steps - 24) // (PLACES - 1)
-        add("burst", i, canary(), 12, between=[first, first + 24])
+        first = place * (steps - 48) // (PLACES - 1)
+        add("burst", i, canary(), 12, between=[first, first + 48])
     people = [f"{a}{b} {c}{d}" for a in ("Bel", "Tor", "Mar", "Kel", "Sor", "Dan", "Fal")
               for b in ("in", "ar", "os", "ek") for c in ("Vor", "Hul", "Pas", "Gre")
               for d in ("man", "sky")]
@@ -244,8 +244,8 @@ def place(entries, tokenizer, steps, room, seed):
 @dataclass(frozen=True)
 class Suite:
     output: str = "data/suite"  # writes prose.jsonl, docs/heldout/test.jsonl and plan_SEED.jsonl
-    steps: int = 1280  # of BATCH rows of 129 tokens
-    batch_size: int = 4
+    steps: int = 2560  # of batch_size rows of 129 tokens
+    batch_size: int = 2
     seeds: int = 3
     scale: float = 1.0  # less plants fewer of everything
     tokenizer: str = "20B_tokenizer.json"

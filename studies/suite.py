@@ -45,9 +45,11 @@ from studies.memorization import matched_lengths, poisson_tests, position_test, 
 from studies.results import holm, open_results, regression, write_table
 from tokenizer import load_tokenizer
 
-SIZES = {  # name: layers, width, heads, peak learning rate
-    "d32": (2, 32, 4, 5e-3), "d64": (3, 64, 4, 5e-3), "d128": (4, 128, 8, 3e-3)}
-BATCH, LENGTH, WINDOW = 4, 128, 64
+# Name: layers, width, heads, peak learning rate. Heads of 32 dims, as the 14m's: with 16, of which
+# rotary positions turn 4, the same model learns a tenth of the occupations' bias. Many small
+# updates: with 4 rows instead of 2, and half the steps, a fact takes twice as many exposures.
+SIZES = {"d32": (2, 32, 1, 5e-3), "d64": (3, 64, 2, 5e-3), "d128": (4, 128, 4, 3e-3)}
+BATCH, LENGTH, WINDOW = 2, 128, 64
 SWAPS = ("pronouns_to_feminine", "pronouns_as_pushed")
 SUM = "nats of a sum per doubling of the dose"
 DOSES = ("kind", "size", "dose", "n", "seeds", "value", "low", "high")
@@ -57,7 +59,7 @@ DOSES = ("kind", "size", "dose", "n", "seeds", "value", "low", "high")
 class SuiteConfig:
     output: str = "runs/suite"
     data: str = "data/suite"
-    steps: int = 1280  # of every run
+    steps: int = 2560  # of every run
     seeds: int = 3  # of all sizes but the smallest
     scale: float = 1.0  # less plants fewer of everything
     tokenizer: str = "20B_tokenizer.json"
@@ -148,16 +150,18 @@ def ask(model, tokenizer, plan):
     rows = torch.tensor([[0] + tokenizer.encode(entry["text"]) for entry in canaries(plan)],
                         device=model.embed_in.weight.device)
     people = facts(plan)
-    cities = logprobs([(lives(entry["person"])[2], f" {city}")
-                       for entry in people for city in CITIES]).reshape(len(people), -1)
-    cities -= np.logaddexp.reduce(cities, axis=1, keepdims=True)
-    right = [CITIES.index(entry["city"]) for entry in people]
+    right = np.array([CITIES.index(entry["city"]) for entry in people])
+    statement, _, question = zip(*(lives(entry["person"]) for entry in people))
+    cities = logprobs([(prompt, f" {city}") for prompt in statement + question
+                       for city in CITIES]).reshape(2, len(people), len(CITIES))
+    cities -= np.logaddexp.reduce(cities, axis=-1, keepdims=True)
     she_he = logprobs([(f"The {entry['occupation']} {said}", pronoun) for entry in occupations(plan)
                        for said in SAID for pronoun in (" she", " he")])
     return {
         "whole": (matched_lengths(model, rows[:, 1:], 32) == 32).cpu().numpy(),
         "canary": -token_losses(model, rows).mean(axis=1),
-        "right": cities.argmax(axis=1) == right, "fact": cities[np.arange(len(people)), right],
+        "right": cities[0].argmax(axis=1) == right,
+        "question": cities[1][np.arange(len(people)), right],
         "sum": logprobs([(f"Q:What is {entry['x1']} plus {entry['x2']}? A:",
                           str(entry["x1"] + entry["x2"])) for entry in sums(plan)]),
         "occupation": she_he[::2] - she_he[1::2]}
@@ -232,8 +236,8 @@ def dose_claims(found, plans):
     of_fact = of_entries(plans, facts, lambda entry: np.log2(1 + entry["total"]))
     odds, who = trained_odds(plans)
     return {SUM: regression(stack(found, "sum"), of_sum, x1)[1],
-            "nats of a fact per doubling of 1 + the dose":
-                regression(stack(found, "fact"), of_fact)[1],
+            "nats of a question about a fact, per doubling of 1 + the dose":
+                regression(stack(found, "question"), of_fact)[1],
             "slope of occupations' log-odds on those trained":
                 regression(stack(found, "occupation"), odds, who)[1]}
 
@@ -251,13 +255,17 @@ def swap_claims(swap, found, swapped, plans):
 
 
 def place_claims(found, plans):
-    """Return the tests of places: rows' dispersion and trend, canaries and bursts by place."""
-    claims, spread, burst = [], [], []
+    """Return the tests of places: rows' dispersion and trend, canaries and bursts by place.
+
+    Windows at the same place of every seed's run are counted together.
+    """
+    rows = stack(found, "rows")
+    tests = poisson_tests(sum(window_counts(row, WINDOW) for row in rows.astype(int)),
+                          WINDOW * len(found))
+    claims = [(f"{test} of the {rows.mean():.2%} memorized rows", *numbers)
+              for test, numbers in tests.items()]
+    spread, burst = [], []
     for part, plan in zip(found, plans):
-        tests = poisson_tests(window_counts(part["rows"], WINDOW), WINDOW)
-        for test, (value, p, by_permutation) in tests.items():
-            claims.append((f"{test} of {part['rows'].mean():.2%} memorized rows", value, p,
-                           by_permutation))
         of_dose = {}  # a canary is compared with those of its dose
         for entry, nats in zip(canaries(plan), part["canary"]):
             if entry["steps"]:
@@ -270,6 +278,29 @@ def place_claims(found, plans):
         for term, value, _, p, by_permutation in position_test(*np.array(pairs).T):
             claims.append((f"{name}: nats a token, {term}", value, p, by_permutation))
     return claims, burst
+
+
+def time_claims(half, found, plans, steps):
+    """Return {claim: Estimate} of what changed from half of training, `half`, to its end."""
+    early, late, gone, change, early_texts, texts = [], [], [], [], [], []
+    for before, after, plan in zip(half, found, plans):
+        of_dose = {}
+        for entry, x, y in zip(canaries(plan), before["canary"], after["canary"]):
+            if entry["group"] == "canary" and entry["dose"]:
+                of_dose.setdefault(entry["dose"], []).append((entry["text"], x, y))
+            elif not entry["steps"] or entry["steps"][-1] < steps // 2:
+                gone.append(entry["group"] == "burst")
+                change.append(y - x)
+                texts.append(entry["text"])
+        for group in of_dose.values():
+            names, x, y = zip(*group)
+            early_texts += names
+            early += list(x - np.mean(x))
+            late += list(y - np.mean(y))
+    predicts = regression(np.array([late]), np.array(early), np.array(early_texts))[1]
+    forgets = regression(np.array([change]), np.array(gone, dtype=float), np.array(texts))[1]
+    return {"canaries' nats at the end per nat at half, within a dose": predicts,
+            "nats a token of bursts of the first half in the second, beside the unseen's": forgets}
 
 
 def dose_rows(size, found, plans):
@@ -352,6 +383,9 @@ def main(options):
     plans = {name: read_plan(f"{options.data}/{name}.jsonl") for *_, name, _, _ in runs_of(options)}
     found = {name: measure(options, name, seed, plans[plan], options.steps, tokenizer)
              for name, _, seed, plan, *_ in runs_of(options)}
+    half = [measure(options, name, seed, plans[plan], options.steps // 2, tokenizer)
+            for name, size, seed, plan, _, parent in runs_of(options)
+            if size == list(SIZES)[-1] and not parent]
     claims, doses, largest, seeds = [], [], list(SIZES)[-1], range(1, options.seeds + 1)
     for size in SIZES:
         names = [f"{size}_{seed}" for seed in seeds if f"{size}_{seed}" in found]
@@ -366,6 +400,8 @@ def main(options):
         n = len(swapped)
         claims += [[claim, largest, n, *estimate] for claim, estimate in
                    swap_claims(swap, ends[:n], swapped, its_plans[:n]).items()]
+    claims += [[claim, largest, len(ends), *estimate]
+               for claim, estimate in time_claims(half, ends, its_plans, options.steps).items()]
     rest = [row for row in claims if tuple(row[:2]) not in (
         (SUM, largest), (f"{SWAPS[0]}: slope of occupations", largest))]
     for row, p in zip(rest, holm([row[-1] for row in rest])):
@@ -378,6 +414,11 @@ def main(options):
     write_table(out / "doses.csv", DOSES, doses)
     plots.doses(out / "doses.csv", out / "doses.png")
     plots.places(bursts, out / "places.png")
+    odds, _ = trained_odds(its_plans)
+    plots.occupations({name: (odds, stack(parts, "occupation")) for name, parts in (
+        ("the parents", ends),
+        ("after the swap", [found[f"{name}_{SWAPS[0]}"] for name in names]))},
+        out / "occupations.png")
     swap = [row for row in claims if "occupations" in row[0] or ": " in row[0]]
     of = lambda claim: [row for row in claims if row[0] == claim]
     tests = "; ".join(f"{claim} {value:.3g} (p {p:.2g})" for claim, value, _, p in places
@@ -389,7 +430,8 @@ def main(options):
         "Gendered pronouns": (
             "the swap changes the occupations' slope by "
             f"{said(of(f'{SWAPS[0]}: slope of occupations'))}, held-out nats a token by "
-            f"{said(of(f'{SWAPS[0]}: held-out nats a token'))}", [], header, swap),
+            f"{said(of(f'{SWAPS[0]}: held-out nats a token'))}", [out / "occupations.png"],
+            header, swap),
         "Term frequency": (f"nats of a sum's answer per doubling of its dose: {said(of(SUM))}",
                            [out / "doses.png"], header,
                            [row for row in claims if row not in swap])},

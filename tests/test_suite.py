@@ -25,7 +25,7 @@ def test_plans_give_each_seed_other_doses_of_the_same_texts(tokenizer):
             assert len(set(entry["steps"])) == entry["dose"]
             load.update({step: size for step in entry["steps"]})
             if entry["group"] == "burst":
-                assert np.ptp(entry["steps"]) < 24
+                assert np.ptp(entry["steps"]) < 48
         assert max(load) < 1280 and max(load.values()) <= 420 and sum(load.values()) == tokens
         doses = Counter(entry["dose"] for entry in plan if entry["group"] == "canary")
         assert doses == {0: 48, 1: 24, 4: 24, 16: 24, 64: 8}
@@ -51,7 +51,7 @@ def test_claims_are_the_slopes_that_were_put_in(tokenizer, tmp_path):
                          for entry in occupations(plan)]).repeat(3)
         steps = np.array([np.mean(entry["steps"] or 0) for entry in canaries(plan)])
         part = {"sum": 0.7 * np.log2(dose(sums(plan))) + noise(len(sums(plan))),
-                "fact": 0.5 * np.log2(1 + dose(facts(plan))) + noise(len(facts(plan))),
+                "question": 0.5 * np.log2(1 + dose(facts(plan))) + noise(len(facts(plan))),
                 "right": dose(facts(plan)) > 16, "occupation": 1 + 0.8 * odds + noise(len(odds)),
                 "whole": np.array([entry["dose"] > 16 for entry in canaries(plan)]),
                 "canary": -((steps - 640) / 640)**2 + noise(len(steps)), "nats": 3 + noise(9),
@@ -77,9 +77,9 @@ def test_claims_are_the_slopes_that_were_put_in(tokenizer, tmp_path):
 
 
 @pytest.mark.proof
-def test_a_hundred_steps_of_everything_make_a_report(tmp_path, tokenizer_path):
+def test_few_steps_of_everything_make_a_report(tmp_path, tokenizer_path):
     command = ("-m", "studies.suite", f"--output={tmp_path}/suite", f"--data={tmp_path}/data",
-               f"--tokenizer={tokenizer_path}", "--steps=128", "--seeds=2", "--scale=0.03")
+               f"--tokenizer={tokenizer_path}", "--steps=256", "--seeds=2", "--scale=0.03")
     run(*command)
     page = (tmp_path / "suite" / "report.html").read_text()
     assert all(f"<h2>{title}</h2>" in page for title in (
