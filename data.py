@@ -223,8 +223,12 @@ class TokenWriter:
         """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
         if self.progress.exists():
             return
-        # A folder with nothing but the lock is of a command that was killed as it began.
-        paths = [] if (self.folder / "lock").exists() else [self.folder]
+        # A folder with nothing but our empty files is of a command that was killed as it began.
+        inside = self.folder.iterdir() if self.folder.is_dir() else ()
+        begun = self.folder.is_dir() and all(
+            path.name in ("lock", *self.PARTS) and path.is_file() and not path.is_symlink()
+            and path.stat().st_size == 0 for path in inside)
+        paths = [] if begun else [self.folder]
         if not {"documents", "tokens"} <= read_notes(self.prefix).keys():
             paths += [f"{self.prefix}{end}" for end in (".json", ".bin", ".idx", "_documents.npy")]
         for path in filter(os.path.lexists, paths):

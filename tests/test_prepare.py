@@ -203,6 +203,15 @@ def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, strangers):
     assert all(path.read_text() in ("{}", line("one")) for path in before if path.is_file())
 
 
+def test_a_command_that_was_killed_as_it_began_goes_on(tmp_path, tokenizer_path):
+    (tmp_path / "a.jsonl").write_text(line("one"))
+    (tmp_path / "out.partial").mkdir()
+    for name in ("lock", "bin"):
+        (tmp_path / "out.partial" / name).touch()
+    tokenize(Tokenize(f"{tmp_path}/a.jsonl", f"{tmp_path}/out", str(tokenizer_path)))
+    assert len(TokenFile(tmp_path / "out").read(0)) == 2
+
+
 def test_what_is_ours_is_replaced(tmp_path, tokenizer_path):
     for text in ("one", "two two"):
         (tmp_path / "a.jsonl").write_text(line(text))

@@ -94,7 +94,7 @@ def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
     (["view", "--step=0:40"], "step = '0:40'"), (["view", "--rows=3:1"], "rows = '3:1'"),
     (["view", "--rows=0:9"], "rows = '0:9', expected a number from 0 to 3 or first:last+1"),
     (["find"], "find takes one of"), (["find", "--text=a", "--tokens=1"], "find takes one of"),
-    (["find", "--tokens=1,x"], "invalid literal for int()"),
+    (["find", "--tokens=1,x"], "expected ids with commas"),
     (["find", "--limit=-1", "--tokens=1"], "limit = -1"),
     (["find", "--text=a<|endoftext|>"], "which is a token of its own: --tokens=0")])
 def test_a_mistake_is_one_line(corpus, refused, flags, words):
