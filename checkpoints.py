@@ -206,8 +206,10 @@ def describe_file(path):
 
 def write_manifest(folder, digest=None):
     """Write folder/manifest.json, with which a checkpoint is whole. digest: the last step's."""
-    entries = {name: describe_file(path) for name, path in sorted(files_of(folder).items())
-               if name != "manifest.json"}
+    files = {name: path for name, path in sorted(files_of(folder).items())
+             if name != "manifest.json"}
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        entries = dict(zip(files, threads.map(describe_file, files.values())))
     if digest:
         tensors = "".join(entry["sha256"] for name, entry in entries.items()
                           if name.endswith(".safetensors"))
