@@ -251,9 +251,9 @@ class ExactSums:
             p.grad = torch.empty_like(p)
             for gradient, a in zip(self.blocks(p.grad), self.blocks(total)):
                 gradient.copy_(a.double() / (self.n * self.unit))
-        self.parameters[0].grad += torch.where(too_large > 0, math.inf, 0.0)
-        loss = (self.sums[-1].double() * self.LOSS_UNIT / (self.n * self.unit)).float()
-        loss += torch.where(too_large > 0, math.inf, 0.0)
+        overflow = torch.where(too_large > 0, math.inf, 0.0)
+        self.parameters[0].grad += overflow
+        loss = (self.sums[-1].double() * self.LOSS_UNIT / (self.n * self.unit)).float() + overflow
         torch._foreach_zero_(self.sums)
         self.largest = torch.zeros_like(self.largest)
         return loss

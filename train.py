@@ -58,8 +58,8 @@ from parallel import (ExactSums, Interrupt, LaunchConfig, LossScaler, PlanConfig
                       communicate, compute_dtype, flops_per_token, forget_gradients,
                       leave_processes, parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
-from verify import (ProofConfig, batch_sha256, begin_again, launches, link, prove, repeat_command,
-                    row_digests)
+from verify import (ProofConfig, batch_sha256, begin_again, changes, launches, link, prove,
+                    repeat_command, row_digests)
 
 
 @dataclass(frozen=True)
@@ -440,8 +440,7 @@ def note_launch(config, launch, processes):
     except (OSError, ValueError):
         before = {}  # this is the first
     same_bits = {"check_data"} | ({"processes"} if config.exact_sums else set())
-    changed = [f"{name} {before[name]} -> {value}" for name, value in decides.items()
-               if before.get(name, value) != value and name not in same_bits]
+    changed = changes(before, decides, same_bits)
     with open(Path(config.out_dir) / "launches.jsonl", "a") as file:
         print(json.dumps({"started": datetime.now().astimezone().isoformat(timespec="seconds"),
                           "command": [sys.executable, *sys.argv], "host": platform.node(),

@@ -325,6 +325,12 @@ def find(folders):
     return None, sorted(found)
 
 
+def branch_step(settings):
+    """Return the step that a run of these settings branched from; None if it did not."""
+    parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
+    return parent and int(parent[1])
+
+
 def missing_steps(run, expected, there):
     """Return which of a run's checkpoints are not there; `expected`: the user's --steps."""
     if expected == "any" or not (run or expected):
@@ -340,9 +346,9 @@ def missing_steps(run, expected, there):
             raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
                              "expected at most 100,000 checkpoints; --steps=any asks for none")
         # A branch does not have the checkpoint that it began from, and a run may be under way.
-        parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
+        parent = branch_step(settings)
         wanted = [step for step in checkpoint_steps(steps, every)
-                  if step <= there[-1] and not (parent and step <= int(parent[1]))]
+                  if step <= there[-1] and (parent is None or step > parent)]
     return [step for step in wanted if step not in there]
 
 
@@ -491,12 +497,17 @@ def launches(run):
     return found
 
 
+def changes(before, now, but):
+    """Return "name a -> b" for what two launches have both and otherwise, but for some names."""
+    return [f"{name} {before[name]} -> {value}" for name, value in now.items()
+            if before.get(name, value) != value and name not in but]
+
+
 def environment(run, repetition):
     """Return "name a -> b" for what a run's launches had otherwise than a repetition's."""
-    return sorted({f"{name} {before[name]} -> {value}" for before in launches(run)
-                   for now in launches(repetition) for name, value in now.items()
-                   if before.get(name, value) != value and name not in (
-                       "started", "command", "host", "device", "check_data", "git_commit")})
+    but = ("started", "command", "host", "device", "check_data", "git_commit")
+    pairs = itertools.product(launches(run), launches(repetition))
+    return sorted({words for before, now in pairs for words in changes(before, now, but)})
 
 
 @dataclass(frozen=True)
@@ -529,8 +540,7 @@ def repeat_command(argv, schemas, may_change):
         raise ValueError(f"{' '.join(asked)}: expected one --{kind}={form}")
     run, numbers = Path(found[1]), [int(number) for number in found.groups()[1:]]
     settings, states = read_json(run / "config.json"), saved_steps(run, state=True)
-    branch = re.search(r"/step(\d+)/*$", str(settings.get("branch_from")))
-    begun = int(branch[1]) if branch else 0
+    begun = branch_step(settings) or 0
     first = numbers[0] if kind == "replay" else max([step for step in states if step < numbers[0]],
                                                     default=begun)
     proof = Proof(run, first, numbers[-1], begun)
@@ -545,9 +555,10 @@ def repeat_command(argv, schemas, may_change):
     if fixed := [word for word, name in given.items() if not word.startswith("--")
                  or name == "stop_at" or name in settings and name not in may_change]:
         raise ValueError(f"{fixed[0]}: a {kind} has the settings of its run; leave it out")
-    same = {name: launches(run)[-1][name] for name in COMPUTED}
+    launch = launches(run)[-1]
     known = {field.name for schema in schemas for field in fields(schema)}
-    settings = {name: value for name, value in settings.items() if name in known} | same | {
+    settings = {name: value for name, value in settings.items() if name in known} | {
+        name: launch[name] for name in COMPUTED} | {
         "out_dir": f"{run}_{kind}_{place.rpartition('/')[2].replace(':', '_')}",
         "stop_at": proof.last, "heldout": None, "twin": False}
     return [f"--{name}={value}" for name, value in settings.items()] + argv, proof
@@ -575,10 +586,10 @@ def begin_again(out_dir, proof):
 def prove(proof, repetition):
     """Compare the steps of a Proof with what training them again gave, in order.
 
-    repetition: its run folder. Lines of metrics.csv are compared, and at checkpoints
-    all tensors. Prints what was proved, or ends with exit code 1 naming the first step that differs
-    and what of it. Where losses or gradients differ and the environment does, data and rates must
-    be the same and losses near. Raises ValueError if a checkpoint among the steps is damaged.
+    repetition: its run folder. Lines of metrics.csv are compared, and at checkpoints all tensors.
+    Prints what was proved, or ends with exit code 1 naming the first step that differs and what of
+    it. Where losses or gradients differ and the environment does, data and rates must be the same
+    and losses near. Raises ValueError if a checkpoint among the steps is damaged.
     """
     run, first, last, found = proof.run, proof.first, proof.last, None
     ours, theirs = read_chain(run, first, last), read_chain(repetition, first, last)
