@@ -62,13 +62,9 @@ def published(folder, tensors, form="model.safetensors", config=CONFIG_2022):
         write(tensors, folder / form)
         return folder
     stem, end = form.removesuffix(" shards").split(".")
-    names, where = list(tensors), {}
     for i in range(3):
-        file = f"{stem}-0000{i + 1}-of-00003.{end}"
-        write({name: tensors[name] for name in names[i::3]}, folder / file)
-        where |= {name: file for name in names[i::3]}
-    (folder / f"{stem}.{end}.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": where}))
+        write({name: tensors[name] for name in list(tensors)[i::3]},
+              folder / f"{stem}-0000{i + 1}-of-00003.{end}")
     return folder
 
 
@@ -120,13 +116,11 @@ NEW_ROPE = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "de
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"classifier_dropout": 0.1, "attention_dropout": 0.1, "hidden_dropout": 0.0},
-    {"rope_scaling": None, "attention_bias": True, "rope_theta": 10000, "head_dim": 16,
-     "partial_rotary_factor": 0.25},
+    {}, {"attention_bias": True, "rope_theta": 10000, "head_dim": 16,
+         "partial_rotary_factor": 0.25},
     {"rotary_pct": "absent", "rotary_emb_base": "absent", "torch_dtype": "absent",
      "dtype": "float32", "rope_parameters": NEW_ROPE},
-    {"rope_parameters": {"rope_theta": 10000.0, "type": "default"}, "is_decoder": False},
-    {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_fast"}, {"sliding_window": 4, "_name": "x"}])
+    {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_fast"}, {"sliding_window": 4}])
 def test_config_json_of_every_age_means_the_same_numbers(tmp_path, capsys, changes):
     folder = published(tmp_path, weights(), config=aged(**changes))
     theirs, tokens = AutoModelForCausalLM.from_pretrained(folder).float(), torch.arange(32)[None]
@@ -140,14 +134,10 @@ def test_config_json_of_every_age_means_the_same_numbers(tmp_path, capsys, chang
 @pytest.mark.parametrize("changes, words", [
     ({"model_type": "llama"}, "model_type is 'llama'"), ({"rotary_pct": 1.0}, "rotary_pct is 1.0"),
     ({"use_parallel_residual": False}, "use_parallel_residual is False"),
-    ({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"layer_norm_eps": None}, "layer_norm_eps"),
-    ({"hidden_size": "32"}, "hidden_size is '32'"), ({"intermediate_size": 64}, "256"),
-    ({"rotary_pct": "absent", "partial_rotary_factor": 1.0}, "partial_rotary_factor is 1.0"),
+    ({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"hidden_size": "32"}, "hidden_size is"),
     ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 10000}}, "'linear'"),
-    ({"rope_scaling": {"type": "default", "factor": 4.0}}, "factor is 4.0"),
-    ({"rope_parameters": {"full_attention": NEW_ROPE}}, "full_attention is"),
-    ({"rope_parameters": [1]}, "rope_parameters is"), ({"num_key_value_heads": 2}, "heads is 2"),
-    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"), ({"vocab_size": 512}, r"\(512, 64\)"),
+    ({"num_key_value_heads": 2}, "heads is 2"), ({"vocab_size": 512}, r"\(512, 64\)"),
+    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"),
     ({"num_hidden_layers": 1}, "unexpected gpt_neox.layers.1")])
 def test_another_architecture_is_refused_not_loaded(tmp_path, changes, words):
     folder = published(tmp_path, weights(), config=aged(**changes))
@@ -156,26 +146,23 @@ def test_another_architecture_is_refused_not_loaded(tmp_path, changes, words):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
-def test_every_tensor_that_does_not_fit_is_named(tmp_path, form, dtype):
+def test_every_tensor_that_does_not_fit_is_named(tmp_path, form):
     tensors = weights()
     del tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"]
     tensors |= {"gpt_neox.layers.2.attention.dense.bias": torch.ones(64),
-                "gpt_neox.embed_in.weight": torch.ones(256, 64, dtype=dtype),
+                "gpt_neox.embed_in.weight": torch.ones(256, 64, dtype=torch.float64),
                 "embed_out.weight": torch.ones(250, 64)}
     with pytest.raises(ValueError) as error:
         import_(Import(str(published(tmp_path / "source", tensors, form)), str(tmp_path / "out")))
     for words in ("missing gpt_neox.layers.1.mlp.dense_h_to_4h.bias",
                   "unexpected gpt_neox.layers.2.attention.dense.bias",
-                  f"embed_in.weight is {dtype}, expected float32",
+                  "embed_in.weight is torch.float64, expected float32",
                   "embed_out.weight is (250, 64), expected (256, 64)"):
         assert words in str(error.value)
     assert os.listdir(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize("edit", [
-    lambda spec: spec.update(normalizer=None), lambda spec: spec["model"]["merges"].reverse()])
-def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path, edit):
+def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path):
     folder = published(tmp_path, weights(config=replace(CONFIG, vocab_size=50304)),
                        config=CONFIG_2022 | {"vocab_size": 50304})
     assert folder_tokenizer(folder) == "20B_tokenizer.json"
@@ -183,7 +170,7 @@ def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path,
     tokenizer.save_pretrained(folder)  # in transformers' present form
     assert folder_tokenizer(folder) == folder / "tokenizer.json"
     spec = json.loads((folder / "tokenizer.json").read_text())
-    edit(spec)
+    spec["model"]["merges"].reverse()
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="tokenizer.json: not the GPT-NeoX-20B tokenizer"):
         folder_tokenizer(folder)
@@ -212,8 +199,7 @@ ENDS = {"gpt_neox.embed_in.weight": (0, "word_embeddings.weight"),
 
 
 def neox_layers(tensors, ranks):
-    """Return {(layer, rank): state dict} of weights split as Megatron splits them over
-    tensor-parallel ranks.
+    """Return {(layer, rank): state dict} of weights split over ranks as Megatron does.
 
     Biases of row-parallel layers are split into addends, norms are copied.
     """
@@ -272,16 +258,10 @@ def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
 
 @pytest.mark.parametrize("layer, ranks, name, tensor, words", [
     (3, [1], None, None, "layer_03-model_01-model_states.pt: no such file"),
-    (6, [0], None, None, "layer_06-model_00-model_states.pt: no such file"),
     (3, (0, 1), None, None, "missing gpt_neox.layers.1.input_layernorm.weight"),
-    (6, (0, 1), None, None, "missing .*embed_out.weight"),
     (2, [1], "attention.dense.bias", None, "layer 2, attention.dense.bias: KeyError"),
-    (2, (0, 1), "mlp.dense_4h_to_h.bias", None, "missing gpt_neox.layers.0.mlp.dense_4h_to_h.b"),
-    (2, [0], "extra", torch.ones(3), "layer 2, extra: KeyError"),
     (2, [1], "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "dense_h_to_4h.weight: RuntimeError"),
-    (2, [1], "mlp.dense_h_to_4h.weight", torch.ones(3, 64).half(), r"\(131, 64\), expected \(256,"),
-    (5, (0, 1), "norm.bias", torch.ones(63).half(), r"final_layer_norm.bias is \(63,\)"),
-    (2, (0, 1), "attention.rotary_emb.inv_freq", None, "missing .*attention.rotary_emb")])
+    (5, (0, 1), "norm.bias", torch.ones(63).half(), r"final_layer_norm.bias is \(63,\)")])
 def test_neox_files_that_do_not_fit_are_named(tmp_path, layer, ranks, name, tensor, words):
     layers = neox_layers(weights(), 2)
     for rank in ranks:
@@ -330,9 +310,8 @@ def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
 def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
     """A stranger's folder may have a link to any file."""
     source = published(tmp_path / "step8", weights())
-    (tmp_path / "secret").write_text("private key")
-    (tmp_path / "token").write_text('{"token": "secret"}')
-    for target in ("secret", "token", "/dev/zero"):
+    (tmp_path / "secret").write_text('{"token": "secret"}')
+    for target in ("secret", "/dev/zero"):
         (source / "tokenizer.json").symlink_to(tmp_path / target)
         with pytest.raises(ValueError, match="step8/tokenizer.json: .*not "):
             import_(Import(str(source), str(tmp_path / "out")))
@@ -352,12 +331,8 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
     for wrong, words in (("import nowhere b", "nowhere: no checkpoint"),
-                         ("import . b", "no checkpoint; expected model.safetensors"),
-                         ("import a", "missing: --output"),
                          ("import runs/x/step7 runs", "runs: is there already"),
-                         ("export runs/x/step7 b --dtype=int8", "expected float32, float16 or"),
-                         ("export runs/x/step7 b", "20B_tokenizer.json: no such tokenizer"),
-                         ("exprot", "expected one of")):
+                         ("export runs/x/step7 b", "20B_tokenizer.json: no such tokenizer")):
         assert words in refused("checkpoints.py", *wrong.split())
     assert not (tmp_path / "b").exists()
 
@@ -368,12 +343,9 @@ def test_known_bad_uploads_warn_and_good_ones_do_not():
     assert len(bad) == 85  # of 86 equal ones; in step143000 these weights are where they belong
     for name, step, issue in (
             ("pythia-70m", 2, "#198"), ("pythia-2.8b", 64000, "#205"),
-            ("pythia-12b", 58000, "#206"), ("pythia-12b-deduped", 32000, "#108"),
-            ("pythia-160m-weight-seed2", 512, "#203"),
-            ("neox-ckpt-pythia-6.9b-deduped-v1", 1000, "#195")):
+            ("pythia-12b", 58000, "#206"), ("neox-ckpt-pythia-6.9b-deduped-v1", 1000, "#195")):
         assert any(issue in line for line in known_bad(name, step))
-    for name, step in (("pythia-2.8b", 66000), ("pythia-12b", 51000), ("pythia-160m", 512),
-                       ("pythia-12b-deduped", 33000), ("", None)):
+    for name, step in (("pythia-2.8b", 66000), ("pythia-160m", 512), ("", None)):
         assert not known_bad(name, step)
     assert identify("/data/pythia-2.8b/step1000") == ("pythia-2.8b", 1000)
     assert identify("neox-ckpt-pythia-70m-deduped-v1/global_step143000")[1] == 143000
