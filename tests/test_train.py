@@ -1,6 +1,5 @@
 """pytest tests/test_train.py"""
 
-import gc
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from conftest import ROOT, table
 from data import OrderedData, TokenWriter, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from launch import Launched
-from model import Block, ModelConfig, Pythia
+from model import ModelConfig, Pythia
 from parallel import LaunchConfig, LossScaler, PlanConfig, flops_per_token
 from test_model import transformers_twin
 from tokenizer import load_tokenizer
@@ -221,9 +220,8 @@ def test_a_token_outside_the_vocabulary_stops(data, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     (dict(tokenizer="nowhere.json"), "nowhere.json: no such"),
     (dict(data="nowhere"), "nowhere.idx: no such file"),
-    (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "), (dict(out_dir=__file__), "File exists"),
-    (dict(out_dir=""), "out_dir = ''"), (dict(heldout=""), "heldout = ''"),
-    (dict(batch_size=7), "batch_size = 7 is not a multiple"), (dict(warmup=2), "warmup = 2.0"),
+    (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
+    (dict(batch_size=7), "batch_size = 7 is not a multiple"),
     (dict(intervention="pronouns_to_feminine", intervention_from=12), "intervention_from = 12")])
 def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
     refused(data, tmp_path / "run", words, **changes)
@@ -233,8 +231,7 @@ def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, change
 def test_a_run_says_where_it_stopped(data, tmp_path):
     for changes, words in ((dict(stop_at=2), "step 2 of 12, 3 checkpoints"),
                            (dict(stop_at=1), "step 2 of 12, 3 checkpoints"),
-                           ({}, "step 12 of 12, 7 checkpoints"),
-                           (dict(heldout=data), "step 12 of 12, 7 checkpoints")):
+                           ({}, "step 12 of 12, 7 checkpoints")):
         assert f"done: {words}" in train(data, tmp_path, **changes).stdout
 
 
@@ -277,7 +274,6 @@ def exchange_rows(prefix):
 def test_processes_of_different_runs_are_refused_and_moved_data_are_not(data, tmp_path):
     moved, other = copy_of(data, tmp_path / "a"), copy_of(data, tmp_path / "b", flip_one)
     for flag, different in (("learning_rate=0.02", "learning_rate"), (f"heldout={data}", "heldout"),
-                            ("micro_batch_size=2", "micro_batch_size"),
                             (f"data={other}", "data_sha256"), (f"data={moved}", None)):
         done = Launched(command(data, tmp_path / "run", steps=1), 2, rank_1=[f"--{flag}"]).finish()
         assert done.returncode == (2 if different else 0), done.stderr
@@ -296,12 +292,9 @@ def test_another_run_is_refused_in_a_folder_and_as_a_branch(data, begun, tmp_pat
             (dict(heldout=data, heldout_batches=2), "heldout_batches was"),
             (dict(heldout=flipped), "heldout_sha256 was"),
             (dict(data=flipped, check_data=True), "the data changed since they were tokenized"),
-            (branch | dict(data=flipped), "data_sha256 was"),
             (branch | dict(data=exchanged), "order_sha256 was"),
             (branch | dict(gelu="erf", steps=13), "gelu was 'tanh', is 'erf'.*steps was 12, is 13"),
-            (branch | dict(batch_size=4), "batch_size was 8, is 4"),
-            (branch | dict(warmup=0.5), "warmup was 0.25, is 0.5"),
-            (branch | dict(min_lr_ratio=0.0), "min_lr_ratio was 0.1, is 0.0")):
+            (branch | dict(warmup=0.5), "warmup was 0.25, is 0.5")):
         refused_here(data, begun, words, **changes)
     assert saved_steps(begun)[-1] == 8 and not saved_steps(tmp_path / "child")
 
@@ -313,12 +306,6 @@ def test_what_may_change_bits_is_said(data, run, tmp_path, capsys):
     (run / "launches.jsonl").write_text('{"cut')
     run_here(data, run, micro_batch_size=2)
     assert "bits can differ" not in capsys.readouterr().out and len(losses(run)) == 12
-
-
-def test_an_update_that_is_not_finite_is_not_saved(data, tmp_path):
-    done = train(data, tmp_path, expect=2, learning_rate=3e38, warmup=0)
-    assert "step 0: the update left weights or moments that are not finite" in done.stderr
-    assert saved_steps(tmp_path) == [0]
 
 
 def test_a_run_that_cannot_go_on_does_not_begin_again(data, run, capsys):
@@ -335,11 +322,11 @@ def test_a_run_that_cannot_go_on_does_not_begin_again(data, run, capsys):
 def test_a_run_or_branch_that_nothing_explains_is_refused(data, run, tmp_path):
     manifest = run / "step8/manifest.json"
     whole = manifest.read_text()
-    for name in ("model.safetensors", "training.json", "optimizer/moments.safetensors"):
-        manifest.write_text(json.dumps({file: entry for file, entry in json.loads(whole).items()
-                                        if file != name}))
-        refused_here(data, tmp_path / "child", f"step8/{name}: damaged, its SHA-256",
-                     branch_from=run / "step8")
+    entries = json.loads(whole)
+    del entries["optimizer/moments.safetensors"]
+    manifest.write_text(json.dumps(entries))
+    refused_here(data, tmp_path / "child", "step8/optimizer/moments.safetensors: damaged",
+                 branch_from=run / "step8")
     manifest.write_text(whole)
     shutil.rmtree(tmp_path / "child")
     (run / "config.json").unlink()
@@ -352,15 +339,8 @@ def test_a_run_or_branch_that_nothing_explains_is_refused(data, run, tmp_path):
 
 
 def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp_path, parent):
-    gc.collect()
-    gc.disable()
-    try:
-        run_here(data, tmp_path / "child", branch_from=parent / "step6", intervention="term_drop",
-                 terms="e,t,a", intervention_from=7, twin=True, activation_checkpointing=True)
-        # The first run's blocks lie in cycles of references, which Python frees when it likes.
-        assert sum(type(thing) is Block for thing in gc.get_objects()) <= SHAPE["n_layers"]
-    finally:
-        gc.enable()
+    run_here(data, tmp_path / "child", branch_from=parent / "step6", intervention="term_drop",
+             terms="e,t,a", intervention_from=7, twin=True, activation_checkpointing=True)
     child, whole = losses(tmp_path / "child"), losses(parent)
     assert_same_bits(parent, tmp_path / "child_twin", start=6)
     # Every changed row is noted under its own step, although the next batch is read before.
@@ -416,25 +396,6 @@ def test_replayed_batches_are_those_that_the_parent_saw(data, tmp_path, parent):
     assert [row[0] for row in child] == list(range(6, 12)) and child[:2] == twin[:2]
 
 
-def test_a_signal_ends_a_replay_at_once(data, tmp_path, parent, monkeypatch):
-    """Nothing but the replay is lost: the same command begins it again."""
-    settings = dict(branch_from=published(parent, 6, tmp_path), warm_moments=6)
-    whole, cut, read = tmp_path / "whole", tmp_path / "cut", OrderedData.batch
-
-    def batch(self, step, *arguments, **settings):
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return read(self, step, *arguments, **settings)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{128 + signal.SIGTERM}"):
-        patch.setattr(OrderedData, "batch", batch)
-        run_here(data, cut, **settings)
-    assert losses(cut) == [] and saved_steps(cut) == []
-    for folder in (whole, cut):
-        run_here(data, folder, **settings)
-    assert_same_bits(whole, cut)
-
-
 # ---------------------------------------------------------------------------- looked into
 
 
@@ -475,15 +436,11 @@ def test_a_step_makes_the_host_wait_in_float16_alone(data, tmp_path, monkeypatch
 
 @pytest.fixture
 def float16(monkeypatch):
-    """float16 on a CPU, which main would not choose."""
     monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
 
 
 def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch, float16):
-    """Training begins at a scale at which gradients overflow.
-
-    A branch without moments, which --state_every took, keeps its place in the schedule.
-    """
+    """A branch without moments, which --state_every took, keeps its place in the schedule."""
     def overflowing(enabled):
         scaler = LossScaler(enabled)
         scaler.state["scale"] = 2.0**26
@@ -511,7 +468,7 @@ def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch
 
 
 def test_endless_overflow_stops_with_advice(data, tmp_path, float16):
-    """Weights that overflow float16 in the forward pass: no step is taken, until the scale is 1."""
+    """Weights overflow float16 in the forward pass: no step is taken, until the scale is 1."""
     run_here(data, tmp_path / "run", steps=40, stop_at=1)
     source = published(tmp_path / "run", 0, tmp_path / "published")
     weights = load_file(source / "model.safetensors")
