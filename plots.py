@@ -377,25 +377,22 @@ def term_frequency(options):
 
 
 def memorization(folder, output):
-    """Draw matched lengths by subset over training, and counts per window against a Poisson's.
+    """Draw matched lengths over training, and counts per window against a Poisson's.
 
     folder: where `analyse` of studies/memorization.py wrote rates.csv and windows.csv.
     """
     rates, windows = (read_csv(os.path.join(folder, name)) for name in ("rates.csv", "windows.csv"))
     models = sorted({row["model"] for row in rates}, key=natural)
-    subsets = sorted({row["subset"] for row in rates} - {"all"}, key=natural)
     figure, axes = grid(2 * len(models), len(models), 4 + 2 / len(models), 3.75, sharey="row")
     for model, top, bottom in zip(models, axes, axes[len(models):]):
-        for subset, colour in ({"all": "black"} | shades(subsets)).items():
-            curve = in_order(rates, rows="seen", model=model, subset=subset)
-            if curve:
-                top.errorbar(*numbers(curve, "step", "mean_length", "stderr"), marker="o",
-                             label=subset, color=colour)
+        for which, colour in (("seen", "black"), ("not seen yet", "grey")):
+            curve = in_order(rates, rows=which, model=model)
+            top.plot(*numbers(curve, "step", "mean_length"), marker="o", color=colour, label=which)
         top.set(title=model, xlabel="step")
         quantiles(bottom, in_order(windows, model=model))
     axes[0].set(ylabel="tokens right before the first miss")
     axes[len(models)].set(ylabel="memorized rows of a window")
-    axes[len(models) - 1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0].legend()
     return finish(figure, output)
 
 

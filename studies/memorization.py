@@ -17,10 +17,8 @@ an H100 25,157 that miss at once, a 410m 2,152 (`python bench.py memorization`, 
 146,432,000 rows take 9 to 35 days a checkpoint on the cores, --rows=0:1000000 1.5 to 6 hours; with
 the 12B at least 1.1e20 FLOPs, 7.6e11 for a row that misses at once.
 
-OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss. With
---generate=True NAME_stepN_generated.npy is the original's score times l: how many of the l are
-right when the model goes on from its own output (predictable-memorization/eval_memorization.py).
-A model is known by its folder's name alone. `analyse` makes tables of them:
+OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss.
+`analyse` makes tables of them, in which a model has its folder's name:
 
 poisson.csv, the primary outcome, is of the counts per window: their dispersion (variance over mean,
 1 for a Poisson process) and trend. `p` is against a Poisson process of one rate, as the paper asks.
@@ -29,10 +27,8 @@ rows were shuffled, so rows of unequal rates are binomial with the mean rate, of
 share. So read `p` only where the `share` memorized is under 4 %. And where repeated passages are
 what is memorized, where a repeat stands says nothing on when it was learnt.
 
-rates.csv is by subset, of rows seen before the checkpoint and of those after it, a control in a
-corpus that does not repeat itself; intervals are over passages, as copies are not independent.
-early.csv: of what a checkpoint has memorized, how much has the last one (precision), and how much
-of the last one's had it (recall)?
+rates.csv is of the rows seen before the checkpoint and of those not seen yet, a control in a corpus
+that does not repeat itself. windows.csv says how many windows have how many memorized rows.
 
 Does a row's place in training matter for what is learnt of it? Most rows come once and are never
 memorized, so their losses are asked, less those of a run that had them in another order:
@@ -55,14 +51,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from batch_viewer import Provenance
 from config import check, command, read_json, replacing
-from data import Order, load_npy, order_of, ordered, span
+from data import load_npy, order_of, ordered, span
 from eval import find_all
 from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes, leave_processes
-from studies.results import (Checkpoints, open_results, permutation_p, regression, student_p,
+from studies.results import (Checkpoints, expecting, open_results, permutation_p, student_p,
                              write_csv, write_table)
 
 UNKNOWN = 255  # in a .npy that is being made
@@ -102,12 +97,6 @@ def matched_lengths(model, rows, context, stages=(1, 4, 16)):
     return lengths
 
 
-def generated_matches(model, rows, context):
-    """Return how many tokens behind the first `context` equal what the model generates, (n,)."""
-    out = model.generate(rows[:, :context], rows.shape[1] - context, temperature=0)
-    return (out[:, context:] == rows[:, context:]).sum(1)
-
-
 # ---------------------------------------------------------------------------- score
 
 
@@ -116,10 +105,9 @@ class Score(Checkpoints):
     model: str  # run folder, or checkpoint folders named stepN, with commas
     output: str  # folder of the results
     data: str | None = None  # PREFIX; None: what the run was trained on
-    rows: str = "all"  # of the training order, first:last+1; all: as many as the order has
+    rows: str = ""  # of the training order, first:last+1; default: all
     context: int = 32  # k
     continuation: int = 32  # l
-    generate: bool = False  # also the score of the model's own generation
     batch: int = 256  # rows at a time
 
     def __post_init__(self):
@@ -140,31 +128,32 @@ def score(options):
     if width > data.seq_length + 1:
         raise ValueError(f"context + continuation = {width}, but a row has {data.seq_length + 1} "
                          "tokens")
-    numbers = range(len(data))
-    if options.rows != "all":
-        numbers = span("rows", options.rows, len(data))
+    numbers = span("rows", options.rows or f"0:{len(data)}", len(data))
     open_results(f"{options.output}/memorization.json", {
         "first_row": numbers[0], "last_row": numbers[-1], "context": options.context,
         "continuation": options.continuation, "order": asdict(order)})
-    kinds = {"": matched_lengths} | ({"_generated": generated_matches} if options.generate else {})
     for name, step, _, folder in folders:
-        model = None
-        for kind, act in kinds.items():
-            path = f"{options.output}/{name}_step{step}{kind}.npy"
-            if os.path.exists(path):  # it is only once every process is through with it
-                continue
-            model = model or checkpoints.load_model(folder, processes.device)
-            processes.together(lambda: begin(f"{path}.partial", len(numbers)), first_alone=True)
-            results = np.load(f"{path}.partial", mmap_mode="r+")  # all processes write to it
-            score_rows(lambda rows: act(model, rows, options.context), data, width, results,
-                       numbers, options.batch, processes)
-            results.flush()
-            processes.gather(None)  # wait for all
-            if processes.rank == 0:
-                os.replace(f"{path}.partial", path)
-                whole = np.mean(results == options.continuation)
-                print(f"{path}: {len(results):,} rows, {whole:.3%} of which whole, "
-                      f"{np.mean(results):.3f} of {options.continuation} tokens right on average")
+        path = f"{options.output}/{name}_step{step}.npy"
+        if os.path.exists(path):  # it is only once every process is through with it
+            continue
+        model = checkpoints.load_model(folder, processes.device)
+        processes.together(lambda: begin(f"{path}.partial", len(numbers)), first_alone=True)
+        results = np.load(f"{path}.partial", mmap_mode="r+")  # all processes write to it
+        mine = range(processes.rank * options.batch, len(numbers),
+                     processes.count * options.batch)
+        for start in tqdm(mine, unit=f"{options.batch} rows", disable=processes.rank > 0 or None):
+            here = slice(start, start + options.batch)
+            if UNKNOWN in results[here]:
+                rows = torch.from_numpy(data.rows(numbers[here])[:, :width].astype(np.int64))
+                lengths = matched_lengths(model, rows.to(processes.device), options.context)
+                results[here] = lengths.cpu().numpy()
+        results.flush()
+        processes.gather(None)  # wait for all
+        if processes.rank == 0:
+            os.replace(f"{path}.partial", path)
+            print(f"{path}: {len(results):,} rows, {np.mean(results == options.continuation):.3%} "
+                  f"of which whole, {np.mean(results):.3f} of {options.continuation} tokens right "
+                  "on average")
     leave_processes()
 
 
@@ -174,20 +163,8 @@ def begin(partial, n):
             np.save(file, np.full(n, UNKNOWN, dtype=np.uint8))
 
 
-def score_rows(act, data, width, results, numbers, batch, processes):
-    """Fill `results` where it is UNKNOWN with what act says of the first tokens of these rows.
-
-    The processes take blocks of `batch` rows in turn.
-    """
-    mine = range(processes.rank * batch, len(numbers), processes.count * batch)
-    for start in tqdm(mine, unit=f"{batch} rows", disable=processes.rank > 0 or None):
-        here = slice(start, start + batch)
-        if UNKNOWN in results[here]:
-            tokens = torch.from_numpy(data.rows(numbers[here])[:, :width].astype(np.int64))
-            results[here] = act(tokens.to(processes.device)).cpu().numpy()
-
-
 # ---------------------------------------------------------------------------- analyse
+
 
 @dataclass(frozen=True)
 class Analyse:
@@ -200,81 +177,41 @@ class Analyse:
 
 
 def analyse(options):
-    """Print and write rates by subset, tests of counts per window, and how early predicts late."""
-    folder, window, runs = Path(options.results), options.window, {}
-    settings = read_json(folder / "memorization.json")
+    """Print and write how many rows are memorized, and the tests of counts per window."""
+    folder, window, files = Path(options.results), options.window, []
     for path in folder.glob("*_step*.npy"):
         name, _, step = path.stem.rpartition("_step")
         if step.isdigit():
-            runs.setdefault(name, {})[int(step)] = load_npy(path)
-    if not runs:
+            files.append((name, int(step), path))
+    if not files:
         raise ValueError(f"{folder}: no NAME_stepN.npy there; `score` makes them")
-    order, length = Order(**settings["order"]), settings["continuation"]
-    rows = np.arange(settings["first_row"], settings["last_row"] + 1)
-    subsets = describe_rows(ordered(order), rows, settings["context"] + length)
-    by_subset, tests, early, windows = [], [], [], []
-    for run, by_step in sorted(runs.items()):
-        last = by_step[max(by_step)] == length
-        for step, lengths in sorted(by_step.items()):
-            memorized, seen = lengths == length, rows < step * order.batch_size
-            by_subset += [(run, step, *row) for row in rates(lengths, memorized, seen, *subsets)]
-            counts = window_counts(memorized[seen], window)
-            mean = counts.mean() if len(counts) else None
-            share = mean / window if len(counts) else None
-            tests += [(run, step, window, len(counts), mean, share, test, *found)
-                      for test, found in poisson_tests(counts, window).items()]
-            windows += [(run, step, window, count, int((counts == count).sum()))
-                        for count in np.unique(counts).tolist() or [None]]
-            ours, its = int(memorized[seen].sum()), int(last[seen].sum())
-            both = int((memorized & last)[seen].sum())
-            early.append((run, step, ours, its, both, both / ours if ours else None,
-                          both / its if its else None))
-    for name, columns, found in (
-            ("rates", "subset rows n passages memorized rate mean_length stderr low high",
-             by_subset),
-            ("poisson", "window n mean share test statistic p permutation_p", tests),
-            ("early", "memorized memorized_last both precision recall", early)):
-        write_table(folder / f"{name}.csv", ("model", "step", *columns.split()), found)
+    settings, rates, tests, windows = read_json(folder / "memorization.json"), [], [], []
+    with expecting(folder / "memorization.json", "written by `score`"):
+        first, whole = int(settings["first_row"]), int(settings["continuation"])
+        batch_size = int(settings["order"]["batch_size"])
+    for name, step, path in sorted(files):
+        lengths, n_seen = load_npy(path), max(0, step * batch_size - first)
+        for which, part in (("seen", lengths[:n_seen]), ("not seen yet", lengths[n_seen:])):
+            if len(part):
+                memorized = part == whole
+                rates.append((name, step, which, len(part), int(memorized.sum()),
+                              float(memorized.mean()), float(part.mean())))
+        counts = window_counts(lengths[:n_seen] == whole, window)
+        mean = counts.mean() if len(counts) else None
+        share = mean / window if len(counts) else None
+        tests += [(name, step, window, len(counts), mean, share, test, *found)
+                  for test, found in poisson_tests(counts, window).items()]
+        windows += [(name, step, window, count, int((counts == count).sum()))
+                    for count in np.unique(counts).tolist() or [None]]
+    write_table(folder / "rates.csv", (
+        "model", "step", "rows", "n", "memorized", "share", "mean_length"), rates)
+    write_table(folder / "poisson.csv", (
+        "model", "step", "window", "n", "mean", "share", "test", "statistic", "p",
+        "permutation_p"), tests)
     write_csv(folder / "windows.csv", ("model", "step", "window", "memorized", "windows"), windows)
     if options.plot:
         import plots
         plots.memorization(folder, options.plot)
-
-
-def describe_rows(data, rows, width):
-    """Return (subsets' names, subset (n,), passage (n,)) of rows, by the document they begin in.
-
-    Rows whose first `width` tokens are of several are a subset, and each is a passage of its own.
-    Else a passage is all documents of one subset and one length: copies are equally long. (Others
-    may be too, which makes the standard error a little large.)
-    """
-    provenance, names, subset = Provenance(data), ["unnamed"], 0
-    if not provenance.known:
-        return names, np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
-    doc_idx, sample_idx, shuffle_idx = provenance.data.order
-    first, start = sample_idx[shuffle_idx[rows]].T
-    documents = doc_idx[first]
-    sizes = provenance.data.tokens.sizes[documents].astype(np.int64)
-    if provenance.table is not None:
-        names = provenance.subsets
-        subset = provenance.table["subset"][documents].astype(np.int64)
-    whole = start + width <= sizes
-    codes = np.where(whole, subset, len(names))
-    passages = np.where(whole, codes << 32 | sizes, -1 - rows)
-    return [*names, "several documents"], codes, np.unique(passages, return_inverse=True)[1]
-
-
-def rates(lengths, memorized, seen, names, codes, passages):
-    """Yield rows of rates.csv: of all and of each subset, before and after the checkpoint."""
-    for which, chosen in (("seen", seen), ("after this checkpoint", ~seen)):
-        for code, subset in enumerate(["all", *names], -1):
-            mine = chosen & ((codes == code) | (code < 0))
-            if mine.any():
-                [mean] = regression(lengths[None, mine].astype(np.float64),
-                                    documents=passages[mine])
-                yield (subset, which, int(mine.sum()), len(np.unique(passages[mine])),
-                       int(memorized[mine].sum()), float(memorized[mine].mean()), mean.value,
-                       mean.stderr, mean.low, mean.high)
 
 
 def window_counts(memorized, window):
@@ -327,24 +264,26 @@ def position(options):
     """Test whether the place in training decides what is learnt of a row or planted document."""
     prefix = options.losses.removesuffix(".npy")
     what, values = read_json(f"{prefix}.json"), load_npy(f"{prefix}.npy")
-    last = {name: i for i, (name, _) in enumerate(what["checkpoints"])}
+    groups = {}  # name: which of the texts are of it
+    with expecting(f"{prefix}.json", "written by `eval.py losses`"):
+        last = {name: i for i, (name, _) in enumerate(what["checkpoints"])}
+        if "text" in what:  # the plan of planted documents
+            plan = read_plan(what["text"])
+            place = np.array([np.mean(entry["steps"] or np.nan) for entry in plan])
+            names = np.array([str(entry.get("group", "")) for entry in plan])
+            groups = {name: names == name for name in np.unique(names)}
+        else:
+            place = np.arange(*what["rows"])
     if missing := {options.model, options.reference} - last.keys():
         raise ValueError(f"{prefix}.json: no {', '.join(missing)} among {', '.join(last)}")
     gain = np.nanmean(values[last[options.reference]] - values[last[options.model]], axis=1)
-    if "order" in what:
-        place, data = np.arange(*what["rows"]), ordered(Order(**what["order"]))
-        names, codes, _ = describe_rows(data, place, 1)
-        groups = np.array(names)[codes]
-    else:  # the plan of planted documents
-        plan = read_plan(what["text"])
-        place = np.array([np.mean(entry["steps"] or np.nan) for entry in plan])
-        groups = np.array([entry.get("group", "") for entry in plan])
-    tests = [(options.model, options.reference, group, int(mine.sum()), *found)
-             for group in ["all", *np.unique(groups)]
-             for mine in [np.isfinite(place) & ((groups == group) | (group == "all"))]
-             for found in position_test(place[mine], gain[mine])]
+    rows = []
+    for name, mine in ({"all": np.isfinite(place)} | groups).items():
+        mine = mine & np.isfinite(place)  # what never came has no place
+        rows += [(options.model, options.reference, name, int(mine.sum()), *found)
+                 for found in position_test(place[mine], gain[mine])]
     write_table(options.output, ("model", "reference", "subset", "n", "term", "value", "stderr",
-                                 "p", "permutation_p"), tests)
+                                 "p", "permutation_p"), rows)
 
 
 def position_test(place, values, draws=999):

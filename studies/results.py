@@ -8,8 +8,9 @@ their own, as where each seed gives the documents other doses).
 import csv
 import io
 import math
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,37 +32,43 @@ def tokenizer_of(folders, named):
     return load_tokenizer(paths[0])
 
 
-def open_results(path, settings, remedy="name another --output"):
-    """Write the settings of a results folder, or raise ValueError naming what differs there."""
-    path = Path(path)
-    if not path.exists():
+@contextmanager
+def expecting(path, what):
+    """Raise ValueError saying that `path` is not `what` if reading it goes wrong in this block."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+
+
+def open_results(path, settings):
+    """Write the settings of a results folder, or raise ValueError if it was begun with others."""
+    if not os.path.exists(path):
         write_json(path, settings)
-        return
     before = read_json(path)
-    differences = [f"{name} was {str(before.get(name)):.200}, is {str(value):.200}"
-                   for name, value in settings.items() if str(before.get(name)) != str(value)]
-    if differences:
-        raise ValueError(f"{path.parent} holds other results: {'; '.join(differences)}; {remedy}")
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(f"{path}: {name} was {before.get(name)}, is {value}; name another "
+                             "folder for other results")
 
 
 def write_csv(path, header, rows):
-    """Write a CSV: floats to 6 digits, None as an empty cell."""
+    """Write a CSV, floats to 6 digits, None as an empty cell; return its cells as texts."""
+    cells = [["" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
+              for cell in row] for row in (header, *rows)]
     text = io.StringIO()
-    lines = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row]
-             for row in (header, *rows)]
-    csv.writer(text, lineterminator="\n").writerows(lines)
+    csv.writer(text, lineterminator="\n").writerows(cells)
     with replacing(path) as file:
         file.write(text.getvalue().encode())
+    return cells
 
 
 def write_table(path, header, rows):
-    """Write a CSV and print it, numbers short."""
-    write_csv(path, header, rows)
-    short = [["" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else
-              f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *short)]
+    """Write a CSV and print it in columns."""
+    cells = write_csv(path, header, rows)
+    widths = [max(map(len, column)) for column in zip(*cells)]
     print(f"\n{path}")
-    for row in [header, *short]:
+    for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 

@@ -91,7 +91,7 @@ def prepare(options):
     data, tokenizer = Path(options.data), f"--tokenizer={options.tokenizer}"
     command(options, "-m", "studies.corpus", "tokenizer", f"--output={options.tokenizer}")
     open_results(data / "suite.json", {name: getattr(options, name) for name in (
-        "steps", "seeds", "scale")}, "name another --data and --output")
+        "steps", "seeds", "scale")})
     if not (data / "prose.idx").exists():
         command(options, "-m", "studies.corpus", "suite", f"--output={data}", tokenizer,
                 f"--steps={options.steps}", f"--batch_size={BATCH}", f"--seeds={options.seeds}",

@@ -275,8 +275,7 @@ def evaluate(options):
     tokenizer = tokenizer_of([folder for *_, folder in folders], options.tokenizer)
     device = Processes(options.device).device
     open_results(results / "asked.json", {
-        "x1": options.x1, "x2": options.x2, "questions": digest(read_questions(options.questions))},
-        "name another --results")
+        "x1": options.x1, "x2": options.x2, "questions": digest(read_questions(options.questions))})
     for name, step, tokens, folder in folders:
         model = None
         for (task, shots), asked in prompts.items():

@@ -143,7 +143,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
                          for out in ("out", "out_again"))
         assert (first == second).all()
 
-    with pytest.raises(ValueError, match="docs was .* name another --output"):
+    with pytest.raises(ValueError, match="docs was .* name another folder"):
         measure(replace(options, docs=f"{docs}/."))
     # A published pair is two checkpoint folders: its name is the model's, not the step's.
     at = lambda step: f"{child}/step{step}:{child}_twin/step{step}"

@@ -170,16 +170,13 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
 
 
 def test_memorization_shows_lengths_and_counts_against_a_poissons(tmp_path):
-    (tmp_path / "rates.csv").write_text("model,step,subset,rows,mean_length,stderr\n" + "".join(
-        f"m,{step},{subset},{rows},{step + n},0.5\n" for step in (4, 2)
-        for n, subset in enumerate(("all", "once")) for rows in ("seen", "after this checkpoint")))
+    (tmp_path / "rates.csv").write_text("model,step,rows,mean_length\n" + "".join(
+        f"m,{step},{rows},{step + n}\n" for step in (4, 2)
+        for n, rows in enumerate(("seen", "not seen yet"))))
     (tmp_path / "windows.csv").write_text(  # of the last step and the first window, four counts
         "model,step,window,memorized,windows\nm,2,64,9,9\nm,4,64,0,2\nm,4,64,3,2\nm,4,32,9,9\n")
     top, bottom = plots.memorization(tmp_path, tmp_path / "m.png").axes
-    for n, (line, _, bars) in enumerate(top.containers):
-        assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [2 + n, 4 + n])
-        assert bars[0].get_segments()[0].tolist() == [[2, 1.5 + n], [2, 2.5 + n]]
-    assert [bar.get_label() for bar in top.containers] == ["all", "once"]
+    assert contents(top) == {"seen": ([2, 4], [2, 4]), "not seen yet": ([2, 4], [3, 5])}
     points, diagonal = bottom.lines  # of rate 1.5, P(0) = 0.22, P(<= 1) = 0.56, P(<= 2) = 0.81
     assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1, 2, 3], [0, 0, 3, 3])
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 3]

@@ -131,7 +131,7 @@ def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
 
     ask_with("Bob " * 40)  # more than the model's window
     assert "1 of 2 prompts are longer than the model's 64 tokens" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="questions was .*; name another --results"):
+    with pytest.raises(ValueError, match="questions was .*; name another folder"):
         ask_with("Bert")
 
 
@@ -239,7 +239,7 @@ def test_counts_of_other_data_are_refused(corpus, tmp_path):
     with pytest.raises(ValueError, match="step 99 is beyond --steps=8"):
         count(Count(**options, at="99"))
     count(Count(**options, at="8"))
-    with pytest.raises(ValueError, match="seed was 1234, is 1; name another --output"):
+    with pytest.raises(ValueError, match="seed was 1234, is 1; name another folder"):
         count(Count(**options, seed=1, at="8"))
     with pytest.raises(ValueError, match="at was .0, 8., is .0, 1, 8."):
         count(Count(**options, at="1,8"))
