@@ -34,21 +34,9 @@ def test_rows_become_curves_and_the_later_row_wins(files):
 
 
 @pytest.mark.parametrize("name, parameters", [
-    ("pythia-70m", 70e6), ("pythia-1.4b-deduped", 1.4e9), ("pythia-1b-bf16", 1e9),
-    ("Pythia-12B", 12e9), ("mini", 0), ("standard_d64_seed2", 64)])
+    ("pythia-1.4b-deduped", 1.4e9), ("Pythia-12B", 12e9), ("mini", 0), ("standard_d64_seed2", 64)])
 def test_a_name_tells_the_size(name, parameters):
     assert plots.name_parts(name)[0] == parameters
-
-
-def test_published_sizes_look_the_same_in_every_figure_and_no_two_models_alike():
-    few = plots.looks(["pythia-70m", "pythia-12b"], str)
-    many = plots.looks(["pythia-14m", "pythia-70m", "pythia-70m-deduped", "pythia-70m-seed1",
-                        "pythia-12b", "mini", "small_d64", "small_d64_seed2", "small_d128"], str)
-    assert few["pythia-70m"] == many["pythia-70m"] and few["pythia-12b"][0] == "1.0"
-    assert len(set(many.values())) == 9
-    seeds = plots.looks([f"run_d64_seed{i}" for i in range(9)], str)
-    colours, lines = map(set, zip(*seeds.values()))
-    assert (len(colours), len(lines)) == (1, 9)
 
 
 def contents(axes):
@@ -74,21 +62,6 @@ def test_curves_show_our_models_before_the_published_ones(files):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "mine-14m", "mine-70m", "published"]
     assert figure.get_suptitle() == "ours: v0.4"
-
-
-def test_a_band_stays_above_zero_on_a_log_axis_only(files):
-    panels = ("crows_pairs_english", "likelihood_diff"), ("lambada_openai", "perplexity")
-    (files / "r.csv").write_text(RESULTS.splitlines(True)[0] + "".join(
-        f"m-70m,{tokens},{tokens},{task},0,{metric},4.0,5.0,9,v0.4,float32,abc\n"
-        for tokens in (1 << 23, 1 << 24) for task, metric in panels))
-    figure = plots.curves(plots.Curves(
-        f"{files}/r.csv", metrics="likelihood_diff,perplexity", output=f"{files}/c.png"))
-    bottom = lambda axes: axes.collections[0].get_paths()[0].vertices[:, 1].min()
-    lowest = [(axes.get_yscale(), axes.get_ylabel(), bottom(axes)) for axes in figure.axes]
-    assert lowest == [("linear", "difference of log-likelihoods (nats)", -1.0),
-                      ("log", "perplexity per word", 0.4)]
-    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert labels and all(labels)  # less than a decade has some, too
 
 
 def test_what_is_not_a_number_is_a_gap(files):
@@ -137,23 +110,6 @@ def test_the_paper_s_figures(files):
                                   "pythia-1.4b-deduped-intervention_7": ([143000 << 21], [swapped])}
 
 
-def test_a_group_stands_for_its_members_unless_they_are_named():
-    curves = {(task, shots, "acc"): {} for task, shots in (
-        ("mmlu", 0), ("mmlu_stem", 0), ("mmlu_anatomy", 0), ("mmlu_anatomy", 5), ("piqa", 0))}
-    panels = plots.choose_panels(curves, None, None)
-    assert [panel[:2] for panel in panels] == [
-        ("mmlu", 0), ("mmlu_anatomy", 5), ("mmlu_stem", 0), ("piqa", 0)]
-    assert len(plots.choose_panels(curves, "mmlu_anatomy", None)) == 2
-
-
-def test_a_spreadsheet_s_csv_is_read_and_a_binary_file_named(files):
-    (files / "bom.csv").write_text(RESULTS, encoding="utf-8-sig")
-    assert plots.read_csv(files / "bom.csv") == plots.read_csv(files / "r.csv")
-    (files / "bom.csv").write_bytes(b"\x89PNG\n\xff")
-    with pytest.raises(ValueError, match="bom.csv, line 2: .* is no row of a CSV file"):
-        plots.read_csv(files / "bom.csv")
-
-
 def test_training_shows_the_loss_and_each_subset(tmp_path):
     (tmp_path / "mini").mkdir()
     (tmp_path / "mini/metrics.csv").write_text("step,tokens,loss\n0,0,9\n1,64,8\n2,128,nan\n")
@@ -200,8 +156,6 @@ def test_differences_have_their_intervals(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=piqua"], "no main metric of piqua; there are acc of piqa, bits_per_byte of heldout"),
     (["--metrics=accuracy"], "the results have no accuracy of any task; there are acc of piqa"),
-    (["--tasks=piqa,heldout", "--metrics=acc"], "the results have no acc of heldout; there are"),
-    (["--results=plots.py"], "plots.py, line 3: "),
-    (["--results=/nowhere.csv"], "/nowhere.csv: no such file")])
+    (["--results=plots.py"], "plots.py, line 3: ")])
 def test_a_mistake_is_one_line(files, refused, flags, words):
     assert words in refused("plots.py", "curves", f"--results={files}/r.csv", *flags)

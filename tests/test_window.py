@@ -4,13 +4,11 @@ import base64
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 from test_data import random_documents, write
 
 from data import Order
@@ -34,8 +32,7 @@ def write_losses(prefix, what, checkpoints, tokenizer=None):
 
 def write_texts(folder, documents, tokenizer, runs=("a",), steps=range(3)):
     """Write FOLDER/a.npy and .json, losses of these texts."""
-    (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n"
-                                            for text in documents))
+    write_jsonl(folder / "t.jsonl", [{"text": text} for text in documents])
     what = {"text": f"{folder}/t.jsonl", "documents": [None] * len(documents)}
     return write_losses(folder / "a", what, [[run, str(step)] for run in runs for step in steps],
                         tokenizer)
@@ -92,40 +89,14 @@ def test_rows_of_the_order_say_when_they_were_seen_and_files_stand_beside(tmp_pa
         window(Window(f"{tmp_path}/one.npy,{tmp_path}/one.npy", output=f"{tmp_path}/w.html"))
 
 
-def test_64_rows_at_154_checkpoints_are_under_2_mb_and_more_say_so(tmp_path, tokenizer):
-    tokens = tokenizer.encode((ROOT / "README.md").read_text())
-    documents = [tokenizer.decode(tokens[i:i + 126]) for i in range(0, 64 * 20, 20)]
-    losses = write_texts(tmp_path, documents, tokenizer, steps=range(154))
-    assert losses.shape[1] == 64 and losses.shape[2] >= 126
-    options = dict(tokenizer=str(tokenizer.path), output=f"{tmp_path}/w.html")
-    window(Window(f"{tmp_path}/a.npy", **options))
-    assert (tmp_path / "w.html").stat().st_size < 2_000_000
-    (tmp_path / "more").mkdir()  # another file, for read_jsonl remembers
-    write_texts(tmp_path / "more", documents + TEXTS[:1] * 16, tokenizer, steps=range(154))
-    with pytest.raises(ValueError, match="2.. MB, at most 2; choose fewer rows, as --rows=0:16, or "
-                                         "checkpoints, as --every=4"):
-        window(Window(f"{tmp_path}/more/a.npy", **options))
-    window(Window(f"{tmp_path}/more/a.npy", every=4, **options))
-    assert (tmp_path / "w.html").stat().st_size < 700_000
-
-
-def test_files_that_do_not_fit_are_one_line(tmp_path, tokenizer):
+def test_files_that_do_not_fit_are_one_line(tmp_path, tokenizer, refused):
     losses = write_texts(tmp_path, TEXTS, tokenizer)
-    settings = Window(f"{tmp_path}/a.npy", tokenizer=str(tokenizer.path))
     what = json.loads((tmp_path / "a.json").read_text())
-
-    def refused(words):
-        with pytest.raises(ValueError, match=words):
-            window(settings)
-
-    np.save(tmp_path / "a.npy", losses[:2])
-    refused("a.npy: .*, expected . checkpoints of .4, ")
-    (tmp_path / "a.json").write_text(json.dumps(what | {"sha256": "0"}))
-    refused("a.npy: losses of other tokens than .* changed, or are of another tokenizer")
-    (tmp_path / "a.json").write_text('{"sha256": "0"}')
-    refused("a.json: not written by `eval.py losses`")
-    (tmp_path / "a.json").unlink()
-    done = subprocess.run([sys.executable, "plots.py", "window", f"--losses={tmp_path}/a.npy",
-                           f"--tokenizer={tokenizer.path}"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and done.stderr == f"{tmp_path}/a.json: no such file\n"
+    for values, note, words in (
+            (losses[:2], what, ", expected . checkpoints of .4, "),
+            (losses, what | {"sha256": "0"}, "a.npy: losses of other tokens than"),
+            (losses, {"sha256": "0"}, "a.json: not written by `eval.py losses`")):
+        np.save(tmp_path / "a.npy", values)
+        (tmp_path / "a.json").write_text(json.dumps(note))
+        assert re.search(words, refused("plots.py", "window", f"--losses={tmp_path}/a.npy",
+                                        f"--tokenizer={tokenizer.path}"))
