@@ -7,12 +7,12 @@ trained on from the same checkpoint without the intervention. A parent that was 
 is that twin itself, bit for bit.
 
     python -m studies.gender_bias branch --parents=RUN/step400,RUN2/step400 --output=BRANCHES
-    python -m studies.gender_bias measure --branches=BRANCHES --docs=DOCS --output=OUT
+    python -m studies.gender_bias measure --pairs=CHILD:TWIN,CHILD2:TWIN2 --docs=DOCS --output=OUT
     python -m studies.gender_bias compare --results=OUT --plot=OUT/gender_bias.png
 
-Parents are runs of several seeds of one size: `compare` takes all pairs of a folder for seeds, so
-one folder a size. --intervention=pronouns_as_pushed shows what the code that was pushed to gpt-neox
-does: nothing. What is measured, of each item in the folders that DOCS has:
+Parents are runs of several seeds of one size; `branch` prints their --pairs. `compare` takes all
+pairs of a folder for seeds, so one folder a size. --intervention=pronouns_as_pushed shows what the
+code that was pushed to gpt-neox does: nothing. What is measured, of each item in DOCS' folders:
 
     heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
     winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
@@ -43,6 +43,7 @@ at 40 % of their peak, not measured) 3.6 hours for the 70M, 4 days for the 1.4B,
 measure one checkpoint of a 70M takes a minute and a half of two CPU cores.
 """
 
+import itertools
 import math
 import re
 import subprocess
@@ -54,13 +55,14 @@ import numpy as np
 import torch
 
 import checkpoints
+import plots
 from config import command, read_json, replacing
 from data import load_npy
 from eval import find_all, loglikelihood, loglikelihood_rolling
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
-from studies.results import (Checkpoints, holm, open_results, regression, tokenizer_of,
-                             write_table)
+from studies.results import (Checkpoints, expecting, holm, open_results, regression,
+                             tokenizer_of, write_table)
 from tasks import read_jsonl
 from train import TrainConfig
 from verify import launches
@@ -164,31 +166,27 @@ class Branch:
     parents: str  # RUN/stepN with commas, one a seed
     output: str  # folder of the branches and their twins
     intervention: str = "pronouns_to_feminine"
-    checkpoint_every: int | None = None  # None: as the parent
 
 
 def branch(options):
     """Train each parent on with the intervention, and without unless it has ended; goes on."""
-    # Not the parent's own are where it is, where it began, and where it was told to pause.
-    names = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig)
-             for field in fields(schema)} - {
-        "out_dir", "branch_from", "twin", "warm_moments", "stop_at"}
+    known = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig)
+             for field in fields(schema)} | {"intervention", "intervention_from"}
+    pairs = []
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
         settings = read_json(run / "config.json")
-        settings |= launches(run)[-1]
-        if options.checkpoint_every:
-            settings["checkpoint_every"] = options.checkpoint_every
-        child = Path(options.output) / f"{run.name}_{options.intervention}"
-        ended = (run / f"step{settings['steps']}").is_dir()
-        done = subprocess.run([
-            sys.executable, "train.py",
-            *(f"--{name}={settings[name]}" for name in sorted(names & set(settings))),
-            f"--branch_from={parent}", f"--out_dir={child}", f"--twin={not ended}",
-            f"--intervention={options.intervention}", f"--intervention_from={begin}"])
+        ended = (run / f"step{settings.get('steps')}").is_dir()
+        child = f"{options.output}/{run.name}_{options.intervention}"
+        settings |= launches(run)[-1] | {
+            "branch_from": parent, "out_dir": child, "twin": not ended, "stop_at": None,
+            "warm_moments": 0, "intervention": options.intervention, "intervention_from": begin}
+        done = subprocess.run([sys.executable, "train.py", *(
+            f"--{name}={value}" for name, value in settings.items() if name in known)])
         if done.returncode:
             sys.exit(done.returncode)
-        print(f"{child}, whose twin is {run if ended else f'{child}_twin'}")
+        pairs.append(f"{child}:{run if ended else f'{child}_twin'}")
+    print(f"--pairs={','.join(pairs)}")
 
 
 # ---------------------------------------------------------------------------- measure
@@ -198,8 +196,7 @@ def branch(options):
 class Measure(Checkpoints):
     docs: str  # folder of heldout, winogender, winobias, crows_pairs, or some
     output: str  # folder of the results, one a size
-    branches: str = ""  # folder that branch wrote: X beside X_twin, or beside its parent
-    pairs: str = ""  # or CHILD:TWIN with commas, run or checkpoint folders
+    pairs: str  # CHILD:TWIN with commas, run or checkpoint folders
     tokenizer: str | None = None  # None: the models' own, else 20B_tokenizer.json
 
 
@@ -210,58 +207,44 @@ def measure(options):
     is regressed on.
     """
     docs, device = Path(options.docs), Processes(options.device).device
-    todo = {}  # results' path without the measure: checkpoint folder
-    for child, twin in pairs_of(options):
+    todo = {}  # folder of the results, step: the child's checkpoint, its twin's
+    for pair in options.pairs.split(","):
+        with expecting(pair, "CHILD:TWIN"):
+            child, twin = pair.split(":")
         control = {step: folder for _, step, _, folder in find_all(twin, options.steps)}
-        both = [entry for entry in find_all(child, options.steps) if entry[1] in control]
-        if not both:
-            raise ValueError(f"{child} and {twin} have no step in common")
-        for name, step, _, folder in both:
-            for side, its in (("branch", folder), ("twin", control[step])):
-                path = f"{options.output}/{name}/{side}_step{step or 0}"
-                if todo.setdefault(path, its) != its:
-                    raise ValueError(f"{todo[path]} and {its} would both be {path}; rename a "
-                                     "folder, or name another --output for one of them")
-    tokenizer = tokenizer_of(todo.values(), options.tokenizer)
+        for name, step, _, folder in find_all(child, options.steps):
+            place = Path(options.output) / name, step or 0
+            if place in todo:
+                raise ValueError(f"two children are called {name} step {step}; rename a folder")
+            if step in control:
+                todo[place] = folder, control[step]
+    if not todo:
+        raise ValueError(f"{options.pairs}: no child and twin have a step in common")
+    tokenizer = tokenizer_of(itertools.chain(*todo.values()), options.tokenizer)
     names = [name for name, (_, folder, _) in MEASURES.items() if (docs / folder).is_dir()]
     if not names:
         raise ValueError(f"{docs}: none of heldout, winogender, winobias, crows_pairs is there")
-    open_results(Path(options.output) / "measure.json", {
-        name: getattr(options, name) for name in ("docs", "branches", "pairs")})
-    for path, checkpoint in todo.items():
-        missing = [name for name in names if not Path(f"{path}_{name}.npy").exists()]
-        model = checkpoints.load_model(checkpoint, device) if missing else None
-        for name in missing:
-            with replacing(f"{path}_{name}.npy") as file:
-                np.save(file, ask(name, model, tokenizer, docs))
-        print(f"{path}: {', '.join(names)}", flush=True)
+    open_results(Path(options.output) / "measure.json", {"docs": options.docs})
+    for (output, step), both in todo.items():
+        for side, folder in zip(("branch", "twin"), both):
+            model = None
+            for name in names:
+                path = output / f"{side}_step{step}_{name}.npy"
+                if not path.exists():
+                    model = model or checkpoints.load_model(folder, device)
+                    with replacing(path) as file:
+                        np.save(file, ask(name, model, tokenizer, docs))
+            print(f"{output}/{side}_step{step}: {', '.join(names)}", flush=True)
 
 
 def ask(name, model, tokenizer, docs):
     """Return a measure's three lists as an array, or raise ValueError naming the folder."""
     function, folder, _ = MEASURES[name]
-    try:
+    with expecting(docs / folder, f"documents of the measure {name} as distributed"):
         values, documents, x = function(model, tokenizer, docs / folder)
         if not values:
             raise ValueError("there are none")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{docs / folder}: documents of the measure {name} are not as distributed "
-                         f"({type(error).__name__}: {error})") from None
     return np.array([values, np.unique(documents, return_inverse=True)[1], x])
-
-
-def pairs_of(options):
-    """Return [[child, twin]] of --pairs, or of the branches in a folder."""
-    pairs = [pair.split(":") for pair in options.pairs.split(",") if pair]
-    for path in [] if pairs else sorted(Path(options.branches).glob("*/config.json")):
-        child, parent = str(path.parent), read_json(path).get("branch_from")
-        if parent and not child.endswith("_twin"):
-            twin = Path(f"{child}_twin")
-            pairs.append([child, str(twin if twin.is_dir() else Path(parent).parent)])
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"branches = {options.branches!r}, pairs = {options.pairs!r}: "
-                         "no branch and no CHILD:TWIN there")
-    return pairs
 
 
 # ---------------------------------------------------------------------------- compare
@@ -281,29 +264,23 @@ def compare(options):
         files.setdefault((int(step), name), []).append(path)
     if not files:
         raise ValueError(f"{folder}: no PAIR/branch_stepN_MEASURE.npy there; `measure` makes them")
-    n = len({path.parent for paths in files.values() for path in paths})
-    over = "documents and seeds" if n > 1 else "documents of one pair"
     for (step, name), paths in sorted(files.items()):
-        if len(paths) < n:
-            raise ValueError(f"{folder}: {name} at step {step} is there for {len(paths)} of {n} "
-                             "pairs; run `measure` again")
         twins = [path.with_name(path.name.replace("branch", "twin")) for path in paths]
         _, documents, x = load_npy(paths[0])
         branch, twin = (np.array([load_npy(path)[0] for path in side]) for side in (paths, twins))
         *ends, change = (regression(part, x if x.any() else None, documents)
                          for part in (twin, branch, branch - twin))
         for what, before, after, found in zip(MEASURES[name][2], *ends, change):
-            rows.append([name + what, step, n, len(np.unique(documents)), len(x), before.value,
-                         after.value, found.value, found.low, found.high, found.p, over])
+            rows.append([name + what, step, len(paths), len(np.unique(documents)), len(x),
+                         before.value, after.value, found.value, found.low, found.high, found.p])
     for step in {row[1] for row in rows}:
         rest = [row for row in rows if row[1] == step and row[0] != "heldout context"]
-        for row, p in zip(rest, holm([row[-2] for row in rest])):
-            row[-2] = p
+        for row, p in zip(rest, holm([row[-1] for row in rest])):
+            row[-1] = p
     write_table(folder / "gender_bias.csv", (
         "measure", "step", "seeds", "documents", "items", "twin", "branch", "difference", "low",
-        "high", "p", "over"), rows)
+        "high", "p"), rows)
     if options.plot:
-        import plots
         plots.differences(folder / "gender_bias.csv", options.plot)
 
 

@@ -51,6 +51,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+import plots
 from config import check, command, read_json, replacing
 from data import load_npy, order_of, ordered, span
 from eval import find_all
@@ -210,7 +211,6 @@ def analyse(options):
         "permutation_p"), tests)
     write_csv(folder / "windows.csv", ("model", "step", "window", "memorized", "windows"), windows)
     if options.plot:
-        import plots
         plots.memorization(folder, options.plot)
 
 

@@ -108,7 +108,7 @@ def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
         row = rows[measure_]
         assert float(row["difference"]) == pytest.approx(value, abs=0.02)
         assert float(row["low"]) < float(row["difference"]) < float(row["high"])
-        assert (row["seeds"], row["documents"], row["over"]) == ("2", "20", "documents and seeds")
+        assert (row["seeds"], row["documents"]) == ("2", "20")
     assert float(rows["winogender bias"]["p"]) > 0.05 > float(rows["heldout context"]["p"])
 
 
@@ -118,11 +118,13 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
     flags = f"--data={tmp_path}/d", f"--out_dir={tmp_path}/seed1"
     train(*flags, "--stop_at=2")
+    capsys.readouterr()
     branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/branches"))
     child = tmp_path / "branches" / "seed1_pronouns_to_feminine"
-    options = Measure(str(docs), f"{tmp_path}/out", f"{tmp_path}/branches", steps="last",
+    pairs = capsys.readouterr().out.strip().removeprefix("--pairs=")
+    assert pairs == f"{child}:{child}_twin"
+    options = Measure(str(docs), f"{tmp_path}/out", pairs, steps="last",
                       tokenizer=str(tokenizer_path))
-    capsys.readouterr()
     measure(options)
     assert "twin_step8: heldout, winogender, winobias, crows_gender, cost\n" in (
         capsys.readouterr().out)
@@ -131,13 +133,15 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     assert set(rows) == {name + what for name, (*_, whats) in MEASURES.items()
                          for what in whats}
     assert float(rows["heldout shift"]["difference"]) > 0  # taught to say she
-    assert rows["heldout shift"]["step"] == "8" and rows["cost"]["over"] == "documents of one pair"
+    assert rows["heldout shift"]["step"] == "8"
     assert {row["step"] for row in table(child / "interventions.csv")} == set("234567")
 
     train(*flags)  # the parent's own continuation is the twin, which need not be trained
     branch(Branch(f"{tmp_path}/seed1/step2", f"{tmp_path}/again"))
     assert [path.name for path in (tmp_path / "again").iterdir()] == [child.name]
-    measure(replace(options, branches=f"{tmp_path}/again", output=f"{tmp_path}/out_again"))
+    pairs = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("--pairs=")
+    assert pairs == f"{tmp_path}/again/{child.name}:{tmp_path}/seed1"
+    measure(replace(options, pairs=pairs, output=f"{tmp_path}/out_again"))
     for name in ("branch_step8_heldout", "twin_step8_heldout", "twin_step8_cost"):
         first, second = (np.load(tmp_path / out / child.name / f"{name}.npy")
                          for out in ("out", "out_again"))
@@ -147,26 +151,20 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
         measure(replace(options, docs=f"{docs}/."))
     # A published pair is two checkpoint folders: its name is the model's, not the step's.
     at = lambda step: f"{child}/step{step}:{child}_twin/step{step}"
-    pairs = replace(options, branches="", pairs=f"{at(4)},{at(8)}", output=f"{tmp_path}/pairs")
+    pairs = replace(options, pairs=f"{at(4)},{at(8)}", output=f"{tmp_path}/pairs")
     measure(pairs)
     assert {path.name for path in (tmp_path / "pairs" / child.name).glob("*_cost.npy")} == {
         f"{side}_step{step}_cost.npy" for side in ("branch", "twin") for step in (4, 8)}
     other = f"{tmp_path}/again/{child.name}/step8:{child}_twin/step8"
-    with pytest.raises(ValueError, match=f"would both be .*{child.name}/branch_step8; rename"):
+    with pytest.raises(ValueError, match=f"two children are called {child.name} step 8; rename"):
         measure(replace(pairs, pairs=f"{at(8)},{other}"))
     write_jsonl(tmp_path / "docs/heldout/test.jsonl", [])
-    with pytest.raises(ValueError, match="docs/heldout: documents of the measure heldout are not"):
+    with pytest.raises(ValueError, match="docs/heldout: not documents of the measure heldout"):
         measure(replace(options, docs=f"{tmp_path}/docs", output=f"{tmp_path}/out2"))
 
 
-def test_no_interval_where_a_pair_is_missing(tmp_path):
-    for pair in ("seed1", "seed2"):
-        (tmp_path / pair).mkdir()
-        for side, step in (("branch", 4), ("twin", 4), ("branch", 8), ("twin", 8)):
-            np.save(tmp_path / pair / f"{side}_step{step}_cost.npy", np.zeros((3, 3)))
-    (tmp_path / "seed2" / "twin_step8_cost.npy").unlink()  # `measure` was stopped
-    with pytest.raises(ValueError, match="seed2/twin_step8_cost.npy: no such file"):
-        compare(Compare(str(tmp_path)))
-    (tmp_path / "seed2" / "branch_step8_cost.npy").unlink()
-    with pytest.raises(ValueError, match="cost at step 8 is there for 1 of 2 pairs; run `measure`"):
+def test_a_twin_that_is_missing_is_named(tmp_path):
+    (tmp_path / "seed1").mkdir()
+    np.save(tmp_path / "seed1/branch_step8_cost.npy", np.zeros((3, 3)))  # `measure` was stopped
+    with pytest.raises(ValueError, match="seed1/twin_step8_cost.npy: no such file"):
         compare(Compare(str(tmp_path)))
