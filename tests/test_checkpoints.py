@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import checkpoints
-from checkpoints import (Import, List, checkpoint_steps, import_, list_, load_training, open_file,
-                         save, saved_steps, write_file)
+from checkpoints import (List, checkpoint_steps, list_, load_training, open_file, save,
+                         saved_steps, write_file)
 from model import ModelConfig, Pythia, hf_config, hf_name
 from train import TrainConfig, make_optimizer
 
@@ -81,18 +81,6 @@ def test_huggingface_hub_loads_a_checkpoint_as_it_lies(tmp_path, trained, monkey
         assert torch.equal(theirs.get_parameter(hf_name(name)), parameter), name
 
 
-def test_an_export_says_how_it_was_trained(tmp_path, trained):
-    (tmp_path / "mini").mkdir()
-    save(tmp_path / "mini", 2, *trained, STATE)
-    (tmp_path / "mini/config.json").write_text('{"learning_rate": 0.001, "out_dir": "secret"}')
-    import_(Import(str(tmp_path / "mini/step2"), str(tmp_path / "out"), tokenizer=None))
-    card = (tmp_path / "out/README.md").read_text()
-    for row in ("# mini step2", "| hidden_size | 32 |", "| hidden_act | gelu_pytorch_tanh |",
-                "| step | 2 |", "| tokens | 128 |", "| learning_rate | 0.001 |"):
-        assert row in card.splitlines(), card
-    assert "secret" not in card and saved_steps(tmp_path / "mini") == [2]
-
-
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer/moments.safetensors",
                                   "training.json"])
 def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, trained, file):
@@ -107,10 +95,8 @@ def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, traine
 
 @pytest.mark.parametrize("notes, words", [
     (STATE | {"updates": "7"}, "is not what a run saves at step 2"),
-    (STATE | {"scaler": 3}, "is not what a run saves"), (STATE | {"step": 1}, "was step2 copied"),
-    ('{"step": ' + "9" * 5000, "not JSON"), (" " * 17_000_000, "at most 16,777,216"),
-    (os.mkfifo, "not a regular file"),
-    (lambda path: path.symlink_to("/dev/zero"), "not a regular file")])
+    (STATE | {"step": 1}, "was step2 copied"), ('{"step": ' + "9" * 5000, "not JSON"),
+    (" " * 17_000_000, "at most 16,777,216"), (os.mkfifo, "not a regular file")])
 def test_training_json_that_no_run_has_saved(tmp_path, trained, capsys, notes, words):
     save(tmp_path, 2, *trained, STATE)
     path = tmp_path / "step2/training.json"
@@ -170,16 +156,14 @@ def test_safetensors_of_every_dtype_are_read_and_written(tmp_path):
     assert same(open_file(tmp_path / "x"), tensors)
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+def entry(dtype="F32", shape=(2,)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [0, 8]}
 
 
 @pytest.mark.parametrize("header, data", [
-    (b"[1]", b""), (b"\xff{}", b""), ({"a": 3}, b""), ({"a": entry("F31")}, bytes(8)),
-    ({"a": entry(shape=(3,))}, bytes(8)), ({"a": entry(shape=(1 << 60,))}, bytes(8)),
-    ({"a": entry(), "b": entry()}, bytes(8)), ({"a": entry(offsets=(4, 12))}, bytes(12)),
-    ({"a": entry()}, bytes(9)), ({"a": entry()}, bytes(7)), ({"a\n\x1b[31mb": entry()}, bytes(8)),
-    (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"")])
+    (b"[1]", b""), ({"a": entry("F31")}, bytes(8)), ({"a": entry(shape=(1 << 60,))}, bytes(8)),
+    ({"a": entry(), "b": entry()}, bytes(8)), ({"a": entry()}, bytes(9)),
+    ({"a\n\x1b[31mb": entry()}, bytes(8)), (b'{"a":' * 5000 + b"1" + b"}" * 5000, b"")])
 def test_a_file_that_lies_is_named(tmp_path, header, data):
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + data)
@@ -189,7 +173,6 @@ def test_a_file_that_lies_is_named(tmp_path, header, data):
 def test_what_is_no_file_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in refused(tmp_path / "pipe")
-    assert "not a regular file" in refused(tmp_path)
     assert "no such file" in refused(tmp_path / "none")
 
 
@@ -213,9 +196,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.parametrize("value, words", [
     ([torch.ones(2)], "'list' object"), ({"a": 3}, "'int' object"),
-    ({3: torch.ones(2)}, "'int' object"),
     ({"a": torch.ones(1).expand(1 << 40)}, "'a' is not a plain tensor"),
-    ({"a": torch.ones(2, 3).T}, "not a plain"), ({"a": torch.ones(2).to_sparse()}, "'a' is not")])
+    ({"a": torch.ones(2).to_sparse()}, "'a' is not")])
 def test_what_is_no_state_dict_is_named(tmp_path, value, words):
     torch.save(value, tmp_path / "x.bin")
     assert words in refused(tmp_path / "x.bin")

@@ -113,9 +113,10 @@ def test_blocked_loss_is_cross_entropy_with_its_exact_gradients(N, D, V, spread,
 
 @pytest.mark.parametrize("fused", [None, losses_and_gradient])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocked_loss_is_the_plain_one_whatever_computes_it(fused, dtype):
-    hidden, weight = (torch.randn(600, 64, requires_grad=True),  # two blocks
-                      torch.randn(500, 64, requires_grad=True))
+@pytest.mark.parametrize("spread", [1, 30])
+def test_blocked_loss_is_the_plain_one_whatever_computes_it(fused, dtype, spread):
+    hidden = torch.randn(600, 64, requires_grad=True)  # two blocks
+    weight = (spread * torch.randn(500, 64)).requires_grad_()
     targets = torch.randint(500, (600,))
     targets[::7] = -1
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -130,19 +131,6 @@ def test_blocked_loss_is_the_plain_one_whatever_computes_it(fused, dtype):
         assert ours.dtype == torch.float32  # bfloat16 has 8 bits: 2 % of the largest gradient
         largest = float(theirs.abs().max())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=(1e-5 if exact else 0.02) * largest)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 40), st.integers(2, 300), st.sampled_from([0.1, 1.0, 100.0]))
-def test_the_fused_loss_is_cross_entropy_with_its_gradient(n, V, spread):
-    generator = torch.Generator().manual_seed(n * V)
-    logits = (spread * torch.randn(n, V, generator=generator)).requires_grad_()
-    target = torch.randint(V, (n, 1), generator=generator)
-    expected = F.cross_entropy(logits, target[:, 0], reduction="none")
-    gradient, = torch.autograd.grad(expected.sum(), logits)
-    losses, ours = losses_and_gradient(logits.detach(), target)
-    torch.testing.assert_close(losses[:, 0], expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SHAPES)
@@ -211,8 +199,7 @@ def test_generation_leaves_out_padding_and_ended_rows():
 
 
 def test_the_impossible_is_refused():
-    for changes, words in ((dict(n_heads=3), "not a multiple"), (dict(n_heads=8), "rotary"),
-                           (dict(gelu="relu"), "gelu"), (dict(init="zeros"), "init")):
+    for changes, words in ((dict(n_heads=3), "not a multiple"), (dict(gelu="relu"), "gelu")):
         with pytest.raises(ValueError, match=words):
             ModelConfig(**dict(n_layers=1, d_model=32, n_heads=2) | changes)
     with pytest.raises(ValueError, match="10 tokens and 7 new ones, but seq_length is 16"):
