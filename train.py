@@ -23,7 +23,6 @@ The run folder explains itself:
     log.txt            what was printed
     metrics.csv        one line a step; its digest is SHA-256 of the digest before and of the step's
                        token ids, rate, loss scale, loss and gradient norm
-    heldout.csv        the loss on the held-out batches, of checkpoint `step`
     interventions.csv  the rows that an intervention changed
     stepN/             a checkpoint: checkpoints.py
 
@@ -87,9 +86,6 @@ class TrainConfig:
     log_every: int = 10  # steps between printed lines; metrics.csv has every step
     async_save: bool = False  # train on while a checkpoint is written, from a copy in host memory
     stop_at: int | None = None  # save and stop after this step; without it the command goes on
-    heldout: str | None = None  # PREFIX of a token file, for the loss every heldout_every steps
-    heldout_every: int = 1000
-    heldout_batches: int = 1  # of batch_size sequences
     branch_from: str | None = None  # RUN/stepN: begin with its weights, moments, place in the order
     warm_moments: int = 0  # if it has weights only: Adam's moments from the K batches before it
     twin: bool = False  # then train the same without its intervention too, in OUT_DIR_twin
@@ -98,7 +94,7 @@ class TrainConfig:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype = {self.dtype!r}, expected float32, bfloat16 or float16")
         check(self, "at least 1", lambda value: value >= 1, "steps", "batch_size", "stop_at",
-              "checkpoint_every", "state_every", "log_every", "heldout_every", "heldout_batches")
+              "checkpoint_every", "state_every", "log_every")
         check(self, "at least 0", lambda value: value >= 0, "weight_decay", "warm_moments")
         check(self, "more than 0", lambda value: value > 0, "learning_rate", "eps", "clip_norm")
         check(self, "0 to 1", lambda value: 0 <= value <= 1,
@@ -214,16 +210,6 @@ class Training:
         largest = torch._foreach_norm([t for t in tensors if t.numel()], math.inf)
         return bool(torch.stack(largest).isfinite().all())
 
-    @torch.no_grad()
-    def mean_loss(self, batches, processes):
-        """Return the mean loss over all processes' micro-batches, which are of one size."""
-        loss = torch.stack([self.loss(rows) for rows in batches]).mean()
-        if hasattr(self.wrapped, "reshard"):
-            # Without a backward pass FSDP leaves its root gathered, and model.parameters() would
-            # not be those that the optimizer has.
-            self.wrapped.reshard()
-        return processes.mean(loss)
-
 
 # ---------------------------------------------------------------------------- where a run starts
 
@@ -261,10 +247,10 @@ class Batches:
         return torch.from_numpy(batch), getattr(self.data, "changed", []), row_digests(batch)
 
 
-def identity(model_config, config, intervention, launch, order, unseen):
+def identity(model_config, config, intervention, launch, order):
     """Return what decides a run's numbers: every setting, and what its files hold.
 
-    order: its OrderedData; unseen: the held-out Batches, or None.
+    order: its OrderedData.
     """
     settings = asdict(model_config) | asdict(config) | asdict(intervention) | {
         "branch_from": config.branch_from and str(Path(config.branch_from)),  # without a last slash
@@ -274,9 +260,6 @@ def identity(model_config, config, intervention, launch, order, unseen):
     if config.exact_sums:  # then these alone decide how its sums round
         settings |= {name: getattr(launch, name)
                      for name in ("micro_batch_size", "threads", "compile")}
-    if unseen:
-        return settings | {"heldout_sha256": fingerprint(unseen.data.tokens.paths())}
-    del settings["heldout_batches"]  # a run may begin to measure later
     return settings
 
 
@@ -376,10 +359,9 @@ def rebuild_moments(training, batches, first, source, start, log, interrupt):
 # ---------------------------------------------------------------------------- what a run leaves
 
 # What may lie elsewhere on another node, if it holds the same there.
-PATHS = ("data", "heldout", "tokenizer", "planted")
+PATHS = ("data", "tokenizer", "planted")
 # What may differ when a run goes on: it does not decide what is computed.
-MAY_CHANGE = {*PATHS, "out_dir", "log_every", "async_save", "state_every", "stop_at",
-              "heldout_every", "twin"}
+MAY_CHANGE = {*PATHS, "out_dir", "log_every", "async_save", "state_every", "stop_at", "twin"}
 # What a branch shares with its parent: model, order of the data, schedule. The highest rate may
 # differ, since a run that overflows is advised to branch with a lower one.
 SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
@@ -476,8 +458,6 @@ class Log:
             self.recent.extend(filter(math.isfinite, losses))  # a float16 overflow's may be nan
             if intervention.intervention:
                 self.table("interventions", {"step": COUNT, "row": COUNT}, start)
-            if config.heldout:  # checkpoint `start` has been measured already
-                self.table("heldout", {"step": COUNT, "tokens": COUNT, "loss": NUMBER}, start + 1)
         self.restart_clock()
 
     def table(self, name, columns, stop):
@@ -553,11 +533,6 @@ class Log:
                  f"| norm {norm:.2f} | {seconds:.2f} s | {count} tok/s "
                  f"| mfu {'-' if math.isnan(peak) else f'{speed / peak:.1%}'} | {left} left")
 
-    def heldout(self, step, loss):
-        self.write("heldout", step, step * self.tokens_per_step, loss)
-        self.say(f"step {step:6}/{self.config.steps} | held-out loss {loss:.4f}")
-        self.restart_clock()
-
 
 # ---------------------------------------------------------------------------- the run
 
@@ -584,14 +559,10 @@ def train(model_config, config, intervention, launch, processes, interrupt):
     """Take the steps that the run folder does not have yet; leave there what comes of them."""
     # Data, run folder, checkpoint to begin from: a mistake ends here, before any computing.
     batches = Batches(model_config, config, launch, processes)
-    order, unseen, heldout = batches.data, None, []
-    if config.heldout:  # as of a short run on other data
-        short = replace(config, data=config.heldout, steps=config.heldout_batches)
-        unseen = Batches(model_config, short, launch, processes)
-        heldout = [rows for step in range(short.steps) for rows in unseen.read(step)[0]]
+    order = batches.data
     tokenizer = processes.together(lambda: load_tokenizer(config.tokenizer))
     settings = processes.together(
-        lambda: identity(model_config, config, intervention, launch, order, unseen))
+        lambda: identity(model_config, config, intervention, launch, order))
     processes.agree({name: value for name, value in settings.items() if name not in PATHS})
     seen = order
     if intervention.intervention:
@@ -643,9 +614,6 @@ def train(model_config, config, intervention, launch, processes, interrupt):
         stop = processes.any(interrupt.signal)
         if step % config.log_every == 0 or last or stop:
             log.report(*log.flush(), peak)
-        if heldout and ((step + 1) % config.heldout_every == 0 or last):
-            log.flush()  # the time of the evaluation is not the steps'
-            log.heldout(step + 1, training.mean_loss(heldout, processes))
         if step + 1 in schedule or last or stop:
             save(training, step + 1, step + 1 in schedule, log)
         if stop:
@@ -673,7 +641,7 @@ def main(model_config, config, intervention, launch, options, proof=None):
         return plan(model_config, config, launch, options, len(schedule))
     if config.out_dir is None:
         fail("missing: --out_dir, the run folder (--help explains every setting)")
-    check(config, "a name", bool, "data", "out_dir", "heldout", "branch_from")  # --data=$UNSET
+    check(config, "a name", bool, "data", "out_dir", "branch_from")  # --data=$UNSET
     if config.exact_sums and (launch.sharding == "fsdp" or launch.threads is None):
         fail("exact_sums = True: expected --sharding=ddp and --threads=N, since the bits of a "
              "matmul depend on the number of threads")

@@ -560,7 +560,7 @@ def repeat_command(argv, schemas, may_change):
     settings = {name: value for name, value in settings.items() if name in known} | {
         name: launch[name] for name in COMPUTED} | {
         "out_dir": f"{run}_{kind}_{place.rpartition('/')[2].replace(':', '_')}",
-        "stop_at": proof.last, "heldout": None, "twin": False}
+        "stop_at": proof.last, "twin": False}
     return [f"--{name}={value}" for name, value in settings.items()] + argv, proof
 
 

@@ -208,12 +208,7 @@ def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_stops(data, tmp_path):
-    """Of the data or of the held-out ones, which are all looked at before the first step."""
-    writer = TokenWriter(tmp_path / "large", "test")
-    writer.append(np.full(400, 600), np.full(1, 400))
-    writer.finish({})
-    for changes in (dict(vocab_size=100), dict(heldout=tmp_path / "large")):
-        refused_here(data, tmp_path / "run", r"/(tokens|large): token \d+ in step 0", **changes)
+    refused_here(data, tmp_path / "run", r"/tokens: token \d+ in step 0", vocab_size=100)
     assert not (tmp_path / "run").exists()
 
 
@@ -241,7 +236,7 @@ def test_a_run_says_where_it_stopped(data, tmp_path):
 @pytest.fixture(scope="module")
 def begun(data, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("begun") / "run"
-    run_here(data, out_dir, heldout=data, stop_at=8)
+    run_here(data, out_dir, stop_at=8)
     return out_dir
 
 
@@ -273,7 +268,7 @@ def exchange_rows(prefix):
 
 def test_processes_of_different_runs_are_refused_and_moved_data_are_not(data, tmp_path):
     moved, other = copy_of(data, tmp_path / "a"), copy_of(data, tmp_path / "b", flip_one)
-    for flag, different in (("learning_rate=0.02", "learning_rate"), (f"heldout={data}", "heldout"),
+    for flag, different in (("learning_rate=0.02", "learning_rate"),
                             (f"data={other}", "data_sha256"), (f"data={moved}", None)):
         done = Launched(command(data, tmp_path / "run", steps=1), 2, rank_1=[f"--{flag}"]).finish()
         assert done.returncode == (2 if different else 0), done.stderr
@@ -289,8 +284,6 @@ def test_another_run_is_refused_in_a_folder_and_as_a_branch(data, begun, tmp_pat
     for changes, words in (
             (dict(learning_rate=0.5), "learning_rate was 0.01, is 0.5"),
             (dict(data=flipped), "data_sha256 was"), (dict(data=exchanged), "order_sha256 was"),
-            (dict(heldout=data, heldout_batches=2), "heldout_batches was"),
-            (dict(heldout=flipped), "heldout_sha256 was"),
             (dict(data=flipped, check_data=True), "the data changed since they were tokenized"),
             (branch | dict(data=exchanged), "order_sha256 was"),
             (branch | dict(gelu="erf", steps=13), "gelu was 'tanh', is 'erf'.*steps was 12, is 13"),
