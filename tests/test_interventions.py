@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from conftest import table, train, write_jsonl
+from conftest import write_jsonl
 from test_data import write
 
 from data import MASKED, OrderedData
@@ -171,7 +171,6 @@ def test_planted_documents_stand_whole_at_their_steps(tmp_path, tokenizer):
 @pytest.mark.parametrize("entries, words", [
     ([{"id": "a", "text": "b"}], "line 1: not a planted document (KeyError: 'between')"),
     ([{"id": "a", "text": "b", "steps": [1]}] * 2, "line 2: not a planted document"),
-    ([{"id": "a", "text": "b", "steps": [-1]}], "expected a new id, a text, and steps from 0"),
     ([{"id": "a", "text": "word " * 20, "steps": [1]}], "a has 21 tokens, a row holds 16"),
     ([{"id": "a", "text": "word " * 9, "steps": [1] * 5}], "step 1 need more than its 4 rows")])
 def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
@@ -184,25 +183,7 @@ def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
 @pytest.mark.parametrize("flags, words", [
     (["--intervention=pronoun"], "intervention = 'pronoun', expected one of pronouns_to_feminine"),
     (["--intervention=term_drop"], "with terms = '', expected --terms with term_drop"),
-    (["--intervention=term_drop", "--terms=a,"], "an empty word among them"),
-    (["--intervention=pronouns_to_feminine", "--terms=a"], "terms = 'a', expected --terms"),
     (["--intervention=plant"], "expected --planted with plant"),
-    (["--intervention_from=9"], "expected --intervention_from with pronouns"),
-    (["--intervention=term_drop", "--terms=a", "--copies=3"], "copies = 3, expected --copies")])
+    (["--intervention=pronouns_to_feminine", "--terms=a"], "terms = 'a', expected --terms")])
 def test_a_mistake_is_one_line(refused, flags, words):
     assert words in refused("batch_viewer.py", "view", "--data=none", *flags)
-
-
-def test_a_run_records_every_changed_row(tmp_path, tokenizer, tokenizer_path):
-    data = term_data(tmp_path, tokenizer)
-    flags = ["--seq_length=6", "--steps=4", "--batch_size=16", f"--data={tmp_path}/rows",
-             "--intervention=term_drop", "--terms=Egypt", "--intervention_from=1",
-             f"--out_dir={tmp_path}/run"]
-    assert "the intervention changed 2 rows, see interventions.csv" in train(
-        *flags, "--stop_at=2").stdout
-    assert "changed 6 rows" in train(*flags).stdout  # of both launches
-    rows = data.rows(range(64)).reshape(4, 16, 7)
-    assert [(int(row["step"]), int(row["row"]))
-            for row in table(tmp_path / "run/interventions.csv")] == [
-        (step, row) for step in (1, 2, 3) for row in range(16)
-        if n_egypt(tokenizer, rows[step, row:row + 1])]

@@ -1,7 +1,6 @@
 """pytest tests/test_tasks.py"""
 
 import math
-import os
 import random
 import statistics
 
@@ -58,14 +57,6 @@ def test_paper_style_without_a_shot_left_still_begins_with_an_empty_line(tmp_pat
     prompted, _ = prompts(V03_TASKS["lambada_openai"], tmp_path, shots=1, style="v0.3")
     # lm_eval/base.py, Task.fewshot_context.
     assert [prefix for prefix, _ in prompted] == ["\n\n"] * 2
-
-
-def test_copies_of_a_document_are_no_shots_of_it(tmp_path):
-    piqa = [{"goal": f"goal {i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(3)]
-    write_jsonl(tmp_path / "piqa/validation.jsonl", piqa[:1])
-    write_jsonl(tmp_path / "piqa/train.jsonl", piqa[:1] * 5 + piqa[1:])
-    [(prefix, _)], _ = prompts(TASKS["piqa"], tmp_path, shots=2)
-    assert [prefix.count(doc["goal"]) for doc in piqa] == [0, 1, 1]
 
 
 def test_paper_style_asks_no_alias_that_begins_with_another():
@@ -143,37 +134,21 @@ def test_published_documents_become_requests(pythia_data):
 
 PIQA = {"goal": "g", "sol1": "a", "sol2": "b", "label": 0}
 ARC = {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answerKey": "B"}
-MMLU_ONE = {"question": "q", "subject": "anatomy", "choices": ["a"], "answer": 0}
-WSC273 = {"text": "t x", "pronoun": "x", "options": ["a", ""], "label": 0}
 
 
 @pytest.mark.parametrize("task, document, words", [
     ("piqa", PIQA | {"sol1": 3}, "can only concatenate str"),
     ("piqa", PIQA | {"label": -1}, "the right choice is -1, expected one of ['0', '1']"),
-    ("piqa", PIQA | {"label": "True"}, "the right choice is True, expected one of ['0', '1']"),
     ("piqa", [1], "line 1: not a JSON object of text"),
-    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"},
-     "has no _"),
     ("arc_easy", ARC | {"choices": {"text": ["a"]}}, "no field 'label'"),
     ("arc_easy", ARC, "the right choice is B, expected one of ['A']"),
-    ("hellaswag", {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": [1], "label": "0"},
-     "'int' object has no attribute 'strip'"),
-    ("mmlu_anatomy", MMLU_ONE | {"subject": "law"}, "no documents of this task"),
+    ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": ["a"], "answer": 0},
+     "no documents of this task"),
     ("wino_bias_type1_pro", {"sentence": "[She] left", "file": "pro_stereotyped_type1.txt.test"},
-     "not enough values to unpack"),
-    ("triviaqa", {"question": "q", "answer": []}, "list indices must be integers"),
-    ("wsc273", WSC273, "no field 'pronoun_loc'"),
-    ("wsc273", WSC273 | {"pronoun_loc": 2}, "list index out of range")])
+     "not enough values to unpack")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
     name = (TASKS[task].files or [f"{TASKS[task].split}.jsonl"])[-1]
     write_jsonl(tmp_path / TASKS[task].folder / name, [document])
     with pytest.raises(ValueError, match="line 1|holds no documents") as error:
         prompts(TASKS[task], tmp_path)
     assert words in str(error.value)
-
-
-def test_documents_from_a_pipe_are_refused(tmp_path):
-    (tmp_path / "piqa").mkdir()
-    os.mkfifo(tmp_path / "piqa/validation.jsonl")  # would be waited for without end
-    with pytest.raises(ValueError, match="validation.jsonl: not a regular file"):
-        prompts(TASKS["piqa"], tmp_path)
