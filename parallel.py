@@ -277,8 +277,16 @@ def rehearse(training, micro_batch_size, seq_length):
 
 
 def compute_dtype(name, device):
-    """Return the dtype of the matmuls: as named on a GPU, float32 on a CPU, slow at any other."""
-    return getattr(torch, name) if device.type == "cuda" else torch.float32
+    """Return the dtype of the matmuls: the named one, but on a CPU float32 for float16.
+
+    Raises ValueError for bfloat16 on a CPU that cannot multiply its matrices (AMX).
+    """
+    if device.type == "cpu" and name == "float16":
+        return torch.float32
+    if device.type == "cpu" and name == "bfloat16" and not torch.cpu._is_amx_tile_supported():
+        raise ValueError("dtype = 'bfloat16': this CPU has no AMX, where it would be slower than "
+                         "float32; --dtype=float32")
+    return getattr(torch, name)
 
 
 class LossScaler:

@@ -79,7 +79,9 @@ class TrainConfig:
     seed: int = 1234  # of the initialisation
     data_seed: int | None = None  # of the order of the data; default: seed
     exact_sums: bool = False  # equal bits on any number of processes, with --threads=N
-    dtype: str = "float16"  # on a GPU: float32, bfloat16 or float16; a CPU computes in float32
+    # Of the matmuls: float32, bfloat16 or float16. A CPU computes float16's in float32, and without
+    # AMX it refuses bfloat16, the 1B's: there --dtype=float32 has to be given.
+    dtype: str = "float16"
     checkpoint_every: int = 1000  # besides steps 0, 1, 2, 4, ..., 512
     state_every: int | None = None  # keep Adam's moments (2/3 of it) only here and in the newest
     tokenizer: str = "20B_tokenizer.json"  # goes into every checkpoint
@@ -578,7 +580,7 @@ def train(model_config, config, intervention, launch, processes, interrupt):
               checkpoints.chain_of(source)["digest"] if source else checkpoints.FIRST_DIGEST)
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
-            f"process(es) on {processes.device.type}, "
+            f"process(es) on {processes.device.type} in {str(training.dtype)[6:]}, "
             f"{config.batch_size // (launch.micro_batch_size * processes.count)} micro-batch(es) "
             f"of {launch.micro_batch_size}, peak {peak:,.0f} tokens/s"
             + (f"; going on from step {start:,}" if source else ""))
@@ -648,6 +650,7 @@ def main(model_config, config, intervention, launch, options, proof=None):
     processes = Processes(launch.device, threads=launch.threads)
     given = asdict(model_config) | asdict(config) | asdict(intervention) | asdict(launch)
     processes.agree(given | {name: given[name] is not None for name in PATHS})
+    processes.together(lambda: compute_dtype(config.dtype, processes.device))  # or refuse it
     if proof:
         processes.together(lambda: begin_again(config.out_dir, proof), first_alone=True)
     if launch.check_data:  # once a node

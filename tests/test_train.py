@@ -427,6 +427,26 @@ def test_a_step_makes_the_host_wait_in_float16_alone(data, tmp_path, monkeypatch
     assert events[events.index(1) - 1:] == [0, 1, *wait, 2, *wait, 3, *wait, *wait]
 
 
+def test_bfloat16_on_a_cpu_needs_amx_and_float16_is_computed_in_float32(data, tmp_path, monkeypatch,
+                                                                        capsys):
+    half = dict(dtype="bfloat16", device="cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    refused_here(data, tmp_path / "whole", "no AMX.*; --dtype=float32", **half)
+    assert not (tmp_path / "whole").exists()
+    for name in ("float16", "float32"):
+        run_here(data, tmp_path / name, dtype=name, device="cpu")
+        assert "on cpu in float32," in capsys.readouterr().out
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    run_here(data, tmp_path / "whole", **half)
+    assert "on cpu in bfloat16," in capsys.readouterr().out
+    for stop_at in (2, 12):
+        run_here(data, tmp_path / "cut", stop_at=stop_at, **half)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert losses(tmp_path / "float16") == losses(tmp_path / "float32")
+    for ours, wide in zip(losses(tmp_path / "whole"), losses(tmp_path / "float32")):
+        assert ours != wide and ours[1:] == pytest.approx(wide[1:], rel=0.02)
+
+
 @pytest.fixture
 def float16(monkeypatch):
     monkeypatch.setattr(train_module, "compute_dtype", lambda name, device: torch.float16)
