@@ -178,12 +178,3 @@ def test_a_plan_that_cannot_be_is_one_line(tmp_path, tokenizer, entries, words):
     data = OrderedData(tmp_path / "d", 15, 8, 1234)
     with pytest.raises(ValueError, match=re.escape(words)):
         IntervenedData(data, tokenizer, planned(tmp_path / "plan", *entries)).step_rows(1, 4)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--intervention=pronoun"], "intervention = 'pronoun', expected one of pronouns_to_feminine"),
-    (["--intervention=term_drop"], "with terms = '', expected --terms with term_drop"),
-    (["--intervention=plant"], "expected --planted with plant"),
-    (["--intervention=pronouns_to_feminine", "--terms=a"], "terms = 'a', expected --terms")])
-def test_a_mistake_is_one_line(refused, flags, words):
-    assert words in refused("batch_viewer.py", "view", "--data=none", *flags)

@@ -120,11 +120,3 @@ def test_differences_have_their_intervals(tmp_path):
     [(line, _, [bars])] = cost.containers
     assert contents(line) == ([4, 8], [0, 0.5])
     assert [bar.tolist() for bar in bars.get_segments()] == [[[4, -1], [4, 1]], [[8, 0.25], [8, 1]]]
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--tasks=piqua"], "perplexity of piqua; there are acc of piqa, bits_per_byte of heldout"),
-    (["--metrics=accuracy"], "the results have no accuracy of any task; there are acc of piqa"),
-    (["--results=plots.py"], "plots.py, line 3: ")])
-def test_a_mistake_is_one_line(files, refused, flags, words):
-    assert words in refused("plots.py", "curves", f"--results={files}/r.csv", *flags)

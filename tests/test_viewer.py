@@ -88,15 +88,6 @@ def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
     assert masked.any() and np.array_equal(dropped[~masked], saved[:BATCH][~masked])
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["view", "--step=40"], "step = '40', expected a number from 0 to 39 or first:last"),
-    (["view", "--step=5:3"], "step = '5:3'"), (["view", "--rows=0:9"], "rows = '0:9'"),
-    (["find", "--text=a", "--tokens=1"], "find takes one of"),
-    (["find", "--text=a<|endoftext|>"], "which is a token of its own: --tokens=0")])
-def test_a_mistake_is_one_line(corpus, refused, flags, words):
-    assert words in refused("batch_viewer.py", *flags, f"--data={corpus}/d", *FLAGS)
-
-
 def test_saving_never_writes_over_a_file(corpus, refused):
     before = {path: path.read_bytes() for path in corpus.iterdir()}
     for name in ("d.bin", "a.jsonl", "new.bin"):
