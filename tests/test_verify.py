@@ -72,17 +72,15 @@ def test_an_honest_run_has_no_problems(honest, other_seed, verify):
     assert found == {} and "13 checkpoints up to step 128, 0 problems" in text
     # The table against the tensors themselves: means over matrices of sampled distances, cosines.
     line = next(line for line in text.splitlines() if line.split()[0] == "80").split()
-    first, second, third = (load_file(honest / f"step{step}/model.safetensors")
-                            for step in (0, 64, 80))
-    distances, cosines = [], []
-    for name, c in third.items():
-        if c.dim() == 2:
-            distances.append((c - first[name]).norm() / first[name].norm())
-            cosines.append(torch.cosine_similarity(c.flatten(), second[name].flatten(), dim=0))
-    assert float(line[6]) == pytest.approx(float(sum(distances) / len(distances)), rel=0.05)
-    assert float(line[7]) == pytest.approx(float(sum(cosines) / len(cosines)), rel=0.01)
-    whole = sum(tensor.double().square().sum() for tensor in third.values()).sqrt()
-    assert float(line[5]) == pytest.approx(float(whole), abs=6e-4)
+    a, b, c = (load_file(honest / f"step{step}/model.safetensors") for step in (0, 64, 80))
+    matrices = [name for name, tensor in c.items() if tensor.dim() == 2]
+    distances = [float((c[name] - a[name]).norm() / a[name].norm()) for name in matrices]
+    cosines = [float(torch.cosine_similarity(c[name].flatten(), b[name].flatten(), dim=0))
+               for name in matrices]
+    norm = float(sum(tensor.double().square().sum() for tensor in c.values()).sqrt())
+    assert float(line[5]) == pytest.approx(norm, abs=6e-4)
+    assert float(line[6]) == pytest.approx(np.mean(distances), rel=0.05)
+    assert float(line[7]) == pytest.approx(np.mean(cosines), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -234,20 +232,15 @@ def test_the_steps_that_are_expected(run, verify):
     assert "missing 153 scheduled" in verify(run)[1]
 
 
-def test_archives_that_are_damaged_or_none_are_named_and_neither_wait_nor_swell(
-        run, tmp_path, verify):
+def test_archives_that_are_damaged_or_none_are_named_and_do_not_swell(run, tmp_path, verify):
     folder = tmp_path / "pythia/step64"
     folder.mkdir(parents=True)
     shutil.copy(run / "step64/config.json", folder)
     torch.save(load_file(run / "step64/model.safetensors"), folder / "pytorch_model.bin")
     assert verify(folder)[0] == {}
-    data = (folder / "pytorch_model.bin").read_bytes()
-    entry = data.index(b"PK\1\2")
-    for name, place in (("damaged", len(data) // 2), ("encrypted", entry + 8),
-                        ("version", entry + 6), ("method", entry + 10)):
-        changed = bytearray(data)
-        changed[place] ^= 129
-        (folder / f"{name}.bin").write_bytes(changed)
+    data = bytearray((folder / "pytorch_model.bin").read_bytes())
+    data[len(data) // 2] ^= 129
+    (folder / "damaged.bin").write_bytes(data)
     with (zipfile.ZipFile(folder / "bomb.bin", "w", zipfile.ZIP_BZIP2) as archive,
           archive.open("x/data.pkl", "w") as file):
         for _ in range(30):
@@ -258,24 +251,21 @@ def test_archives_that_are_damaged_or_none_are_named_and_neither_wait_nor_swell(
     found, text = verify(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
     assert sorted(line.split(":")[0] for line in found[64]) == [
-        "bomb.bin", "damaged.bin", "encrypted.bin", "method.bin", "pipe.bin", "text.pt",
-        "version.bin"]
+        "bomb.bin", "damaged.bin", "pipe.bin", "text.pt"]
 
 
 def test_diff_measures(run, command):
     def diff(a, b):
         return command("verify.py", "diff", run / f"step{a}", run / f"step{b}")[:2]
 
-    assert diff(64, 64)[0] == 0
     code, text = diff(64, 80)
     a, b = (load_file(run / f"step{step}/model.safetensors")["embed_out.weight"].double()
             for step in (64, 80))
-    name, shape, *numbers = next(
-        line for line in text.splitlines() if line.startswith("embed_out")).split()
+    [line] = [line for line in text.splitlines() if line.startswith("embed_out")]
+    _, shape, *numbers = line.split()
     assert code == 1 and shape == "384x32" and "28 of 28 tensors differ" in text
     expected = ((a - b).abs().max(), (a - b).abs().mean(), (a - b).norm() / b.norm())
-    assert [float(number) for number in numbers] == pytest.approx(
-        [float(x) for x in expected], rel=1e-2)
+    assert list(map(float, numbers)) == pytest.approx(list(map(float, expected)), rel=1e-2)
     code, text = diff(0, 1)  # the first update has learning rate 0
     assert code == 0 and "0 of 28 tensors differ" in text
     (run / "step1/config.json").write_text(json.dumps(hf_config(replace(CONFIG, n_heads=4))))
@@ -298,39 +288,19 @@ def test_list_tells_what_is_there(run, command):
     assert "NOT WHOLE" in lines["16"]
 
 
-def test_what_is_damaged_or_unreadable_is_named_and_the_rest_is_checked(run, command, verify):
-    """The first byte of a process's memory is an I/O error, as a bad sector of a disk is."""
+def test_what_is_damaged_is_named_and_the_rest_is_checked(run, command, verify):
     (run / "step8/training.json").write_text('{"step": 8, "updates": {"a": 1}}')
     (run / "step16/training.json").write_text("[[[[")
-    for step, text in ((32, '{"../../x": {"bytes": 1}, "a": 3}'), (48, "5 {"), (64, "{}"),
-                       (80, json.dumps({"é" * 5000: {"bytes": 0}}))):
+    for step, text in ((32, '{"../../x": {"bytes": 1}, "a": 3}'), (48, "5 {"), (64, "{}")):
         (run / f"step{step}/manifest.json").write_text(text)
-    for step, file in ((2, "training.json"), (4, "config.json")):
-        (run / f"step{step}" / file).unlink()
-        (run / f"step{step}" / file).symlink_to("/proc/self/mem")
     put({112: 128})(run, None)
     found, text = verify(run)
-    assert found.keys() == {2, 4, 8, 16, 32, 48, 64, 80, 128}, text
-    assert "training.json: Input/output error" in found[2]
-    assert "config.json: Input/output error" in found[4]
+    assert found.keys() == {8, 16, 32, 48, 64, 128}, text
     assert "is not what a run saves at step 8" in text and "training.json: not JSON" in text
     assert "manifest.json: not JSON" in text
     assert "model.safetensors: not in the manifest" in found[64]
-    assert f"{'é' * 50}: File name too long" in found[80]
     code, text, _ = command("checkpoints.py", "list", run)
-    assert code == 0 and text.count("NOT WHOLE") == 8 and "training.json: not JSON" in text
-
-
-def test_a_users_mistakes_are_one_line(tmp_path, refused):
-    (tmp_path / "run/step1").mkdir(parents=True)
-    (tmp_path / "run/config.json").write_text('{"steps": 9999999, "checkpoint_every": 1}')
-    for wrong, words in (("verify.py verify", "missing: --folders"),
-                         ("verify.py verify nowhere", "nowhere: neither a run"),
-                         (f"verify.py verify {tmp_path}/run", "config.json: steps"),
-                         (f"verify.py verify {tmp_path}", "told apart"),
-                         ("verify.py diff a b", "a: no checkpoint"),
-                         ("checkpoints.py list nowhere", "nowhere: no step0")):
-        assert words in refused(*wrong.split())
+    assert code == 0 and text.count("NOT WHOLE") == 5 and "training.json: not JSON" in text
 
 
 # ---------------------------------------------------------------------------- without a manifest
