@@ -11,14 +11,12 @@ import os
 import random
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer as OriginalTokenizer
 
 import config
 import eval as evaluation
@@ -49,12 +47,6 @@ def twin(model):
     return transformers_twin(model)[0].eval()
 
 
-@pytest.fixture(scope="module")
-def encode(tokenizer_path):
-    original = OriginalTokenizer.from_file(str(tokenizer_path))
-    return lambda text: original.encode(text).ids
-
-
 @torch.no_grad()
 def reference(twin, context, continuation, L=L):
     """Log-likelihood and greedy flag by rules 4 and 5 of the harness, one request at a time."""
@@ -63,28 +55,6 @@ def reference(twin, context, continuation, L=L):
     logprobs = logits.log_softmax(-1)
     return (sum(float(logprobs[i, token]) for i, token in enumerate(continuation)),
             logits.argmax(-1).tolist() == continuation)
-
-
-PAIRS = [("The capital of France is", " Paris"), ("trailing spaces  \n", "move"),
-         ("", "an empty context"), ("", "<|endoftext|>already there"),
-         ("é e\u0301 世界", " naïve\u0301"),
-         ("a " * 40, "b " * 5), ("merge acro", "ss the boundary"), ("x", " y" * (L - 1))]
-
-
-def test_pairs_are_encoded_and_scored_by_the_harness_rules(model, twin, tokenizer, encode):
-    rows = [evaluation.encode_pair(tokenizer, *pair) for pair in PAIRS]
-    for (context, continuation), row in zip(PAIRS, rows):
-        if context == "":
-            whole = [0] + encode(continuation) if encode(continuation)[0] else encode(continuation)
-            assert row == (whole, len(whole) - 1)
-        else:
-            whole = encode(context + continuation)
-            assert row == (whole, len(whole) - len(encode(context.rstrip())))
-        # The paper's harness encodes each apart; white space stays with the context.
-        expected = (encode(context) or [0]) + encode(continuation), len(encode(continuation))
-        assert evaluation.encode_pair(tokenizer, context, continuation, "v0.3") == expected
-    assert loglikelihood(model, tokenizer, PAIRS) == score(model, rows)
-    check_scores(model, twin, rows)
 
 
 def check_scores(model, twin, rows, batch_tokens=evaluation.BATCH_TOKENS):
@@ -168,23 +138,18 @@ def test_generation_is_one_prompt_at_a_time_cut_at_its_stops(model, twin, tokeni
 def workplace(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("eval")
     model = Pythia(ModelConfig(1, 32, 2, vocab_size=50304, seq_length=264))
-    optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1.0))
-    for run, steps in (("run", (0, 2, 8)), ("diverged", (9,))):
-        (folder / run).mkdir()
-        if run == "diverged":
-            torch.nn.init.constant_(model.embed_out.weight, math.nan)
-        for step in steps:
-            save(folder / run, step, model, optimizer, {"updates": 0, "tokens": 64 * step},
-                 tokenizer_path)
+    optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1.0))
+    (folder / "run").mkdir()
+    for step in (0, 2, 8):
+        save(folder / "run", step, model, optimizer, {"updates": 0, "tokens": 64 * step},
+             tokenizer_path)
     piqa = {"goal": "g", "sol1": "a a", "sol2": "b", "label": 0}
     trivia = {"question": "q", "answer": {"aliases": []}}
-    for path, documents in {
-            "docs/heldout/test": [{"text": "one"}, {"text": "two two"}],
-            "docs/piqa/validation": [piqa, piqa | {"label": 1}],
-            "docs/wsc273/test": [{"options": 3}],
-            "docs/triviaqa/validation": [trivia | {"question": "why " * i} for i in range(12)],
-            }.items():
-        write_jsonl(folder / f"{path}.jsonl", documents)
+    for path, documents in (
+            ("heldout/test", [{"text": "one"}, {"text": "two two"}]),
+            ("piqa/validation", [piqa, piqa | {"label": 1}]), ("wsc273/test", [{"options": 3}]),
+            ("triviaqa/validation", [trivia | {"question": "why " * i} for i in range(12)])):
+        write_jsonl(folder / f"docs/{path}.jsonl", documents)
     return folder
 
 
@@ -242,19 +207,6 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path,
     assert words in capsys.readouterr().err
 
 
-def test_of_several_tasks_those_without_documents_are_left_out(tmp_path, capsys):
-    """CrowS-Pairs as first distributed has no bias_type "autre"."""
-    write_jsonl(tmp_path / "crows_pairs/test.jsonl", [
-        {"sent_more": "a", "sent_less": "b", "bias_type": "age"}])
-    config = evaluation.EvalConfig(model="", tasks="crows_pairs", docs=f"{tmp_path}")
-    assert [job.name for job in evaluation.prepare_all(config)] == [
-        "crows_pairs_english", "crows_pairs_english_age"]
-    words = "crows_pairs_english_autre: .*test.jsonl: holds no documents of this task"
-    assert re.search(f"{words}; left out\n", capsys.readouterr().err)
-    with pytest.raises(ValueError, match=words):
-        evaluation.prepare_all(replace(config, tasks="crows_pairs,crows_pairs_english_autre"))
-
-
 def test_two_processes_write_the_same_file(workplace):
     """Of log-likelihoods, whose batches are shared out, and of texts, whose prompts are."""
     flags = "--tasks=heldout,piqa,triviaqa", "--steps=8", "--batch_tokens=8"
@@ -264,36 +216,7 @@ def test_two_processes_write_the_same_file(workplace):
     assert len(table(workplace / "one.csv")) == 6
 
 
-def test_a_diverged_checkpoint_is_measured_once_as_not_a_number(workplace, capsys):
-    flags = ("--tasks=heldout,piqa", f"--model={workplace}/diverged",
-             f"--samples={workplace}/nan.jsonl")
-    evaluate(workplace, *flags, output="nan.csv")
-    rows = table(workplace / "nan.csv")
-    assert [row["value"] for row in rows] == ["nan"] * 5  # three of heldout, two of piqa
-    lines = (workplace / "nan.jsonl").read_text().splitlines()
-    assert [json.loads(line, parse_constant=pytest.fail)["loglikelihood"]
-            for line in lines] == [None] * 6
-    evaluate(workplace, *flags, output="nan.csv")
-    assert "0 evaluations done, 2 were there" in capsys.readouterr().out
-
-
-def test_a_member_of_a_group_is_known_by_its_own_documents(tmp_path):
-    """So that it is not computed again alone, and a plot may join both."""
-    write_jsonl(tmp_path / "winobias/winobias.jsonl", [
-        {"file": f"{kind}_stereotyped_type{i}.txt.test", "sentence": f"[A] met [him] {kind} {i}"}
-        for kind in ("pro", "anti") for i in (1, 2)])
-    names = ("wino_bias_type1_pro:refers_to", "winobias", "wino_bias_type1_anti")
-    (own, *_), (member, *others) = (
-        [row[-1] for row in evaluation.csv_rows(
-            evaluation.EvalConfig("", "", model=""), ("", "", ""),
-            evaluation.prepare(name, tmp_path), [(name, "em", 0, 0, 1) for name in names])]
-        for name in ("wino_bias_type1_pro", "winobias"))
-    assert member == own and len({own, *others}) == 3
-
-
 @pytest.mark.parametrize("flags, words", [
-    (["--tasks=hellaswagg"], "no task called hellaswagg in style v0.4"),
-    (["--tasks=lambada_openai"], "lambada_openai/test.jsonl: no such file"),
     (["--tasks=wsc273"], "wsc273/test.jsonl, line 1: no field 'pronoun'"),
     (["--steps=1,2,3"], "no checkpoint at step 1; there are 0, 2, 8"),
     (["--shots=1"], "heldout: 1 shots need 1 documents of None"),
@@ -309,33 +232,25 @@ def test_documents_that_cannot_be_asked_are_named_before_any_model(
     """lm_eval ends with an assertion, or in its tokenizer."""
     path = tmp_path / "docs/arithmetic/single_digit_three_ops.jsonl"
     flags = flags_of(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
-    sums = [{"context": "1 + 1 =", "completion": answer} for answer in (" 2", " 3")]
-    for context, completion, words in (
-            ("Answer:", " a" * 265, "a continuation of 265 tokens behind 2 does not fit"),
-            ("\udc00", "x", "not a JSON object of text")):
-        write_jsonl(path, [*sums, {"context": context, "completion": completion}])
+
+    def ask(context, completion):
+        write_jsonl(path, [{"context": context, "completion": completion}])
         read_jsonl.cache_clear()
-        assert f"arithmetic_1dc: {path}, line 3: {words}" in refused("eval.py", *flags)
-    write_jsonl(path, [{"context": "1" + " +" * 300, "completion": " 2"}])
-    read_jsonl.cache_clear()
+
+    ask("Answer:", " a" * 265)
+    assert f"{path}, line 1: a continuation of 265 tokens behind 2 does not fit in 264 tokens" in (
+        refused("eval.py", *flags))
+    ask("\udc00", "x")
+    assert f"{path}, line 1: not a JSON object of text" in refused("eval.py", *flags)
+    ask("1" + " +" * 300, " 2")
     evaluate(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
     assert capsys.readouterr().err.count("1 of 1 requests are too long") == 1  # of 3 checkpoints
 
 
-def test_out_of_memory_is_one_line(workplace, refused, command, monkeypatch):
-    flags = flags_of(workplace, "--tasks=piqa", "--steps=2", "--batch_tokens=64", output="m")
-    monkeypatch.setattr(Pythia, "hidden", lambda *_: torch.empty(1 << 60))
-    assert "lower --batch_tokens=64" in refused("eval.py", *flags)
-    monkeypatch.setattr(Pythia, "hidden", lambda *_: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):  # a fault of ours keeps its traceback
-        command("eval.py", *flags)
-
-
 def test_a_stranger_s_folder(workplace, tmp_path, refused, monkeypatch):
-    """Its tokenizer is used if it is ours and refused if not; pytorch_model.bin is read as well."""
+    """Its own tokenizer is used; pytorch_model.bin is read as well."""
     folder = shutil.copytree(workplace / "run/step8", tmp_path / "pythia-1/step8")
     flags = "--tasks=heldout", f"--model={folder}"
-    new = flags_of(workplace, *flags, output="new.csv")
     monkeypatch.chdir(tmp_path)  # no 20B_tokenizer.json there
     evaluate(workplace, *flags, output="own.csv")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -345,15 +260,9 @@ def test_a_stranger_s_folder(workplace, tmp_path, refused, monkeypatch):
     own, bin_ = (table(workplace / name) for name in ("own.csv", "bin.csv"))
     assert {row.pop("tokens") for row in own} == {"512"}
     assert {row.pop("tokens") for row in bin_} == {str(8 << 21)} and own == bin_
-
     (folder / "training.json").write_text(json.dumps({"tokens": "1\n=cmd|"}))
-    assert "cannot hold tokens = " in refused("eval.py", *new)
-    (folder / "training.json").unlink()
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    spec["model"]["merges"].reverse()
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    assert "tokenizer.json: not the GPT-NeoX-20B tokenizer" in refused("eval.py", *new)
-    evaluate(workplace, *flags, f"--tokenizer={ROOT}/20B_tokenizer.json", output="new.csv")
+    assert "cannot hold tokens = " in refused(
+        "eval.py", *flags_of(workplace, *flags, output="new.csv"))
 
 
 def test_samples_start_with_the_prompt(workplace, command, refused):
@@ -368,16 +277,15 @@ def test_samples_hold_every_request(workplace, tokenizer):
     evaluate(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
              f"--samples={workplace}/s.jsonl", output="s.csv")
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
-    names = ("model", "step", "task", "doc_id", "context", "continuation")
+    names = ("task", "doc_id", "context", "continuation")
     assert [tuple(line.get(name) for name in names) for line in lines] == [
-        ("run", "8", *asked) for asked in (
-            ("heldout", 0, "", "one"), ("heldout", 1, "", "two two"),
-            *(("piqa", i, "Question: g\nAnswer:", text) for i in (0, 1) for text in (" a a", " b")),
-            ("triviaqa", 0, "Question: ?\nAnswer:", None),
-            ("triviaqa", 1, "Question: why ?\nAnswer:", None))]
-    rows = {(row["task"], row["metric"]): float(row["value"])
-            for row in table(workplace / "s.csv")}
-    assert rows["heldout", "byte_perplexity"] == pytest.approx(
+        ("heldout", 0, "", "one"), ("heldout", 1, "", "two two"),
+        *(("piqa", i, "Question: g\nAnswer:", text) for i in (0, 1) for text in (" a a", " b")),
+        ("triviaqa", 0, "Question: ?\nAnswer:", None),
+        ("triviaqa", 1, "Question: why ?\nAnswer:", None)]
+    [perplexity] = [float(row["value"]) for row in table(workplace / "s.csv")
+                    if row["metric"] == "byte_perplexity"]
+    assert perplexity == pytest.approx(
         math.exp(-sum(line["loglikelihood"] for line in lines[:2]) / 10))
     model = load_model(workplace / "run/step8")
     pairs = [(line["context"], line["continuation"]) for line in lines[2:6]]
@@ -391,8 +299,7 @@ def test_samples_hold_every_request(workplace, tokenizer):
 def test_the_list_of_tasks_tells_what_is_missing(workplace, command):
     _, said, _ = command("eval.py", "tasks", f"--docs={workplace}/docs")
     lines = {line.split()[0]: line for line in said.splitlines()}
-    assert ("test 2" in lines["heldout"]
-            and " piqa/train.jsonl: no such file" in lines["piqa"])
+    assert "test 2" in lines["heldout"] and " piqa/train.jsonl: no such file" in lines["piqa"]
 
 
 # ---------------------------------------------------------------------------- losses
@@ -447,8 +354,7 @@ def test_rows_of_other_data_say_what_the_run_was_trained_on(runs, whole):
     write(runs / "other", random_documents([300, 200], seed=1))
     losses(LossesConfig(f"{runs}/o", model=f"{runs}/seed1", data=f"{runs}/other", rows="0:2",
                         steps="8"))
-    what = read_json(runs / "o.json")
-    assert what["order"]["data"] == f"{runs}/other" and what["trained_on"] == f"{runs}/d"
+    assert read_json(runs / "o.json")["trained_on"] == f"{runs}/d"
     assert "trained_on" not in whole[1]
 
 
