@@ -1,11 +1,14 @@
 """pytest tests/test_config.py"""
 
+import itertools
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from config import parse, replacing, run
+from config import COUNT, NUMBER, TEXT, Table, parse, replacing, run
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, argument, words
     assert words in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("argv, words", [
+    ("eval.py --model=m --docs=d --output=o --tasks=hellaswagg", "no task called hellaswagg"),
+    ("eval.py --model=m --docs=d --output=o --tasks=piqa", "piqa/validation.jsonl: no such file"),
+    ("batch_viewer.py view --data=d --intervention=term_drop", "expected --terms with term_drop"),
+    ("batch_viewer.py view --data=d --intervention=pronoun", "expected one of pronouns_to_femin"),
+    ("batch_viewer.py find --data=d --text=a --tokens=1", "find takes one of"),
+    ("data.py order --data=nowhere", "nowhere.idx: no such file"),
+    ("prepare.py tokenize --input=*.nothing --output=o", "*.nothing: no .jsonl"),
+    ("plots.py curves --results=plots.py", "plots.py, line 3: "),
+    ("verify.py verify nowhere", "nowhere: neither a run"), ("verify.py diff a b", "a: no checkp"),
+    ("checkpoints.py list nowhere", "nowhere: no step0"),
+    ("studies/term_frequency.py analyse --counts=c --results=/nowhere", "/nowhere: holds no ans")])
+def test_a_mistake_in_any_command_is_one_line(refused, argv, words):
+    assert words in refused(*argv.split())
+
+
 def test_help_prints_the_dataclasses_themselves(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"], First, Second)
@@ -80,3 +99,62 @@ def test_a_full_disk_is_named(tmp_path, capsys):
         run(write)
     assert capsys.readouterr().err == f"{tmp_path}/out.csv: No space left on device\n"
     assert not os.listdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+COLUMNS = {"step": COUNT, "loss": NUMBER, "name": TEXT}
+WHOLE = b"step,loss,name\n8,4.25,r2\n9,1e-05,\"a, b\"\n10,nan,\xc3\xa9\n"
+
+
+def reopened(path, text):
+    """Return the rows of a table with these bytes, and its lines afterwards."""
+    path.write_bytes(text)
+    table = Table(path, COLUMNS)
+    table.file.close()
+    return table.rows, path.read_bytes().splitlines(True)
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
+def test_a_table_cut_anywhere_keeps_its_whole_lines(tmp_path, ends, monkeypatch):
+    """As a full disk or a power failure leaves it, in its last cell too."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # which takes most of the time
+    whole = WHOLE.replace(b"\n", ends)
+    for cut in range(len(whole) + 1):
+        rows, lines = reopened(tmp_path / "t.csv", whole[:cut])
+        assert len(rows) == max(whole[:cut].count(b"\n") - 1, 0)
+        assert lines == WHOLE.splitlines(True)[:len(rows) + 1]
+
+
+def test_a_flipped_bit_takes_one_row_and_is_said(tmp_path, capsys, monkeypatch):
+    """Or two, if it joins them; none if what it makes is a row."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    path, good = tmp_path / "t.csv", WHOLE.splitlines(True)
+    for place, bit in itertools.product(range(len(WHOLE)), range(8)):
+        text = bytearray(WHOLE)
+        text[place] ^= 1 << bit
+        if place < len(good[0]):
+            with pytest.raises(ValueError, match="t.csv, line 1: found .* expected step,loss,name"):
+                reopened(path, text)
+            assert path.read_bytes() == text
+            continue
+        rows, lines = reopened(path, text)
+        said, most = capsys.readouterr().err, 1 + (WHOLE[place] == 10)
+        assert 3 >= len(rows) == len(lines) - 1 >= 3 - most and lines[0] == good[0]
+        assert len(set(good) - set(lines)) <= most
+        assert not any('"' in row["name"] for row in rows)
+        if len(rows) < 3:
+            assert re.search(rf"^{path}, line [234] is damaged and goes.*: b", said)
+            assert Path(f"{path}.damaged").read_bytes() == text
+
+
+def test_what_is_appended_can_be_read(tmp_path):
+    table, good = Table(tmp_path / "t.csv", COLUMNS), (7, -1.5e-7, 'a "b", c')
+    for bad in (("1=cmd", 0.5, ""), (8, "x", ""), (8, 0.5, "a\nb"), (8, 0.5, os.fsdecode(b"\xff"))):
+        with pytest.raises(ValueError, match="t.csv: cannot hold (step|loss|name) = '"):
+            table.append(good, bad)
+    table.append(good, (8, float("inf"), None))
+    table.file.close()
+    rows, _ = reopened(table.path, table.path.read_bytes())
+    assert [list(row.values()) for row in rows] == [["7", "-1.5e-07", 'a "b", c'], ["8", "inf", ""]]

@@ -9,6 +9,8 @@ the newest whole one can be gone on from, and nothing else was touched. The test
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +24,10 @@ import checkpoints
 import config
 from checkpoints import (is_whole, load_model, load_training, lock, manifest_of, saved_steps,
                          sha256_of, step_folders)
-from conftest import ROOT
+from conftest import ROOT, table
 from launch import Launched
 from model import ModelConfig, Pythia
+from test_train import assert_same_bits, data, run_here  # noqa: F401
 from train import TrainConfig, make_optimizer
 
 
@@ -209,6 +212,59 @@ def test_a_checkpoint_of_other_bits_stays_beside_what_replaces_it(run, save):
     save(1, state_every=4)
     assert sorted(hashes(run / "step1.broken").values()) == before
     assert saved_steps(run, state=True) == [0, 1, 2] == saved_steps(run)
+
+
+class Disk:
+    """What would be left without power: bytes as they were when their file was last synced.
+
+    It learns that from this process's os.fsync. When a checkpoint has got its name, the whole run
+    folder is copied as it would be found then: every name there is, with the synced bytes alone.
+    """
+
+    def __init__(self, run, images, monkeypatch):
+        self.run, self.images, self.bytes, self.events = run, images, {}, []
+        self.real_rename = os.rename
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        monkeypatch.setattr(os, "rename", self.rename)
+
+    def fsync(self, descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}")
+        if path.is_file():
+            self.bytes[path.stat().st_ino] = path.read_bytes()
+        else:
+            self.events.append(path.resolve())
+
+    def rename(self, before, after):
+        self.real_rename(before, after)
+        self.events.append(Path(after))
+        if re.fullmatch(r"step\d+", Path(after).name):
+            def synced(source, target):
+                Path(target).write_bytes(self.bytes.get(os.stat(source).st_ino, b""))
+            shutil.copytree(self.run, self.images / Path(after).name, copy_function=synced)
+
+
+def test_a_run_goes_on_to_the_same_bits_after_a_power_failure(data, tmp_path, monkeypatch):
+    """Whenever a checkpoint has got its name, all of it and of the tables is on the disk."""
+    settings = dict(intervention="term_drop", terms="e,t,a")
+    run, images = tmp_path / "run", tmp_path / "images"
+    with monkeypatch.context() as patch:
+        disk = Disk(run, images, patch)
+        run_here(data, run, **settings)
+    for step in saved_steps(run):
+        image, folder = images / f"step{step}", run / f"step{step}"
+        for path in (path for path in folder.rglob("*") if path.is_file()):
+            assert (image / path.relative_to(run)).read_bytes() == path.read_bytes()
+        for name in ("metrics", "interventions"):
+            assert table(image / f"{name}.csv") == [
+                row for row in table(run / f"{name}.csv") if int(row["step"]) < step]
+        # The name itself is on the disk before training goes on.
+        assert disk.events[disk.events.index(folder) + 1] == run
+    assert table(run / "interventions.csv")
+    shutil.copytree(images / "step8", tmp_path / "again")
+    run_here(data, tmp_path / "again", **settings)
+    assert_same_bits(run, tmp_path / "again")
+    noted, again = (folder / "interventions.csv" for folder in (run, tmp_path / "again"))
+    assert noted.read_bytes() == again.read_bytes()
 
 
 if __name__ == "__main__":

@@ -137,15 +137,6 @@ def test_runs_of_different_orders_are_refused(tmp_path):
         score(Score(f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/out"))
 
 
-def test_settings_of_another_kind_are_one_line(scored, tmp_path, refused):
-    np.save(tmp_path / "run_step4.npy", np.zeros(9, dtype=np.uint8))
-    for order in (5, {}, {"batch_size": "x"}):
-        write_json(tmp_path / "memorization.json", {
-            "first_row": 0, "continuation": 8, "order": order})
-        assert "memorization.json: not written by `score`" in refused(
-            "studies/memorization.py", "analyse", f"--results={tmp_path}")
-
-
 def test_position_is_tested_on_rows_and_on_planted_documents(scored, tmp_path):
     """With losses made by hand: what the run learnt late in training it knows better."""
     generator = np.random.default_rng(0)

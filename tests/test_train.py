@@ -24,14 +24,15 @@ import train as train_module
 from checkpoints import saved_steps
 from config import parse
 from conftest import ROOT, table
-from data import OrderedData, TokenWriter, samples_needed
+from data import OrderedData, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from launch import Launched
 from model import ModelConfig, Pythia
-from parallel import LaunchConfig, LossScaler, PlanConfig, flops_per_token
+from parallel import LaunchConfig, LossScaler, PlanConfig, Processes, flops_per_token
+from test_data import write
 from test_model import transformers_twin
 from tokenizer import load_tokenizer
-from train import TrainConfig, learning_rate_at
+from train import Log, TrainConfig, learning_rate_at
 
 SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig
 SHAPE = dict(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=32)
@@ -44,9 +45,8 @@ def data(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("data") / "tokens"
     rng = np.random.RandomState(0)
     sizes = rng.randint(5, 60, 300)  # a few frequent tokens, so that there is something to learn
-    writer = TokenWriter(prefix, "test")
-    writer.append(np.minimum(rng.geometric(0.05, sizes.sum()), 511), sizes)
-    writer.finish({})
+    tokens = np.minimum(rng.geometric(0.05, sizes.sum()), 511)
+    write(prefix, np.split(tokens, np.cumsum(sizes)[:-1]))
     return prefix
 
 
@@ -223,13 +223,6 @@ def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, change
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_says_where_it_stopped(data, tmp_path):
-    for changes, words in ((dict(stop_at=2), "step 2 of 12, 3 checkpoints"),
-                           (dict(stop_at=1), "step 2 of 12, 3 checkpoints"),
-                           ({}, "step 12 of 12, 7 checkpoints")):
-        assert f"done: {words}" in train(data, tmp_path, **changes).stdout
-
-
 # ---------------------------------------------------------------------------- only as it began
 
 
@@ -328,6 +321,30 @@ def test_a_run_or_branch_that_nothing_explains_is_refused(data, run, tmp_path):
     assert not (run / "config.json").exists()
 
 
+def test_a_spike_is_named_after_overflows_and_a_resume(tmp_path):
+    """float16: a loss that is not finite is none of the 128 that the next are held against."""
+    config = TrainConfig(data="", learning_rate=1e-3, out_dir=str(tmp_path), steps=400,
+                         batch_size=8)
+    noise = torch.randn(200, generator=torch.Generator().manual_seed(0)) / 100
+    losses = [loss * (math.nan if i % 3 == 1 else 1) for i, loss in enumerate(4 + noise)]
+    for start, noted in ((0, losses), (200, [torch.tensor(5.0)])):
+        log = Log(config, start, 256, InterventionConfig(), Processes("cpu"), "0" * 64)
+        for step, loss in enumerate(noted, start):
+            log.note(step, loss, torch.tensor(1.0), 1e-3, 2.0, (), [b"ids"])
+        log.flush()
+        log.tables["metrics"].file.close()
+    [line] = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.startswith("spike at step 200 (rows 1,600 to 1,607): loss 5.0000")
+
+
+def test_the_folder_explains_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without git, too
+    run_here(data, tmp_path)
+    launch = json.loads((tmp_path / "launches.jsonl").read_text())
+    assert launch["torch"] == torch.__version__ and launch["git_commit"] is None and launch["cpu"]
+    assert "step     11/12 | loss" in (tmp_path / "log.txt").read_text()
+
+
 # ---------------------------------------------------------------------------- branches
 
 
@@ -350,8 +367,7 @@ def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp
     assert child[:first - 6] == whole[6:first] and child[first - 6][1] != whole[first][1]
     ours, twins = (json.loads((tmp_path / name / "config.json").read_text())
                    for name in ("child", "child_twin"))
-    assert ours["branch_from"] == str(parent / "step6") and twins["differs_from_parent"] == {}
-    assert ours["differs_from_parent"] == {
+    assert twins["differs_from_parent"] == {} and ours["differs_from_parent"] == {
         "intervention": [None, "term_drop"], "terms": ["", "e,t,a"], "intervention_from": [0, 7]}
 
 
@@ -362,10 +378,8 @@ def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path, parent):
     run_here(data, tmp_path / "child", branch_from=f"{tmp_path}/run/step4/", **swap)  # spelt so
     run_here(data, tmp_path / "run", **swap)
     assert losses(tmp_path / "child") == losses(tmp_path / "run")[4:]
-    (tmp_path / "run/step6/optimizer/moments.safetensors").unlink()
-    for source in (tmp_path / "run/step6", parent / "step12"):
-        refused_here(data, tmp_path / "other", "expected a whole checkpoint", branch_from=source,
-                     warm_moments=2)
+    refused_here(data, tmp_path / "other", "expected a whole checkpoint", warm_moments=2,
+                 branch_from=parent / "step12")
 
 
 def published(run, step, folder):
