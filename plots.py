@@ -270,7 +270,7 @@ class TermFrequency:
 
 def term_frequency(options):
     """Draw accuracy and log-probability against frequency so far, a line a checkpoint."""
-    rows = in_order(read_csv(options.bins), bins="quantile")
+    rows = read_csv(options.bins)
     rows = in_order(rows, shots=max((row["shots"] for row in rows), key=int))
     kinds = sorted({(row["model"], row["task"], row["shots"]) for row in rows})
     steps = shades(unique(rows, "step"))

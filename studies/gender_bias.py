@@ -197,7 +197,6 @@ class Measure(Checkpoints):
     docs: str  # folder of heldout, winogender, winobias, crows_pairs, or some
     output: str  # folder of the results, one a size
     pairs: str  # CHILD:TWIN with commas, run or checkpoint folders
-    tokenizer: str | None = None  # None: the models' own, else 20B_tokenizer.json
 
 
 def measure(options):
@@ -220,7 +219,7 @@ def measure(options):
                 todo[place] = folder, control[step]
     if not todo:
         raise ValueError(f"{options.pairs}: no child and twin have a step in common")
-    tokenizer = tokenizer_of(itertools.chain(*todo.values()), options.tokenizer)
+    tokenizer = tokenizer_of(itertools.chain(*todo.values()))
     names = [name for name, (_, folder, _) in MEASURES.items() if (docs / folder).is_dir()]
     if not names:
         raise ValueError(f"{docs}: none of heldout, winogender, winobias, crows_pairs is there")

@@ -26,10 +26,9 @@ class Checkpoints:
     device: str = "auto"  # or cpu, cuda
 
 
-def tokenizer_of(folders, named):
+def tokenizer_of(folders):
     """Return the one Tokenizer of checkpoints' folders; ValueError if one has another than ours."""
-    paths = [checkpoints.folder_tokenizer(folder, named) for folder in folders]
-    return load_tokenizer(paths[0])
+    return load_tokenizer([checkpoints.folder_tokenizer(folder) for folder in folders][0])
 
 
 @contextmanager

@@ -22,11 +22,10 @@ more often, planted whole (interventions.py) or in rows that come more often; fo
     python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=R
 
 Asked is `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50, behind k shots
-`Q:What is 3 times 4? A:12` with a blank line after each; of TriviaQA `Q:{question} A:`, its shots
-`Q:... A: answer`. Right is, as in the paper's code, if the first run of one to five digits in at
-most 16 greedy tokens, up to a newline, is the answer; for TriviaQA, if at most 32 tokens without
-case, punctuation and articles are an accepted one. That leaps from nothing to something late; the
-log-probability of the answer (for a number of `12` and of ` 12`, added) moves long before.
+`Q:What is 3 times 4? A:12` with a blank line after each; of TriviaQA `Q:{question} A:`. Right is,
+as in the paper's code, if the first number of one to five digits in at most 16 greedy tokens of a
+line is the answer; for TriviaQA, if at most 32 tokens are an accepted one, but for case,
+punctuation and articles. The log-probability of the answer moves long before that.
 
 COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for "17", how many
 windows of "number near number" it is in (twice if it is in one twice); for "tc_3: elvis presley",
@@ -35,22 +34,24 @@ its salient term, the one most often beside an answer (Kandpal et al. 2023, arXi
 of plain words without case instead of linked entities: the month of May is often "may".
 
 The primary outcome is the slope: nats of the right answer per doubling of (1 + the count); the gap,
-the most frequent tenth of the terms minus the rarest, is the paper's. Intervals are over terms,
-which are what is treated, and in `compare` over seeds. Read correlations with care: small numbers
-are frequent, and their answers short and easy.
+the most frequent tenth of the terms minus the rarest, is the paper's. Intervals are over terms, and
+in `compare` over seeds. Small numbers are frequent, and their answers short and easy: a correlation
+is no cause.
 
-Cost: a row of 2049 tokens takes 0.42 ms of a core, 2.5 ms with 2,000 questions, so the 146,432,000
-rows 17 or 102 core hours. 50,000 arithmetic prompts of a checkpoint at 0, 2, 4, 8 and 16 shots took
+Cost: a row of 2049 tokens takes 0.42 ms of a core, 3.2 ms with 2,000 questions, so the 146,432,000
+rows 17 or 130 core hours. 50,000 arithmetic prompts of a checkpoint at 0, 2, 4, 8 and 16 shots took
 a 70m model 6.3 hours on two CPU cores. Not measured on a GPU.
 """
 
 import itertools
+import os
 import random
 import re
 import string
 import sys
 from collections import Counter
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +59,13 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-from config import command, note, read_csv, read_json, write_json
+from config import command, read_csv, read_json, write_json
 from data import Order, ordered, span
 from eval import find_all, generate_until, loglikelihood
 from parallel import Processes
 from prepare import in_workers
-from studies.results import (Checkpoints, Estimate, open_results, regression, tokenizer_of,
-                             write_csv, write_table)
+from studies.results import (Checkpoints, Estimate, expecting, open_results, regression,
+                             tokenizer_of, write_csv, write_table)
 from tasks import digest, read_jsonl, without_articles
 from tokenizer import load_tokenizer
 
@@ -78,16 +79,10 @@ class Problem(NamedTuple):
 
 def read_questions(path):
     """Return the Problems of a file of TriviaQA's questions, none without a path."""
-    return [Problem(doc["question_id"], "", doc["question"],
-                    [doc["answer"]["value"], *doc["answer"]["aliases"]])
-            for doc in (read_jsonl(path) if path else ())]
-
-
-def whole_numbers(name, words):
-    """Return the numbers of a setting like "0,2,4", or raise ValueError."""
-    if not re.fullmatch(r"\d+(,\d+)*", words):
-        raise ValueError(f"{name} = {words!r}, expected numbers with commas")
-    return [int(word) for word in words.split(",")]
+    with expecting(path, "TriviaQA's questions"):
+        return [Problem(str(doc["question_id"]), "", str(doc["question"]),
+                        [str(doc["answer"]["value"]), *map(str, doc["answer"]["aliases"])])
+                for doc in (read_jsonl(path) if path else ())]
 
 
 # ---------------------------------------------------------------------------- count
@@ -122,33 +117,30 @@ def words_of(passage):
     return " ".join(re.findall(r"\w+", passage.casefold()))
 
 
-def file_phrases(questions):
-    """Return {phrase: [(question's id, the term it is or None)]}, {first word: phrases' lengths}.
+def phrases_of(problem):
+    """Return a question's id, its terms and its answers, two sets of phrases as of `words_of`.
 
-    Terms are a question's names, runs of capitalised words with "of" and "the" within, but for the
-    first word; or else its longest word. Other phrases are its answers.
+    Terms are its names, runs of capitalised words with "of" and "the" within, but for the first
+    word; or else its longest word. One or two letters are other words too, and left out.
     """
-    filed, lengths = {}, {}
-    for id_, _, question, answers in questions:
-        names = re.findall(r"\b[A-Z]\w*(?:(?: of| the)* [A-Z]\w*)*", question.partition(" ")[2])
-        names = names or [max(re.findall(r"\w+", question), key=len, default="")]
-        for phrase, is_term in {*((words_of(name), True) for name in names),
-                                *((words_of(answer), False) for answer in answers)}:
-            if len(phrase) > 2:  # one or two letters are other words too
-                words = phrase.split(" ")
-                filed.setdefault(phrase, []).append((id_, phrase if is_term else None))
-                lengths.setdefault(words[0], set()).add(len(words))
-    return filed, lengths
+    question = problem.question
+    names = re.findall(r"\b[A-Z]\w*(?:(?: of| the)* [A-Z]\w*)*", question.partition(" ")[2])
+    names = names or [max(re.findall(r"\w+", question), key=len, default="")]
+    terms, answers = ({phrase for phrase in map(words_of, texts) if len(phrase) > 2}
+                      for texts in (names, problem.answers))
+    return problem.term, terms, answers
 
 
-def find_terms(filed, lengths, row):
-    """Return "QUESTION: TERM" of each term in the text of a row that also has an answer to it."""
-    words = words_of(row).split(" ")
-    phrases = {" ".join(words[i:i + n]) for i, word in enumerate(words)
-               for n in lengths.get(word, ())}
-    found = [place for phrase in phrases & filed.keys() for place in filed[phrase]]
-    answered = {question for question, term in found if term is None}
-    return [f"{question}: {term}" for question, term in found if term and question in answered]
+def find_terms(questions, row):
+    """Return "QUESTION: TERM" of each term (phrases_of) in a row that has an answer to it too."""
+    text = words_of(row)
+    words, text = set(text.split(" ")), f" {text} "
+
+    def has(phrase):  # most rows lack one of its words, which is seen faster than in the text
+        return words.issuperset(phrase.split(" ")) and f" {phrase} " in text
+
+    return [f"{question}: {term}" for question, terms, answers in questions
+            for term in terms if has(term) and any(map(has, answers))]
 
 
 @dataclass(frozen=True)
@@ -162,9 +154,10 @@ class Count(Order):
 
 def count(options):
     """Count numbers near numbers, questions' terms with their answers, up to each checkpoint."""
-    at = (whole_numbers("at", options.at) if options.at else
-          checkpoints.checkpoint_steps(options.steps))
-    steps, size = sorted({0, *at}), options.batch_size
+    steps, size = checkpoints.checkpoint_steps(options.steps), options.batch_size
+    if options.at:
+        with expecting(f"at = {options.at!r}", "numbers with commas"):
+            steps = sorted({0, *map(int, options.at.split(","))})
     start_worker(options)  # what is wrong is told before anything is written
     if steps[-1] * size > len(_data):
         raise ValueError(f"at = {options.at}: step {steps[-1]} is beyond --steps={options.steps} "
@@ -172,37 +165,37 @@ def count(options):
     open_results(Path(options.output) / "counts.json",
                  {field.name: getattr(options, field.name) for field in fields(Order)}
                  | {"at": steps, "questions": digest(read_questions(options.questions))})
-    todo = {}  # file: the rows of each block
+    blocks = []  # a file, and some of the rows that are counted in it
     for a, b in itertools.pairwise(steps):
-        path, rows = Path(options.output) / f"{a:07}_{b:07}.json", range(a * size, b * size)
-        if not path.exists():
-            todo[path] = [(rows[i:i + BLOCK_ROWS],) for i in range(0, len(rows), BLOCK_ROWS)]
-    found = in_workers(count_rows, itertools.chain(*todo.values()), options.workers, start_worker,
-                       options)
-    for path, blocks in todo.items():
+        path = f"{options.output}/{a:07}_{b:07}.json"
+        if not os.path.exists(path):
+            blocks += [(path, range(first, min(first + BLOCK_ROWS, b * size)))
+                       for first in range(a * size, b * size, BLOCK_ROWS)]
+    found = in_workers(count_rows, blocks, options.workers, start_worker, options)
+    progress = tqdm(found, total=len(blocks), disable=None, unit="block")
+    for path, counts in itertools.groupby(progress, key=itemgetter(0)):
         total = Counter()
-        for counts in tqdm(itertools.islice(found, len(blocks)), path.stem, len(blocks),
-                           disable=None, unit="block"):
-            total.update(counts)
+        for _, block in counts:
+            total.update(block)
         write_json(path, dict(sorted(total.items())))
         print(path)
 
 
 def start_worker(options):
-    global _data, _tokenizer, _phrases
+    global _data, _tokenizer, _questions
     _data, _tokenizer = ordered(options), load_tokenizer(options.tokenizer)
-    _phrases = file_phrases(read_questions(options.questions))
+    _questions = [phrases_of(problem) for problem in read_questions(options.questions)]
 
 
-def count_rows(rows):
-    """Return the counts of a range of rows of the order."""
+def count_rows(path, rows):
+    """Return the path, and the counts of a range of rows of the order."""
     found = Counter()
     for row in _data.rows(rows).tolist():
         text = _tokenizer.decode(row)
         found.update(map(str, numbers_near_numbers(text)))
-        if _phrases[0]:
-            found.update(find_terms(*_phrases, text))
-    return found
+        if _questions:
+            found.update(find_terms(_questions, text))
+    return path, found
 
 
 def seen(folder):
@@ -262,20 +255,18 @@ class Evaluate(Checkpoints):
     tasks: str = "times,plus"  # times, plus, triviaqa
     shots: str = "0,2,4,8,16"
     x1: str = "0:100"  # first:last+1 of the arithmetic's first operands
-    x2: str = "1:51"  # and of the second
     questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
     results: str = "term_frequency"  # folder; what it holds is not computed again
-    tokenizer: str | None = None  # None: the models' own, else 20B_tokenizer.json
 
 
 def evaluate(options):
     """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
     prompts, results = all_prompts(options), Path(options.results)
     folders = find_all(options.model, options.steps)
-    tokenizer = tokenizer_of([folder for *_, folder in folders], options.tokenizer)
+    tokenizer = tokenizer_of([folder for *_, folder in folders])
     device = Processes(options.device).device
     open_results(results / "asked.json", {
-        "x1": options.x1, "x2": options.x2, "questions": digest(read_questions(options.questions))})
+        "x1": options.x1, "questions": digest(read_questions(options.questions))})
     for name, step, tokens, folder in folders:
         model = None
         for (task, shots), asked in prompts.items():
@@ -288,25 +279,23 @@ def evaluate(options):
                 (name, step, tokens, task, shots, problem.term, problem.item, int(right), logprob)
                 for (problem, _), (right, logprob) in zip(asked, answers)])
             accuracy, logprob = np.mean(answers, axis=0)
-            print(f"{name} step {step:>6} | {task} {shots:>2}-shot | acc {accuracy:.4f} | "
-                  f"log-probability {logprob:.4f} (n {len(asked):,})", flush=True)
+            print(f"{path}: accuracy {accuracy:.4f}, log-probability {logprob:.4f} of "
+                  f"{len(asked):,} answers", flush=True)
 
 
 def all_prompts(options):
     """Return {(task, shots): behind_shots'}, or raise ValueError about the settings."""
-    x1s = span("x1", options.x1, 100)
-    x2s = span("x2", options.x2, 100)
-    prompts, shots = {}, whole_numbers("shots", options.shots)
+    x1s, questions, prompts = span("x1", options.x1, 100), read_questions(options.questions), {}
+    with expecting(f"shots = {options.shots!r}", "numbers with commas"):
+        shots = [int(k) for k in options.shots.split(",")]
     for task, k in itertools.product(options.tasks.split(","), shots):
         if task not in TASKS:
             raise ValueError(f"no task called {task}; there are {', '.join(TASKS)}")
-        if task == "triviaqa":
-            questions = read_questions(options.questions)
-            groups = [(questions, questions)]
-        else:  # the shots are of another x1
+        groups = [(questions, questions)]
+        if task in OPERATIONS:  # the shots are of another x1
             problems = [Problem(str(x1), str(x2), f"What is {x1} {task} {x2}?",
                                 [str(OPERATIONS[task](x1, x2))])
-                        for x1 in range(100) for x2 in x2s]
+                        for x1 in range(100) for x2 in range(1, 51)]
             groups = [([problem for problem in problems if problem.term == str(x1)],
                        [problem for problem in problems if problem.term != str(x1)]) for x1 in x1s]
         prompts[task, k] = [prompt for group in groups for prompt in behind_shots(task, *group, k)]
@@ -315,10 +304,7 @@ def all_prompts(options):
 
 def answer_all(model, tokenizer, task, prompts):
     """Return (right, log-probability of the right answer) of each of behind_shots'."""
-    (space, n_tokens), L = TASKS[task], model.config.seq_length
-    if cut := sum(len(tokenizer.encode(prompt)) > L - n_tokens for _, prompt in prompts):
-        note(f"{cut:,} of {len(prompts):,} prompts are longer than the model's {L:,} tokens less "
-             f"{n_tokens} for an answer, and lose their beginning")
+    space, n_tokens = TASKS[task]
     said = generate_until(model, tokenizer, [prompt for _, prompt in prompts], n_tokens=n_tokens)
     found = loglikelihood(model, tokenizer, [
         (prompt, before + problem.answers[0]) for problem, prompt in prompts
@@ -340,14 +326,13 @@ class Analyse:
 
 
 def grouped(folder):
-    """{(model, step, tokens, task, shots): {(term, item): (correct, logprob)}} of `evaluate`."""
+    """Return {WHERE's cells: {(term, item): (correct, logprob)}} of what `evaluate` wrote."""
     groups = {}
     for path in sorted(Path(folder).glob("*.csv")):
-        for row in read_csv(path):
-            if tuple(row) != HEADER:
-                raise ValueError(f"{path}: not written by `evaluate`")
-            answers = groups.setdefault(tuple(row[name] for name in WHERE), {})
-            answers[row["term"], row["item"]] = int(row["correct"]), float(row["logprob"])
+        with expecting(path, "written by `evaluate`"):
+            for row in read_csv(path):
+                answers = groups.setdefault(tuple(row[name] for name in WHERE), {})
+                answers[row["term"], row["item"]] = int(row["correct"]), float(row["logprob"])
     if not groups:
         raise ValueError(f"{folder}: holds no answers; `evaluate --results={folder}` makes them")
     return groups
@@ -356,26 +341,22 @@ def grouped(folder):
 def analyse(options):
     """Compare what models do with how often they saw it: slope, bins, most minus least frequent."""
     groups, settings = grouped(options.results), read_json(Path(options.counts) / "counts.json")
-    asked = Path(options.results) / "asked.json"
-    if any("triviaqa" in where for where in groups) and asked.exists() and (
-            read_json(asked).get("questions") != settings.get("questions")):
-        raise ValueError(f"{options.counts}: counts other questions than those asked; count again "
-                         "with --questions=FILE")
-    frequencies, bins, gaps = seen(options.counts), [], []
-    a_step = settings["batch_size"] * settings["seq_length"]
+    bins, gaps = [], []
+    with expecting(options.counts, "written by `count`"):
+        a_step = int(settings["batch_size"]) * int(settings["seq_length"])
+        frequencies = seen(options.counts)
     for where, answers in groups.items():
         model, step, tokens, *_ = where
-        if step not in map(str, frequencies) or tokens and int(tokens) != int(step) * a_step:
-            raise ValueError(f"{options.counts}: steps {', '.join(map(str, frequencies))} of "
-                             f"{a_step:,} tokens; {model} has seen {tokens} at step {step}: count "
-                             "--at that step, in the order of its config.json")
+        if int(step or -1) not in frequencies or int(tokens or 0) not in (0, int(step) * a_step):
+            raise ValueError(f"{options.counts}: no counts before {model}'s step {step} of "
+                             f"{tokens} tokens; count --at it, in the order of its config.json")
         before, by_term = frequencies[int(step)], {}
         for (term, _), found in answers.items():
             by_term.setdefault(term, []).append((before[term], *found))
         means = np.array([np.mean(found, axis=0) for found in by_term.values()])
         bins += [(*where, *row) for row in binned(means)]
         gaps += [(*where, len(means), *row) for row in gap(means)]
-    write_csv(f"{options.output}_bins.csv", (*WHERE, "bins", "from", "to", "frequency", "n", "acc",
+    write_csv(f"{options.output}_bins.csv", (*WHERE, "from", "to", "frequency", "n", "acc",
                                              "acc_stderr", "logprob", "logprob_stderr"), bins)
     write_table(f"{options.output}_gaps.csv", (*WHERE, "n", "least_frequency", "most_frequency",
                                                "what", "value", "low", "high", "p"), gaps)
@@ -388,20 +369,15 @@ def tenths(frequency):
 
 
 def binned(means):
-    """Yield what is of the paper's bins by frequency, and of tenths of the terms.
+    """Yield what is of each tenth of the terms by frequency.
 
     means (terms, 3): frequency, accuracy and log-probability of the right answer.
     """
-    frequency, edges = means[:, 0], np.geomspace(1e5, 2e8, 20).tolist()
-    members = [("paper", low, high, np.flatnonzero((low <= frequency) & (frequency < high)))
-               for low, high in itertools.pairwise(edges)]
-    members += [("quantile", frequency[part].min(), frequency[part].max(), part)
-                for part in tenths(frequency)]
-    for name, low, high, part in members:
-        if len(part):
-            [acc], [logprob] = (regression(means[None, part, column]) for column in (1, 2))
-            yield (name, low, high, means[part, 0].mean(), len(part), acc.value, acc.stderr,
-                   logprob.value, logprob.stderr)
+    for part in tenths(means[:, 0]):
+        frequency = means[part, 0]
+        [acc], [logprob] = (regression(means[None, part, column]) for column in (1, 2))
+        yield (frequency.min(), frequency.max(), frequency.mean(), len(part), acc.value,
+               acc.stderr, logprob.value, logprob.stderr)
 
 
 def gap(means):
@@ -434,7 +410,6 @@ def compare(options):
     groups, chosen, rows = grouped(options.results), options.terms.split(","), []
     branches = [Path(path).name for path in options.branch.split(",")]
     names = [branch + side for branch in branches for side in ("", "_twin")]
-    over = "terms and seeds" if len(branches) > 1 else "terms of one pair"
     for where in dict.fromkeys(key[1:] for key in groups):
         answers = [groups.get((name, *where)) for name in names]
         if None in answers:
@@ -453,12 +428,12 @@ def compare(options):
                 ("others", terms[~mine], regression(gains[:, ~mine], None, terms[~mine])[0]),
                 ("chosen minus others", terms, regression(gains, mine, terms)[1])):
             rows.append(("+".join(branches), *where, which, len(branches), len(set(which_terms)),
-                         found.value, found.low, found.high, found.p, over))
+                         found.value, found.low, found.high, found.p))
     if not rows:
         raise ValueError(f"{options.results}: no checkpoint of all of {', '.join(names)} has "
                          f"answers with and without {options.terms}")
     write_table(options.output, (
-        *WHERE, "terms", "seeds", "n", "difference", "low", "high", "p", "over"), rows)
+        *WHERE, "terms", "seeds", "n", "difference", "low", "high", "p"), rows)
 
 
 COMMANDS = {"count": (Count, count), "evaluate": (Evaluate, evaluate),

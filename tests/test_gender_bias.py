@@ -112,7 +112,7 @@ def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
     assert float(rows["winogender bias"]["p"]) > 0.05 > float(rows["heldout context"]["p"])
 
 
-def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path, docs, capsys):
+def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, docs, capsys):
     monkeypatch.chdir(ROOT)  # branch calls train.py
     ids = tokenizer.encode("And he said unto him, his day is come; and he went. " * 400)
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
@@ -123,8 +123,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, tokenizer_path
     child = tmp_path / "branches" / "seed1_pronouns_to_feminine"
     pairs = capsys.readouterr().out.strip().removeprefix("--pairs=")
     assert pairs == f"{child}:{child}_twin"
-    options = Measure(str(docs), f"{tmp_path}/out", pairs, steps="last",
-                      tokenizer=str(tokenizer_path))
+    options = Measure(str(docs), f"{tmp_path}/out", pairs, steps="last")
     measure(options)
     assert "twin_step8: heldout, winogender, winobias, crows_gender, cost\n" in (
         capsys.readouterr().out)

@@ -20,8 +20,8 @@ from data import OrderedData
 from model import ModelConfig, Pythia
 from studies.term_frequency import (
     HEADER, Analyse, Compare, Count, Evaluate, Problem, all_prompts, analyse, answer_all,
-    behind_shots, binned, compare, count, evaluate, file_phrases, find_terms, gap, given_answer,
-    numbers_near_numbers, seen, tidy)
+    behind_shots, binned, compare, count, evaluate, find_terms, gap, given_answer,
+    numbers_near_numbers, phrases_of, seen, tidy)
 from studies.results import student_quantile
 from tasks import read_jsonl
 from tokenizer import Tokenizer
@@ -102,13 +102,12 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
 
 
 def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, capsys):
-    options = Evaluate(str(run), "plus", "0,1", x1="5:7", x2="1:4", results=str(tmp_path / "r"),
-                       tokenizer=str(tokenizer_path))
+    options = Evaluate(str(run), "plus", "0,1", x1="5", results=str(tmp_path / "r"))
     evaluate(options)
     rows = table(tmp_path / "r/run_step2_plus_0.csv")
     assert tuple(rows[0]) == HEADER and {row["tokens"] for row in rows} == {"128"}
     assert sorted((row["term"], row["item"]) for row in rows) == [
-        (x1, x2) for x1 in "56" for x2 in "123"]
+        ("5", x2) for x2 in sorted(map(str, range(1, 51)))]
     whole = {path: path.read_text() for path in (tmp_path / "r").glob("*.csv")}
     assert len(whole) == 4
     (tmp_path / "r/run_step2_plus_0.csv").unlink()
@@ -118,19 +117,16 @@ def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, caps
     assert whole == {path: path.read_text() for path in whole}
 
 
-def test_other_questions_do_not_go_on(run, tmp_path, tokenizer_path, capsys):
-    ask = Evaluate(str(run), "triviaqa", "1", steps="2", questions=str(tmp_path / "q.jsonl"),
-                   results=str(tmp_path / "r"), tokenizer=str(tokenizer_path))
-
+def test_other_questions_do_not_go_on(run, tmp_path):
     def ask_with(answer):  # of the question that is the other's shot
         write_jsonl(tmp_path / "q.jsonl", [
             {"question_id": id_, "question": "Who?", "answer": {"value": value, "aliases": []}}
             for id_, value in (("a", "Ann"), ("b", answer))])
         read_jsonl.cache_clear()
-        evaluate(ask)
+        evaluate(Evaluate(str(run), "triviaqa", "1", steps="2", results=str(tmp_path / "r"),
+                          questions=str(tmp_path / "q.jsonl")))
 
-    ask_with("Bob " * 40)  # more than the model's window
-    assert "1 of 2 prompts are longer than the model's 64 tokens" in capsys.readouterr().err
+    ask_with("Bob")
     with pytest.raises(ValueError, match="questions was .*; name another folder"):
         ask_with("Bert")
 
@@ -172,10 +168,10 @@ def test_text_is_tidied_as_transformers_decoded_it(text):
     assert tidy(text) == base.clean_up_tokenization(None, text)
 
 
-TRIVIA = [("a", "", "Which Lloyd Webber musical opened in the Battle of Hastings?",
+TRIVIA = [Problem("a", "", "Which Lloyd Webber musical opened in the Battle of Hastings?",
            ["Sunset Boulevard", "Sunset Blvd.", "SB"]),
-          ("b", "", "what star sign is it?", ["Leo"]),
-          ("c", "", "Who is Leo?", ["Lloyd Webber", "the Lord"])]
+          Problem("b", "", "what star sign is it?", ["Leo"]),
+          Problem("c", "", "Who is Leo?", ["Lloyd Webber", "the Lord"])]
 TERMS = {"a": ["lloyd webber", "battle of hastings"], "c": ["leo"],
          "b": ["what"]}  # no name: its longest word, the first of equals
 ANSWERS = {"a": ["sunset boulevard", "sunset blvd"], "b": ["leo"],
@@ -184,11 +180,8 @@ WORDS = "lloyd Webber, battle of Hastings sunset boulevard BLVD. leo what the Lo
 
 
 def test_terms_and_answers_of_questions():
-    filed, _ = file_phrases(TRIVIA)
-    assert sorted((id_, phrase, term == phrase) for phrase, places in filed.items()
-                  for id_, term in places) == sorted(
-        (id_, phrase, kind is TERMS) for kind in (TERMS, ANSWERS) for id_, phrases in kind.items()
-        for phrase in phrases)
+    assert [phrases_of(problem) for problem in TRIVIA] == [
+        (id_, set(TERMS[id_]), set(ANSWERS[id_])) for id_ in "abc"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -199,7 +192,7 @@ def test_rows_with_term_and_answer_are_found(text):
         words[i:i + len(phrase.split())] == phrase.split() for i in range(len(words)))
     expected = [f"{id_}: {term}" for id_, terms in TERMS.items() for term in terms
                 if has(term) and any(map(has, ANSWERS[id_]))]
-    assert sorted(find_terms(*file_phrases(TRIVIA), text)) == sorted(expected)
+    assert sorted(find_terms(map(phrases_of, TRIVIA), text)) == sorted(expected)
 
 
 @pytest.fixture
@@ -262,11 +255,9 @@ def test_the_gap_by_hand():
 
 def test_bins_hold_every_term_once():
     means = np.array([[0, 0, -3.0], [0, 1, -2.0], [140_000, 0.5, -1.0], [3e8, 1, 0.0]])
-    paper, first, second, third = binned(means)
-    assert paper[0] == "paper" and paper[1] == pytest.approx(1e5) and paper[4:6] == (1, 0.5)
-    assert (first[:5] == ("quantile", 0, 0, 0, 2)
-            and first[5:] == pytest.approx((0.5, 0.5, -2.5, 0.5)))
-    assert second[1:5] == (140_000, 140_000, 140_000, 1) and third[1:5] == (3e8, 3e8, 3e8, 1)
+    first, second, third = binned(means)
+    assert first == pytest.approx((0, 0, 0, 2, 0.5, 0.5, -2.5, 0.5))
+    assert second[:4] == (140_000, 140_000, 140_000, 1) and third[:4] == (3e8, 3e8, 3e8, 1)
 
 
 def counts_folder(tmp_path, tables):
@@ -295,9 +286,9 @@ def test_analysis_takes_frequencies_up_to_the_checkpoint(tmp_path):
     assert [tuple(float(row[name]) for name in columns) for row in rows
             if row["what"] == "nats, most - least"] == [(1, 10, 1), (10, 101, -1)]
     assert {row["low"] for row in rows if "most" in row["what"]} == {""}  # one term has no interval
-    with pytest.raises(ValueError, match="steps 0, 2, 4 of 15 tokens; m has seen 45 at"):
+    with pytest.raises(ValueError, match="no counts before m's step 3 of 45 tokens"):
         analyse(Analyse(counts, results_folder(tmp_path, [row(3, 45, 5)])))
-    with pytest.raises(ValueError, match="m has seen 32 at step 2: count --at"):
+    with pytest.raises(ValueError, match="before m's step 2 of 32 tokens; count --at it"):
         analyse(Analyse(counts, results_folder(tmp_path, [row(2, 32, 5)])))
     analyse(Analyse(counts, results_folder(tmp_path, [row(2, 30, 7), row(2, 30, 8)]),
                     str(tmp_path / "out")))
