@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from config import command, read_csv, read_json, replacing
-from data import load_npy, span
+from data import load_npy
 from eval import token_rows
 from tasks import GROUPS
 from tokenizer import N_TOKENS, load_tokenizer
@@ -161,7 +161,15 @@ def curves(options):
         task, shots, metric = panel
         axes.set(title=f"{task}, {shots}-shot", ylabel=metric, xscale="log",
                  yscale="log" if metric.endswith("perplexity") else "linear")
-        handles |= draw_published(axes, reference.get(panel, {}))
+        published = list(reference.get(panel, {}).items())
+        for i, (model, points) in enumerate(published):
+            x, y, _ = zip(*points)
+            [handles[PUBLISHED]] = axes.plot(x, y, color="0.78", zorder=1)
+            if i in (0, len(published) - 1):  # their names show the order of all
+                axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"),
+                              (x[-1], y[-1]), xytext=(3, 0), textcoords="offset points",
+                              fontsize=7, color="0.5", va="center")
+                axes.margins(x=0.1)
         for model, points in results[panel].items():
             (x, y, error), (colour, line) = np.array(points).T, look[model]
             axes.fill_between(x, y - error, y + error, color=colour, alpha=0.15, linewidth=0)
@@ -173,20 +181,6 @@ def curves(options):
     figure.legend([handles[name] for name in names], names, loc="outside lower center",
                   handlelength=3, ncols=columns)
     return finish(figure, options.output)
-
-
-def draw_published(axes, curves):
-    """Draw grey curves, and name the first and the last, which shows the order of all."""
-    handles = {}
-    for model, points in curves.items():
-        x, y, _ = zip(*points)
-        [handles[PUBLISHED]] = axes.plot(x, y, color="0.78", zorder=1)
-        if model in (list(curves)[0], list(curves)[-1]):
-            axes.annotate(model.removeprefix("pythia-").removesuffix("-deduped"), (x[-1], y[-1]),
-                          xytext=(3, 0), textcoords="offset points", fontsize=7, color="0.5",
-                          va="center")
-            axes.margins(x=0.1)
-    return handles
 
 
 def evaluations(paths):
@@ -385,14 +379,12 @@ def occupations(groups, output):
 
 # ---------------------------------------------------------------------------- the window
 
-PAGE_BYTES = 2_000_000
 ABSENT = 255  # the level of a token without a loss
 
 
 @dataclass(frozen=True)
 class Window:
     losses: str  # OUTPUT.npy of `eval.py losses`, OUTPUT.json beside it; several with commas
-    rows: str | None = None  # first:last+1 of each file's; None: all
     tokenizer: str = "20B_tokenizer.json"
     output: str = "window.html"
 
@@ -407,7 +399,7 @@ def window(options):
     """
     tokenizer, rows, series, places = load_tokenizer(options.tokenizer), [], [], {}
     for path in options.losses.split(","):
-        digest, found, checkpoints, losses = read_losses(path, options.rows, tokenizer)
+        digest, found, checkpoints, losses = read_losses(path, tokenizer)
         first = places.setdefault(digest, len(rows))
         if first == len(rows):
             rows += found
@@ -416,10 +408,6 @@ def window(options):
             its = slice(runs.index(run), runs.index(run) + runs.count(run))
             series.append({"run": run, "first": first, "n": losses.shape[1], "T": losses.shape[2],
                            "steps": [step for _, step in checkpoints[its]], "levels": losses[its]})
-    size = sum(one["levels"].size for one in series) * 4 / 3  # as base64
-    if size > PAGE_BYTES:
-        raise ValueError(f"{options.losses}: {size / 1e6:,.1f} MB of losses, a page has at most 2; "
-                         "choose fewer rows, as --rows=0:16")
     # fmax passes over nan, which is a token without a loss.
     largest = max(np.fmax.reduce(one["levels"], None, initial=1) for one in series)
     scale = float(largest) / (ABSENT - 1)
@@ -434,8 +422,8 @@ def window(options):
     print(f"{options.output}: {len(rows)} rows, losses in units of {scale:.3f} nats")
 
 
-def read_losses(path, chosen, tokenizer):
-    """Return all rows' digest, the chosen rows, the checkpoints [(run, step)], the chosen's losses.
+def read_losses(path, tokenizer):
+    """Return the digest of the rows, the rows, the checkpoints [(run, step)] and the losses.
 
     rows: [{name, seen, tokens}]; seen is the step in which the first run was trained on a row of
     its order, if it has come so far. losses: (checkpoints, rows, T) float32, mapped.
@@ -450,8 +438,7 @@ def read_losses(path, chosen, tokenizer):
         checkpoints = [(str(run), int(step or 0)) for run, step in what["checkpoints"]]
         run, _ = checkpoints[0]
         last = max(step for other, step in checkpoints if other == run)
-        chosen = span("rows", chosen or f"0:{len(tokens)}", len(tokens))
-        for i in chosen:
+        for i, ids in enumerate(tokens):
             if "text" in what:
                 row = {"name": str(what["documents"][i] or f"text {i}")}
             else:
@@ -460,8 +447,7 @@ def read_losses(path, chosen, tokenizer):
                 step = number // what["order"]["batch_size"]
                 if step < last and "trained_on" not in what:  # the run was trained in this order
                     row |= {"name": f"{row['name']}, seen by {run} in step {step}", "seen": step}
-            ids = tokens[i][tokens[i] >= 0].tolist()
-            row["tokens"] = [tokenizer.decode([token]) for token in ids]
+            row["tokens"] = [tokenizer.decode([token]) for token in ids[ids >= 0].tolist()]
             rows.append(row)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{prefix}.json: not written by `eval.py losses` ({error!r})") from None
@@ -469,7 +455,6 @@ def read_losses(path, chosen, tokenizer):
     if losses.dtype != np.float32 or losses.shape != expected:
         raise ValueError(f"{prefix}.npy: {losses.dtype} {losses.shape}, expected float32 "
                          f"{expected}; is `eval.py losses` done?")
-    losses = losses[:, chosen.start:chosen.stop]
     # Rounding makes losses of -1e-6; nan, a token without one, is neither small nor large.
     if np.any(losses < -1e-3) or np.any(losses > 1e4):
         raise ValueError(f"{prefix}.npy: holds losses below 0, or above 10,000 nats")
