@@ -9,7 +9,6 @@ Dimension key: B batch, T sequence, N = B*T, D d_model, H heads, K d_head, R rot
 V vocabulary.
 """
 
-import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import check, note, read_json
+from config import check, read_json
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,6 @@ class HeadLoss(torch.autograd.Function):
         dtype = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
                  else hidden.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        hidden_dtype, weight_dtype = hidden.dtype, weight.dtype
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         if needs_grad:
@@ -201,7 +199,6 @@ class HeadLoss(torch.autograd.Function):
         if needs_grad:
             # Kept as attributes: a gradient saved with save_for_backward would be copied once more.
             ctx.grads = grad_hidden, grad_weight
-            ctx.dtypes = hidden_dtype, weight_dtype
         return total / len(targets)
 
     @staticmethod
@@ -209,10 +206,8 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.grads
         ctx.grads = None
-        scale = grad_loss / len(grad_hidden)
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (grad_hidden.mul_(scale).to(hidden_dtype), grad_weight.mul_(scale).to(weight_dtype),
-                None, None, None)
+        scale = grad_loss / len(grad_hidden)  # autograd casts to the dtypes of hidden and weight
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
 
 
 def losses_and_gradient(logits, target):
@@ -329,50 +324,42 @@ class Pythia(nn.Module):
         """Return tokens (B, T) with n_tokens sampled ones behind them; temperature 0 is greedy.
 
         padding (B,) counts the tokens on each row's left that are not there. finished, if given, is
-        asked after each token which rows may end, with the new tokens (n, t): (n,) bool; a row that
-        has ended is filled up with anything. Raises ValueError if the context is too short.
+        asked after each token which rows end, with the new tokens (n, t): (n,) bool; a row that has
+        ended keeps zeros behind its last token. Raises ValueError if the context is too short.
         """
         (B, T), device, L = tokens.shape, tokens.device, self.config.seq_length
         if T + n_tokens > L:
             raise ValueError(f"{T} tokens and {n_tokens} new ones, but seq_length is {L}")
-        padding = torch.zeros(B, dtype=torch.int64, device=device) if padding is None else padding
-        columns = torch.arange(T + n_tokens, device=device)
-        # What is added to attention's scores: nothing sees padding, (B, 1, 1, T + n_tokens), ...
-        unseen = torch.zeros(B, 1, 1, T + n_tokens, device=device, dtype=self.embed_in.weight.dtype)
-        unseen.masked_fill_((columns < padding[:, None])[:, None, None], -torch.inf)
-        # ... and a prompt's token sees none behind it. A padding token sees itself, for a softmax
-        # of nothing would be NaN.
-        mask = unseen[..., :T].masked_fill(columns[:T] > columns[:T, None], -torch.inf)
-        mask = mask.masked_fill(columns[:T] == columns[:T, None], 0)
+        positions = torch.arange(T + n_tokens, device=device).repeat(B, 1)  # (B, T + n_tokens)
+        if padding is not None:
+            positions -= padding[:, None]
+        # A token sees itself and those before it that are no padding. Padding sees itself, too, for
+        # a softmax of nothing would be NaN.
+        query, key = positions[:, None, :, None], positions[:, None, None]
+        seen = (key <= query) & (key >= 0) | (key == query)  # (B, 1, queries, keys)
         cache = [Cache(self.config, B, T + n_tokens, self.embed_in.weight) for _ in self.layers]
         out, start = F.pad(tokens, (0, n_tokens)), 0
-        rows = torch.arange(B, device=device)  # those that are still generated
-        # Remembered, for `finished` may look at the last tokens only.
-        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        rows = torch.arange(B, device=device)  # those that have not ended
         for end in range(T, T + n_tokens):
-            positions = (columns[start:end] - padding[rows, None]).clamp(min=0)
-            x = self.hidden(out[rows, start:end], positions, mask, cache)[:, -1]  # (n, D)
-            out[rows, end] = self._next_token(x, temperature, generator)
+            x = self.hidden(out[rows, start:end], positions[rows, start:end].clamp(min=0),
+                            seen[rows, :, start:end, :end], cache)[:, -1]  # (n, D)
+            # (V, D) @ (D, n) is twice as fast on a CPU as the head's own product for so few rows.
+            logits = (self.embed_out.weight @ x.T).T.float()  # (n, V)
+            if temperature == 0:
+                out[rows, end] = logits.argmax(-1)
+            else:
+                probabilities = (logits / temperature).softmax(-1)
+                out[rows, end] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
             if finished is not None:
-                ended[rows] |= finished(out[rows, T:end + 1]).to(device)
-                going = ~ended[rows]
+                going = ~finished(out[rows, T:end + 1]).to(device)
                 if not going.any():
                     break
-                if going.sum() <= 0.75 * len(rows):  # taking rows out costs a copy of the cache
+                if not going.all():
                     rows = rows[going]
                     for layer in cache:
                         layer.kv = layer.kv[:, going]
-            start, mask = end, unseen[rows, :, :, :end + 1]
+            start = end
         return out
-
-    def _next_token(self, x, temperature, generator):
-        """Return a token for each of the hidden states x (n, D)."""
-        # (V, D) @ (D, n) is twice as fast on a CPU as the head's own product for so few rows.
-        logits = (self.embed_out.weight @ x.T).T.float()  # (n, V)
-        if temperature == 0:
-            return logits.argmax(-1)
-        probabilities = (logits / temperature).softmax(-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 # ---------------------------------------------------------------------------- as published
@@ -383,6 +370,18 @@ def hf_name(name):
     return name if name.startswith("embed_out") else f"gpt_neox.{name}"
 
 
+# Keys of config.json that decide numbers, as every Pythia has them: those that are always there, ...
+PYTHIAS = {"layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+           "use_parallel_residual": True, "tie_word_embeddings": False}
+# ... and those of some versions from 4.24 to 5, alone or in rope_parameters or rope_scaling.
+ROPE = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "default",
+        "type": "default"}
+GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+# In ModelConfig's order, with their largest values: a hostile file could have 2^60 layers.
+SIZES = {"num_hidden_layers": 1 << 10, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20,
+         "vocab_size": 1 << 20, "max_position_embeddings": 1 << 20}
+
+
 def hf_config(config):
     """Return the config.json that makes GPTNeoXForCausalLM compute what our model does."""
     return {
@@ -390,66 +389,40 @@ def hf_config(config):
         "hidden_size": config.d_model, "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads, "intermediate_size": 4 * config.d_model,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.seq_length,
-        "hidden_act": {"tanh": "gelu_pytorch_tanh", "erf": "gelu"}[config.gelu],
-        "layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000,
-        "use_parallel_residual": True, "tie_word_embeddings": False, "initializer_range": 0.02,
-        "bos_token_id": 0, "eos_token_id": 0, "use_cache": True, "torch_dtype": "float32",
+        "hidden_act": {"tanh": "gelu_pytorch_tanh", "erf": "gelu"}[config.gelu], **PYTHIAS,
+        "initializer_range": 0.02, "bos_token_id": 0, "eos_token_id": 0, "use_cache": True,
+        "torch_dtype": "float32",
     }
-
-
-# What else transformers' GPT-NeoX, 4.24 to 5.23, reads in a config.json: the keys of PYTHIAS change
-# numbers (the value here is that of every Pythia), those of FREE do not.
-PYTHIAS = {"partial_rotary_factor": 0.25, "rope_theta": 10000, "rope_type": "default",
-           "type": "default", "rope_scaling": None, "rope_parameters": None,
-           "attention_bias": True, "is_causal": True, "quantization_config": None}
-FREE = {"architectures", "attention_dropout", "bos_token_id", "classifier_dropout", "dtype",
-        "eos_token_id", "hidden_act", "hidden_dropout", "initializer_range", "is_decoder",
-        "pad_token_id", "torch_dtype", "transformers_version", "use_cache"}
-GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-warn_once = functools.cache(note)  # of the many checkpoints of a run
-SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size",
-         "max_position_embeddings")  # in ModelConfig's order
 
 
 def read_config(folder):
     """Return the ModelConfig of folder/config.json: ours, or one of transformers 4.24 to 5.
 
-    Raises ValueError naming whatever makes it another architecture than Pythia's.
+    Raises ValueError naming a value that makes it another architecture than Pythia's.
     """
     path = Path(folder) / "config.json"
-    spec = dict.fromkeys(("model_type", "hidden_act", *SIZES)) | read_json(path)
-    for inner in ("rope_parameters", "rope_scaling"):  # transformers 5; 4.31 to 4.57
-        if type(spec.get(inner)) is dict:
-            spec |= {f"{inner}: {name}": value for name, value in spec.pop(inner).items()}
+    spec = read_json(path)
 
-    def expect(holds, name, expected):
+    def expect(name, holds, expected):
         if not holds:
-            raise ValueError(f"{path}: {ascii(name)[1:-1][:60]} is {repr(spec[name])[:100]}, "
-                             f"expected {expected}")
+            raise ValueError(f"{path}: {name} is {repr(spec.get(name))[:100]}, expected {expected}")
 
-    expect(spec["model_type"] == "gpt_neox", "model_type", "'gpt_neox'")
-    for name in SIZES:  # a hostile file could make a model of 2^60 layers
-        most = 1 << 10 if name == "num_hidden_layers" else 1 << 20
-        expect(type(spec[name]) is int and 1 <= spec[name] <= most, name,
+    expect("model_type", spec.get("model_type") == "gpt_neox", "'gpt_neox'")
+    for name, most in SIZES.items():
+        expect(name, type(spec.get(name)) is int and 1 <= spec[name] <= most,
                f"a positive integer up to {most:,}")
-    expect(str(spec["hidden_act"]) in GELUS, "hidden_act", f"one of {list(GELUS)}")
-    try:
-        config = ModelConfig(*map(spec.get, SIZES), gelu=GELUS[spec["hidden_act"]])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    pythias = hf_config(config) | PYTHIAS | {
-        "head_dim": config.d_head, "num_key_value_heads": config.n_heads}
-    unknown = []
-    for name, value in spec.items():
-        inner, _, key = name.rpartition(": ")
-        if inner or key in pythias.keys() - FREE:
-            expect(key in pythias and value == pythias[key], name,
-                   f"Pythia's {pythias[key]!r}" if key in pythias else "no such key")
-        elif key not in FREE and key[:1] != "_":
-            unknown.append(repr(key)[:50])
-    if unknown:
-        warn_once("warning: keys of config.json that are no GPT-NeoX's of transformers are ignored:"
-                  f" {', '.join(sorted(unknown)[:10])}")
+    expect("hidden_act", spec.get("hidden_act") in list(GELUS), f"one of {list(GELUS)}")
+    config = ModelConfig(*map(spec.get, SIZES), gelu=GELUS[spec["hidden_act"]])
+    pythias = PYTHIAS | ROPE | {
+        "intermediate_size": 4 * config.d_model, "head_dim": config.d_head,
+        "num_key_value_heads": config.n_heads, "attention_bias": True, "is_causal": True,
+        "quantization_config": None}
+    for name, value in pythias.items():
+        expect(name, spec.get(name, value) == value, f"Pythia's {value!r}")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = spec.get(name)
+        expect(name, rope is None or type(rope) is dict and rope.items() <= ROPE.items(),
+               f"at most Pythia's {ROPE}")
     return config
 
 

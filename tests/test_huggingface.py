@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from checkpoints import (Import, checkpoint_steps, folder_tokenizer, identify, import_, known_bad,
                          load_model, load_training, merged, open_any, saved_steps, sha256_of)
 from conftest import ROOT
-from model import ModelConfig, Pythia, hf_name, parameter_shapes, read_config
+from model import ModelConfig, Pythia, hf_name, parameter_shapes
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
 
@@ -121,14 +121,11 @@ NEW_ROPE = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "de
     {"rotary_pct": "absent", "rotary_emb_base": "absent", "torch_dtype": "absent",
      "dtype": "float32", "rope_parameters": NEW_ROPE},
     {"hidden_act": "gelu_new"}, {"hidden_act": "gelu_fast"}, {"sliding_window": 4}])
-def test_config_json_of_every_age_means_the_same_numbers(tmp_path, capsys, changes):
+def test_config_json_of_every_age_means_the_same_numbers(tmp_path, changes):
     folder = published(tmp_path, weights(), config=aged(**changes))
     theirs, tokens = AutoModelForCausalLM.from_pretrained(folder).float(), torch.arange(32)[None]
     torch.testing.assert_close(load_model(folder)(tokens), theirs(tokens).logits,
                                rtol=1e-5, atol=1e-3)  # of ~60
-    read_config(folder)
-    named = capsys.readouterr().err.count("'sliding_window'")
-    assert named == ("sliding_window" in changes)  # a key that could matter, once
 
 
 @pytest.mark.parametrize("changes, words", [
