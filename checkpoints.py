@@ -32,7 +32,6 @@ import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,11 +180,15 @@ def read_training(folder, step):
     return training
 
 
-def manifest_of(folder):
-    """Return {file: its entry} of a manifest, {} without one; moments only if they are there."""
+def read_manifest(folder):
+    """Return the object in a checkpoint's manifest, {} without one."""
     path = folder / "manifest.json"
-    entries = read_json(path) if os.path.lexists(path) else {}
-    return {name: entry for name, entry in entries.items()
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def manifest_of(folder):
+    """Return {file: its entry} of a manifest; moments only if they are there."""
+    return {name: entry for name, entry in read_manifest(folder).items()
             if name != "chain" and (folder / name).parent.exists()}
 
 
@@ -194,9 +197,7 @@ def chain_of(folder):
 
     Of a checkpoint that no run of ours has saved, digest is as before the first step.
     """
-    path = folder / "manifest.json"
-    chain = read_json(path).get("chain") if path.exists() else None
-    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if type(chain) is dict else {})
+    return read_manifest(folder).get("chain", {"digest": FIRST_DIGEST, "state_sha256": None})
 
 
 def describe_file(path):
@@ -204,12 +205,13 @@ def describe_file(path):
     return {"bytes": file_size(path), "sha256": sha256_of(path)}
 
 
-def write_manifest(folder, digest=None):
-    """Write folder/manifest.json, with which a checkpoint is whole. digest: the last step's."""
-    files = {name: path for name, path in sorted(files_of(folder).items())
-             if name != "manifest.json"}
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-        entries = dict(zip(files, threads.map(describe_file, files.values())))
+def write_manifest(folder, digest=None, known={}):
+    """Write folder/manifest.json, with which a checkpoint is whole.
+
+    digest: the last step's. known: the entries of files that need not be read again.
+    """
+    entries = {name: known.get(name) or describe_file(path)
+               for name, path in sorted(files_of(folder).items()) if name != "manifest.json"}
     if digest:
         tensors = "".join(entry["sha256"] for name, entry in entries.items()
                           if name.endswith(".safetensors"))
@@ -325,30 +327,25 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
     step's.
     """
     finish_writing()
-    folder, first = Path(run) / f"step{step}", process_place()[0] == 0
-    exists = [is_whole(folder) and (folder / "optimizer").exists()]
-    if dist.is_initialized():  # all do what the first one sees
-        dist.broadcast_object_list(exists, group=_group())
-    if exists[0]:
-        return
+    folder = Path(run) / f"step{step}"
     parameters = dict(model.named_parameters())
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
                for kind in MOMENTS if optimizer.state}  # there are none before the first update
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     files, notes = split("model", weights, SHARD_BYTES)
     files |= split("optimizer/moments", moments, SHARD_BYTES)[0]  # they are read without an index
-    notes["training.json"] = {"step": step, "scheduled": scheduled, **training}
+    notes |= {"training.json": {"step": step, "scheduled": scheduled, **training},
+              "config.json": hf_config(model.config)}
     whole = gathered(files, copy=asynchronous)
-    if asynchronous or not first:
+    if asynchronous:
         whole = list(whole)
 
     def write():
-        if first:
-            with writing(folder) as temporary:
-                for file, tensors in whole:
-                    write_file(temporary / file, tensors)
-                write_notes(temporary, notes, hf_config(model.config), tokenizer, digest)
+        if process_place()[0] == 0 and not (is_whole(folder) and (folder / "optimizer").exists()):
+            write_checkpoint(folder, whole, notes, tokenizer, digest)
             make_room(run, step, state_every)
+        for _ in whole:  # every process takes part in gathering
+            pass
         if dist.is_initialized():  # no process ends, or reads the folder, before it is written
             dist.barrier(_group())
 
@@ -388,9 +385,44 @@ def gathered(files, copy):
         yield file, whole
 
 
-def write_notes(folder, notes, spec, tokenizer, digest=None):
-    """Write what lies beside the tensors: {name: object}, config.json (spec), and the manifest."""
-    notes = notes | {"config.json": spec, "generation_config.json": {
+def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
+    """Write a folder that takes the name `folder` only once all of it is on the disk.
+
+    files: (name, {name: tensor}) one by one. notes: {name: object}, config.json among them. What
+    has the name already is kept as NAME.broken, or gets its moments if nothing else is new.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+    temporary.mkdir()  # but no parent: it is gone if a disk was unmounted
+    try:
+        with ThreadPoolExecutor() as threads:  # a file is hashed beside what follows
+            entries = {}
+            for file, tensors in files:
+                write_file(temporary / file, tensors)
+                entries[file] = threads.submit(describe_file, temporary / file)
+            write_notes(temporary, notes, tokenizer)
+            for path in temporary.rglob("*"):
+                sync(path)
+        write_manifest(temporary, digest, {file: entry.result() for file, entry in entries.items()})
+        sync(temporary)
+        if is_whole(folder) and read_manifest(folder) == read_manifest(temporary):
+            os.rename(temporary / "optimizer", folder / "optimizer")
+            sync(folder)
+        else:
+            if os.path.lexists(folder):
+                broken = Path(f"{folder}.broken")
+                while os.path.lexists(broken):
+                    broken = Path(f"{broken}1")
+                os.rename(folder, broken)
+            os.rename(temporary, folder)
+        sync(folder.parent)
+    finally:  # after an error, such as a full disk, the room is free again
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_notes(folder, notes, tokenizer):
+    """Write what lies beside the tensors, {name: object}, and the tokenizer with its settings."""
+    notes = notes | {"generation_config.json": {
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}}
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
@@ -398,10 +430,9 @@ def write_notes(folder, notes, spec, tokenizer, digest=None):
         notes["tokenizer_config.json"] = special | {
             "tokenizer_class": "GPTNeoXTokenizer", "pad_token": "<|padding|>",
             "clean_up_tokenization_spaces": False,  # else "a , b" would be decoded as "a, b"
-            "model_max_length": spec["max_position_embeddings"]}
+            "model_max_length": notes["config.json"]["max_position_embeddings"]}
     for name, value in notes.items():
         write_json(folder / name, value)
-    write_manifest(folder, digest)
 
 
 def make_room(run, step, state_every):
@@ -430,34 +461,6 @@ def lock(run):
     config.LOCKS.append(config.lock(Path(run) / ".lock"))
     for path in Path(run).glob(".step*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def writing(folder):
-    """Give a new folder that takes the name `folder` only once all of it is on the disk.
-
-    A folder that has the name already is kept as NAME.broken, unless the new one has all its bytes.
-    """
-    temporary, before = folder.with_name(f".{folder.name}.tmp"), None
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
-    temporary.mkdir()  # but no parent: it is gone if a disk was unmounted
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        if os.path.lexists(folder):  # a damaged checkpoint, or one without moments
-            before = folder.with_name(f"{folder.name}.broken")
-            while os.path.lexists(before):
-                before = before.with_name(f"{before.name}1")
-            os.rename(folder, before)
-        os.rename(temporary, folder)
-        sync(folder.parent)
-        if before and manifest_of(folder).items() >= {
-                name: describe_file(path) for name, path in files_of(before).items()
-                if name != "manifest.json"}.items():
-            shutil.rmtree(before, ignore_errors=True)
-    finally:  # after an error, such as a full disk, the room is free again
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------- published forms
@@ -589,7 +592,7 @@ class Import:
 
 
 def import_(options):
-    """Copy a checkpoint of any form into a folder that everything reads, with a model card."""
+    """Copy a checkpoint of any form into a folder that everything reads."""
     source, output, tokenizer = Path(options.source), Path(options.output), options.tokenizer
     for line in known_bad(*identify(source)):
         note(line)
@@ -606,30 +609,14 @@ def import_(options):
             raise ValueError(f"{name}: {tensor.abs().max():g} overflows torch.{options.dtype}")
     files, notes = split("model", tensors, options.shard_size)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-    spec = hf_config(model_config) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    notes["config.json"] = hf_config(model_config) | {
+        "torch_dtype": str(dtype).removeprefix("torch.")}
     output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output) as folder:
-        for file, some in files.items():
-            write_file(folder / file, some)
-        (folder / "README.md").write_text(model_card(source.resolve(), spec))
-        write_notes(folder, notes, spec, tokenizer)
+    write_checkpoint(output, files.items(), notes, tokenizer)
     print(f"{output}: {len(tensors)} tensors in {len(files)} file(s), gelu {model_config.gelu}")
     if options.push:
         *_, run, step = source.resolve().parts
         print(shlex.join(["hf", "upload", run, options.output, ".", f"--revision={step}"]))
-
-
-def model_card(source, spec):
-    """Return a README.md for the Hub: the model's config.json and how a run of ours trained it."""
-    facts, training, run = dict(spec), source / "training.json", source.parent / "config.json"
-    for path in (run, training) if training.exists() else ():
-        if path.exists():
-            facts |= {name: value for name, value in read_json(path).items()
-                      if type(value) in (int, float)}
-    rows = "".join(f"| {name} | {value} |\n" for name, value in facts.items())
-    return ("---\nlibrary_name: transformers\ntags: [gpt_neox, pythia]\n---\n\n"
-            f"# {source.parent.name} {source.name}\n\nA language model of the architecture of "
-            f"Pythia, for transformers' `GPTNeoXForCausalLM`.\n\n| | |\n|---|---|\n{rows}")
 
 
 @dataclass(frozen=True)

@@ -370,7 +370,7 @@ def hf_name(name):
     return name if name.startswith("embed_out") else f"gpt_neox.{name}"
 
 
-# Keys of config.json that decide numbers, as every Pythia has them: those that are always there, ...
+# Keys of config.json that decide numbers, as every Pythia has them: those of every version, ...
 PYTHIAS = {"layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000,
            "use_parallel_residual": True, "tie_word_embeddings": False}
 # ... and those of some versions from 4.24 to 5, alone or in rope_parameters or rope_scaling.

@@ -112,18 +112,13 @@ def test_training_json_that_no_run_has_saved(tmp_path, trained, capsys, notes, w
     assert "NOT WHOLE" in line and words in line and len(line) < 400
 
 
-@pytest.mark.parametrize("manifest", [None, {}])
-def test_what_the_new_checkpoint_does_not_have_stays(tmp_path, manifest):
-    (tmp_path / "step1").mkdir()
-    for name in ("model.safetensors", "training.json", "notes.txt"):
-        (tmp_path / "step1" / name).write_text("{}")
-    if manifest is not None:
-        (tmp_path / "step1/manifest.json").write_text(json.dumps(
-            {name: {"bytes": 2, "sha256": ""} for name in ("model.safetensors", "training.json")}))
-    with checkpoints.writing(tmp_path / "step1") as new:
-        shutil.copytree(tmp_path / "step1", new, dirs_exist_ok=True)
-        (new / "notes.txt").unlink()
-    assert (tmp_path / "step1.broken/notes.txt").exists()
+def test_moments_come_back_to_a_checkpoint_that_keeps_all_else(tmp_path, trained):
+    save(tmp_path, 2, *trained, STATE)
+    shutil.rmtree(tmp_path / "step2/optimizer")
+    (tmp_path / "step2/notes.txt").write_text("mine")
+    save(tmp_path, 2, *trained, STATE)
+    assert load_training(tmp_path, 2, *trained) == STATE | {"step": 2, "scheduled": True}
+    assert os.listdir(tmp_path) == ["step2"] and (tmp_path / "step2/notes.txt").exists()
 
 
 # ---------------------------------------------------------------------------- tensor files
