@@ -4,7 +4,6 @@ pytest tests/test_proof.py -m proof plants 200 faults, stops 50 honest runs, res
 """
 
 import hashlib
-import json
 import math
 import random
 import shutil
@@ -17,6 +16,7 @@ import torch
 
 import train as train_module
 from config import parse, read_json, write_json
+from conftest import write_jsonl
 from data import OrderedData
 from interventions import InterventionConfig
 from checkpoints import saved_steps
@@ -30,11 +30,11 @@ from train import SCHEMAS
 EVERY = dict(checkpoint_every=1, steps=12)
 
 
-def again(flag, expect=0):
-    """Give --replay or --restore as a user does; return the last line, and the exit code's."""
+def again(flag):
+    """Give --replay or --restore as a user does; return the last line."""
     done = Launched(["train.py", flag]).finish()
-    assert done.returncode == expect, done.stdout + done.stderr
-    return (done.stderr if expect == 2 else done.stdout).strip().splitlines()[-1]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().splitlines()[-1]
 
 
 def proved_here(capsys, *flags):
@@ -74,6 +74,10 @@ def test_digests_are_sha256_of_what_the_docstring_says(data, tmp_path):
 # ---------------------------------------------------------------------------- faults are named
 
 
+
+# A fault is a function (monkeypatch, draw, k) -> settings of a run, what its replay has to say.
+
+
 def shifted(monkeypatch, step_of):
     """Let a run read the batch of step_of(step) at every step, or change it in place."""
     batch = OrderedData.batch
@@ -89,27 +93,27 @@ def token(monkeypatch, draw, k):
         return rows
 
     shifted(monkeypatch, flipped)
-    return f"step {k}: data differs"
+    return {}, f"step {k}: data differs"
 
 
 def skipped_step(monkeypatch, draw, k):
     shifted(monkeypatch, lambda step, read: read(step + (step >= k)))
-    return f"step {k}: data differs"
+    return {}, f"step {k}: data differs"
 
 
 def doubled_step(monkeypatch, draw, k):
     shifted(monkeypatch, lambda step, read: read(step - (step > k)))
-    return f"step {k + 1}: data differs"
+    return {}, f"step {k + 1}: data differs"
 
 
 def rate(monkeypatch, draw, k):
     rate_at = train_module.learning_rate_at
     monkeypatch.setattr(train_module, "learning_rate_at", lambda n, config: (
         math.nextafter(rate_at(n, config), 1) if n == k else rate_at(n, config)))
-    return f"step {k}: rate differs"
+    return {}, f"step {k}: rate differs"
 
 
-def flipped_bit(monkeypatch, draw, k, kind):
+def weight(monkeypatch, draw, k, kind=""):
     """Flip a bit of the mantissa of one weight or moment after the update of step k."""
     names = [name for name, _ in Pythia(ModelConfig(**SHAPE)).named_parameters()]
     chosen, update = draw.randrange(len(names)), train_module.Training.update
@@ -119,23 +123,21 @@ def flipped_bit(monkeypatch, draw, k, kind):
         if self.updates == k + 1:
             parameter = list(self.model.parameters())[chosen]
             tensor = parameter.detach() if kind == "" else self.optimizer.state[parameter][kind]
-            tensor.view(-1).view(torch.int32)[draw.randrange(tensor.numel())] ^= 1 << draw.randrange(23)
+            bits = tensor.view(-1).view(torch.int32)
+            bits[draw.randrange(tensor.numel())] ^= 1 << draw.randrange(23)
 
     monkeypatch.setattr(train_module.Training, "update", wrong)
     name = f"{kind}.{names[chosen]}" if kind else hf_name(names[chosen])
-    return f"step{k + 1}: weights or moments differ, first {name}"
-
-
-def weight(monkeypatch, draw, k):
-    return flipped_bit(monkeypatch, draw, k, "")
+    return {}, f"step{k + 1}: weights or moments differ, first {name}"
 
 
 def moment(monkeypatch, draw, k):
-    return flipped_bit(monkeypatch, draw, k, draw.choice(["exp_avg", "exp_avg_sq"]))
+    return weight(monkeypatch, draw, k, draw.choice(["exp_avg", "exp_avg_sq"]))
 
 
 def another_seed(monkeypatch, draw, k):
-    return {"seed": draw.randrange(1000), "data_seed": 1234}, "step0: weights or moments differ, first "
+    return ({"seed": draw.randrange(1000), "data_seed": 1234},
+            "step0: weights or moments differ, first ")
 
 
 def another_order(monkeypatch, draw, k):
@@ -153,17 +155,15 @@ FAULTS = [token, skipped_step, doubled_step, rate, weight, moment, another_seed,
 def check_fault(data, folder, monkeypatch, capsys, fault, number):
     """Train a run with a fault that nothing in its folder says; a replay has to name it."""
     draw, run = random.Random(number), folder / f"run{number}"
-    k, changes = draw.randrange(1, 10), {}
-    expected = fault(monkeypatch, draw, k)
-    if type(expected) is tuple:
-        changes, expected = expected
+    k = draw.randrange(1, 10)
+    changes, expected = fault(monkeypatch, draw, k)
     if "planted" in changes:
-        plan = {"id": "a", "text": "a b c", "steps": [k]}
         changes["planted"] = folder / "plan.jsonl"
-        changes["planted"].write_text(json.dumps(plan) + "\n")
+        write_jsonl(changes["planted"], [{"id": "a", "text": "a b c", "steps": [k]}])
     run_here(data, run, **EVERY, **changes)
     monkeypatch.undo()
-    honest = {"seed": 1234, "data_seed": None, "planted_sha256": None} | asdict(InterventionConfig())
+    honest = asdict(InterventionConfig()) | {
+        "seed": 1234, "data_seed": None, "planted_sha256": None}
     write_json(run / "config.json", read_json(run / "config.json") | honest)
     last = proved_here(capsys, f"--replay={run}/step0:12")
     assert last.startswith(expected), f"{fault.__name__} {number}: {last}, expected {expected}"
@@ -219,7 +219,8 @@ def test_any_step_is_restored(sparse, tmp_path, capsys, number):
     last = proved_here(capsys, f"--restore={sparse}/run/step{step}", f"--out_dir={tmp_path}/again")
     assert "equal to the bit" in last
     for name in ("model.safetensors", "optimizer/moments.safetensors"):
-        first, second = (run / f"step{step}" / name for run in (sparse / "every", tmp_path / "again"))
+        first, second = (run / f"step{step}" / name
+                         for run in (sparse / "every", tmp_path / "again"))
         assert first.read_bytes() == second.read_bytes()
 
 
@@ -231,16 +232,12 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
     lines[13] = lines[13].replace("12,3072,", "12,3072,1")  # another loss
     (tmp_path / "run/metrics.csv").write_text("\n".join(lines) + "\n")
     for flags, words in (
-            (f"--replay={run}/step8:9", "step8: not a whole checkpoint with Adam's moments; replay"),
-            (f"--replay={run}/step8", "expected one --replay=RUN/stepA:B"),
+            (f"--replay={run}/step8:9", "step8: not a whole checkpoint with Adam's moments"),
             (f"--restore={run}/step8:9", "expected one --restore=RUN/stepN"),
-            (f"--replay={run}/step10:10", "expected steps in order, from 0 on"),
             (f"--replay={run}/step20:40", "10 of the steps 20 to 39"),
             (f"--replay={tmp_path}/child/step0:9", "what came before is in"),
             (f"--replay={tmp_path}/run/step0:20", "step 12 does not follow from the line before"),
-            (f"--replay={tmp_path}/step0:20", "no such file"),
-            (f"--replay={run}/step0:20 --beta1=0.5", "--beta1=0.5: a replay has the settings of its"),
-            (f"--replay={run}/step0:20 --stop_at=9", "--stop_at=9: a replay has the settings")):
+            (f"--replay={run}/step0:20 --beta1=0.5", "--beta1=0.5: a replay has the settings")):
         done = Launched(["train.py", *flags.split()]).finish()
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
@@ -270,7 +267,8 @@ def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, cap
 def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path):
     lines = (sparse / "run/metrics.csv").read_text().splitlines(keepends=True)
     for name, text, words in (
-            ("first", lines[0] + lines[1].replace("0,0,", "0,0,1") + "".join(lines[2:]), "step 0 does"),
+            ("first", "".join([lines[0], lines[1].replace("0,0,", "0,0,1"), *lines[2:]]),
+             "step 0 does"),
             ("end", "".join(lines[:25]), "step 29 is not the one that step30's manifest.json"),
             ("middle", "".join(lines[:5] + lines[6:]), "step 5 does not follow"),
             ("torn", "".join(lines) + "30,77", "0 problems")):
@@ -288,7 +286,6 @@ def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
     assert "proved" in again(flag)  # the bits happen to be the same
     done = Launched(["train.py", flag]).finish()  # not compared again with what is there
     assert done.returncode == 2 and "has these steps already" in done.stderr
-    assert Launched(["train.py", flag, f"--out_dir={tmp_path}/run"]).finish().returncode == 2
     shutil.rmtree(tmp_path / "run_replay_step0_12")
     done = Launched(["train.py", flag, "--micro_batch_size=2"]).finish()
     assert done.returncode == 0 and "losses within" in done.stdout
@@ -307,24 +304,23 @@ def test_sums_are_the_means_of_float64(monkeypatch):
                  for i in range(n)]
     losses = 10 + torch.rand(n, generator=draw)
     sums = ExactSums(parameters, n, Processes("cpu"))
-    for order, scale in ((range(n), 1.0), (reversed(range(n)), 4096.0)):
+
+    def add(order, scale):
         for i in order:
             for p, gradient in zip(parameters, gradients[i]):
                 p.grad = gradient * scale
             sums.add(losses[i], scale)
-        assert sums.mean() == losses.double().mean().float()
+        return sums.mean()
+
+    for order, scale in ((range(n), 1.0), (reversed(range(n)), 4096.0)):
+        assert add(order, scale) == losses.double().mean().float()
         for p, each in zip(parameters, zip(*gradients)):
             expected = torch.stack(each).double().mean(0).float()
             # A multiple of 2**-54 in float32 lies beside the mean of reals at the worst.
             assert torch.allclose(p.grad, expected, rtol=2**-23, atol=2**-53)
     for wrong in (17.0, math.nan, -math.inf):
-        for i in range(n):
-            for p, gradient in zip(parameters, gradients[i]):
-                p.grad = gradient.clone()
-            if i == 5:
-                parameters[1].grad[7] = wrong
-            sums.add(losses[i], 1.0)
-        sums.mean()
+        gradients[5][1][7] = wrong
+        add(range(n), 1.0)
         assert parameters[0].grad.norm() == math.inf
 
 
@@ -347,8 +343,9 @@ def test_bits_do_not_depend_on_the_number_of_processes(data, tmp_path):
             first, second = (tmp_path / f"{run}/step{step}/manifest.json" for run in ("one", other))
             assert first.read_bytes() == second.read_bytes()  # the hashes of all files
     train(data, tmp_path / "plain", **EXACT | {"exact_sums": False})
-    for ours, plain in zip(table(tmp_path / "one/metrics.csv"), table(tmp_path / "plain/metrics.csv")):
-        assert float(ours["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
+    exact, plain = (table(tmp_path / f"{name}/metrics.csv") for name in ("one", "plain"))
+    assert [float(row["loss"]) for row in exact] == pytest.approx(
+        [float(row["loss"]) for row in plain], rel=1e-6)
 
 
 def test_exact_sums_stop_and_refuse_with_a_line(data, tmp_path):
@@ -356,15 +353,3 @@ def test_exact_sums_stop_and_refuse_with_a_line(data, tmp_path):
     refused(data, tmp_path / "a", "expected --sharding=ddp", sharding="fsdp", **EXACT)
     train(data, tmp_path / "run", stop_at=2, **EXACT)
     refused(data, tmp_path / "run", "threads was 1, is 2", **EXACT | {"threads": 2})
-    refused(data, tmp_path / "run", "micro_batch_size was 1, is 2", **EXACT | {"micro_batch_size": 2})
-
-
-def test_the_order_has_a_seed_of_its_own(data, tmp_path):
-    for name, seeds in (("both", {"seed": 5}), ("order", {"data_seed": 5}),
-                        ("weights", {"seed": 5, "data_seed": 1234}), ("neither", {})):
-        train(data, tmp_path / name, stop_at=1, **seeds)
-    batches = {name: table(tmp_path / name / "metrics.csv")[0]["batch_sha256"]
-               for name in ("both", "order", "weights", "neither")}
-    weights = {name: (tmp_path / name / "step0/model.safetensors").read_bytes() for name in batches}
-    assert batches["both"] == batches["order"] != batches["weights"] == batches["neither"]
-    assert weights["both"] == weights["weights"] != weights["order"] == weights["neither"]
