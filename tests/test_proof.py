@@ -23,8 +23,7 @@ from checkpoints import saved_steps
 from launch import Launched
 from model import ModelConfig, Pythia, hf_name
 from parallel import ExactSums, Processes
-from test_train import (as_a_process, command, data, refused, run_here, SHAPE,  # noqa: F401
-                        table, train)
+from test_train import as_a_process, command, data, run_here, SHAPE, table, train  # noqa: F401
 from train import SCHEMAS
 
 EVERY = dict(checkpoint_every=1, steps=12)
@@ -346,10 +345,3 @@ def test_bits_do_not_depend_on_the_number_of_processes(data, tmp_path):
     exact, plain = (table(tmp_path / f"{name}/metrics.csv") for name in ("one", "plain"))
     assert [float(row["loss"]) for row in exact] == pytest.approx(
         [float(row["loss"]) for row in plain], rel=1e-6)
-
-
-def test_exact_sums_stop_and_refuse_with_a_line(data, tmp_path):
-    refused(data, tmp_path / "a", "expected --sharding=ddp and --threads=N", exact_sums=True)
-    refused(data, tmp_path / "a", "expected --sharding=ddp", sharding="fsdp", **EXACT)
-    train(data, tmp_path / "run", stop_at=2, **EXACT)
-    refused(data, tmp_path / "run", "threads was 1, is 2", **EXACT | {"threads": 2})

@@ -66,14 +66,6 @@ def test_paper_style_asks_no_alias_that_begins_with_another():
         ("Question: Q?\nAnswer:", " Moon"), ("Question: Q?\nAnswer:", " Sun")]
 
 
-def test_prompts_that_contain_their_own_document_are_counted(tmp_path, capsys):
-    """Numbers stay lm_eval's, which draws lambada's shots from the split that it scores."""
-    write_jsonl(tmp_path / "lambada_openai/test.jsonl", [{"text": f"one {i}"} for i in range(9)])
-    prompted, _ = prompts(TASKS["lambada_openai"], tmp_path, shots=3)
-    leaks = sum(f"one  {i}\n" in prefix for i, (prefix, _) in enumerate(prompted))
-    assert 0 < leaks < 9 and f"{leaks} of 9 prompts contain their own" in capsys.readouterr().err
-
-
 def test_superglue_files_become_the_repaired_set():
     doc = dict(text="They moved the table. It broke .", label=True, idx=3, target={
         "span1_index": 2, "span1_text": "The table.", "span2_index": 4, "span2_text": "It"})
