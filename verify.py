@@ -9,14 +9,13 @@ No model is run; one tensor at a time is in memory. Hashes are compared with the
 are exact. Distances and cosines come from the same 2,048 random entries of a tensor in every
 checkpoint (within about 2 %), and no distance is less than the difference of norms.
 
-Training moves through weight space in small steps, so a checkpoint lies between its neighbours:
+Training moves through weight space in small steps, so a checkpoint lies between its neighbours. Its
+"way" is the sum of its squared distances from both, over the square of theirs from each other:
 
-    step 64 ----- step 128 ----- step 256        its distance to the nearer one, over theirs to each
-                                                 other, is about 1/2; noise alone would make it 1
-    step 64 ------------------- step 256         weights that belong elsewhere are far from both,
-              step 128, of another run           and often near to where they belong
-
-Two neighbours in each other's place stay near; there the path gets shorter once both are exchanged.
+    step 64 ----- step 128 ----- step 256        1/2 on a straight line, 1 on a random walk, 2 if
+                                                 there is nothing but noise
+    step 64 ------------------- step 256         far more for weights that belong elsewhere, and at
+              step 128, of another run           least 1.4 where two neighbours were exchanged
 
 Without a manifest two defects stay hidden: a few values that changed by less than their tensor
 moves between two checkpoints, and biases and LayerNorms of a neighbouring checkpoint.
@@ -45,12 +44,11 @@ from config import command, file_size, read_json, read_lines, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
-RATIO = 1.5  # a distance over the neighbours' to each other that no honest matrix has
-VECTOR_RATIO = 3.0  # the same for biases and LayerNorms, which are noisier
-FAR = 0.1  # relative distance that no matrix at either end has from its neighbour by accident
-VECTOR_FAR = 3.0  # the same for biases, which grow from 0 at first, and LayerNorms
-SAME_INIT = 0.05  # cosine to step 0 of all matrices together; unrelated ones have less than 0.01
-EXCHANGED = 1.25  # squared steps of the path over those after an exchange; honest up to 0.7
+MATRIX_WAY = 2.5  # the longest way of a matrix; of honest runs 1.5 was seen
+VECTOR_WAY = 18.0  # of a bias or LayerNorm, which are noisier; 4.6 was seen
+MIDDLE_WAY = 1.25  # of half a checkpoint's matrices; 1.0 was seen
+END = 6  # how many times as far from the next as that lets expect a checkpoint at an end may lie
+SAME_RUN = 0.05  # cosine of neighbours, mean of matrices; unrelated ones have less than 0.01
 
 
 class Scan:
@@ -63,6 +61,8 @@ class Scan:
         self.hashed = None  # files that agree with the manifest; None: there is no manifest
         self.norms, self.samples = {}, {}  # of each tensor; some of its entries in float32
         self.shapes, self.bytes = {}, 0
+        # Distance from the first checkpoint, cosine with the one before, middle way: check_path's.
+        self.place = (math.nan,) * 3
         self.problems = []
 
 
@@ -151,30 +151,24 @@ def one_model(scans):
     (usual, names), _ = kinds.most_common(1)[0]
     for here in scans:
         if here.config not in (None, usual):
-            differences = [f"{name} is {value}, the run's {getattr(usual, name)}"
-                           for name, value in asdict(here.config).items()
-                           if value != getattr(usual, name)]
-            here.problems.append(f"another model: {', '.join(differences)}")
+            other = asdict(here.config).items() - asdict(usual).items()
+            here.problems.append(f"another model than the others: {dict(other)}")
     return [here for here in scans if here.config == usual and here.samples.keys() == names]
 
 
 # ---------------------------------------------------------------------------- the path
 
 
-class Way:
-    """How far n checkpoints of one model, in order, are apart, for each of its M tensors.
-
-    Every question about checkpoint i is answered for all tensors at once, (M,) bool.
-    """
+class Trajectory:
+    """How far n checkpoints of one model, in order, are apart, for each of its M tensors."""
 
     def __init__(self, scans):
         self.scans, self.names = scans, list(scans[0].samples)
-        self.sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
+        sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
         self.matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in self.names])
-        # float16 rounds early steps away, so distances below these floors mean nothing. (Biases
-        # begin at 0, where this floor would be 0 too.)
-        self.floors = (1e-3 * self.sizes).clamp_min(1e-30)
-        self.ratios = {}  # step: its largest distance over the neighbours'
+        self.smallest = sizes.nan_to_num(math.inf).amin(1)  # the least norm that each tensor has
+        # float16 rounds early steps away, so that distances below these floors mean nothing.
+        self.floors = (1e-3 * self.smallest).clamp_min(1e-30)
 
     def distances(self, name):
         """Return a tensor's norms, (n,), and distances between any two checkpoints, (n, n)."""
@@ -186,94 +180,6 @@ class Way:
         # A value that was not sampled still moves the norm: the distance is at least that much.
         return norms, whole.maximum((norms[:, None] - norms).abs())
 
-    def note(self, i, which, words):
-        """Note a problem of checkpoint i's tensors `which`; return whether there are any."""
-        here, far = self.scans[i], [name for name, is_far in zip(self.names, which) if is_far]
-        if not far:
-            return False
-        files = weight_files(here.folder)
-        of = [path.name for path in files if open_file(path).keys() & set(far)]
-        where = f" of {', '.join(of)}" if 0 < len(of) < len(files) else ""
-        example = min(far) + ", ..." * (len(far) > 1)
-        which = (f"all {len(far)} tensors" if len(far) == len(self.names) else
-                 f"{len(far)} of {len(self.names)} tensors{where} ({example})")
-        here.problems.append(f"{which} are {words}")
-        return True
-
-    def note_duplicates(self, i):
-        """Note which tensors of checkpoint i are equal to an earlier one's, once each."""
-        left, apart = torch.ones(len(self.names), dtype=torch.bool), self.apart
-        here = self.scans[i]
-        for j, other in enumerate(self.scans[:i]):
-            # The first update has learning rate 0, so that only the second changes anything.
-            if here.updates == other.updates or max(here.updates, other.updates) < 2:
-                continue
-            equal = left & (apart[:, i, j] == 0)
-            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
-            # they moved away and came back, or if all matrices are equal too.
-            away = apart[:, i, j:i].amax(1) > 2 * self.floors[:, i]
-            equal &= self.matrix | away | equal[self.matrix].all()
-            left &= ~equal
-            self.note(i, equal, f"equal to step {other.step}'s")
-
-    def note_place(self, i):
-        """Note the tensors of checkpoint i that do not lie where it stands; return if any do."""
-        last = len(self.scans) - 1
-        noted = False
-        if 0 < i < last:
-            before, after = self.scans[i - 1].step, self.scans[i + 1].step
-            ratio = self.apart[:, i, [i - 1, i + 1]].amin(1) / (
-                self.apart[:, i - 1, i + 1].clamp_min(self.floors[:, i]))
-            far = ratio > torch.where(self.matrix, RATIO, VECTOR_RATIO)
-            self.ratios[self.scans[i].step] = ratio.max().item()
-            noted = self.note(i, far, f"up to {ratio.where(far, 0).max():.1f} times as far from "
-                              f"steps {before} and {after} as these are apart")
-        elif last > 1:
-            one, two = (1, 2) if i == 0 else (i - 1, i - 2)
-            here, beside, behind = [self.scans[k].step for k in (i, one, two)]
-            gap = max(1, abs(here - beside) / max(1, abs(beside - behind)))
-            limit = torch.where(self.matrix, FAR, VECTOR_FAR) * self.sizes[:, one]
-            moved = self.apart[:, one, two]
-            far = self.apart[:, i, one] > limit.maximum(3 * gap * moved)
-            far &= moved > self.floors[:, one]  # steps 0 and 1 are equal
-            noted = self.note(i, far, f"too far from step {beside} to stand beside it")
-        other, belongs = self.elsewhere(i)
-        return self.note(i, belongs, f"nearer to step {self.scans[other].step} and its neighbour "
-                         "than to their own") or noted
-
-    def elsewhere(self, i):
-        """Return the place j where checkpoint i fits better (0 without), and which tensors do.
-
-        There it is nearer to j and to one beside j than to the two on either side of its own place.
-        (A copy of it standing elsewhere is near too, but what is beside the copy is not.)
-        """
-        apart, count = self.apart, len(self.scans)
-        own = apart[:, i, [k for k in range(count) if 1 <= abs(k - i) <= 2]].amin(1)
-        best, belongs, nearest = 0, torch.zeros(len(apart), dtype=torch.bool), math.inf
-        for j in (j for j in range(count) if abs(j - i) > 2):
-            beside = [k for k in (j - 1, j + 1) if 0 <= k < count and abs(k - i) > 2]
-            if beside:
-                there = apart[:, i, j].maximum(apart[:, i, beside].amin(1))
-                fits = (RATIO * there < own) & (own > self.floors[:, i])
-                if fits.any() and (fits.sum(), -there.sum()) > (belongs.sum(), -nearest):
-                    best, belongs, nearest = j, fits, there.sum()
-        return best, belongs
-
-    def note_exchanged(self, i):
-        """Note if the path is shorter with checkpoints i and i + 1 exchanged."""
-        j, square = i + 1, self.apart.square()
-        keep = swap = torch.zeros(len(self.apart), dtype=self.apart.dtype)
-        if i > 0:
-            keep, swap = keep + square[:, i - 1, i], swap + square[:, i - 1, j]
-        if j + 1 < len(self.scans):
-            keep, swap = keep + square[:, j, j + 1], swap + square[:, i, j + 1]
-        moved = self.apart[:, i, j] > self.floors[:, i]
-        swapped = (keep > EXCHANGED * swap) & moved
-        # Noise exchanges single tensors, a real exchange nearly all of them.
-        if swapped.sum() >= 0.9 * moved.sum():
-            self.note(i, swapped, f"in the place of step {self.scans[j].step}'s: the path is "
-                      "shorter with both exchanged")
-
     def compare(self, i, j):
         """Return checkpoint i's relative distance from j and cosine with it, means of matrices."""
         pairs = [(self.scans[i].samples[name], self.scans[j].samples[name])
@@ -282,26 +188,78 @@ class Way:
         cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in pairs]
         return float(sum(distances) / len(pairs)), float(sum(cosines) / len(pairs))
 
+    def note(self, i, which, words):
+        """Note a problem of checkpoint i's tensors `which`, (M,) bool, if they are any."""
+        here, far = self.scans[i], [name for name, is_far in zip(self.names, which) if is_far]
+        if far:
+            files = weight_files(here.folder)
+            of = [path.name for path in files if open_file(path).keys() & set(far)]
+            where = f" of {', '.join(of)}" if 0 < len(of) < len(files) else ""
+            here.problems.append(f"{len(far)} of {len(self.names)} tensors{where} ({min(far)}"
+                                 f"{', ...' * (len(far) > 1)}) are {words}")
+
+    def note_copies(self, i):
+        """Note which tensors of checkpoint i are equal to an earlier one's, once each."""
+        here, left = self.scans[i], torch.ones(len(self.names), dtype=torch.bool)
+        for j, other in enumerate(self.scans[:i]):
+            # The first update has learning rate 0, so that only the second changes anything.
+            if here.updates == other.updates or max(here.updates, other.updates) < 2:
+                continue
+            equal = left & (self.apart[:, i, j] == 0)
+            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
+            # they moved away and came back, or if all matrices are equal too.
+            away = self.apart[:, i, j:i].amax(1) > 2 * self.floors
+            equal &= self.matrix | away | equal[self.matrix].all()
+            left &= ~equal
+            self.note(i, equal, f"equal to step {other.step}'s")
+
+    def note_strays(self):
+        """Note the tensors that are off the path; return each checkpoint's middle way of matrices.
+
+        A way is the square of the way through a checkpoint over that past it. At an end: of the way
+        to the next over the longest that the step behind that lets expect.
+        """
+        next_to, beyond = (self.apart.diagonal(k, 1, 2).square() for k in (1, 2))
+        through = torch.cat((next_to[:, :1], next_to[:, :-1] + next_to[:, 1:], next_to[:, -1:]), 1)
+        steps = torch.tensor([float(here.step) for here in self.scans]).diff().clamp_min(1)
+        first, last = (END * max(1, gap) for gap in (steps[0] / steps[1], steps[-1] / steps[-2]))
+        past = torch.cat((first**2 * next_to[:, 1:2], beyond, last**2 * next_to[:, -2:-1]), 1)
+        way = torch.where(past > self.floors[:, None].square(), through / past, 0)
+        # One that is out of place makes the way through its neighbours longer too, but by less.
+        detour = through - past
+        far = (way > torch.where(self.matrix, MATRIX_WAY, VECTOR_WAY)[:, None]) & peaks(detour)
+        middle = way[self.matrix].nanmedian(0).values
+        relative = detour / self.smallest[:, None].square()
+        far |= (middle > MIDDLE_WAY) & peaks(relative[self.matrix].nansum(0)[None])
+        for i in range(len(self.scans)):
+            self.note(i, far[:, i], "off the path between their neighbours")
+        return middle.tolist()
+
+
+def peaks(values):
+    """Return where (M, n) values are no smaller than the two beside them."""
+    return values == torch.nn.functional.max_pool1d(values, 3, stride=1, padding=1)
+
 
 def check_path(scans):
-    """Note every checkpoint whose tensors do not belong where it stands; return the Way or None.
+    """Note every checkpoint whose tensors do not belong where it stands, and its place in the path.
 
     scans: of one model, in order.
     """
     if len(scans) < 2:
-        return None
-    way, count = Way(scans), len(scans)
-    for i in range(count):
-        way.note_duplicates(i)
-    noted = [way.note_place(i) for i in range(count)]
-    for i in range(count - 1):
-        if not noted[i] and not noted[i + 1]:
-            way.note_exchanged(i)
-    _, descent = way.compare(1, 0)
-    if scans[0].step == 0 and scans[1].step <= 2000 and descent < SAME_INIT:
-        scans[0].problems.append(f"step {scans[1].step} does not descend from it: their cosine is "
-                                 f"{descent:.3f}")
-    return way
+        return
+    path, cosines = Trajectory(scans), []
+    middle = path.note_strays() if len(scans) > 2 else [math.nan] * 2
+    for i, here in enumerate(scans):
+        path.note_copies(i)
+        cosines.append(path.compare(i, max(i - 1, 0))[1])
+        here.place = path.compare(i, 0)[0], cosines[i], middle[i]
+    for i, here in enumerate(scans):
+        beside = [cosines[k] for k in (i, i + 1) if 0 < k < len(scans)
+                  and scans[k].step - scans[k - 1].step <= 2000]
+        if beside and max(beside) < SAME_RUN:
+            here.problems.append("unrelated to the checkpoints beside it: their cosine is "
+                                 f"{max(beside):.3f}")
 
 
 # ---------------------------------------------------------------------------- verify
@@ -366,7 +324,8 @@ def verify(options):
         except ValueError as error:
             problems.append(str(error))
     scans = [scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
-    print_table(scans, check_path(one_model(scans)))
+    check_path(one_model(scans))
+    print_table(scans)
     problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
     for problem in problems:
         print(problem)
@@ -377,24 +336,17 @@ def verify(options):
         sys.exit(1)
 
 
-def print_table(scans, way):
-    """Print a line a checkpoint: its matrices' mean distance and cosine and their largest ratio."""
+def print_table(scans):
+    """Print a line a checkpoint: how large it is, what was hashed, and its place in the path."""
     print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
           f"{'to previous':>11} {'between':>7}  problems")
     for here in scans:
-        numbers = [math.sqrt(sum(norm**2 for norm in here.norms.values())) or math.nan, math.nan,
-                   math.nan, math.nan]
-        if way and here in way.scans:
-            place = way.scans.index(here)
-            numbers[1], _ = way.compare(place, 0)
-            if place:
-                _, numbers[2] = way.compare(place, place - 1)
-            numbers[3] = way.ratios.get(here.step, math.nan)
-        cells = [f"{'-':>{width}}" if math.isnan(value) else f"{value:{width},.{digits}f}"
-                 for value, width, digits in zip(numbers, (9, 10, 11, 7), (3, 4, 5, 2))]
         hashed = "-" if here.hashed is None else f"{here.hashed} ok"
-        print(f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {' '.join(cells)}  "
-              f"{len(here.problems) or '-'}")
+        norm = math.sqrt(sum(norm**2 for norm in here.norms.values()))
+        first, previous, between = here.place
+        line = (f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {norm:9,.3f} {first:10.4f} "
+                f"{previous:11.5f} {between:7.2f}  {len(here.problems) or '-'}")
+        print(line.replace("nan", "  -"))
 
 
 # ---------------------------------------------------------------------------- the proof of a run
