@@ -176,16 +176,6 @@ def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path)
         folder_tokenizer(published(tmp_path / "small", weights()), "named.json")
 
 
-def test_a_sharded_download_is_whole_once_every_shard_is_there(tmp_path):
-    folder = published(tmp_path / "step1", weights(), "model.safetensors shards")
-    assert saved_steps(tmp_path) == [1]
-    shard = folder / "model-00002-of-00003.safetensors"
-    shard.rename(tmp_path / "aside")
-    assert saved_steps(tmp_path) == []
-    with pytest.raises(ValueError, match="step1: 2 of 3 files model-"):
-        open_any(folder)
-
-
 # ---------------------------------------------------------------------------- gpt-neox
 
 
@@ -253,21 +243,17 @@ def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
         assert torch.equal(merged(f"gpt_neox.{name}", parts), expected)
 
 
-@pytest.mark.parametrize("layer, ranks, name, tensor, words", [
-    (3, [1], None, None, "layer_03-model_01-model_states.pt: no such file"),
-    (3, (0, 1), None, None, "missing gpt_neox.layers.1.input_layernorm.weight"),
-    (2, [1], "attention.dense.bias", None, "layer 2, attention.dense.bias: KeyError"),
-    (2, [1], "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "dense_h_to_4h.weight: RuntimeError"),
-    (5, (0, 1), "norm.bias", torch.ones(63).half(), r"final_layer_norm.bias is \(63,\)")])
-def test_neox_files_that_do_not_fit_are_named(tmp_path, layer, ranks, name, tensor, words):
+@pytest.mark.parametrize("layer, rank, name, tensor, words", [
+    (2, 1, "attention.dense.bias", None, "layer 2, attention.dense.bias: KeyError"),
+    (2, 1, "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "dense_h_to_4h.weight: RuntimeError"),
+    (3, 1, None, None, "layer_03-model_01-model_states.pt: no such file")])
+def test_neox_files_that_do_not_fit_are_named(tmp_path, layer, rank, name, tensor, words):
     layers = neox_layers(weights(), 2)
-    for rank in ranks:
-        if name is None:
-            del layers[layer, rank]
-        elif tensor is None:
-            del layers[layer, rank][name]
-        else:
-            layers[layer, rank][name] = tensor
+    layers[layer, rank][name] = tensor
+    if name is None:
+        del layers[layer, rank]
+    elif tensor is None:
+        del layers[layer, rank][name]
     with pytest.raises(ValueError, match=words):
         open_any(neox(tmp_path / "global_step8", layers))
 
@@ -327,11 +313,7 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
                             "--tokenizer=None", "--dtype=bfloat16")
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
-    for wrong, words in (("import nowhere b", "nowhere: no checkpoint"),
-                         ("import runs/x/step7 runs", "runs: is there already"),
-                         ("export runs/x/step7 b", "20B_tokenizer.json: no such tokenizer")):
-        assert words in refused("checkpoints.py", *wrong.split())
-    assert not (tmp_path / "b").exists()
+    assert "runs: is there already" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
 
 
 def test_known_bad_uploads_warn_and_good_ones_do_not():
