@@ -12,9 +12,7 @@ random weights never do, and would hide errors.
 0.3.0 is asked about these, "made", and about the "real" ones in the folder PYTHIA_DATA (without it,
 their answers stay). Its own evaluator.evaluate runs on them, with a model that answers each request
 by its hash. Kept are a hash of each document's requests, shots included, with their token ids, and
-all metrics and errors. 0.3.0 is of December 2022. The paper's files come from some months later:
-model `hf-causal`, unknown to 0.3.0, but all tasks still at version 0. crows_pairs_english* came in
-between, so 0.3.0 can't be asked about it.
+all metrics and errors. crows_pairs_english came after it.
 """
 
 import hashlib
@@ -39,8 +37,7 @@ from tasks import TASKS, V03_TASKS  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train import make_optimizer, TrainConfig  # noqa: E402
 
-# 5 shots are cut on the left.
-CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, seq_length=320)
+CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, seq_length=320)  # cuts 5 shots on the left
 WORDS = ("the cat sat on a mat and saw two old dogs while it rained in Paris but naïve "
          "e\u0301tudes of 世界 don't stop 😀 here 12 34 (so) \"quoted\" well-known x's").split()
 CASES = ("lambada_openai piqa winogrande wsc wsc273 arc_easy sciq logiqa hellaswag mmlu_anatomy "
@@ -71,9 +68,7 @@ def sentence(rng, n=8):
 
 
 def documents(task, split, n):
-    """Return n documents with a task's own fields: edge spaces, line breaks, empty texts,
-    multi-byte ones.
-    """
+    """Return n documents with a task's own fields, and edge spaces, line breaks, empty texts."""
     rng = random.Random(f"{task} {split}")
     edge = lambda text: rng.choice(["{}", " {}", "{} ", "{}  ", "\n{}", "{}\n"]).format(text)
     label = lambda n_choices: rng.randrange(n_choices)
@@ -155,9 +150,7 @@ def made_documents(name, task, n):
 
 
 def trained_model(folder, docs, tokenizer):
-    """Train a model on some of the solved questions; save it as a checkpoint; return it in
-    float32.
-    """
+    """Train a model on some solved questions, save it as a checkpoint, return it in float32."""
     model = Pythia(CONFIG).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4)
     rows = []
@@ -184,9 +177,7 @@ def trained_model(folder, docs, tokenizer):
 
 
 def requests_hash(requests):
-    """The texts themselves would be most of the file; a list of one a request names the first that
-    differs.
-    """
+    """Return a hash of each request's texts, which would be most of the file."""
     return [hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:8] for texts in requests]
 
 
@@ -270,22 +261,18 @@ def splits_of(case, data):
 
 
 def answer(*texts):
-    """Return the (log-likelihood, is_greedy) that stands for a model's; equal ones occur."""
+    """Return what stands for a model's (log-likelihood, is_greedy); equal ones occur."""
     number = int(hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8], 16)
     return -(number % 24) / 4 - 1, number % 3 == 0
 
 
 def question_hash(asked):
-    """asked: [(texts, (token ids of context and continuation, number of the latter))], in any
-    order.
-    """
+    """asked: [(texts, (ids of context and continuation, number of the latter))], in any order."""
     return hashlib.sha256(json.dumps(sorted(dict(asked).items())).encode()).hexdigest()[:8]
 
 
 def as_its_hub(task, docs, folder):
-    """Return rows as 0.3.0's own loading script or the hub's makes them of the distributed
-    documents.
-    """
+    """Return rows as 0.3.0's own loading script or the hub's makes them of published documents."""
     import lm_eval.datasets.arithmetic.arithmetic as arithmetic
     import lm_eval.datasets.logiqa.logiqa as logiqa
     path = Path(folder) / "distributed"

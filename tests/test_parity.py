@@ -1,16 +1,9 @@
 """pytest tests/test_parity.py
 
-Both styles at 0 and 5 shots against what lm-evaluation-harness itself said (`make parity` asks it
-anew). 0.4.13 was asked with a small model about awkward documents: requests,
-results and metrics. 0.3.0 was asked about these and about the real ones in the folder PYTHIA_DATA,
-with made-up results (lm_eval_golden.py): the documents' order, every request with its shots and
-token ids, metrics and errors.
-
-Of v0.4 these are compared: lambada_openai, piqa, winogrande, wsc, wsc273, arc_easy, sciq, logiqa,
-hellaswag, mmlu_anatomy, crows_pairs_english, arithmetic_2da, triviaqa and wikitext. By the same
-code, so not asked again: arc_challenge, the other subjects, types and sums. Not compared: mmlu's
-own rows and winobias, which is not in lm_eval (both worked by hand in test_tasks.py), heldout
-(ours), logiqa's raw text file.
+Both styles at 0 and 5 shots against what lm-evaluation-harness itself said (lm_eval_golden.py).
+Not asked again, being the same code: arc_challenge, the other subjects, types and sums. Not
+compared: mmlu's own rows and winobias, which is not in lm_eval (both worked by hand in
+test_tasks.py), heldout (ours), logiqa's raw text file.
 """
 
 import json
