@@ -156,7 +156,7 @@ def curves(options):
     columns = min(4, len(panels))
     figure, grid_axes = grid(len(panels), columns, max(3.1, 5.5 / columns), 2.6, legend=0.9)
     look = looks({model for panel in panels for model in results[panel]})
-    handles = {}  # {name in the legend: a line that looks so}
+    handles = dict.fromkeys(look)  # {name: a line that looks so}, in the legend's order
     for axes, panel in zip(grid_axes, panels):
         task, shots, metric = panel
         axes.set(title=f"{task}, {shots}-shot", ylabel=metric, xscale="log",
@@ -177,9 +177,8 @@ def curves(options):
                                          markersize=2.2)
     for axes in grid_axes[-columns:]:  # the lowest of every column
         axes.set_xlabel("tokens seen")
-    names = [name for name in (*look, PUBLISHED) if name in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside lower center",
-                  handlelength=3, ncols=columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", handlelength=3,
+                  ncols=columns)
     return finish(figure, options.output)
 
 
@@ -329,8 +328,7 @@ def differences(path, output):
         mine = in_order(rows, measure=measure)
         axes.axhline(0, color="grey")
         errorbars(axes, mine, "measure", {measure: "C0"}, "step", "difference", "low", "high")
-        unit = "bits per byte" if measure == "cost" else "nats"
-        axes.set(xlabel="step", ylabel=f"branch - twin ({unit})",
+        axes.set(xlabel="step", ylabel="branch - twin (nats; of cost bits per byte)",
                  title=f"{measure}, {int(mine[0]['items']):,} item(s), {mine[0]['seeds']} seed(s)")
     return finish(figure, output)
 

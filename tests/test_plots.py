@@ -128,7 +128,7 @@ def test_differences_have_their_intervals(tmp_path):
     cost, choice = figure.axes
     assert (cost.get_title(), choice.get_title()) == (
         "cost, 1,200 item(s), 3 seed(s)", "choice, 9 item(s), 1 seed(s)")
-    assert cost.get_ylabel() == "branch - twin (bits per byte)"
+    assert cost.get_ylabel() == "branch - twin (nats; of cost bits per byte)"
     [(line, _, [bars])] = cost.containers
     assert contents(line) == ([4, 8], [0, 0.5])
     assert [bar.tolist() for bar in bars.get_segments()] == [[[4, -1], [4, 1]], [[8, 0.25], [8, 1]]]
