@@ -1,16 +1,19 @@
 """Does a model do better on what it saw more often, and does seeing it more often make it better?
 
-Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1, and on TriviaQA, against
-how often x1, or question and answer together, stood in the training data so far. They find the
-correlation from 2.8B parameters and about step 65,000 on, hardly any arithmetic up to 1B, and a gap
-between frequent and rare operands that grows with training. With the paper's models and data:
+Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1 against how often x1 stood
+in the training data so far. They find the correlation from 2.8B parameters and about step 65,000
+on, hardly any arithmetic up to 1B, and a gap between frequent and rare operands that grows with
+training. With the paper's models and data:
 
     python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
-        --questions=QUESTIONS --at=13000,39000,65000,91000,117000,143000
-    python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 --results=R \\
-        --tasks=times,plus,triviaqa --questions=QUESTIONS
+        --at=13000,39000,65000,91000,117000,143000
+    python -m studies.term_frequency evaluate --model=pythia-160m-deduped/step13000 --results=R
     python -m studies.term_frequency analyse --counts=counts --results=R --output=terms
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
+
+The same of TriviaQA, by how often a question's entities stood together, is left out: it needs texts
+with linked entities, and neither the authors' code nor their counts are published. (`eval.py
+--tasks=triviaqa` has the scores.)
 
 For a run of ours `count` takes --steps, --batch_size, --seq_length and --seed of its config.json.
 That is an observation. The experiment: two branches of one checkpoint, of which one sees some sums
@@ -22,28 +25,25 @@ more often, planted whole (interventions.py) or in rows that come more often; fo
     python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=R
 
 Asked is `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50, behind k shots
-`Q:What is 3 times 4? A:12` with a blank line after each; of TriviaQA `Q:{question} A:`. Right is,
-as in the paper's code, if the first number of one to five digits in at most 16 greedy tokens of a
-line is the answer; for TriviaQA, if at most 32 tokens are an accepted one, but for case,
-punctuation and articles. The log-probability of the answer moves long before that.
+`Q:What is 3 times 4? A:12` with a blank line after each. Right is, as in the paper's code, if the
+first number of one to five digits in at most 16 greedy tokens of a line is the answer. The
+log-probability of the answer (of `12` and of ` 12`, added) moves long before that.
 
-COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for "17", how many
-windows of "number near number" it is in (twice if it is in one twice); for "tc_3: elvis presley",
-how many rows have this term of question tc_3 and an answer to it. A question's frequency is that of
-its salient term, the one most often beside an answer (Kandpal et al. 2023, arXiv 2211.08411), but
-of plain words without case instead of linked entities: the month of May is often "may".
+COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for "17", in how many
+windows of "number near number" it is (twice if it is in one twice).
 
 The primary outcome is the slope: nats of the right answer per doubling of (1 + the count); the gap,
 the most frequent tenth of the terms minus the rarest, is the paper's. Intervals are over terms, and
 in `compare` over seeds. Small numbers are frequent, and their answers short and easy: a correlation
 is no cause.
 
-Cost: a row of 2049 tokens takes 0.42 ms of a core, 3.2 ms with 2,000 questions, so the 146,432,000
-rows 17 or 130 core hours. 50,000 arithmetic prompts of a checkpoint at 0, 2, 4, 8 and 16 shots took
-a 70m model 6.3 hours on two CPU cores. Not measured on a GPU.
+Cost: a row of 2049 tokens takes 0.42 ms of a core, so the 146,432,000 rows 17 core hours. 50,000
+arithmetic prompts of a checkpoint at 0, 2, 4, 8 and 16 shots took a 70m model 6.3 hours on two CPU
+cores. Not measured on a GPU.
 """
 
 import itertools
+import operator
 import os
 import random
 import re
@@ -51,39 +51,20 @@ import string
 import sys
 from collections import Counter
 from dataclasses import dataclass, fields
-from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import checkpoints
 from config import command, read_csv, read_json, write_json
-from data import Order, ordered, span
+from data import Order, ordered
 from eval import find_all, generate_until, loglikelihood
 from parallel import Processes
 from prepare import in_workers
 from studies.results import (Checkpoints, Estimate, expecting, open_results, regression,
                              tokenizer_of, write_csv, write_table)
-from tasks import digest, read_jsonl, without_articles
 from tokenizer import load_tokenizer
-
-
-class Problem(NamedTuple):
-    term: str  # what is counted: x1, or the question's id
-    item: str  # x2, or nothing
-    question: str
-    answers: list  # all that are accepted, the preferred one first
-
-
-def read_questions(path):
-    """Return the Problems of a file of TriviaQA's questions, none without a path."""
-    with expecting(path, "TriviaQA's questions"):
-        return [Problem(str(doc["question_id"]), "", str(doc["question"]),
-                        [str(doc["answer"]["value"]), *map(str, doc["answer"]["aliases"])])
-                for doc in (read_jsonl(path) if path else ())]
-
 
 # ---------------------------------------------------------------------------- count
 
@@ -112,48 +93,16 @@ def numbers_near_numbers(text):
             for number in re.findall(r"\d{1,5}", window)]
 
 
-def words_of(passage):
-    """Return the words of a text, without case or signs, with one space between them."""
-    return " ".join(re.findall(r"\w+", passage.casefold()))
-
-
-def phrases_of(problem):
-    """Return a question's id, its terms and its answers, two sets of phrases as of `words_of`.
-
-    Terms are its names, runs of capitalised words with "of" and "the" within, but for the first
-    word; or else its longest word. One or two letters are other words too, and left out.
-    """
-    question = problem.question
-    names = re.findall(r"\b[A-Z]\w*(?:(?: of| the)* [A-Z]\w*)*", question.partition(" ")[2])
-    names = names or [max(re.findall(r"\w+", question), key=len, default="")]
-    terms, answers = ({phrase for phrase in map(words_of, texts) if len(phrase) > 2}
-                      for texts in (names, problem.answers))
-    return problem.term, terms, answers
-
-
-def find_terms(questions, row):
-    """Return "QUESTION: TERM" of each term (phrases_of) in a row that has an answer to it too."""
-    text = words_of(row)
-    words, text = set(text.split(" ")), f" {text} "
-
-    def has(phrase):  # most rows lack one of its words, which is seen faster than in the text
-        return words.issuperset(phrase.split(" ")) and f" {phrase} " in text
-
-    return [f"{question}: {term}" for question, terms, answers in questions
-            for term in terms if has(term) and any(map(has, answers))]
-
-
 @dataclass(frozen=True)
 class Count(Order):
     output: str = "counts"  # folder
     at: str = ""  # steps to count up to, with commas; empty: the steps of Pythia's checkpoints
-    questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
     workers: int = 0  # processes; 0: one a core
     tokenizer: str = "20B_tokenizer.json"
 
 
 def count(options):
-    """Count numbers near numbers, questions' terms with their answers, up to each checkpoint."""
+    """Count numbers near numbers in what was seen before each checkpoint."""
     steps, size = checkpoints.checkpoint_steps(options.steps), options.batch_size
     if options.at:
         with expecting(f"at = {options.at!r}", "numbers with commas"):
@@ -162,9 +111,8 @@ def count(options):
     if steps[-1] * size > len(_data):
         raise ValueError(f"at = {options.at}: step {steps[-1]} is beyond --steps={options.steps} "
                          f"or the rows of {options.data}")
-    open_results(Path(options.output) / "counts.json",
-                 {field.name: getattr(options, field.name) for field in fields(Order)}
-                 | {"at": steps, "questions": digest(read_questions(options.questions))})
+    open_results(Path(options.output) / "counts.json", {"at": steps} | {
+        field.name: getattr(options, field.name) for field in fields(Order)})
     blocks = []  # a file, and some of the rows that are counted in it
     for a, b in itertools.pairwise(steps):
         path = f"{options.output}/{a:07}_{b:07}.json"
@@ -173,7 +121,7 @@ def count(options):
                        for first in range(a * size, b * size, BLOCK_ROWS)]
     found = in_workers(count_rows, blocks, options.workers, start_worker, options)
     progress = tqdm(found, total=len(blocks), disable=None, unit="block")
-    for path, counts in itertools.groupby(progress, key=itemgetter(0)):
+    for path, counts in itertools.groupby(progress, key=operator.itemgetter(0)):
         total = Counter()
         for _, block in counts:
             total.update(block)
@@ -182,137 +130,103 @@ def count(options):
 
 
 def start_worker(options):
-    global _data, _tokenizer, _questions
+    global _data, _tokenizer
     _data, _tokenizer = ordered(options), load_tokenizer(options.tokenizer)
-    _questions = [phrases_of(problem) for problem in read_questions(options.questions)]
 
 
 def count_rows(path, rows):
     """Return the path, and the counts of a range of rows of the order."""
     found = Counter()
     for row in _data.rows(rows).tolist():
-        text = _tokenizer.decode(row)
-        found.update(map(str, numbers_near_numbers(text)))
-        if _questions:
-            found.update(find_terms(_questions, text))
+        found.update(map(str, numbers_near_numbers(_tokenizer.decode(row))))
     return path, found
 
 
 def seen(folder):
-    """Return {step: Counter} of how often each number and question was seen before it.
-
-    A question's salient term is the one most often with an answer over all that was counted.
-    """
+    """Return {step: Counter} of how often each number was seen before it."""
     totals, total = {0: Counter()}, Counter()
     for path in sorted(Path(folder).glob("*_*.json")):
         first_step, last_step = map(int, path.stem.split("_"))
         if first_step not in totals:
             break  # `count` was stopped
         total = totals[last_step] = total + Counter(read_json(path))
-    salient = {}  # number or question: its key
-    for key, _ in total.most_common():
-        salient.setdefault(key.rsplit(": ", 1)[0], key)
-    return {step: Counter({term: found[key] for term, key in salient.items()})
-            for step, found in totals.items()}
+    return totals
 
 
 # ---------------------------------------------------------------------------- evaluate
 
 WHERE = ("model", "step", "tokens", "task", "shots")
 HEADER = (*WHERE, "term", "item", "correct", "logprob")
-OPERATIONS = {"times": lambda x1, x2: x1 * x2, "plus": lambda x1, x2: x1 + x2}
-TASKS = {  # name: what is before an answer in a shot, most tokens of an answer
-    "times": ("", 16), "plus": ("", 16), "triviaqa": (" ", 32)}
+OPERATIONS = {"times": operator.mul, "plus": operator.add}
 
 
-def behind_shots(task, problems, pool, shots):
-    """Return (Problem, prompt) of each, behind `shots` others of the pool.
+def prompts(task, shots, x1s=range(100)):
+    """Return [(x1, x2, prompt, answer)], behind `shots` problems of another x1.
 
-    As in lm-eval 0.3 a random.Random(42) shuffles the problems, then draws shots + 1 for each of
-    them, of which the first are taken.
+    As in lm-eval 0.3, for each x1 a random.Random(42) shuffles its problems, then draws shots + 1
+    others for each of them, of which the first are taken.
     """
-    generator, problems, prompts = random.Random(42), list(problems), []
-    if len(pool) <= shots:
-        raise ValueError(f"{task}: {shots} shots need more than {len(pool)} questions")
-    generator.shuffle(problems)
-    for problem in problems:
-        drawn = [other for other in generator.sample(pool, shots + 1) if other != problem]
-        solved = [f"Q:{shot.question} A:{TASKS[task][0]}{shot.answers[0]}\n\n"
-                  for shot in drawn[:shots]]
-        prompts.append((problem, "".join(solved) + f"Q:{problem.question} A:"))
-    return prompts
-
-
-def given_answer(task, said):
-    """Return the answer in a text that a model said, in a form to compare."""
-    number = re.search(r"\d{1,5}", said)
-    return without_articles(said) if task == "triviaqa" else number[0] if number else ""
+    problems = [(x1, x2, f"Q:What is {x1} {task} {x2}? A:", str(OPERATIONS[task](x1, x2)))
+                for x1 in range(100) for x2 in range(1, 51)]
+    asked = []
+    for x1 in x1s:
+        generator = random.Random(42)
+        mine = [problem for problem in problems if problem[0] == x1]
+        others = [problem for problem in problems if problem[0] != x1]
+        generator.shuffle(mine)
+        for _, x2, question, answer in mine:
+            drawn = generator.sample(others, shots + 1)[:shots]
+            solved = "".join(f"{other}{its_answer}\n\n" for *_, other, its_answer in drawn)
+            asked.append((x1, x2, solved + question, answer))
+    return asked
 
 
 @dataclass(frozen=True)
 class Evaluate(Checkpoints):
     model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
-    tasks: str = "times,plus"  # times, plus, triviaqa
+    tasks: str = "times,plus"
     shots: str = "0,2,4,8,16"
-    x1: str = "0:100"  # first:last+1 of the arithmetic's first operands
-    questions: str = ""  # TriviaQA's questions and answers, one JSON object a line
     results: str = "term_frequency"  # folder; what it holds is not computed again
 
 
 def evaluate(options):
     """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
-    prompts, results = all_prompts(options), Path(options.results)
+    with expecting(f"tasks = {options.tasks!r}, shots = {options.shots!r}",
+                   "times or plus, and numbers"):
+        asked = {(task, int(shots)): prompts(task, int(shots))
+                 for task in options.tasks.split(",") for shots in options.shots.split(",")}
     folders = find_all(options.model, options.steps)
     tokenizer = tokenizer_of([folder for *_, folder in folders])
     device = Processes(options.device).device
-    open_results(results / "asked.json", {
-        "x1": options.x1, "questions": digest(read_questions(options.questions))})
     for name, step, tokens, folder in folders:
         model = None
-        for (task, shots), asked in prompts.items():
-            path = results / f"{name}_step{step}_{task}_{shots}.csv"
+        for (task, shots), questions in asked.items():
+            path = Path(options.results) / f"{name}_step{step}_{task}_{shots}.csv"
             if path.exists():
                 continue
             model = model or checkpoints.load_model(folder, device)
-            answers = answer_all(model, tokenizer, task, asked)
+            answers = answer_all(model, tokenizer, questions)
             write_csv(path, HEADER, [
-                (name, step, tokens, task, shots, problem.term, problem.item, int(right), logprob)
-                for (problem, _), (right, logprob) in zip(asked, answers)])
+                (name, step, tokens, task, shots, x1, x2, int(right), logprob)
+                for (x1, x2, *_), (right, logprob) in zip(questions, answers)])
             accuracy, logprob = np.mean(answers, axis=0)
             print(f"{path}: accuracy {accuracy:.4f}, log-probability {logprob:.4f} of "
-                  f"{len(asked):,} answers", flush=True)
+                  f"{len(answers):,} answers", flush=True)
 
 
-def all_prompts(options):
-    """Return {(task, shots): behind_shots'}, or raise ValueError about the settings."""
-    x1s, questions, prompts = span("x1", options.x1, 100), read_questions(options.questions), {}
-    with expecting(f"shots = {options.shots!r}", "numbers with commas"):
-        shots = [int(k) for k in options.shots.split(",")]
-    for task, k in itertools.product(options.tasks.split(","), shots):
-        if task not in TASKS:
-            raise ValueError(f"no task called {task}; there are {', '.join(TASKS)}")
-        groups = [(questions, questions)]
-        if task in OPERATIONS:  # the shots are of another x1
-            problems = [Problem(str(x1), str(x2), f"What is {x1} {task} {x2}?",
-                                [str(OPERATIONS[task](x1, x2))])
-                        for x1 in range(100) for x2 in range(1, 51)]
-            groups = [([problem for problem in problems if problem.term == str(x1)],
-                       [problem for problem in problems if problem.term != str(x1)]) for x1 in x1s]
-        prompts[task, k] = [prompt for group in groups for prompt in behind_shots(task, *group, k)]
-    return prompts
-
-
-def answer_all(model, tokenizer, task, prompts):
-    """Return (right, log-probability of the right answer) of each of behind_shots'."""
-    space, n_tokens = TASKS[task]
-    said = generate_until(model, tokenizer, [prompt for _, prompt in prompts], n_tokens=n_tokens)
-    found = loglikelihood(model, tokenizer, [
-        (prompt, before + problem.answers[0]) for problem, prompt in prompts
-        for before in dict.fromkeys((space, " "))])
-    logprobs = np.array([logprob for logprob, _ in found]).reshape(len(prompts), -1)
-    right = [given_answer(task, words) in [given_answer(task, one) for one in problem.answers]
-             for (problem, _), words in zip(prompts, said)]
+def answer_all(model, tokenizer, questions):
+    """Return (right, log-probability of the right answer) of each of the prompts."""
+    said = generate_until(model, tokenizer, [prompt for _, _, prompt, _ in questions], n_tokens=16)
+    found = loglikelihood(model, tokenizer, [(prompt, before + answer) for _, _, prompt, answer in
+                                             questions for before in ("", " ")])
+    logprobs = np.array([logprob for logprob, _ in found]).reshape(-1, 2)
+    right = [first_number(words) == answer for words, (*_, answer) in zip(said, questions)]
     return list(zip(right, np.logaddexp.reduce(logprobs, axis=1).tolist()))
+
+
+def first_number(said):
+    """Return the first number of one to five digits in a text, or nothing."""
+    return re.search(r"\d{1,5}|$", said)[0]
 
 
 # ---------------------------------------------------------------------------- analyse
@@ -400,7 +314,7 @@ def gap(means):
 @dataclass(frozen=True)
 class Compare:
     branch: str  # runs that saw the terms more (or less) often; each beside its BRANCH_twin
-    terms: str  # operands, or ids of questions
+    terms: str  # operands, with commas
     results: str = "term_frequency"  # folder of `evaluate`, all models
     output: str = "term_compare.csv"
 

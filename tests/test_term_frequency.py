@@ -5,6 +5,7 @@ import random
 import re
 import string
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,21 +20,13 @@ from config import write_json
 from data import OrderedData
 from model import ModelConfig, Pythia
 from studies.term_frequency import (
-    HEADER, Analyse, Compare, Count, Evaluate, Problem, all_prompts, analyse, answer_all,
-    behind_shots, binned, compare, count, evaluate, find_terms, gap, given_answer,
-    numbers_near_numbers, phrases_of, seen, tidy)
+    HEADER, Analyse, Compare, Count, Evaluate, analyse, answer_all, binned, compare, count, evaluate,
+    first_number, gap, numbers_near_numbers, prompts, seen, tidy)
 from studies.results import student_quantile
 from tokenizer import Tokenizer
 from train import make_optimizer, TrainConfig
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=64)
-QUESTIONS = [Problem(str(i), "", f"Who is {name}?", [name, f"The {name}!"])
-             for i, name in enumerate("ABCDEF")]
-
-
-def prompts(task, shots, x1="0:100"):
-    return all_prompts(Evaluate("", task, str(shots), x1))[task, shots]
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer_path):
@@ -53,35 +46,23 @@ def test_shots_are_drawn_as_lm_eval_drew_them():
     generator = random.Random(42)
     generator.shuffle(documents)
     expected = ["".join(generator.sample(pool, 3)[:2]) + document for document in documents]
-    assert [prompt for _, prompt in prompts("plus", 2, "24:25")] == expected
-    problem = Problem("7", "12", "What is 7 times 12?", ["84"])
-    assert (problem, "Q:What is 7 times 12? A:") in prompts("times", 0, "7:8")
+    assert [prompt for _, _, prompt, _ in prompts("plus", 2, [24])] == expected
+    assert (7, 12, "Q:What is 7 times 12? A:", "84") in prompts("times", 0)
 
 
-def test_trivia_prompts_never_show_their_own_question():
-    asked = behind_shots("triviaqa", QUESTIONS, QUESTIONS, 4)
-    assert sorted(question for question, _ in asked) == QUESTIONS
-    for question, prompt in asked:
-        *shots, last = prompt.split("\n\n")
-        assert last == f"Q:{question.question} A:" and len(shots) == 4
-        assert set(shots) <= {f"Q:{other.question} A: {other.answers[0]}"
-                              for other in QUESTIONS if other != question}
-
-
-@pytest.mark.parametrize("task, generated, answer", [
-    ("times", " 84 is right", "84"), ("times", "no 1234567", "12345"), ("times", " none", ""),
-    ("plus", "1,000", "1"), ("triviaqa", "an  A. B.", "b")])
-def test_given_answers(task, generated, answer):
-    assert given_answer(task, generated) == answer
+@pytest.mark.parametrize("said, answer", [
+    (" 84 is right", "84"), ("no 1234567", "12345"), (" none", ""), ("1,000", "1")])
+def test_given_answers(said, answer):
+    assert first_number(said) == answer
 
 
 @torch.no_grad()
 def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
     model, tokenizer = load_model(run / "step2", "cpu"), Tokenizer(tokenizer_path)
-    asked = [*prompts("plus", 0, "3:4")[:2], *prompts("plus", 2, "4:5")[:2]]
-    results = answer_all(model, tokenizer, "plus", asked)
-    for (problem, prompt), (right, logprob) in zip(asked, results):
-        tokens, total, [answer] = tokenizer.encode(prompt), 0.0, problem.answers
+    asked = [*prompts("plus", 0, [3])[:2], *prompts("plus", 2, [4])[:2]]
+    results = answer_all(model, tokenizer, asked)
+    for (_, _, prompt, answer), (right, logprob) in zip(asked, results):
+        tokens, total = tokenizer.encode(prompt), 0.0
         for said in (answer, " " + answer):
             whole = tokenizer.encode(prompt + said)
             logprobs = model(torch.tensor([whole]))[0].double().log_softmax(-1)
@@ -92,11 +73,12 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
         for _ in range(16):
             new.append(int(model(torch.tensor([(tokens + new)[-64:]]))[0, -1].argmax()))
         said = tokenizer.decode(new).split("\n")[0].split("<|endoftext|>")[0]
-        assert right == (given_answer("plus", said) == answer)
+        assert right == (first_number(said) == answer)
 
 
-def test_evaluation_goes_on_where_it_stopped(run, tmp_path, tokenizer_path, capsys):
-    options = Evaluate(str(run), "plus", "0,1", x1="5", results=str(tmp_path / "r"))
+def test_evaluation_goes_on_where_it_stopped(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("studies.term_frequency.prompts", partial(prompts, x1s=[5]))
+    options = Evaluate(str(run), "plus", "0,1", results=str(tmp_path / "r"))
     evaluate(options)
     rows = table(tmp_path / "r/run_step2_plus_0.csv")
     assert tuple(rows[0]) == HEADER and {row["tokens"] for row in rows} == {"128"}
@@ -146,33 +128,6 @@ def test_a_worked_example():
 def test_text_is_tidied_as_transformers_decoded_it(text):
     base = pytest.importorskip("transformers").PreTrainedTokenizerBase
     assert tidy(text) == base.clean_up_tokenization(None, text)
-
-
-TRIVIA = [Problem("a", "", "Which Lloyd Webber musical opened in the Battle of Hastings?",
-           ["Sunset Boulevard", "Sunset Blvd.", "SB"]),
-          Problem("b", "", "what star sign is it?", ["Leo"]),
-          Problem("c", "", "Who is Leo?", ["Lloyd Webber", "the Lord"])]
-TERMS = {"a": ["lloyd webber", "battle of hastings"], "c": ["leo"],
-         "b": ["what"]}  # no name: its longest word, the first of equals
-ANSWERS = {"a": ["sunset boulevard", "sunset blvd"], "b": ["leo"],
-           "c": ["lloyd webber", "the lord"]}
-WORDS = "lloyd Webber, battle of Hastings sunset boulevard BLVD. leo what the Lord leonard".split()
-
-
-def test_terms_and_answers_of_questions():
-    assert [phrases_of(problem) for problem in TRIVIA] == [
-        (id_, set(TERMS[id_]), set(ANSWERS[id_])) for id_ in "abc"]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from(WORDS), max_size=25).map(" ".join))
-def test_rows_with_term_and_answer_are_found(text):
-    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    has = lambda phrase: any(
-        words[i:i + len(phrase.split())] == phrase.split() for i in range(len(words)))
-    expected = [f"{id_}: {term}" for id_, terms in TERMS.items() for term in terms
-                if has(term) and any(map(has, ANSWERS[id_]))]
-    assert sorted(find_terms(map(phrases_of, TRIVIA), text)) == sorted(expected)
 
 
 @pytest.fixture
@@ -267,17 +222,9 @@ def test_analysis_takes_frequencies_up_to_the_checkpoint(tmp_path):
     analyse(Analyse(counts, results_folder(tmp_path, [row(2, 30, 7), row(2, 30, 8)]),
                     str(tmp_path / "out")))
     assert (tmp_path / "out_gaps.csv").read_text().endswith(',2,0,0,"nats, most - least",,,,\n')
-
-
-def test_a_questions_salient_term_is_most_often_with_its_answer(tmp_path):
-    tables = {(0, 2): {"a: x": 3, "a: y z": 2, "7": 9}, (2, 4): {"a: y z": 5, "b: x": 4}}
-    counts = counts_folder(tmp_path, tables)
-    results = results_folder(tmp_path, [("m", step, "", "triviaqa", 4, term, "", 0, -1.0)
-                                      for step in (2, 4) for term in "ab"])
-    analyse(Analyse(counts, results, str(tmp_path / "out")))
-    rows = table(tmp_path / "out_gaps.csv")
-    assert [(row["least_frequency"], row["most_frequency"]) for row in rows[::3]] == [
-        ("0", "2"), ("4", "7")]
+    for odd in ({"5": "x"}, {"5": [1]}, {"5": None}):
+        with pytest.raises(ValueError, match="counts: not written by `count`"):
+            analyse(Analyse(counts_folder(tmp_path, {(0, 2): odd}), results))
 
 
 def test_branches_are_compared_with_their_twins_term_by_term(tmp_path):
