@@ -127,7 +127,7 @@ def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, docs, capsys):
     measure(options)
     assert "twin_step8: heldout, winogender, winobias, crows_gender, cost\n" in (
         capsys.readouterr().out)
-    compare(Compare(f"{tmp_path}/out"))
+    compare(Compare(f"{tmp_path}/out", plot=f"{tmp_path}/b.png"))
     rows = {row["measure"]: row for row in table(tmp_path / "out" / "gender_bias.csv")}
     assert set(rows) == {name + what for name, (*_, whats) in MEASURES.items()
                          for what in whats}

@@ -45,12 +45,6 @@ def test_rows_become_curves_and_the_later_row_wins(files):
         "pythia-70m-deduped": [(8 << 21, 142.4, 1.5)]}
 
 
-@pytest.mark.parametrize("name, parameters", [
-    ("pythia-1.4b-deduped", 1.4e9), ("Pythia-12B", 12e9), ("mini", 0)])
-def test_a_name_tells_the_size(name, parameters):
-    assert plots.by_size(name)[0] == parameters
-
-
 def contents(line):
     return list(line.get_xdata()), list(line.get_ydata())
 
@@ -70,15 +64,6 @@ def test_curves_show_our_models_before_the_published_ones(files):
     assert [text.get_text() for text in piqa.texts] == ["gpt2", "70m"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "mine-14m", "mine-70m", "published (v0.3)"]
-
-
-def test_what_is_not_a_number_is_a_gap(files):
-    (files / "r.csv").write_text(
-        RESULTS + "mine-70m,16,33554432,piqa,0,acc,nan,nan,10,v0.4,float32,abc\n"
-        "mine-70m,16,33554432,heldout,0,bits_per_byte,inf,,10,v0.4,float32,abc\n")
-    figure = plots.curves(plots.Curves(
-        f"{files}/r.csv", reference=f"{files}/r.csv", output=f"{files}/c.png"))
-    assert list(figure.axes[1].lines[-1].get_xdata()) == [1 << 24, 1 << 25]
 
 
 @pytest.mark.parametrize("how", ["v0.3 float32 abc", "v0.4 float16 abc", "v0.4 float32 abd"])
@@ -118,20 +103,6 @@ def test_memorization_shows_lengths_and_counts_against_a_poissons(tmp_path):
     assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1, 2, 3], [0, 0, 3, 3])
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 3]
     assert bottom.get_xlabel() == "Poisson, rate 1.50"
-
-
-def test_differences_have_their_intervals(tmp_path):
-    (tmp_path / "b.csv").write_text(
-        "measure,step,seeds,items,difference,low,high\ncost,8,3,1200,0.5,0.25,1\n"
-        "cost,4,3,1200,0,-1,1\nchoice,4,1,9,0.5,0,1\n")
-    figure = plots.differences(tmp_path / "b.csv", tmp_path / "b.png")
-    cost, choice = figure.axes
-    assert (cost.get_title(), choice.get_title()) == (
-        "cost, 1,200 item(s), 3 seed(s)", "choice, 9 item(s), 1 seed(s)")
-    assert cost.get_ylabel() == "branch - twin (nats; of cost bits per byte)"
-    [(line, _, [bars])] = cost.containers
-    assert contents(line) == ([4, 8], [0, 0.5])
-    assert [bar.tolist() for bar in bars.get_segments()] == [[[4, -1], [4, 1]], [[8, 0.25], [8, 1]]]
 
 
 # ---------------------------------------------------------------------------- the window
