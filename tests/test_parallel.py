@@ -1,7 +1,6 @@
 """pytest tests/test_parallel.py"""
 
 import functools
-import itertools
 import math
 import signal
 import sys
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import checkpoints
@@ -23,7 +21,7 @@ from config import parse
 from conftest import ROOT, TORCHRUN, run
 from launch import Launched
 from model import ModelConfig, Pythia
-from parallel import LaunchConfig, Processes, gpu_peak, memory_per_process, rehearse
+from parallel import LaunchConfig, Processes, memory_per_process, rehearse
 from test_train import (SCHEMAS, SHAPE, assert_same_bits, command, data, losses,  # noqa: F401
                         parent, published, refused, run_here, train)
 from train import TrainConfig, Training, main, make_optimizer
@@ -90,7 +88,6 @@ def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, 
     for words, changes in (
             ("nowhere.idx: no such file", dict(data="nowhere")),
             ("learning_rate was 0.001, is 0.5", dict(learning_rate=0.5)),
-            ("batch_size = 7 is not a multiple", dict(batch_size=7)),
             ("holds weights only and warm_moments = 0",
              dict(out_dir=tmp_path / "run", branch_from=published(parent, 8, tmp_path)))):
         refused(data, single, words, processes=2, **RUN | dict(micro_batch_size=4) | changes)
@@ -127,24 +124,11 @@ def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single)
                                    moments[f"exp_avg.{name}"], rtol=1e-4, atol=1e-8)
 
 
-class Calls(TorchDispatchMode):
-    """Notes the names of all operations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sharding, kind, messages, backend, store, count", [
     ("ddp", "allreduce", 1, "gloo", dist.HashStore, 1),
-    ("fsdp", "reduce_scatter", 3, "fake", FakeStore, 2)])  # two blocks and the root; sends nothing
+    ("fsdp", "_reduce_scatter_base", 3, "fake", FakeStore, 2)])  # of two blocks and the root
 def test_gradients_are_sent_after_the_last_micro_batch_alone(request, sharding, kind, messages,
                                                              backend, store, count):
-    """DDP's stay where its messages lie. Elsewhere they would be held twice."""
     dist.init_process_group(backend, store=store(), rank=0, world_size=count)
     request.addfinalizer(dist.destroy_process_group)
     training = Training(ModelConfig(**SHAPE), TrainConfig(data="", learning_rate=1e-3),
@@ -152,15 +136,11 @@ def test_gradients_are_sent_after_the_last_micro_batch_alone(request, sharding, 
                         SimpleNamespace(count=2, device=torch.device("cpu")))
     training.model.init_weights(0, fill)
     rehearse(training, 2, 8)
-    places = {tuple(p.grad.data_ptr() for p in training.model.parameters() if sharding == "ddp")}
     for _ in range(2):
-        with Calls() as calls:
+        with torch.profiler.profile() as calls:
             training.gradients(torch.randint(500, (3, 2, 9)))
-        places.add(tuple(p.grad.data_ptr() for p in training.model.parameters()
-                         if sharding == "ddp"))
         training.update(1e-3, None)
-        assert messages == sum(kind in name for name in calls.names)
-    assert len(places) == 1
+        assert messages == sum(event.name == f"c10d::{kind}_" for event in calls.events())
 
 
 # ---------------------------------------------------------------------------- signals during saves
@@ -171,9 +151,11 @@ def unbroken(data, tmp_path_factory):
     """Return a function of a number of processes: settings and folder of a run never stopped."""
     @functools.cache
     def unbroken(processes):
-        # A save takes as long as a step.
-        settings = dict(vocab_size=20000, steps=12, checkpoint_every=4, learning_rate=1e-3)
-        settings |= dict(sharding="fsdp") if processes == 2 else {}
+        # A save takes as long as a step. Of three processes DDP's sums round in messages' order.
+        settings = dict(vocab_size=20000, steps=12, checkpoint_every=4, learning_rate=1e-3,
+                        batch_size=12, micro_batch_size=2)
+        settings |= {2: dict(sharding="fsdp"), 3: dict(compile=True, deterministic=True)}.get(
+            processes, {})
         folder = tmp_path_factory.mktemp("unbroken")
         train(data, folder, processes, **settings)
         return settings, folder
@@ -182,11 +164,12 @@ def unbroken(data, tmp_path_factory):
 
 @pytest.mark.parametrize("processes, number, changes", [
     (1, signal.SIGKILL, dict(async_save=True)), (2, signal.SIGTERM, {}), (2, signal.SIGKILL, {}),
-    *(pytest.param(1, *case, marks=pytest.mark.proof) for case in (
-        (signal.SIGKILL, {}), (signal.SIGTERM, {}), (signal.SIGTERM, dict(async_save=True))))])
+    *(pytest.param(*case, marks=pytest.mark.proof) for case in (
+        (1, signal.SIGTERM, dict(async_save=True)), (1, signal.SIGTERM, {}),
+        (1, signal.SIGKILL, {}), (3, signal.SIGTERM, {}), (3, signal.SIGKILL, {})))])
 def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken, processes, number,
                                                        changes):
-    """One of two processes gets SIGTERM before a save of both, or SIGKILL in it."""
+    """One of several processes gets SIGTERM before a save of all, or SIGKILL in it."""
     settings, whole = unbroken(processes)
     run = Launched(command(data, tmp_path, **settings, **changes), processes)
     run.wait_until(run.printed("step      7/"))  # the save comes next
@@ -198,25 +181,6 @@ def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken,
     train(data, tmp_path, processes, **settings, **changes)
     assert_same_bits(whole, tmp_path)
     assert not list(tmp_path.glob(".step*"))
-
-
-@pytest.mark.proof
-@pytest.mark.parametrize("sharding, number", list(itertools.product(
-    ("ddp", "fsdp"), (signal.SIGTERM, signal.SIGKILL))))
-def test_three_processes_interrupted_end_with_the_same_bits(data, tmp_path, sharding, number):
-    """The order in which DDP's messages are laid out must survive: three round in that order."""
-    settings = dict(steps=40, batch_size=12, micro_batch_size=2, checkpoint_every=20,
-                    sharding=sharding, compile=True, deterministic=True)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(data, whole, 3, **settings)
-    run = Launched(command(data, cut, **settings), 3)
-    run.wait_until(run.printed("step     27/"))
-    for rank in range(3) if number == signal.SIGTERM else [1]:  # torchrun passes on SIGTERM only
-        run.send(number, rank)
-    run.finish()
-    assert 40 not in saved_steps(cut)
-    train(data, cut, 3, **settings)
-    assert_same_bits(whole, cut)
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -248,22 +212,12 @@ def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, plan):
     assert f"on each of {gpus} GPUs: 1024 sequences a step" in printed
 
 
-@pytest.mark.parametrize("name, peak", [  # as torch.cuda.get_device_name has them
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835),
-    ("NVIDIA GH200 144G HBM3e", 990), ("NVIDIA B200", 2250), ("NVIDIA A100-SXM4-80GB", 312),
-    ("Tesla V100-SXM2-16GB", 125), ("NVIDIA RTX A6000", 155), ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA L40", math.nan), ("NVIDIA GB200", math.nan), ("NVIDIA GeForce RTX 4090 D", math.nan),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", math.nan)])
-def test_a_gpus_peak_is_its_own_or_unknown(name, peak):
-    assert gpu_peak(name) == pytest.approx(peak * 1e12, nan_ok=True)
-
-
 def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
     printed = plan("configs/pythia_12b.py", "--plan=True", "--gpus=64")
     [line] = [line for line in printed.splitlines() if line.startswith("torchrun ")]
     assert "--nnodes=8 --nproc_per_node=8 " in line and line.endswith(
         "train.py configs/pythia_12b.py --gpus=64 --micro_batch_size=16 --out_dir=RUN")
-    with pytest.raises(ValueError, match="no micro-batch fits .*try --sharding=fsdp"):
+    with pytest.raises(ValueError, match="no micro-batch fits"):
         plan("configs/pythia_12b.py", "--sharding=ddp")
 
 
