@@ -116,7 +116,7 @@ def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):
 
 
 def test_analysis_by_hand(scored):
-    analyse(Analyse(scored.output, window=8))
+    analyse(Analyse(scored.output, window=8, plot=f"{scored.output}/m.png"))
     rates = {(row["step"], row["rows"]): row for row in table(f"{scored.output}/rates.csv")}
     assert rates["64", "seen"]["memorized"] == "128" and rates["64", "seen"]["n"] == "256"
     assert rates["1", "seen"]["n"] == "4" and rates["1", "not seen yet"]["n"] == "276"

@@ -90,21 +90,6 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
         "heldout": ([0, 64, 128], [3, 2, 1]), "heldout:books": ([0, 64, 128], [3, 2, 1])}
 
 
-def test_memorization_shows_lengths_and_counts_against_a_poissons(tmp_path):
-    (tmp_path / "rates.csv").write_text("model,step,rows,mean_length\n" + "".join(
-        f"m,{step},{rows},{step + n}\n" for step in (4, 2)
-        for n, rows in enumerate(("seen", "not seen yet"))))
-    (tmp_path / "windows.csv").write_text(  # four counts of the last step
-        "model,step,window,memorized,windows\nm,2,64,9,9\nm,4,64,0,2\nm,4,64,3,2\n")
-    top, bottom = plots.memorization(tmp_path, tmp_path / "m.png").axes
-    assert {bar.get_label(): contents(bar[0]) for bar in top.containers} == {
-        "seen": ([2, 4], [2, 4]), "not seen yet": ([2, 4], [3, 5])}
-    points, diagonal = bottom.lines  # of rate 1.5, P(0) = 0.22, P(<= 1) = 0.56, P(<= 2) = 0.81
-    assert (list(points.get_xdata()), list(points.get_ydata())) == ([0, 1, 2, 3], [0, 0, 3, 3])
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [0, 3]
-    assert bottom.get_xlabel() == "Poisson, rate 1.50"
-
-
 # ---------------------------------------------------------------------------- the window
 
 

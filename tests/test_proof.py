@@ -233,15 +233,12 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
     for flags, words in (
             (f"--replay={run}/step8:9", "step8: not a whole checkpoint with Adam's moments"),
             (f"--restore={run}/step8:9", "expected one --restore=RUN/stepN"),
-            (f"--replay={run}/step20:40", "10 of the steps 20 to 39"),
             (f"--replay={tmp_path}/child/step0:9", "what came before is in"),
             (f"--replay={tmp_path}/run/step0:20", "step 12 does not follow from the line before"),
             (f"--replay={run}/step0:20 --beta1=0.5", "--beta1=0.5: a replay has the settings")):
         done = Launched(["train.py", *flags.split()]).finish()
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
-    verified = Launched(["verify.py", "verify", str(tmp_path / "run")]).finish()
-    assert verified.returncode == 1 and "step 12 does not follow" in verified.stdout
     assert "proved: 5 equal" in again(f"--replay={tmp_path}/child/step20:25")
 
 

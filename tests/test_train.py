@@ -181,11 +181,10 @@ def parent(data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("micro_batch_size, number", [
-    (8, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGKILL)])
-def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, micro_batch_size, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, number):
     """A real signal to a real process."""
-    settings = dict(steps=60, micro_batch_size=micro_batch_size, checkpoint_every=20)
+    settings = dict(steps=60, micro_batch_size=2, checkpoint_every=20)
     whole, cut, killed = tmp_path / "whole", tmp_path / "cut", number == signal.SIGKILL
     train(data, whole, **settings)
     run = Launched(command(data, cut, **settings))
@@ -209,17 +208,6 @@ def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path):
 
 def test_a_token_outside_the_vocabulary_stops(data, tmp_path):
     refused_here(data, tmp_path / "run", r"/tokens: token \d+ in step 0", vocab_size=100)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("changes, words", [
-    (dict(tokenizer="nowhere.json"), "nowhere.json: no such"),
-    (dict(data="nowhere"), "nowhere.idx: no such file"),
-    (dict(out_dir="/proc/nowhere"), "/proc/nowhere: "),
-    (dict(batch_size=7), "batch_size = 7 is not a multiple"),
-    (dict(intervention="pronouns_to_feminine", intervention_from=12), "intervention_from = 12")])
-def test_a_mistake_is_one_line_before_anything_is_trained(data, tmp_path, changes, words):
-    refused(data, tmp_path / "run", words, **changes)
     assert not (tmp_path / "run").exists()
 
 
@@ -306,15 +294,6 @@ def test_a_run_that_cannot_go_on_does_not_begin_again(data, run, capsys):
 
 
 def test_a_run_or_branch_that_nothing_explains_is_refused(data, run, tmp_path):
-    manifest = run / "step8/manifest.json"
-    whole = manifest.read_text()
-    entries = json.loads(whole)
-    del entries["optimizer/moments.safetensors"]
-    manifest.write_text(json.dumps(entries))
-    refused_here(data, tmp_path / "child", "step8/optimizer/moments.safetensors: damaged",
-                 branch_from=run / "step8")
-    manifest.write_text(whole)
-    shutil.rmtree(tmp_path / "child")
     (run / "config.json").unlink()
     refused_here(data, run, "config.json: no such file")
     refused_here(data, tmp_path / "child", "config.json: no such file", branch_from=run / "step8")
@@ -335,14 +314,6 @@ def test_a_spike_is_named_after_overflows_and_a_resume(tmp_path):
         log.tables["metrics"].file.close()
     [line] = (tmp_path / "log.txt").read_text().splitlines()
     assert line.startswith("spike at step 200 (rows 1,600 to 1,607): loss 5.0000")
-
-
-def test_the_folder_explains_the_run(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # without git, too
-    run_here(data, tmp_path)
-    launch = json.loads((tmp_path / "launches.jsonl").read_text())
-    assert launch["torch"] == torch.__version__ and launch["git_commit"] is None and launch["cpu"]
-    assert "step     11/12 | loss" in (tmp_path / "log.txt").read_text()
 
 
 # ---------------------------------------------------------------------------- branches
