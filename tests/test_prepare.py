@@ -166,10 +166,8 @@ def test_each_real_file_comes_once(tmp_path):
     for spec in (str(tmp_path), f"{tmp_path}/*.*,{tmp_path}/**/*.jsonl,{tmp_path}/in/../b.jsonl"):
         assert input_files(spec) == three
     os.mkfifo(tmp_path / "in/pipe.jsonl")
-    for spec, words in ((tmp_path / "in/pipe.jsonl", "not a regular file"),
-                        (tmp_path, "pipe.jsonl"), ("*.nothing", "no .jsonl")):
-        with pytest.raises(ValueError, match=words):
-            input_files(str(spec))
+    with pytest.raises(ValueError, match="pipe.jsonl: not a regular file"):
+        input_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("strangers", [
