@@ -674,7 +674,7 @@ def main(model_config, config, intervention, launch, options, proof=None):
 
 if __name__ == "__main__":
     try:
-        arguments, proof = run(repeat_command, sys.argv[1:], SCHEMAS, MAY_CHANGE)
+        arguments, proof = run(repeat_command, sys.argv[1:], SCHEMAS[:4])
         *settings, asked = parse(arguments, *SCHEMAS)
         if (asked.replay or asked.restore) and not proof:
             fail("replay and restore are given on the command line, not in a config file")

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
                          manifest_of, moments_of, one_line, open_any, open_file, read_training,
                          saved_steps, step_folders, weight_files)
-from config import command, file_size, read_json, read_lines, write_json
+from config import COUNT, command, file_size, read_json, read_lines, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -377,45 +377,38 @@ def link(before, row):
     return hashlib.sha256(",".join(map(str, cells)).encode()).hexdigest()
 
 
-def read_chain(run, first=0, last=math.inf):
-    """Return {step: row} of the steps first to last - 1 in RUN/metrics.csv.
+def read_chain(run, first=None, last=None):
+    """Return {step: row} of the steps first to last - 1 in RUN/metrics.csv, or of all.
 
-    Raises ValueError at the first line that does not follow from the one before it, and at a
-    checkpoint whose manifest has another digest. A last line that a kill has torn is left out.
+    Raises ValueError at the first step that is not there, that does not follow from the one before
+    it, or that is not the one that the manifest of the checkpoint after it ends with.
     """
-    run, rows = Path(run), {}
-    path = run / "metrics.csv"
+    path, rows, saved = Path(run) / "metrics.csv", {}, {}
     (_, names), *lines = read_lines(path) or [(b"", [])]
     if not {"step", "digest", *PROVED} <= set(names):
         raise ValueError(f"{path}: has no digests, {', '.join(names)} alone")
     for line, cells in lines:
         row = dict(zip(names, cells))
-        if not line.endswith(b"\n") or not row.get("step", "").isdecimal():
-            continue
-        step, before = int(row["step"]), None
-        if not first <= step < last:
-            continue
-        if step - 1 in rows:
-            before = rows[step - 1]["digest"]
-        elif not rows and (run / f"step{step}").exists():
-            before = chain_of(run / f"step{step}")["digest"]
-        if rows and not before or len(row) < len(names) or before and (
-                link(before, row) != row["digest"]):
-            raise ValueError(f"{path}: step {step} does not follow from the line before it: one of "
-                             "them was changed, added or lost")
-        rows[step] = row
-    if last < math.inf and len(rows) < last - first:
-        raise ValueError(f"{path}: has {len(rows)} of the steps {first} to {last - 1}")
+        # A line that a kill has torn counts as none.
+        if line.endswith(b"\n") and len(row) == len(names) and re.fullmatch(COUNT, row["step"]):
+            rows[int(row["step"])] = row
     for step, folder in step_folders(run):
         chain = chain_of(folder)
-        if first < step <= last and rows and step > min(rows) and chain["state_sha256"] and (
-                step - 1 not in rows or rows[step - 1]["digest"] != chain["digest"]):
-            raise ValueError(f"{path}: step {step - 1} is not the one that {folder.name}'s "
-                             "manifest.json ends with")
-    return rows
+        if chain["state_sha256"]:
+            saved[step] = chain["digest"]  # of the step before
+    if first is None and rows:
+        first, last = min(rows), max(max(rows) + 1, *saved)
+    for step in range(first or 0, last or 0):
+        before = rows[step - 1]["digest"] if step - 1 in rows else saved.get(step)
+        digest = rows[step]["digest"] if step in rows else None
+        if (not digest or before and link(before, rows[step]) != digest
+                or saved.get(step + 1, digest) != digest):
+            raise ValueError(f"{path}: step {step} is not there, or does not follow from the line "
+                             "before it, or not to the next checkpoint")
+    return {step: row for step, row in rows.items() if first <= step < last}
 
 
-def first_difference(a, b):
+def first_tensor(a, b):
     """Return the first tensor of two checkpoints of ours that differs; None if none does.
 
     Moments that --state_every has removed are compared by the hash of all tensors.
@@ -433,18 +426,13 @@ def first_difference(a, b):
     return "the moments, by their hash" if len(hashes - {None}) > 1 else None
 
 
-# What a repetition computes in the same way as the run's last launch.
-COMPUTED = {"micro_batch_size", "sharding", "compile", "threads", "activation_checkpointing",
-            "deterministic"}
-
-
 def launches(run):
     """Return the objects in RUN/launches.jsonl but for those that a full disk has cut."""
     found = []
-    for line in open(run / "launches.jsonl", errors="replace"):
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    if not found or not all(type(one) is dict and one.keys() >= COMPUTED for one in found):
+    for line in open(Path(run) / "launches.jsonl", errors="replace"):
+        with suppress(ValueError, TypeError):
+            found.append(dict(json.loads(line)))
+    if not found:
         raise ValueError(f"{run}/launches.jsonl: does not say how the run was computed")
     return found
 
@@ -469,66 +457,60 @@ class ProofConfig:
 
 
 class Proof(NamedTuple):
-    """Steps first to last - 1 of a run, which are taken again; begun: the run's first step."""
+    """Steps first to last - 1 of a run, which are taken again."""
     run: Path
     first: int
     last: int
-    begun: int
 
 
-def repeat_command(argv, schemas, may_change):
+def run_settings(run, schemas):
+    """Return {setting: value} of these dataclasses, as a run was launched with them last."""
+    settings = read_json(Path(run) / "config.json") | launches(run)[-1]
+    known = {field.name for schema in schemas for field in fields(schema)}
+    return {name: value for name, value in settings.items() if name in known}
+
+
+def repeat_command(argv, schemas):
     """Return the command line that takes a run's steps again, and the Proof; without one, None.
 
-    argv: the user's. The run's settings are added, and how its last launch computed them. schemas:
-    train.py's; may_change: the settings that may be others.
+    argv: the user's, which may also say how to compute. The steps are taken from the nearest full
+    state before them. schemas: train.py's.
     """
     asked = [word for word in argv if re.match("--(replay|restore)=", word)]
     if not asked:
         return argv, None
-    kind, _, place = asked[0].removeprefix("--").partition("=")
-    form = "RUN/stepA:B" if kind == "replay" else "RUN/stepN"
-    found = re.fullmatch(r"(.+)/step(\d{1,15})" + r":(\d{1,15})" * (kind == "replay"), place)
-    if len(asked) > 1 or not found:
-        raise ValueError(f"{' '.join(asked)}: expected one --{kind}={form}")
-    run, numbers = Path(found[1]), [int(number) for number in found.groups()[1:]]
-    settings, states = read_json(run / "config.json"), saved_steps(run, state=True)
-    begun = branch_step(settings) or 0
-    first = numbers[0] if kind == "replay" else max([step for step in states if step < numbers[0]],
-                                                    default=begun)
-    proof = Proof(run, first, numbers[-1], begun)
-    if not begun <= first < proof.last:
-        raise ValueError(f"--{kind}={place}: expected steps in order, from {begun} on"
-                         + (f"; what came before is in {settings['branch_from']}" if begun else ""))
-    if first not in (begun, *states):
-        raise ValueError(f"{run}/step{first}: not a whole checkpoint with Adam's moments; replay "
-                         f"from one of {', '.join(map(str, sorted({begun, *states})))}")
-    read_chain(run, first, proof.last)
-    given = {word: word[2:].partition("=")[0] for word in argv}
-    if fixed := [word for word, name in given.items() if not word.startswith("--")
-                 or name == "stop_at" or name in settings and name not in may_change]:
-        raise ValueError(f"{fixed[0]}: a {kind} has the settings of its run; leave it out")
-    launch = launches(run)[-1]
-    known = {field.name for schema in schemas for field in fields(schema)}
-    settings = {name: value for name, value in settings.items() if name in known} | {
-        name: launch[name] for name in COMPUTED} | {
-        "out_dir": f"{run}_{kind}_{place.rpartition('/')[2].replace(':', '_')}",
-        "stop_at": proof.last, "twin": False}
-    return [f"--{name}={value}" for name, value in settings.items()] + argv, proof
+    found = re.fullmatch(r"--(replay|restore)=(.+)/step(\d{1,15})(?::(\d{1,15}))?", asked[0])
+    if len(asked) > 1 or not found or (found[1] == "replay") != bool(found[4]):
+        raise ValueError(f"{' '.join(asked)}: expected one --replay=RUN/stepA:B or "
+                         "--restore=RUN/stepN")
+    run, last = Path(found[2]), int(found[4] or found[3])
+    wanted = int(found[3]) if found[4] else last - 1
+    settings = run_settings(run, schemas)
+    states = [branch_step(settings) or 0, *saved_steps(run, state=True)]
+    first = max([step for step in states if step <= wanted], default=last)
+    if first >= last or wanted >= last:
+        raise ValueError(f"{asked[0]}: expected steps in order, from {states[0]} on"
+                         + (f"; what came before is in {settings['branch_from']}"
+                            if states[0] else ""))
+    read_chain(run, first, last)
+    settings |= {"out_dir": f"{run}_{found[1]}_{asked[0].rpartition('/')[2].replace(':', '_')}",
+                 "twin": False}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    return [*flags, *argv, f"--stop_at={last}"], Proof(run, first, last)
 
 
 def begin_again(out_dir, proof):
     """Make the folder of a repetition: the run's settings and a link to the step it begins from."""
-    folder = Path(out_dir)
+    folder, name = Path(out_dir), f"step{proof.first}"
     if folder.resolve() == proof.run.resolve() or proof.last in saved_steps(folder):
         raise ValueError(f"{folder}: has these steps already; move it away or name another "
                          "--out_dir")
     if (folder / "config.json").exists():
         return  # it was interrupted
     folder.mkdir(parents=True, exist_ok=True)
-    if proof.first > proof.begun:
-        name = f"step{proof.first}"
-        if not (folder / name).exists():
-            (folder / name).symlink_to((proof.run / name).resolve())
+    # Step 0 is made again, and a branch begins from its parent's.
+    if proof.first and (proof.run / name).exists() and not (folder / name).exists():
+        (folder / name).symlink_to((proof.run / name).resolve())
     # Without the data's hashes: where the data are others now, the steps that read them differ.
     write_json(folder / "config.json", {
         name: value for name, value in read_json(proof.run / "config.json").items()
@@ -543,39 +525,42 @@ def prove(proof, repetition):
     it. Where losses or gradients differ and the environment does, data and rates must be the same
     and losses near. Raises ValueError if a checkpoint among the steps is damaged.
     """
-    run, first, last, found = proof.run, proof.first, proof.last, None
+    run, first, last = proof
     ours, theirs = read_chain(run, first, last), read_chain(repetition, first, last)
     for step in range(first, last + 1):
-        saved = run / f"step{step}", repetition / f"step{step}"
-        if saved[0].exists() and not is_whole(saved[0]):
-            raise ValueError(f"{saved[0]}: damaged, a file is missing or cut")
-        if all(map(is_whole, saved)) and not saved[1].is_symlink():
-            if tensor := first_difference(*saved):
-                found = f"step{step}: weights or moments differ, first {tensor}"
-        if not found and step < last:
-            row, other = ours[step], theirs[step]
-            different = [name for name in PROVED if row[name] != other[name]]
-            if different:
-                name = different[0]
-                found = f"step {step}: {PROVED[name]} differs, {row[name]}, again {other[name]}"
-            elif row["digest"] != other["digest"]:
-                found = f"step {step}: its digest does not follow from step{first}'s"
-        if found:
+        if found := first_difference(step, run, repetition, ours.get(step), theirs.get(step)):
             break
     else:
         print(f"steps {first} to {last} proved: {last - first} equal to the bit")
         return
     others, differing = environment(run, repetition), {
         name for name in PROVED for step in ours if ours[step][name] != theirs[step][name]}
-    rounding = differing and not differing & {"batch_sha256", "learning_rate"}
     apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)
-    if others and rounding and apart <= TOLERANCE:
+    if (others and differing and not differing & {"batch_sha256", "learning_rate"}
+            and apart <= TOLERANCE):
         print(f"steps {first} to {last}: the same data and rates, losses within {apart:.2g} of "
               f"them (at most {TOLERANCE} is allowed). Bits differ, as they may with "
               f"{', '.join(others)}; {found}")
         return
     print(found)
     sys.exit(1)
+
+
+def first_difference(step, run, repetition, row, other):
+    """Return the words for what differs first at a step: its checkpoints, then its rows; or None.
+
+    row and other: the step's lines of metrics.csv, None after the last step.
+    """
+    saved, again = run / f"step{step}", repetition / f"step{step}"
+    if saved.exists() and not is_whole(saved):
+        raise ValueError(f"{saved}: damaged, a file is missing or cut")
+    if saved.exists() and is_whole(again) and not again.is_symlink():
+        if tensor := first_tensor(saved, again):
+            return f"step{step}: weights or moments differ, first {tensor}"
+    for name, kind in PROVED.items() if row else ():
+        if row[name] != other[name]:
+            return f"step {step}: {kind} differs, {row[name]}, again {other[name]}"
+    return None
 
 
 # ---------------------------------------------------------------------------- diff

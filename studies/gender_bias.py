@@ -48,7 +48,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ import torch
 
 import checkpoints
 import plots
-from config import command, read_json, replacing
+from config import command, replacing
 from data import load_npy
 from eval import find_all, loglikelihood, loglikelihood_rolling
 from model import ModelConfig
@@ -65,7 +65,7 @@ from studies.results import (Checkpoints, expecting, holm, open_results, regress
                              tokenizer_of, write_table)
 from tasks import read_jsonl
 from train import TrainConfig
-from verify import launches
+from verify import run_settings
 
 FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
 
@@ -170,19 +170,17 @@ class Branch:
 
 def branch(options):
     """Train each parent on with the intervention, and without unless it has ended; goes on."""
-    known = {field.name for schema in (ModelConfig, TrainConfig, LaunchConfig)
-             for field in fields(schema)} | {"intervention", "intervention_from"}
     pairs = []
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
-        settings = read_json(run / "config.json")
+        settings = run_settings(run, (ModelConfig, TrainConfig, LaunchConfig))
         ended = (run / f"step{settings.get('steps')}").is_dir()
         child = f"{options.output}/{run.name}_{options.intervention}"
-        settings |= launches(run)[-1] | {
+        settings |= {
             "branch_from": parent, "out_dir": child, "twin": not ended, "stop_at": None,
             "warm_moments": 0, "intervention": options.intervention, "intervention_from": begin}
         done = subprocess.run([sys.executable, "train.py", *(
-            f"--{name}={value}" for name, value in settings.items() if name in known)])
+            f"--{name}={value}" for name, value in settings.items())])
         if done.returncode:
             sys.exit(done.returncode)
         pairs.append(f"{child}:{run if ended else f'{child}_twin'}")

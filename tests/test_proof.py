@@ -38,7 +38,7 @@ def again(flag):
 
 def proved_here(capsys, *flags):
     """Replay in this process, which is faster; return the last line that it prints."""
-    arguments, proof = train_module.repeat_command([*flags], SCHEMAS, train_module.MAY_CHANGE)
+    arguments, proof = train_module.repeat_command([*flags], SCHEMAS[:4])
     capsys.readouterr()
     try:
         with as_a_process():
@@ -231,11 +231,10 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
     lines[13] = lines[13].replace("12,3072,", "12,3072,1")  # another loss
     (tmp_path / "run/metrics.csv").write_text("\n".join(lines) + "\n")
     for flags, words in (
-            (f"--replay={run}/step8:9", "step8: not a whole checkpoint with Adam's moments"),
-            (f"--restore={run}/step8:9", "expected one --restore=RUN/stepN"),
+            (f"--restore={run}/step8:9", "expected one --replay=RUN/stepA:B or --restore"),
             (f"--replay={tmp_path}/child/step0:9", "what came before is in"),
-            (f"--replay={tmp_path}/run/step0:20", "step 12 does not follow from the line before"),
-            (f"--replay={run}/step0:20 --beta1=0.5", "--beta1=0.5: a replay has the settings")):
+            (f"--replay={tmp_path}/run/step0:20", "step 12 is not there, or does not follow"),
+            (f"--replay={run}/step0:20 --beta1=0.5", "beta1 was 0.9, is 0.5")):
         done = Launched(["train.py", *flags.split()]).finish()
         assert done.returncode == 2 and words in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
@@ -264,9 +263,9 @@ def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path):
     lines = (sparse / "run/metrics.csv").read_text().splitlines(keepends=True)
     for name, text, words in (
             ("first", "".join([lines[0], lines[1].replace("0,0,", "0,0,1"), *lines[2:]]),
-             "step 0 does"),
-            ("end", "".join(lines[:25]), "step 29 is not the one that step30's manifest.json"),
-            ("middle", "".join(lines[:5] + lines[6:]), "step 5 does not follow"),
+             "step 0 is not there"),
+            ("end", "".join(lines[:25]), "step 24 is not there"),
+            ("middle", "".join(lines[:5] + lines[6:]), "step 4 is not there"),
             ("torn", "".join(lines) + "30,77", "0 problems")):
         shutil.copytree(sparse / "run", tmp_path / name)
         (tmp_path / name / "metrics.csv").write_text(text)
