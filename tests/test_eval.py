@@ -113,24 +113,6 @@ def test_line_by_line_encoding_is_encoding(tokenizer, text):
     assert tokenizer.encode_lines(text) == tokenizer.encode(text)
 
 
-@torch.no_grad()
-def test_generation_is_one_prompt_at_a_time_cut_at_its_stops(model, twin, tokenizer):
-    prompts = ["The cat", "", "x\n",
-               "a much longer prompt than there is room for in so small a context, isn't it?"]
-    stops, n_tokens = (" ", "e"), 9
-    for prompt, ours in zip(
-            prompts, evaluation.generate_until(model, tokenizer, prompts, stops, n_tokens),
-            strict=True):
-        tokens = (tokenizer.encode(prompt) or [0])[-(L - n_tokens):]
-        for _ in range(n_tokens):
-            tokens = tokens + [int(twin(torch.tensor([tokens])).logits[0, -1].argmax())]
-        new = tokens[-n_tokens:]
-        expected = tokenizer.decode(new[:new.index(0)] if 0 in new else new)
-        for stop in stops:
-            expected = expected.split(stop)[0]
-        assert ours == expected
-
-
 # ---------------------------------------------------------------------------- evaluation
 
 
