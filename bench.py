@@ -5,7 +5,7 @@
     python bench.py checkpoints --size=160m    # beside safetensors.torch and torch.save
     python bench.py memorization               # rows scored, beside transformers' generate
     python bench.py eval --docs=DIR            # beside lm_eval; pip install lm_eval accelerate
-    python bench.py gpu --output=FOLDER        # an optimizer step of each size on one GPU
+    python bench.py gpu --output=FOLDER        # a step, evaluation, memorization on one GPU
 
 Speeds are medians, and a ratio is the median of the rounds' ratios. `train` gives each contender a
 process of its own, for peak memory is a process's. All of them, ours and theirs, start with the
@@ -18,6 +18,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from safetensors.torch import save_file
 import eval as harness
 from checkpoints import save
 from config import command, parse
-from model import ModelConfig, Pythia, head_blocks, hf_config
+from model import ModelConfig, Pythia, head_blocks, hf_config, hf_name
 from parallel import (LaunchConfig, Processes, flops_per_token, matmul_flops, memory_per_process,
                       peak_flops)
 from studies.memorization import matched_lengths
@@ -65,6 +66,7 @@ class Bench:
 class GPUBench:
     sizes: str = "14m,31m,70m,160m,410m,1b,1.4b"
     compiled_theirs: str = "70m,410m"  # sizes of which transformers is compiled: a minute each
+    profiled: str = "70m,410m"  # sizes whose step is profiled and evaluation measured
     steps: int = 5  # timed, after three
     micro_batch: int = 64  # sequences at most; halved until it fits
     seq_length: int = 2048
@@ -305,7 +307,7 @@ def evaluation(options):
 
 
 def gpu(options):
-    """Measure an optimizer step at every size, compiled and not, beside transformers."""
+    """Measure steps at every size beside transformers, where their time goes, and evaluation."""
     device = Processes(options.device).device
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
@@ -320,6 +322,8 @@ def gpu(options):
                 print(*table[-1], sep=" | ", flush=True)
                 with open(f"{options.output}/steps.csv", "w") as file:
                     csv.writer(file).writerows(table)
+        if size in options.profiled.split(","):
+            measure_evaluation(size, options.seq_length, device)
 
 
 def synchronize(device):
@@ -362,11 +366,92 @@ def measure_steps(size, who, options, device):
         raise ValueError(f"{size}, {who}: not even one sequence fits into the GPU's memory")
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else math.nan
     planned = memory_per_process(config, LaunchConfig(), 1, B, False)["peak"] / 1e9
+    if size in options.profiled.split(",") and "ours" in who:
+        profile_step(act, f"{options.output}/{size}_{who.replace(' ', '_')}", device)
     speed, flops = B * options.seq_length / seconds, flops_per_token(config)
     whole = flops + 6 * config.n_layers * config.d_model * config.seq_length
     mfu, mfu_whole = (speed * f / peak_flops(device) for f in (flops, whole))
     return (size, who, B, f"{speed:,.0f}", f"{mfu:.1%}", f"{mfu_whole:.1%}", f"{peak:.2f}",
             f"{planned:.2f}" if "ours" in who else "", f"{first:.1f}")
+
+
+KINDS = (("attention", "flash|fmha|attention|cudnn"), ("matmul", "gemm|nvjet|cutlass|xmma|mm_"),
+         ("optimizer", "adam|multi_tensor"), ("copy", "memcpy|memset"), ("elementwise", ""))
+
+
+def profile_step(act, path, device):
+    """Print where a step's time goes by kind of kernel; PATH.txt lists the kernels."""
+    from torch.profiler import ProfilerActivity, profile
+    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        wall = seconds_of(act, 1, device)
+    spent = dict.fromkeys([kind for kind, _ in KINDS], 0.0)
+    events = seen.key_averages()
+    for event in events:
+        kind = next(kind for kind, names in KINDS if re.search(names, event.key.lower()))
+        spent[kind] += event.self_device_time_total / 1e6
+    spent["gaps"] = wall - sum(spent.values())
+    print("  " + ", ".join(f"{kind} {taken / wall:.0%}" for kind, taken in spent.items())
+          + f" of {wall * 1e3:.1f} ms", flush=True)
+    Path(path + ".txt").write_text(events.table(
+        sort_by="self_device_time_total", row_limit=60, max_name_column_width=110))
+
+
+def plain_scores(model, rows, batch=64):
+    """Score rows as lm_eval does: padded batches of like length, whole logits, log softmax."""
+    order, results = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
+    for start in range(0, len(order), batch):
+        chosen = order[start:start + batch]
+        inputs = torch.zeros(len(chosen), len(rows[chosen[0]][0]) - 1, dtype=torch.int64)
+        for b, i in enumerate(chosen):
+            inputs[b, :len(rows[i][0]) - 1] = torch.tensor(rows[i][0][:-1])
+        logprobs = model(inputs.to(model.device)).logits.log_softmax(-1)
+        for b, i in enumerate(chosen):
+            row, n = rows[i]
+            targets = torch.tensor(row[-n:], device=model.device)
+            results[i] = float(logprobs[b, len(row) - 1 - n:len(row) - 1].gather(
+                1, targets[:, None]).sum())
+    return [results[i] for i in range(len(rows))]
+
+
+def question_rows(generator, questions, shots, context, choices, n):
+    """Return rows for score: random tokens in the form of a task's questions behind its shots."""
+    draw = lambda length: torch.randint(2, 50277, (length,), generator=generator).tolist()
+    prefix, rows = draw(shots), []
+    for _ in range(questions):
+        question = prefix + draw(context)
+        rows += [(question + draw(n), n) for _ in range(choices)]
+    return rows
+
+
+@torch.no_grad()
+def measure_evaluation(size, seq_length, device):
+    """Print tokens/s of evaluation in float32 beside lm_eval's way, rows/s of memorization."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # pip install transformers
+    config, _ = configs(size, seq_length)
+    model = Pythia(config).eval().to(device)
+    with device:
+        theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(config))).eval()
+    names = {hf_name(name).replace("embed_out", "lm_head"): parameter
+             for name, parameter in model.named_parameters()}
+    theirs.load_state_dict(names, strict=False)
+    generator = torch.Generator().manual_seed(0)
+    for task, *form in (("lambada", 512, 0, 80, 1, 2), ("hellaswag", 256, 0, 60, 4, 25),
+                        ("MMLU, 5 shots", 64, 600, 100, 4, 1)):
+        rows = question_rows(generator, *form)
+        tokens, speed = sum(len(row) for row, _ in rows), {}
+        for who, act in (("ours", lambda: [value for value, _ in harness.score(model, rows)]),
+                         ("lm_eval's way", lambda: plain_scores(theirs, rows))):
+            values = act()
+            speed[who] = tokens / seconds_of(act, 1, device), values
+        (ours, a), (plain, b) = speed.values()
+        worst = max(abs(x - y) for x, y in zip(a, b))
+        print(f"{size}, {task}: ours {ours:,.0f} tokens/s, {ours / plain:.2f}x lm_eval's way, "
+              f"largest difference {worst:.1e} nats", flush=True)
+    tokens = torch.randint(2, 50277, (256, 64), device=device)
+    matched_lengths(model, tokens, 32)
+    seconds = seconds_of(lambda: matched_lengths(model, tokens, 32), 5, device)
+    print(f"{size}, memorization: {256 / seconds:,.0f} rows/s that miss at once", flush=True)
 
 
 if __name__ == "__main__":
