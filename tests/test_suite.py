@@ -24,14 +24,14 @@ def test_plans_give_each_seed_other_doses_of_the_same_texts(tokenizer):
     plans = {}
     for seed in (1, 2):
         plan = plans[seed] = planned(seed, tokenizer, WORDS, 1280)
-        tokens = place(plan, tokenizer, 1280, 420, seed)
+        place(plan, tokenizer, 1280, 420, seed)
         load, sizes = Counter(), [len(tokenizer.encode(entry["text"])) + 1 for entry in plan]
         for entry, size in zip(plan, sizes):
             assert len(set(entry["steps"])) == entry["dose"]
             load.update({step: size for step in entry["steps"]})
             if entry["group"] == "burst":
                 assert np.ptp(entry["steps"]) < 48
-        assert max(load) < 1280 and max(load.values()) <= 420 and sum(load.values()) == tokens
+        assert max(load) < 1280 and max(load.values()) <= 420
         doses = Counter(entry["dose"] for entry in plan if entry["group"] == "canary")
         assert doses == {0: 48, 1: 24, 4: 24, 16: 24, 64: 8}
     kinds = lambda seed, key: [(entry["text"], entry[key]) for entry in plans[seed]
