@@ -294,7 +294,7 @@ def evaluation(options):
         return harness.loglikelihood(model, tokenizer, requests)
 
     for task, shots in (("lambada_openai", 0), ("hellaswag", 0), ("piqa", 0), ("mmlu_anatomy", 5)):
-        requests = harness.prepare(task, options.docs, shots, limit=options.documents).requests
+        requests = harness.Job(task, options.docs, shots, limit=options.documents).requests
         asked = [Instance("loglikelihood", {}, request, 0) for request in requests]
         values, _ = race(f"{task}, {shots} shots", options.rounds, len(requests), "requests", {
             "ours": score,

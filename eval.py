@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
     python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
-    python eval.py losses --model=RUN --rows=0:4096 --output=OUT      # nats of every token, or of
-    python eval.py losses --model=RUN --text=TEXTS.jsonl --output=OUT # every text's, as arrays
+    python eval.py losses --model=RUN --rows=0:4096 --output=OUT    # nats of every token; --text=
+                                                                    # TEXTS.jsonl: of every text's
 
 --model is a run folder of ours, one of its step folders, or a published checkpoint in any form.
 --docs holds each task's documents as distributed, for instance DIR/piqa/validation.jsonl.
@@ -33,28 +33,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, command, COUNT, file_size, note, NUMBER, parse, read_json, run,
-                    sha256_of, Table, TEXT, write_json)
+from config import (check, command, COUNT, file_size, NUMBER, parse, read_json, run, Table, TEXT,
+                    write_json)
 from data import Order, order_of, ordered, run_settings, span
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
-from tasks import (digest, GROUPS, measured, named_tasks, NoDocuments, prompts, read_jsonl,
-                   read_split, STYLES, Task)
-from tokenizer import ENDOFTEXT, load_tokenizer, N_TOKENS
+from tasks import digest, GROUPS, measured, named_tasks, prompts, read_jsonl, read_split, STYLES
+from tokenizer import ENDOFTEXT, load_tokenizer
 
 # ---------------------------------------------------------------------------- shared beginnings
 
 
 # Tokens computed at once. Few keep a CPU's activations in its cache (a tenth faster than 4096).
 BATCH_TOKENS = 32768 if torch.cuda.is_available() else 2048
-JOINS = 4  # a row joins the pack before it if they share at least 1 / JOINS of the row
-PACK = 640  # tokens that a pack may have, or twice the row that joins: attention sees all of it
-PREFIX = 32  # tokens that packs must share to be one group
-PREFIX_PAYS = 512  # tokens that a group must save for its prefix to be computed apart
-OPEN = 1 << 40  # behind all nodes
+SHARED = 32  # tokens that rows of more than a batch must share for that to be computed apart
+NEVER = 1 << 40  # behind all nodes
 
 
 class Pack:
@@ -63,66 +60,78 @@ class Pack:
     A token is a node, and sees its ancestors and itself. Each row shares nodes with the one before
     only, so that nodes j to ends[j] - 1 are those that see node j. "the cat sat", "the cat ran on":
 
-        0 the - 1 cat - 2 sat              positions 0 1 2 2 3, ends OPEN OPEN 3 OPEN OPEN
+        0 the - 1 cat - 2 sat              positions 0 1 2 2 3, ends NEVER NEVER 3 NEVER NEVER
                       \\ 3 ran - 4 on      path, the nodes of the last row: 0 1 3 4
+
+    The P tokens of a prefix are not in the tree; in a path they are nodes -P to -1.
     """
 
-    def __init__(self):
-        self.tokens, self.positions, self.ends, self.path, self.scored = [], [], [], [], []
-        self.common = OPEN  # how many of their first tokens all rows share, and none is scored
+    def __init__(self, P):
+        self.tokens, self.positions, self.ends, self.path = [], [], [], [*range(-P, 0)]
+        self.scored = []  # of each row (3, n): its index, nodes, and the tokens that follow them
 
     def add(self, index, row, n, shared):
         """Append a row of which n tokens are scored and the `shared` first are the last row's."""
-        start, length = len(self.tokens), len(row) - 1
-        self.common = min(self.common, shared or length, length - n)
+        start = len(self.tokens)
         for node in self.path[shared:]:
             self.ends[node] = start
         self.tokens += row[shared:-1]
-        self.positions += range(shared, length)
-        self.ends += [OPEN] * (length - shared)
-        self.path = self.path[:shared] + [*range(start, len(self.tokens))]
-        self.scored.append((index, self.path[-n:], row[-n:]))
+        self.positions += range(shared, len(row) - 1)
+        self.ends += [NEVER] * (len(self.tokens) - start)
+        self.path[shared:] = range(start, len(self.tokens))
+        self.scored.append(np.array([[index] * n, self.path[-n:], row[-n:]]))
 
 
 def plan(rows, L, batch_tokens=BATCH_TOKENS, name="request {}".format):
     """Return batches [(prefix tokens, packs)] of rows (index, tokens, n), cut on the left to L + 1.
 
-    Rows next to each other in alphabetical order share most. A row joins the pack of the one before
-    if they share much of it and the tree stays small. What many packs begin with (the shots) is
-    computed once, as a prefix. Raises ValueError by name(index) of a row without score or context.
+    What more rows begin with than one batch takes (the shots) is computed once, as a prefix. Raises
+    ValueError by name(index) of a row without score or context.
     """
     for index, tokens, n in rows:
         if not 0 < n <= min(L, len(tokens) - 1):
             raise ValueError(f"{name(index)}: a continuation of {max(n, 0)} tokens behind "
                              f"{len(tokens) - max(n, 0)} does not fit in {L} tokens of context")
-    rows = [(index, np.array(tokens[-(L + 1):]), n) for index, tokens, n in rows]
-    packs, before = [], np.array([-1])
-    for index, row, n in sorted(rows, key=lambda row: row[1].astype(">u4").tobytes()):
-        most = min(len(before), len(row)) - 1
-        shared = int(np.append(before[:most] != row[:most], True).argmax())
-        small = packs and len(packs[-1].tokens) + len(row) - shared <= max(PACK, 2 * len(row))
-        if not small or JOINS * shared < len(row):
-            packs.append(Pack())
-            shared = 0
-        packs[-1].add(index, row.tolist(), n, shared)
-        before = row
-    by_prefix, batches = defaultdict(list), []
-    for _, group in itertools.groupby(packs, key=lambda pack: pack.tokens[:PREFIX]):
-        group = list(group)
-        prefix = os.path.commonprefix([pack.tokens[:pack.common] for pack in group])
-        pays = (len(group) - 1) * len(prefix) >= PREFIX_PAYS
-        by_prefix[tuple(prefix) if pays else ()] += group
-    for prefix, packs in by_prefix.items():
+    rows = [(index, np.array(tokens[-(L + 1):], ">u4"), n) for index, tokens, n in rows]
+    rows.sort(key=lambda row: row[1].tobytes())  # rows that share much are neighbours
+    groups = defaultdict(list)
+    for _, group in itertools.groupby(rows, key=lambda row: row[1][:SHARED].tobytes()):
+        group, prefix = list(group), ()
+        if sum(len(tokens) for _, tokens, _ in group) > batch_tokens:
+            prefix = os.path.commonprefix([tokens[:-n - 1].tolist() for _, tokens, n in group])
+        groups[tuple(prefix)] += group
+    batches = []
+    for prefix, group in groups.items():
+        packs = make_packs(group, len(prefix))
         packs.sort(key=lambda pack: -len(pack.tokens))  # so those of like length come together
         while packs:
-            n = max(1, batch_tokens // (len(packs[0].tokens) - len(prefix)))
+            n = max(1, batch_tokens // len(packs[0].tokens))
             batches.append((prefix, packs[:n]))
             packs = packs[n:]
     return batches
 
 
+def make_packs(rows, P):
+    """Return Packs of sorted rows behind their common P tokens.
+
+    A row joins the pack of the one before if they share a quarter of it, and if the tree stays
+    below four times it, as attention sees the whole tree.
+    """
+    packs, before = [], []
+    for index, row, n in rows:
+        row = row.tolist()
+        shared = len(os.path.commonprefix([before[:-1], row[:-1]]))
+        small = packs and P + len(packs[-1].tokens) + len(row) - shared <= 4 * len(row)
+        if not small or 4 * shared < len(row):
+            packs.append(Pack(P))
+            shared = P
+        packs[-1].add(index, row, n, shared)
+        before = row
+    return packs
+
+
 def _tensors(packs, P, like):
-    """Return tokens, positions (B, T) of packs behind P nodes; mask (B, 1, T, P + T) or None."""
+    """Return tokens, positions (B, T) of packs behind P tokens; mask (B, 1, T, P + T) or None."""
     nodes = torch.zeros(3, len(packs), max(len(pack.tokens) for pack in packs), dtype=torch.int64)
     for b, pack in enumerate(packs):
         nodes[:, b, :len(pack.tokens)] = torch.tensor([pack.tokens, pack.positions, pack.ends])
@@ -131,9 +140,9 @@ def _tensors(packs, P, like):
         # Plain rows are padded on the right, which a causal model never looks at.
         return tokens, None, None
     node = torch.arange(len(ends[0]), device=like.device)
-    seen = (node <= node[P:, None]) & (node[P:, None] < ends[:, None])  # node 0 by all, padding too
+    seen = (node <= node[:, None]) & (node[:, None] < ends[:, None])  # node 0 by all, padding too
     mask = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-    return tokens[:, P:], positions[:, P:], mask[:, None]
+    return tokens, positions, F.pad(mask, (P, 0))[:, None]
 
 
 def score(model, rows, batch_tokens=BATCH_TOKENS):
@@ -163,37 +172,30 @@ def run_plan(model, batches, n):
                 cache = [Prefix(layer) for layer in layers]
         tokens, positions, mask = _tensors(packs, P, weight)
         hidden = model.hidden(tokens, positions, mask, cache).flatten(0, 1)
-        scored = [(index, b * tokens.shape[1] - P + np.array(nodes), targets)
-                  for b, pack in enumerate(packs) for index, nodes, targets in pack.scored]
-        logprobs, greedy = _logprobs(
-            model, hidden, np.concatenate([nodes for _, nodes, _ in scored]),
-            [target for *_, targets in scored for target in targets])
-        ends = np.cumsum([len(targets) for *_, targets in scored])[:-1]
-        for (index, *_), lp, g in zip(scored, np.split(logprobs, ends), np.split(greedy, ends)):
-            lls[index] += lp.sum()
-            all_greedy[index] &= g.all()
+        which, nodes, targets = np.concatenate([
+            scored + [[0], [b * tokens.shape[1]], [0]]
+            for b, pack in enumerate(packs) for scored in pack.scored], axis=1)
+        # Choices of one token are scored at the same node, whose logits are computed once.
+        nodes, at = np.unique(nodes, return_inverse=True)
+        logprobs, greedy = _logprobs(model, hidden[nodes], at, targets)
+        np.add.at(lls, which, logprobs)
+        np.logical_and.at(all_greedy, which, greedy)
     lls, all_greedy = zip(*Processes.gather((lls, all_greedy)))
     return list(zip(sum(lls).tolist(), np.all(all_greedy, axis=0).tolist()))
 
 
-def _logprobs(model, hidden, nodes, targets):
-    """Return log p(target), and is it the greedy token, for targets at rows `nodes` of hidden."""
-    # Choices of one token are scored at the same node, whose logits are computed once.
-    nodes, which = np.unique(nodes, return_inverse=True)
-    device = hidden.device
-    hidden = hidden[torch.tensor(nodes, device=device)]
-    which, targets = (torch.tensor(values, device=device) for values in (which, targets))
-    logprobs = torch.empty(len(targets), dtype=torch.float64, device=device)
-    greedy = torch.empty(len(targets), dtype=torch.bool, device=device)
+def _logprobs(model, hidden, at, targets):
+    """Return log p(target), and is it the greedy token, of targets (N,) behind rows `at` (N,) of
+    hidden (n, D).
+    """
+    at, targets = (torch.as_tensor(values, device=hidden.device) for values in (at, targets))
+    logprobs = torch.empty(len(targets), dtype=torch.float64, device=hidden.device)
+    greedy = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for block, logits in head_blocks(hidden, model.embed_out.weight):
-        here = torch.nonzero((which >= block.start) & (which < block.stop))[:, 0]
-        row, target = which[here] - block.start, targets[here]
-        target_logits, first = logits[row, target], logits.argmax(1, keepdim=True)
-        greedy[here] = first[row, 0] == target
-        largest = logits.gather(1, first)
-        # log sum exp = largest logit - log(its probability): in half of torch.logsumexp's time.
-        log_sum = largest - torch.softmax(logits, 1, out=logits).gather(1, first).log()
-        logprobs[here] = (target_logits - log_sum[row, 0]).double()
+        here = torch.nonzero((at >= block.start) & (at < block.stop))[:, 0]
+        row, target = at[here] - block.start, targets[here]
+        greedy[here] = logits.argmax(1)[row] == target
+        logprobs[here] = torch.log_softmax(logits, 1, out=logits)[row, target].double()
     return logprobs.cpu().numpy(), greedy.cpu().numpy()
 
 
@@ -245,18 +247,15 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
     """Return what greedy decoding says after each prompt, up to the first of `stops` or n_tokens.
 
     lm_eval/models/huggingface.py, HFLM.generate_until: prompts are cut on the left to leave room
-    for n_tokens, the text at each stop in turn; <|endoftext|> always ends it.
+    for n_tokens; <|endoftext|> always ends a text.
     """
-    # The last tokens that can hold a stop; 3 more for a character that is cut in two.
-    window = max((len(stop.encode()) for stop in stops), default=0) + 3
+    stop = re.compile("|".join(map(re.escape, (*stops, "<|endoftext|>"))))
 
     def decode(tokens):
-        tokens = itertools.takewhile(lambda token: token != ENDOFTEXT, tokens)
-        return tokenizer.decode([token for token in tokens if 1 < token < N_TOKENS])
+        return tokenizer.decode([token for token in tokens if token != 1])  # 1 is <|padding|>
 
     def finished(new):
-        return torch.tensor([row[-1] == ENDOFTEXT or any(stop in decode(row) for stop in stops)
-                             for row in new[:, -window:].tolist()])
+        return torch.tensor([bool(stop.search(decode(row))) for row in new.tolist()])
 
     room, device = model.config.seq_length - n_tokens, model.embed_in.weight.device
     encoded = [(tokenizer.encode_lines(prompt) or [ENDOFTEXT])[-room:] for prompt in prompts]
@@ -272,75 +271,58 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
         out = model.generate(tokens.to(device), n_tokens, 0, finished=finished,
                              padding=torch.tensor(padding, device=device))
         for i, row in zip(chosen, out[:, T:].tolist()):
-            results[i] = decode(row)
-            for stop in (*stops, "<|endoftext|>"):
-                results[i] = results[i].split(stop)[0]
+            results[i] = stop.split(decode(row))[0]
     results = {i: text for part in Processes.gather(results) for i, text in part.items()}
     return [results[i] for i in range(len(prompts))]
 
 
-@dataclass(eq=False)  # hashable, so that its plan is cached
 class Job:
     """A task or a group's tasks, their documents made into requests; for any number of models."""
-    name: str
-    task: Task  # of a group the first; its tasks differ only in their documents
-    style: str
-    members: list  # (task's name, its Questions)
-    requests: list  # of all, shots included: (context, continuation), or (prompt,)
-    asked: list  # whose they are: (task's name, number of the document, file and line of it)
-    documents: dict  # {task or group: hash}
+
+    def __init__(self, name, docs, shots=0, style="v0.4", limit=None):
+        members = GROUPS[name][0] if name in GROUPS else [name]
+        self.name, self.style = name, style
+        self.task = STYLES[style][members[0]]  # a group's tasks differ only in their documents
+        self.members = []  # (task's name, its Questions)
+        self.requests = []  # of all, shots included: (context, continuation), or (prompt,)
+        self.asked = []  # whose they are: (task's name, number of the document, file and line)
+        self.documents = {}  # {task or group: hash}
+        for member in members:
+            try:
+                prompted, self.documents[member] = prompts(
+                    STYLES[style][member], docs, shots, style, limit)
+            except ValueError as error:
+                raise ValueError(f"{member}: {error}") from None
+            self.members.append((member, [question for _, question in prompted]))
+            for number, (prefix, question) in enumerate(prompted):
+                for context, *continuation in question.requests:
+                    self.requests.append((prefix + context, *continuation))
+                    self.asked.append((member, number, question.where))
+        if name in GROUPS:
+            self.documents[name] = digest(list(self.documents.values()))
+        nothing = ("",) if self.task.kind == "generate" else (math.nan, False)
+        self.unanswered = measure(self, [nothing] * len(self.requests))  # which rows will come
 
 
-def prepare(name, docs, shots=0, style="v0.4", limit=None):
-    """Return the Job of a task or group, or raise ValueError about its documents."""
-    members = GROUPS[name][0] if name in GROUPS else [name]
-    job = Job(name, STYLES[style][members[0]], style, [], [], [], {})
-    for member in members:
-        try:
-            task = STYLES[style][member]
-            prompted, job.documents[member] = prompts(task, docs, shots, style, limit)
-        except ValueError as error:
-            raise type(error)(f"{member}: {error}") from None
-        job.members.append((member, [question for _, question in prompted]))
-        for number, (prefix, question) in enumerate(prompted):
-            for context, *continuation in question.requests:
-                job.requests.append((prefix + context, *continuation))
-                job.asked.append((member, number, question.where))
-    if name in GROUPS:
-        job.documents[name] = digest(list(job.documents.values()))
-    return job
-
-
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=None)  # one for all checkpoints
 def plan_job(job, tokenizer, L, batch_tokens):
-    """Return a job's plan for models with a context of L tokens."""
-    rows, long = [], 0
+    """Return the plan of a job's log-likelihoods for models with a context of L tokens."""
     if job.task.kind == "rolling":
         rows = rolling_rows(tokenizer, [text for _, text in job.requests], L)
-    elif job.task.kind == "generate":
-        room = L - job.task.n_tokens
-        if room < 1:
-            raise ValueError(f"{job.name}: {job.task.n_tokens} new tokens do not fit into {L:,}")
-        long = sum(len(tokenizer.encode_lines(prompt)) > room for [prompt] in job.requests)
     else:
         rows = [(i, *encode_pair(tokenizer, *request, job.style))
                 for i, request in enumerate(job.requests)]
-        long = sum(len(tokens) > L + 1 for _, tokens, _ in rows)
-    batches = plan(rows, L, batch_tokens, lambda i: f"{job.asked[i][0]}: {job.asked[i][2]}")
-    if long:
-        note(f"{job.name}: {long:,} of {len(job.requests):,} requests are too long for {L:,} "
-             "tokens of context and lose their beginning, as lm_eval's do")
-    return batches
+    return plan(rows, L, batch_tokens, lambda i: f"{job.asked[i][0]}: {job.asked[i][2]}")
 
 
 def answer(model, tokenizer, job, batch_tokens=BATCH_TOKENS):
     """Return a result for each request: (log-likelihood, is_greedy), or (text,)."""
+    if job.task.kind == "generate":
+        texts = generate_until(model, tokenizer, [prompt for [prompt] in job.requests],
+                               job.task.stops, job.task.n_tokens, batch_tokens)
+        return [(text,) for text in texts]
     batches = plan_job(job, tokenizer, model.config.seq_length, batch_tokens)
-    if job.task.kind != "generate":
-        return run_plan(model, batches, len(job.requests))
-    contexts, task = [context for [context] in job.requests], job.task
-    return list(zip(generate_until(model, tokenizer, contexts, task.stops, task.n_tokens,
-                                   batch_tokens)))
+    return run_plan(model, batches, len(job.requests))
 
 
 def measure(job, results):
@@ -393,104 +375,76 @@ identity = itemgetter("model", "step", "task", "shots", "metric", "style", "dtyp
 def main(config):
     # Processes meet when a task is done. The first one may wait longer than gloo's 30 minutes.
     processes = Processes(config.device, timeout=timedelta(days=30))
-    jobs, entries = prepare_all(config), find_all(config.model, config.steps)
-    processes.agree(asdict(config) | {"device": processes.device.type} | {
-        f"documents of {job.name}": job.documents for job in jobs} | {
-        f"{name} step {step}": sha256_of(folder / "manifest.json")
-        for name, step, _, folder in entries if (folder / "manifest.json").is_file()})
+    jobs = [Job(name, config.docs, config.shots, config.style, config.limit)
+            for name in named_tasks(config.tasks, config.style)]
+    entries = find_all(config.model, config.steps)
+    processes.agree(asdict(config) | {"device": processes.device.type,
+                                      "documents": [job.documents for job in jobs]})
     # The first process knows what the files hold, and alone writes to them.
-    opened = processes.together(lambda: open_outputs(config, entries, jobs), first_alone=True)
-    table, todo = opened or (None, None)
-    todo, tokenizer = processes.gather(todo)[0], None
-    for i, numbers in todo.items():
-        path = checkpoints.folder_tokenizer(entries[i][3], config.tokenizer)
+    table = processes.together(lambda: Table(config.output, COLUMNS), first_alone=True)
+    if config.samples:
+        processes.together(lambda: open_samples(config.samples), first_alone=True)
+    there = processes.gather(table and set(map(identity, table.rows)))[0]
+    tokenizer, n_done = None, 0
+    for entry in entries:
+        todo = [job for job in jobs if not there.issuperset(
+            map(identity, csv_rows(config, entry, job, job.unanswered)))]
+        if not todo:
+            continue
+        path = checkpoints.folder_tokenizer(entry[3], config.tokenizer)
         tokenizer = tokenizer or load_tokenizer(path)  # all are the same
-        model = checkpoints.load_model(entries[i][3], processes.device)
+        model = checkpoints.load_model(entry[3], processes.device)
         model = model.to(getattr(torch, config.dtype))
-        for j in numbers:
-            results = answer(model, tokenizer, jobs[j], config.batch_tokens)
+        for job in todo:
+            results = answer(model, tokenizer, job, config.batch_tokens)
             if processes.rank == 0:
-                record(config, table, entries[i], jobs[j], results)
+                record(config, table, there, entry, job, results)
+        n_done += len(todo)
         del model  # two may not fit where one does
     if processes.rank == 0:
-        n, done = len(entries) * len(jobs), sum(map(len, todo.values()))
-        print(f"{config.output}: {done} evaluations done, {n - done} were there")
+        print(f"{config.output}: {n_done} evaluations done, "
+              f"{len(entries) * len(jobs) - n_done} were there")
     leave_processes()
 
 
-def prepare_all(config):
-    """Return the Jobs of config.tasks; of a name for several tasks, those that have documents."""
-    jobs = []
-    for name in named_tasks(config.tasks, config.style):
-        try:
-            jobs.append(prepare(name, config.docs, config.shots, config.style, config.limit))
-        except NoDocuments as error:
-            if name in config.tasks.split(","):
-                raise
-            note(f"{error}; left out")  # as CrowS-Pairs has no bias_type "autre" in English
-    return jobs
-
-
-def open_outputs(config, entries, jobs):
-    """Return the CSV's Table and {number of an entry: numbers of the jobs that it lacks}.
-
-    An evaluation that has only some of its rows, after a kill, is done again as a whole, and these
-    rows are taken out. Raises ValueError if a name in a row to come could not be written.
-    """
-    table, todo, again = Table(config.output, COLUMNS), {}, set()
-    there = set(map(identity, table.rows))
-    for j, job in enumerate(jobs):
-        nothing = ("",) if job.task.kind == "generate" else (math.nan, False)
-        empty = measure(job, [nothing] * len(job.requests))
-        for i, entry in enumerate(entries):
-            rows = csv_rows(config, entry, job, empty)
-            expected = {identity(dict(zip(COLUMNS, row))) for row in rows}
-            if not expected <= there:
-                b"".join(map(table.line, rows))
-                todo.setdefault(i, []).append(j)
-                again |= expected
-    table.keep(lambda row: identity(row) not in again)
-    if config.samples:
-        open_samples(config.samples)
-    return table, todo
-
-
 def csv_rows(config, entry, job, measured):
-    """Return the CSV's rows of measure's; a member's has the hash of its own documents."""
-    return [(*entry[:3], task, str(config.shots), metric, value, stderr, n, job.style, config.dtype,
-             job.documents.get(task.partition(":")[0], job.documents[job.name]))
-            for task, metric, value, stderr, n in measured]
+    """Return rows {column: cell} of measure's; a group's member has its own documents' hash."""
+    return [dict(zip(COLUMNS, (
+        *entry[:3], task, str(config.shots), metric, value, stderr, n, job.style, config.dtype,
+        job.documents.get(task.partition(":")[0], job.documents[job.name]))))
+        for task, metric, value, stderr, n in measured]
 
 
 def open_samples(path):
-    """Make the file if there is none, drop a line that a kill has torn: the next would join it."""
-    last = b"\n"
+    """Make the file if there is none; drop a line that a kill has torn."""
     with open(path, "ab+") as file:  # what cannot be written is refused now, not in an hour
         file_size(path)  # refuses what is no file
         file.seek(0)
-        for last in file:
-            if not last.startswith(b'{"model": '[:len(last)]):
+        whole = 0
+        for line in file:
+            if not line.startswith(b'{"model": '[:len(line)]):
                 raise ValueError(f"{path}: holds other lines than samples; name another --samples")
-        if not last.endswith(b"\n"):
-            file.truncate(file.tell() - len(last))
+            whole += len(line) * line.endswith(b"\n")
+        file.truncate(whole)
 
 
-def record(config, table, entry, job, results):
+def record(config, table, there, entry, job, results):
     """Append a job's requests to the samples, its rows to the CSV, and print what matters."""
     name, step, *_ = entry
-    cells = (("context", "generated") if job.task.kind == "generate" else
-             ("context", "continuation", "loglikelihood", "is_greedy"))
     if config.samples:
+        cells = ("context", "continuation", "loglikelihood", "is_greedy")
+        if job.task.kind == "generate":
+            cells = ("context", "generated")
         with open(config.samples, "a", encoding="utf8") as file:
             for (task, number, _), request, result in zip(job.asked, job.requests, results):
-                value, *greedy = result
-                if greedy and not math.isfinite(value):
-                    value = None  # JSON has no NaN
-                line = dict(model=name, step=step, task=task, shots=config.shots, style=job.style,
-                            doc_id=number, **dict(zip(cells, (*request, value, *greedy))))
+                line = {"model": name, "step": step, "task": task, "shots": config.shots,
+                        "style": job.style, "doc_id": number}
+                line |= zip(cells, (*request, *result))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     rows = measure(job, results)
-    table.append(*csv_rows(config, entry, job, rows))
+    # Some rows may be there, if a kill has torn another one.
+    table.append(*[row.values() for row in csv_rows(config, entry, job, rows)
+                   if identity(row) not in there])
     print(f"{name} step {step:>6} | " + " | ".join(
         f"{task} {metric} {value:.4f}{'' if stderr is None else f' ± {stderr:.4f}'} (n {n:,})"
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
@@ -499,7 +453,7 @@ def record(config, table, entry, job, results):
 def find_all(models, steps):
     """Return [(name, step, tokens seen, folder)] of the checkpoints of comma-separated models.
 
-    Raises ValueError for a damaged one; among `all` it is left out, with a line that says so.
+    Raises ValueError if one is not there or damaged.
     """
     if not re.fullmatch(r"all|last|\d+(,\d+)*", steps):
         raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
@@ -517,11 +471,9 @@ def find_all(models, steps):
                 raise ValueError(f"{model}: no checkpoint at step {step}; "
                                  f"there are {', '.join(map(str, folders))}")
             if not checkpoints.is_whole(folders[step]):
-                words = f"{folders[step]}: no whole checkpoint (`python verify.py verify` says why)"
-                if steps != "all" or not any(map(checkpoints.is_whole, folders.values())):
-                    raise ValueError(words)
-                note(f"{words}; left out")
-            elif found.setdefault((name, str(step)), folders[step]) != folders[step]:
+                raise ValueError(f"{folders[step]}: no whole checkpoint (`python verify.py verify` "
+                                 "says why)")
+            if found.setdefault((name, str(step)), folders[step]) != folders[step]:
                 raise ValueError(f"two folders would be called {name} step {step}; rename one")
     return [(name, step, tokens_seen(folder), folder) for (name, step), folder in found.items()]
 
@@ -560,7 +512,6 @@ class SampleConfig(Models):
 
     def __post_init__(self):
         check(self, "0 or at least 0.001", lambda t: t == 0 or t >= 0.001, "temperature")
-        check(self, "at least 1", lambda value: value >= 1, "n_tokens")
 
 
 def sample(config):
@@ -591,30 +542,20 @@ def losses(config):
     A text's tokens stand behind <|endoftext|>, and behind its last one is NaN. OUTPUT.json says
     which row and document is where, and which checkpoints are there already.
     """
-    processes = Processes(config.device, timeout=timedelta(days=30))
-    entries = find_all(config.model, config.steps)
+    processes, entries = Processes(config.device), find_all(config.model, config.steps)
+    if processes.count > 1:
+        raise ValueError("losses are computed by one process; start it without torchrun")
     rows, what = loss_rows(config, entries)
-    processes.agree(asdict(config) | what | {"device": processes.device.type})
-    shape, stride = (len(entries), len(rows), rows.shape[1] - 1), processes.count
-    opened = processes.together(lambda: open_losses(config.output, what, shape), first_alone=True)
-    results, done = opened or (None, 0)
-    n = max(1, config.batch_tokens // rows.shape[1])
-    mine = torch.tensor(rows[processes.rank::stride]).split(n)
-    done = processes.gather(done)[0]
-    for i in tqdm(range(done, len(entries)), disable=processes.rank > 0 or None):
+    results, done = open_losses(config.output, what, (len(entries), len(rows), rows.shape[1] - 1))
+    batches = torch.tensor(rows, device=processes.device).split(
+        max(1, config.batch_tokens // rows.shape[1]))
+    for i in tqdm(range(done, len(entries)), disable=None):
         model = checkpoints.load_model(entries[i][3], processes.device)
-        found = np.concatenate([token_losses(model, some.to(processes.device)) for some in mine])
-        for rank, part in enumerate(processes.gather(found)):
-            if processes.rank == 0:
-                results[i, rank::stride] = part
-        if processes.rank == 0:
-            results.flush()
-            write_json(f"{config.output}.json",
-                       what | {"checkpoints": what["checkpoints"][:i + 1]})
+        results[i] = np.concatenate([token_losses(model, some) for some in batches])
+        results.flush()
+        write_json(f"{config.output}.json", what | {"checkpoints": what["checkpoints"][:i + 1]})
         del model  # two may not fit where one does
-    if processes.rank == 0:
-        print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
-    leave_processes()
+    print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
 
 
 def loss_rows(config, entries):
@@ -632,9 +573,6 @@ def loss_rows(config, entries):
         if trained_on != order.data:
             what["trained_on"] = trained_on
     rows = token_rows(what, tokenizer)
-    L = min(checkpoints.open_any(folder)[0].seq_length for *_, folder in entries)
-    if not 1 < rows.shape[1] <= L + 1:
-        raise ValueError(f"rows of {rows.shape[1] - 1} tokens, expected 1 to {L}")
     return rows, what | {"sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
                          "checkpoints": [[name, step] for name, step, *_ in entries]}
 
@@ -650,11 +588,8 @@ def token_rows(what, tokenizer):
 
 def open_losses(output, what, shape):
     """Return OUTPUT.npy, mapped, and the number of its checkpoints that are there."""
-    path, before = f"{output}.json", what | {"checkpoints": []}
-    if os.path.exists(path):
-        before = read_json(path)
-    elif os.path.exists(f"{output}.npy"):
-        raise ValueError(f"{output}.npy: there without its .json; name another --output")
+    path = f"{output}.json"
+    before = read_json(path) if os.path.exists(path) else what | {"checkpoints": []}
     done = len(before.get("checkpoints", ()))
     if before != what | {"checkpoints": what["checkpoints"][:done]}:
         raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
@@ -667,7 +602,7 @@ def open_losses(output, what, shape):
 def token_losses(model, rows):
     """Return the nats of all tokens but the first of rows (n, T + 1) as (n, T); NaN for -1."""
     hidden, targets = model.hidden(rows[:, :-1].clamp(min=0)).flatten(0, 1), rows[:, 1:].flatten()
-    logprobs, _ = _logprobs(model, hidden, np.arange(len(targets)), targets.clamp(min=0).tolist())
+    logprobs, _ = _logprobs(model, hidden, np.arange(len(hidden)), targets.clamp(min=0))
     return np.where((targets >= 0).cpu().numpy(), -logprobs, np.nan).reshape(len(rows), -1)
 
 

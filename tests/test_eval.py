@@ -178,15 +178,13 @@ def test_a_damaged_csv_is_made_whole_again(workplace, capsys):
         assert re.search(rf"{path}, line \d+ is (torn|damaged) and goes", said.err)
 
 
-def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path):
     run = shutil.copytree(workplace / "run", tmp_path / "run")
     os.truncate(run / "step8/model.safetensors", 100)
-    words = f"{run}/step8: no whole checkpoint"
-    for steps in ("last", "8", "0,8"):
-        with pytest.raises(ValueError, match=words):
+    for steps in ("last", "0,8", "all"):
+        with pytest.raises(ValueError, match=f"{run}/step8: no whole checkpoint"):
             evaluation.find_all(str(run), steps)
-    assert [entry[1] for entry in evaluation.find_all(str(run), "all")] == ["0", "2"]
-    assert words in capsys.readouterr().err
+    assert [entry[1] for entry in evaluation.find_all(str(run), "0,2")] == ["0", "2"]
 
 
 def test_two_processes_write_the_same_file(workplace):
@@ -208,8 +206,7 @@ def test_a_mistake_is_one_line(workplace, refused, flags, words):
     assert words in refused("eval.py", *flags_of(workplace, "--tasks=heldout", *flags))
 
 
-def test_documents_that_cannot_be_asked_are_named_before_any_model(
-        workplace, tmp_path, refused, capsys):
+def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tmp_path, refused):
     """lm_eval ends with an assertion, or in its tokenizer."""
     path = tmp_path / "docs/arithmetic/single_digit_three_ops.jsonl"
     flags = flags_of(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
@@ -219,10 +216,6 @@ def test_documents_that_cannot_be_asked_are_named_before_any_model(
         write_jsonl(path, [{"context": context, "completion": completion}])
         read_jsonl.cache_clear()
         assert f"{path}, line 1: {words}" in refused("eval.py", *flags)
-    write_jsonl(path, [{"context": "1" + " +" * 300, "completion": " 2"}])
-    read_jsonl.cache_clear()
-    evaluate(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
-    assert capsys.readouterr().err.count("1 of 1 requests are too long") == 1  # of 3 checkpoints
 
 
 def test_a_stranger_s_folder(workplace, tmp_path, refused, monkeypatch):
@@ -336,7 +329,7 @@ def test_rows_of_other_data_say_what_the_run_was_trained_on(runs, whole):
     assert "trained_on" not in whole[1]
 
 
-def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path):
+def test_losses_go_on_whatever_the_batch(runs, whole, tmp_path):
     values, what = whole
     model, flags = f"{runs}/seed1,{runs}/seed2", dict(rows="3:20", batch_tokens=40)
     losses(LossesConfig(f"{tmp_path}/small", model=model, **flags))
@@ -346,8 +339,7 @@ def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path)
     partial[4] += 7  # a number that no model would give: it is there, so it stays
     np.save(tmp_path / "cut.npy", partial)
     write_json(tmp_path / "cut.json", what | {"checkpoints": what["checkpoints"][:5]})
-    run(*TORCHRUN, "eval.py", "losses", f"--model={model}", f"--output={tmp_path}/cut",
-        "--rows=3:20")
+    losses(LossesConfig(f"{tmp_path}/cut", model=model, rows="3:20"))
     values = values.copy()
     values[4] += 7
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), values, atol=1e-5)

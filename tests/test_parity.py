@@ -48,7 +48,7 @@ def check_metrics(job, results, expected, tolerance, monkeypatch):
 def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch):
     model, tokenizer, docs = small
     task, shots = case.split()
-    job = evaluation.prepare(task, docs, int(shots))
+    job = evaluation.Job(task, docs, int(shots))
     rolls = job.task.kind == "rolling"
     texts = [request[1:] if rolls else request for request in job.requests]
     assert golden.requests_hash(texts) == GOLDEN[case]["requests"]
@@ -81,7 +81,7 @@ def test_the_paper_s_harness_asks_and_measures_the_same(
     data = request.getfixturevalue("pythia_data") if case.startswith("real") else None
     _, name, shots = case.split()
     golden.write_documents(tmp_path, V03_TASKS[name], golden.splits_of(case, data))
-    job = evaluation.prepare(name, tmp_path, int(shots), "v0.3", golden.LIMIT)
+    job = evaluation.Job(name, tmp_path, int(shots), "v0.3", golden.LIMIT)
     [(_, questions)] = job.members
     rolls = job.task.kind == "rolling"
     texts = [request[1:] if rolls else request for request in job.requests]

@@ -66,13 +66,6 @@ def test_paper_style_asks_no_alias_that_begins_with_another():
         ("Question: Q?\nAnswer:", " Moon"), ("Question: Q?\nAnswer:", " Sun")]
 
 
-def test_superglue_files_become_the_repaired_set():
-    doc = dict(text="They moved the table. It broke .", label=True, idx=3, target={
-        "span1_index": 2, "span1_text": "The table.", "span2_index": 4, "span2_text": "It"})
-    for table, noun in ((TASKS, "the table"), (V03_TASKS, "The table.")):
-        assert f'"*It*" refer to "*{noun}*"?' in table["wsc"].question(doc).requests[0][0]
-
-
 def test_winobias_asks_by_bigscience_s_prompts():
     asked = winobias(dict(sentence="[The developer] left the designer because [he] didn't."))
     sentence = "The developer left the designer because he did n't ."  # as in the CoNLL files
@@ -114,12 +107,11 @@ def test_groups_weigh_by_size():
 
 
 def test_published_documents_become_requests(pythia_data):
-    there = ["lambada_openai", "piqa", "winogrande", "wsc", "arc_easy", "arc_challenge", "logiqa",
-             "hellaswag", "triviaqa", "crows_pairs_english_gender", "arithmetic_5ds",
-             "mmlu_anatomy", "wino_bias_type2_anti"]
+    there = ["lambada_openai", "piqa", "logiqa", "arithmetic_5ds", "mmlu_anatomy",
+             "wino_bias_type2_anti"]
     for task in there:
         prompted, _ = prompts(TASKS[task], pythia_data)
-        assert TASKS[task].n in (0, len(prompted)) or task in ("hellaswag", "triviaqa")
+        assert TASKS[task].n in (0, len(prompted))
         assert all(question.gold is None or isinstance(question.gold, (list, str))
                    or 0 <= question.gold < len(question.requests) for _, question in prompted)
 
@@ -135,7 +127,7 @@ ARC = {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answer
     ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": ["a"], "answer": 0},
      "no documents of this task")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
-    name = (TASKS[task].files or [f"{TASKS[task].split}.jsonl"])[-1]
+    name = TASKS[task].file or f"{TASKS[task].split}.jsonl"
     write_jsonl(tmp_path / TASKS[task].folder / name, [document])
     with pytest.raises(ValueError, match="line 1|holds no documents") as error:
         prompts(TASKS[task], tmp_path)
