@@ -35,6 +35,8 @@ class Processes:
     None is torch's default. threads: of a process on a CPU; None shares out the cores.
     """
 
+    signal = 0  # the last that was noted
+
     def __init__(self, device="auto", timeout=None, threads=None):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
@@ -87,23 +89,39 @@ class Processes:
                 result = act()
         except (ValueError, OSError) as error:
             problem = explain(error)
-        self.refuse(filter(None, self.gather(problem)))
+        self.refuse(problem)
         return result
 
     def agree(self, settings):
         """Raise ValueError naming every setting {name: value} that a process has otherwise."""
-        first, *others = self.gather(settings)
-        self.refuse(f"rank {rank}: {name} is {theirs.get(name)!r}, but {value!r} on rank 0"
-                    for rank, theirs in enumerate(others, 1)
-                    for name, value in first.items() if theirs.get(name) != value)
+        first = self.gather(settings)[0]
+        self.refuse("; ".join(
+            f"rank {self.rank}: {name} is {value!r}, but {first.get(name)!r} on rank 0"
+            for name, value in settings.items() if first.get(name) != value))
 
-    def refuse(self, problems):
-        """Raise ValueError if there are problems, which every process knows; the others exit."""
-        problems = list(dict.fromkeys(problems))
+    def refuse(self, problem):
+        """Raise ValueError on the first process if any has a problem; the others end."""
+        problems = dict.fromkeys(filter(None, self.gather(problem)))
         if problems and self.rank > 0:
             sys.exit(2)
         if problems:
             raise ValueError("; ".join(problems))
+
+    def listen(self):
+        """From now on note a SIGINT or SIGTERM, on which the loop acts between steps."""
+        def note(number, frame):
+            self.signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, note)
+
+    def interrupted(self):
+        """Return whether a process has got a signal."""
+        return self.any(self.signal)
+
+    def exit(self):
+        """End with the signal's exit code, or SIGTERM's if only another process got one."""
+        sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 def leave_processes():
@@ -113,23 +131,6 @@ def leave_processes():
         # earlier waits for that thread while it holds the lock: both would wait for ever.
         time.sleep(0.2)
         dist.destroy_process_group()
-
-
-class Interrupt:
-    """From `listen` on, notes a SIGINT or SIGTERM, on which the loop acts between steps."""
-
-    signal = 0
-
-    def listen(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        self.signal = number
-
-    def exit(self):
-        """End with the signal's exit code, or SIGTERM's if only another process got one."""
-        sys.exit(128 + (self.signal or signal.SIGTERM))
 
 
 @dataclass(frozen=True)
@@ -451,16 +452,13 @@ def plan(config, training, launch, options, n_checkpoints):
     share, room = training.batch_size // options.gpus, options.gpu_memory * 1e9 * USABLE
     itemsize, fits = getattr(torch, training.dtype).itemsize, 0
     print(f"\nGB a GPU with sharding={launch.sharding}, "
-          f"activation_checkpointing={launch.activation_checkpointing}:")
-    for size in range(1, share + 1):
-        if share % size == 0:
-            row = memory_per_process(config, launch, options.gpus, size, size < share, itemsize)
-            over = row["peak"] > room
-            print(f"micro-batch {size:3}: "
-                  + ", ".join(f"{what} {amount / 1e9:.2f}" for what, amount in row.items())
-                  + (f"  over {room / 1e9:.0f}" if over else ""))
-            if not over:
-                fits = size
+          f"activation_checkpointing={launch.activation_checkpointing}, of {room / 1e9:.0f}:")
+    for size in [size for size in range(1, share + 1) if share % size == 0]:
+        row = memory_per_process(config, launch, options.gpus, size, size < share, itemsize)
+        print(f"micro-batch {size:3}: "
+              + ", ".join(f"{what} {amount / 1e9:.2f}" for what, amount in row.items()))
+        if row["peak"] <= room:
+            fits = size
     if not fits:
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB: try "
                          "--sharding=fsdp, --activation_checkpointing=True, more or larger GPUs")

@@ -17,8 +17,7 @@ give it --shutdown-timeout.)
 
 The run folder explains itself:
 
-    config.json        every setting that decides what is computed; of a branch also what differs
-                       from its parent
+    config.json        every setting that decides what is computed, and hashes of the data
     launches.jsonl     one line a launch: command, git commit, package versions, hardware
     log.txt            what was printed
     metrics.csv        one line a step; its digest is SHA-256 of the digest before and of the step's
@@ -49,16 +48,16 @@ from pathlib import Path
 import torch
 
 import checkpoints
-from config import check, COUNT, fail, note, NUMBER, parse, read_json, run, Table, write_json
+from config import COUNT, NUMBER, Table, check, fail, note, parse, read_json, run, write_json
 from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
-from parallel import (ExactSums, Interrupt, LaunchConfig, LossScaler, PlanConfig, Processes,
-                      communicate, compute_dtype, flops_per_token, forget_gradients,
-                      leave_processes, parallelize, peak_flops, plan, rehearse)
+from parallel import (ExactSums, LaunchConfig, LossScaler, PlanConfig, Processes, communicate,
+                      compute_dtype, flops_per_token, forget_gradients, leave_processes,
+                      parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
-from verify import (ProofConfig, batch_sha256, begin_again, changes, launches, link, prove,
-                    repeat_command, row_digests)
+from verify import (ProofConfig, batch_sha256, begin_again, launches, link, prove, repeat_command,
+                    row_digests)
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class TrainConfig:
     twin: bool = False  # then train the same without its intervention too, in OUT_DIR_twin
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype = {self.dtype!r}, expected float32, bfloat16 or float16")
+        check(self, "float32, bfloat16 or float16",
+              ("float32", "bfloat16", "float16").__contains__, "dtype")
         check(self, "at least 1", lambda value: value >= 1, "steps", "batch_size", "stop_at",
               "checkpoint_every", "state_every", "log_every")
         check(self, "at least 0", lambda value: value >= 0, "weight_decay", "warm_moments")
@@ -213,47 +212,62 @@ class Training:
         return bool(torch.stack(largest).isfinite().all())
 
 
-# ---------------------------------------------------------------------------- where a run starts
+# ---------------------------------------------------------------------------- what a run reads
 
 
 class Batches:
     """This process's micro-batches of every step of a run; all processes make one together.
 
-    data is the run's OrderedData, or an IntervenedData that train puts in its place.
+    order: the run's OrderedData; data: that, or an IntervenedData of it.
     """
 
-    def __init__(self, model_config, config, launch, processes):
-        self.config, self.model_config = config, model_config
+    def __init__(self, model_config, config, intervention, launch, processes):
+        self.config, self.model_config, self.intervention = config, model_config, intervention
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
-        processes.together(self.open, first_alone=True)  # builds the order, for the others too
+        processes.together(self.open_order, first_alone=True)  # builds it, for the others too
         processes.together(self.open)
+
+    def open_order(self):
+        config, n = self.config, samples_needed(self.config.steps, self.config.batch_size)
+        seed = config.seed if config.data_seed is None else config.data_seed
+        return OrderedData(config.data, self.model_config.seq_length, n, seed)
 
     def open(self):
         """Open the order and read a step, so that a mistake shows before anything is computed."""
         config, wanted = self.config, self.config.steps * self.config.batch_size
-        seed = config.seed if config.data_seed is None else config.data_seed
-        self.data = OrderedData(config.data, self.model_config.seq_length,
-                                samples_needed(config.steps, config.batch_size), seed)
-        if wanted > len(self.data):
-            raise ValueError(f"{config.data} holds {len(self.data):,} rows, too few for "
+        tokenizer = load_tokenizer(config.tokenizer)
+        self.data = self.order = self.open_order()
+        if wanted > len(self.order):
+            raise ValueError(f"{config.data} holds {len(self.order):,} rows, too few for "
                              f"{config.steps:,} batches of {config.batch_size:,}")
         self.read(0)
+        if self.intervention.intervention:
+            self.data = IntervenedData(self.order, tokenizer, self.intervention)
 
     def read(self, step):
-        """Return micro-batches (A, B, T + 1) int64 on the host, the changed rows, the digests."""
+        """Return micro-batches (A, B, T + 1) int64 on the host; changed rows and row digests."""
         batch, vocab_size = self.data.batch(step, **self.share), self.model_config.vocab_size
         if batch.max() >= vocab_size:
             raise ValueError(f"{self.config.data}: token {batch.max()} in step {step}, but "
                              f"vocab_size is {vocab_size}")
-        return torch.from_numpy(batch), getattr(self.data, "changed", []), row_digests(batch)
+        return torch.from_numpy(batch), (getattr(self.data, "changed", []), row_digests(batch))
+
+
+# ---------------------------------------------------------------------------- is it the same run?
+
+# What may lie elsewhere on another node, if it holds the same there.
+PATHS = ("data", "tokenizer", "planted")
+# What may differ when a run goes on: it does not decide what is computed.
+MAY_CHANGE = {*PATHS, "out_dir", "log_every", "async_save", "state_every", "stop_at", "twin"}
+# What a branch shares with its parent: model, order of the data, schedule. The highest rate may
+# differ, since a run that overflows is advised to branch with a lower one.
+SHARED = {"n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
+          "batch_size", "warmup", "min_lr_ratio", "data_tokens", "data_sha256", "order_sha256"}
 
 
 def identity(model_config, config, intervention, launch, order):
-    """Return what decides a run's numbers: every setting, and what its files hold.
-
-    order: its OrderedData.
-    """
+    """Return what decides a run's numbers: every setting, and what its files hold."""
     settings = asdict(model_config) | asdict(config) | asdict(intervention) | {
         "branch_from": config.branch_from and str(Path(config.branch_from)),  # without a last slash
         "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths()),
@@ -265,147 +279,8 @@ def identity(model_config, config, intervention, launch, order):
     return settings
 
 
-def find_start(config):
-    """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
-    if saved := checkpoints.saved_steps(config.out_dir, state=True):
-        return Path(config.out_dir) / f"step{saved[-1]}", saved[-1]
-    if folders := checkpoints.step_folders(config.out_dir):
-        raise ValueError(f"{folders[-1][1]}: damaged or without Adam's moments, like every "
-                         f"checkpoint of {config.out_dir} (python verify.py verify says more): "
-                         "restore one, or move all of them away to begin again")
-    if not config.branch_from:
-        return None, 0
-    source = Path(config.branch_from)
-    name = re.fullmatch(r"step(0|[1-9]\d*)", source.name)
-    if not name or not checkpoints.is_whole(source) or int(name[1]) >= config.steps:
-        raise ValueError(f"branch_from = {source}, expected a whole checkpoint RUN/stepN of a step "
-                         f"before {config.steps:,} (python verify.py verify {source.parent} says "
-                         "what is missing)")
-    return source, int(name[1])
-
-
-def claim(settings, config, launch, processes):
-    """Lock the run folder and write what explains it.
-
-    settings: the run's identity. Returns find_start's folder and step, and lines of what changed
-    since the last launch.
-    """
-    def claim_alone():
-        find_start(config)  # a mistake in --branch_from leaves no folder
-        checkpoints.lock(config.out_dir)
-        open_run(config.out_dir, settings)
-        return note_launch(config, launch, processes)
-
-    changed = processes.together(claim_alone, first_alone=True)
-    # Looked for again behind the lock, when no other launch can save any more.
-    source, start = processes.together(lambda: find_start(config))
-    processes.agree({"the checkpoint that its disk shows": str(source)})
-    for step, folder in checkpoints.step_folders(config.out_dir):
-        if step > start:
-            note(f"{folder}: damaged or without Adam's moments; going on from step {start:,}")
-    return source, start, changed
-
-
-def load_start(training, source, start):
-    """Fill weights, moments and loss scale from where `find_start` says; return the first step.
-
-    Where a checkpoint holds weights alone, the first step lies `warm_moments` before `start`: those
-    batches are replayed at rate 0, which moves nothing but Adam's moments. Loss scale and number of
-    updates are in training.json, which a published checkpoint does not have.
-    """
-    config = training.config
-    if source is None:
-        training.model.init_weights(config.seed, checkpoints.fill)
-        return start
-    saved = checkpoints.load_training(source.parent, start, training.model, training.optimizer)
-    notes = saved or checkpoints.read_training(source, start)
-    training.scaler.state |= notes.get("scaler", {})
-    training.updates = notes.get("updates", start)
-    if saved or start == 0:
-        return start
-    if not 1 <= config.warm_moments <= start:
-        raise ValueError(
-            f"{source} holds weights only and warm_moments = {config.warm_moments}: "
-            "--warm_moments=K rebuilds Adam's moments from the K batches before it, "
-            f"K from 1 to {start}")
-    return start - config.warm_moments
-
-
-def rebuild_moments(training, batches, first, source, start, log, interrupt):
-    """Rebuild Adam's moments for checkpoint `start` from the batches of steps first to start - 1.
-
-    They are taken at rate 0. Adam's moments are sums whose weights come to 1 - beta**updates: those
-    of the replayed batches are scaled up to that total.
-    """
-    updates = training.updates
-    for step in range(first, start):
-        training.gradients(batches.read(step)[0])
-        training.update(rate=0.0, norm=training.clip())
-        if log.processes.any(interrupt.signal):
-            log.say("interrupted: the same command begins the replay again")
-            interrupt.exit()
-    if not training.optimizer.state:
-        raise FloatingPointError("the loss scale fell at every replayed batch: "
-                                 "give more of them, --warm_moments=K")
-    betas = training.config.beta1, training.config.beta2
-    for state in training.optimizer.state.values():
-        replayed = float(state["step"])
-        for beta, moment in zip(betas, (state["exp_avg"], state["exp_avg_sq"])):
-            moment.mul_((1 - beta**updates) / (1 - beta**replayed))
-        state["step"].fill_(updates)
-    training.updates = updates
-    # The loss scale is again the parent's; of a published checkpoint it is not known.
-    training.scaler.state |= checkpoints.read_training(source, start).get("scaler", {})
-
-
-# ---------------------------------------------------------------------------- what a run leaves
-
-# What may lie elsewhere on another node, if it holds the same there.
-PATHS = ("data", "tokenizer", "planted")
-# What may differ when a run goes on: it does not decide what is computed.
-MAY_CHANGE = {*PATHS, "out_dir", "log_every", "async_save", "state_every", "stop_at", "twin"}
-# What a branch shares with its parent: model, order of the data, schedule. The highest rate may
-# differ, since a run that overflows is advised to branch with a lower one.
-SHARED = ("n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
-          "batch_size", "warmup", "min_lr_ratio", "data_tokens", "data_sha256", "order_sha256")
-
-
-def open_run(out_dir, settings):
-    """Write RUN/config.json, or raise ValueError naming what differs there.
-
-    Of a branch, "differs_from_parent" notes {setting: [the parent's, ours]}.
-    """
-    path = Path(out_dir) / "config.json"
-    if path.exists():
-        return refuse(f"{out_dir} holds another run", differences(read_json(path), settings))
-    if checkpoints.step_folders(out_dir):
-        raise ValueError(f"{path}: no such file, though {out_dir} holds checkpoints, which nothing "
-                         "explains now. Put it back, or name another --out_dir")
-    if branch := settings["branch_from"]:
-        parent = Path(branch).parent / "config.json"
-        if parent.exists() or (Path(branch) / "training.json").exists():  # not a published one
-            found = differences(read_json(parent) | {"branch_from": branch}, settings)
-            refuse("a branch keeps its parent's model, data, order and schedule",
-                   {name: found[name] for name in SHARED if name in found})
-            settings["differs_from_parent"] = found
-    write_json(path, settings)
-
-
-def differences(before, settings):
-    """Return {setting: [before, now]} of what decides the numbers, is known of both and differs."""
-    return {name: [before[name], value] for name, value in settings.items()
-            if name not in MAY_CHANGE and before.get(name, value) != value}
-
-
-def refuse(why, different):
-    """Raise ValueError if anything is different, naming it."""
-    if different:
-        words = [f"{name} was {before!r}, is {now!r}" for name, (before, now) in different.items()]
-        raise ValueError(f"{why}: {'; '.join(words)}. Go back to that, or name another --out_dir")
-
-
-def note_launch(config, launch, processes):
-    """Add a line to RUN/launches.jsonl; return what the last one had otherwise, "name a -> b"."""
+def surroundings(launch, processes):
+    """Return what else may change a run's bits: how it is launched, versions, hardware."""
     commit, cpu = None, platform.machine()
     if shutil.which("git"):
         git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
@@ -413,29 +288,122 @@ def note_launch(config, launch, processes):
         commit = git.stdout.strip() or None
     if os.path.exists("/proc/cpuinfo"):
         cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
+    gpu = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else None
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tqdm")
-    decides = asdict(launch) | {name: importlib.metadata.version(name) for name in packages} | {
-        "python": platform.python_version(), "git_commit": commit, "cpu": cpu,
-        "gpu": (torch.cuda.get_device_name(processes.device)
-                if processes.device.type == "cuda" else None), "cuda": torch.version.cuda,
-        "processes": processes.count, "threads": torch.get_num_threads()}
+    return asdict(launch) | {name: importlib.metadata.version(name) for name in packages} | {
+        "python": platform.python_version(), "git_commit": commit, "cpu": cpu, "gpu": gpu,
+        "cuda": torch.version.cuda, "processes": processes.count,
+        "threads": torch.get_num_threads()}
+
+
+def differences(before, now, but):
+    """Return words for what two objects have both and otherwise, except for some names."""
+    return "; ".join(f"{name} was {before[name]!r}, is {value!r}" for name, value in now.items()
+                     if name not in but and before.get(name, value) != value)
+
+
+def find_start(config):
+    """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
+    run, saved = Path(config.out_dir), checkpoints.saved_steps(config.out_dir, state=True)
+    for step, folder in checkpoints.step_folders(run):
+        if not saved:
+            raise ValueError(f"{run}: every checkpoint is damaged or without Adam's moments "
+                             "(python verify.py verify says more): restore one, or move all away "
+                             "to begin again")
+        if step > saved[-1]:
+            note(f"{folder}: damaged or without Adam's moments; going on from step {saved[-1]:,}")
+    if saved:
+        return run / f"step{saved[-1]}", saved[-1]
+    if config.branch_from is None:
+        return None, 0
+    source = Path(config.branch_from)
+    name = re.fullmatch(r"step(0|[1-9]\d*)", source.name)
+    if not name or not checkpoints.is_whole(source) or int(name[1]) >= config.steps:
+        raise ValueError(f"branch_from = {source}, expected a whole checkpoint RUN/stepN of a step "
+                         f"before {config.steps:,} (python verify.py verify says more)")
+    step = int(name[1])
+    if step and not (source / "optimizer").exists() and not 1 <= config.warm_moments <= step:
+        raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: "
+                         "--warm_moments=K rebuilds Adam's moments from the K batches before it, "
+                         f"K from 1 to {step}")
+    return source, step
+
+
+def claim(settings, here, config):
+    """Lock the run folder and write what explains the run; only the first process does.
+
+    settings: its identity, which has to be that of the run that is there, or of the parent in what
+    they share; here: its surroundings, which may be others than at the last launch. Returns
+    find_start's folder and step, and words for what is other.
+    """
+    run, known = Path(config.out_dir), None
+    checkpoints.lock(run)
+    source, start = find_start(config)
+    if (run / "config.json").exists() or checkpoints.step_folders(run):
+        known, but = run / "config.json", MAY_CHANGE
+    elif source and any((source / name).exists() for name in ("training.json", "../config.json")):
+        known, but = source.parent / "config.json", settings.keys() - SHARED  # else it is published
+    different = differences(read_json(known), settings, but) if known else ""
+    if different:
+        raise ValueError(f"{known} is another run's: {different}. Go back to that, or name another "
+                         "--out_dir")
+    if not (run / "config.json").exists():
+        write_json(run / "config.json", settings)
     try:
-        before = launches(Path(config.out_dir))[-1]
+        last = launches(run)[-1]
     except (OSError, ValueError):
-        before = {}  # this is the first
-    same_bits = {"check_data"} | ({"processes"} if config.exact_sums else set())
-    changed = changes(before, decides, same_bits)
-    with open(Path(config.out_dir) / "launches.jsonl", "a") as file:
+        last = {}  # this is the first launch
+    with open(run / "launches.jsonl", "a") as file:
         print(json.dumps({"started": datetime.now().astimezone().isoformat(timespec="seconds"),
                           "command": [sys.executable, *sys.argv], "host": platform.node(),
-                          **decides}), file=file)
-    return changed
+                          **here}), file=file)
+    same_bits = {"check_data"} | ({"processes"} if config.exact_sums else set())
+    return source, start, differences(last, here, same_bits)
 
 
-def rows_of(step, config):
-    first = step * config.batch_size
-    return f"rows {first:,} to {first + config.batch_size - 1:,}"
+def load_start(training, source, start):
+    """Fill in what `find_start` found: weights, moments, loss scale, number of updates.
 
+    Returns whether there are no moments where there should be (see rebuild_moments). A published
+    checkpoint has no training.json: no update was skipped, as far as is known.
+    """
+    if source is None:
+        training.model.init_weights(training.config.seed, checkpoints.fill)
+        return False
+    saved = checkpoints.load_training(source.parent, start, training.model, training.optimizer)
+    notes = saved or checkpoints.read_training(source, start)
+    training.scaler.state |= notes.get("scaler", {})
+    training.updates = notes.get("updates", start)
+    return start > 0 and not saved
+
+
+def rebuild_moments(training, batches, source, start, log):
+    """Rebuild Adam's moments for checkpoint `start` from the `warm_moments` batches before it.
+
+    They are replayed as the parent saw them, at rate 0, which moves nothing but the moments. Those
+    are sums whose weights come to 1 - beta**updates: what they are now is scaled up to that total.
+    """
+    config, updates = training.config, training.updates
+    for step in range(start - config.warm_moments, start):
+        training.gradients(torch.from_numpy(batches.order.batch(step, **batches.share)))
+        training.update(rate=0.0, norm=training.clip())
+        if log.processes.interrupted():
+            log.say("interrupted: the same command begins the replay again")
+            log.processes.exit()
+    if not training.optimizer.state:
+        raise FloatingPointError("the loss scale fell at every replayed batch: "
+                                 "give more of them, --warm_moments=K")
+    for state in training.optimizer.state.values():
+        replayed = float(state["step"])
+        for beta, name in ((config.beta1, "exp_avg"), (config.beta2, "exp_avg_sq")):
+            state[name].mul_((1 - beta**updates) / (1 - beta**replayed))
+        state["step"].fill_(updates)
+    training.updates = updates
+    # The loss scale is again the parent's; of a published checkpoint it is not known.
+    training.scaler.state |= checkpoints.read_training(source, start).get("scaler", {})
+
+
+# ---------------------------------------------------------------------------- what a run leaves
 
 METRICS = {"step": COUNT, "tokens": COUNT, "loss": NUMBER, "learning_rate": NUMBER,
            "grad_norm": NUMBER, "loss_scale": NUMBER, "seconds": NUMBER,
@@ -447,96 +415,80 @@ class Log:
 
     A step's loss and norm are noted while they are still on the device. Only `flush` waits for
     them, every log_every steps and before anything is saved, so that a GPU rarely has to wait.
+    peak: what all processes could do at most, in tokens/s; digest: that of the step before.
     """
 
-    def __init__(self, config, start, tokens_per_step, intervention, processes, digest):
+    def __init__(self, config, intervention, start, tokens_per_step, peak, digest, processes):
         self.config, self.processes, self.digest = config, processes, digest
-        self.tokens_per_step, self.tables = tokens_per_step, {}
+        self.tokens_per_step, self.peak, self.tables = tokens_per_step, peak, {}
         self.pending, self.recent = [], deque(maxlen=128)  # steps not yet written, last losses
-        if processes.rank == 0:
-            self.text = open(Path(config.out_dir) / "log.txt", "a", buffering=1)
-            metrics = self.table("metrics", METRICS, start)
-            losses = [float(row["loss"]) for row in metrics.rows]
-            self.recent.extend(filter(math.isfinite, losses))  # a float16 overflow's may be nan
-            if intervention.intervention:
-                self.table("interventions", {"step": COUNT, "row": COUNT}, start)
-        self.restart_clock()
-
-    def table(self, name, columns, stop):
-        """Return the table RUN/NAME.csv without the rows of step `stop` and later."""
-        self.tables[name] = Table(Path(self.config.out_dir) / f"{name}.csv", columns,
-                                  lambda row: int(row["step"]) < stop)
-        return self.tables[name]
-
-    def write(self, name, *cells):
-        if self.tables:
-            self.tables[name].append(cells)
+        if processes.rank > 0:
+            return
+        self.text = open(Path(config.out_dir) / "log.txt", "a", buffering=1)
+        columns = {"metrics": METRICS}
+        if intervention.intervention:
+            columns["interventions"] = {"step": COUNT, "row": COUNT}
+        for name in columns:  # what a killed launch wrote of later steps goes
+            self.tables[name] = Table(Path(config.out_dir) / f"{name}.csv", columns[name],
+                                      lambda row: int(row["step"]) < start)
+        losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
+        self.recent.extend(filter(math.isfinite, losses))  # a float16 overflow's may be nan
 
     def say(self, line):
         if self.tables:
             print(line, flush=True)
             print(line, file=self.text)
 
-    def restart_clock(self):
-        self.began = time.perf_counter()
-
-    def note(self, step, loss, norm, rate, scale, changed, digests):
-        """Note a step; loss and norm are tensors, `changed` and `digests` are Batches.read's."""
-        self.pending.append((step, loss, norm, rate, scale, changed, digests))
+    def note(self, step, loss, norm, rate, scale, seen):
+        """Note a step; loss and norm are tensors, `seen` is Batches.read's."""
+        self.pending.append((step, loss, norm, rate, scale, seen))
 
     def flush(self):
-        """Write the noted steps; return the last's (step, loss, rate, norm, mean seconds) or None.
+        """Write the noted steps, if any, and say where the run is: one line, fixed columns.
 
         Raises FloatingPointError at the first whose loss or gradient is not finite, if it is not an
         overflow that a smaller loss scale answers. Nothing is saved after it.
         """
-        pending, self.pending = self.pending, []
-        if not pending:
-            return None
-        losses = self.processes.mean(torch.stack([loss for _, loss, *_ in pending]))
-        norms = torch.stack([norm for _, _, norm, *_ in pending]).tolist()
-        read = zip(*self.processes.gather([digests for *_, digests in pending]))
-        seconds = (time.perf_counter() - self.began) / len(pending)
-        self.restart_clock()
-        for (step, _, _, rate, scale, rows, _), loss, norm, digests in zip(
-                pending, losses, norms, read):
-            line = dict(zip(METRICS, (step, step * self.tokens_per_step, loss, rate, norm,
-                                      f"{scale:.0f}", f"{seconds:.4f}", batch_sha256(digests))))
-            self.digest = link(self.digest, line)
-            self.write("metrics", *line.values(), self.digest)
-            for row in rows:
-                self.write("interventions", step, row)
+        if not self.pending:
+            return
+        steps, losses, norms, rates, scales, seen = zip(*self.pending)
+        losses, norms = self.processes.mean(torch.stack(losses)), torch.stack(norms).tolist()
+        of_processes = self.processes.gather([digests for _, digests in seen])
+        seconds = (time.perf_counter() - self.began) / len(steps)
+        self.pending = []
+        for step, loss, norm, rate, scale, (changed, _), *digests in zip(
+                steps, losses, norms, rates, scales, seen, *of_processes):
+            row = dict(zip(METRICS, (step, step * self.tokens_per_step, loss, rate, norm,
+                                     f"{scale:.0f}", f"{seconds:.4f}", batch_sha256(digests))))
+            self.digest = link(self.digest, row)
+            if self.tables:
+                self.tables["metrics"].append((*row.values(), self.digest))
+            if "interventions" in self.tables:
+                self.tables["interventions"].append(*((step, place) for place in changed))
+            first, n = step * self.config.batch_size, self.config.batch_size
+            where = f"step {step} (rows {first:,} to {first + n - 1:,})"
             if scale == 1 and not math.isfinite(loss + norm):
                 raise FloatingPointError(
-                    f"step {step} ({rows_of(step, self.config)}): loss {loss}, gradient norm "
-                    f"{norm} at loss scale 1. Nothing was saved after it, and `python "
-                    "batch_viewer.py view` shows the rows. Branch from an earlier checkpoint with "
-                    "a lower rate, or from float16 with --dtype=bfloat16")
-            self.watch(step, loss)
-        return step, loss, rate, norm, seconds
+                    f"{where}: loss {loss}, gradient norm {norm} at loss scale 1. Nothing was "
+                    "saved after it. Branch from an earlier checkpoint with a lower rate, or from "
+                    "float16 with --dtype=bfloat16")
+            self.watch(where, loss)
+        speed, steps_left = self.tokens_per_step / seconds, self.config.steps - step - 1
+        mfu = "-" if math.isnan(self.peak) else f"{speed / self.peak:.1%}"
+        self.say(f"step {step:6}/{self.config.steps} | loss {loss:.4f} | lr {rate:.2e} "
+                 f"| norm {norm:.2f} | {seconds:.2f} s | {speed / 1e3:,.1f}k tok/s "
+                 f"| mfu {mfu} | {timedelta(seconds=round(seconds * steps_left))} left")
+        self.began = time.perf_counter()
 
-    def watch(self, step, loss):
+    def watch(self, where, loss):
         """Say when a loss is 6 standard deviations above the last 128's mean; changes nothing."""
         if len(self.recent) == self.recent.maxlen:
             mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
             if loss > mean + 6 * deviation:
-                self.say(f"spike at step {step} ({rows_of(step, self.config)}): loss {loss:.4f}, "
-                         f"{(loss - mean) / deviation:.1f} standard deviations above {mean:.4f}, "
-                         "the mean of the 128 steps before")
+                self.say(f"spike at {where}: loss {loss:.4f}, {(loss - mean) / deviation:.1f} "
+                         f"standard deviations above {mean:.4f}, the mean of the 128 steps before")
         if math.isfinite(loss):  # else it is a float16 overflow
             self.recent.append(loss)
-
-    def report(self, step, loss, rate, norm, seconds, peak):
-        """Say where the run is: one line, fixed columns. peak: all processes', in tokens/s."""
-        speed = self.tokens_per_step / seconds
-        left = timedelta(seconds=round(seconds * (self.config.steps - step - 1)))
-        count = f"{speed / 1e6:.2f}M" if speed >= 1e6 else f"{speed / 1e3:.1f}k"
-        self.say(f"step {step:6}/{self.config.steps} | loss {loss:.4f} | lr {rate:.2e} "
-                 f"| norm {norm:.2f} | {seconds:.2f} s | {count} tok/s "
-                 f"| mfu {'-' if math.isnan(peak) else f'{speed / peak:.1%}'} | {left} left")
-
-
-# ---------------------------------------------------------------------------- the run
 
 
 def save(training, step, scheduled, log):
@@ -554,79 +506,73 @@ def save(training, step, scheduled, log):
         "tokens": step * log.tokens_per_step, "updates": training.updates,
         "scaler": dict(training.scaler.state)
     }, config.tokenizer, scheduled, config.async_save, config.state_every, log.digest)
-    log.restart_clock()
+    log.began = time.perf_counter()
 
 
-def train(model_config, config, intervention, launch, processes, interrupt):
+# ---------------------------------------------------------------------------- the run
+
+
+def train(model_config, config, intervention, launch, processes):
     """Take the steps that the run folder does not have yet; leave there what comes of them."""
     # Data, run folder, checkpoint to begin from: a mistake ends here, before any computing.
-    batches = Batches(model_config, config, launch, processes)
-    order = batches.data
-    tokenizer = processes.together(lambda: load_tokenizer(config.tokenizer))
+    batches = Batches(model_config, config, intervention, launch, processes)
     settings = processes.together(
-        lambda: identity(model_config, config, intervention, launch, order))
-    processes.agree({name: value for name, value in settings.items() if name not in PATHS})
-    seen = order
-    if intervention.intervention:
-        seen = IntervenedData(order, tokenizer, intervention)
-    source, start, changed = claim(settings, config, launch, processes)
+        lambda: identity(model_config, config, intervention, launch, batches.order))
+    processes.agree({name: value for name, value in (settings | asdict(launch)).items()
+                     if name not in PATHS})
+    claimed = processes.together(
+        lambda: claim(settings, surroundings(launch, processes), config), first_alone=True)
+    source, start, changed = processes.gather(claimed)[0]
 
     # Model, optimizer, and what the checkpoint has of them.
     training = Training(model_config, config, launch, processes)
-    first = processes.together(lambda: load_start(training, source, start))
+    without_moments = processes.together(lambda: load_start(training, source, start))
     tokens_per_step = config.batch_size * model_config.seq_length
     peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
-    log = Log(config, start, tokens_per_step, intervention, processes,
-              checkpoints.chain_of(source)["digest"] if source else checkpoints.FIRST_DIGEST)
+    digest = checkpoints.chain_of(source)["digest"] if source else checkpoints.FIRST_DIGEST
+    log = Log(config, intervention, start, tokens_per_step, peak, digest, processes)
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
             f"process(es) on {processes.device.type} in {str(training.dtype)[6:]}, "
             f"{config.batch_size // (launch.micro_batch_size * processes.count)} micro-batch(es) "
             f"of {launch.micro_batch_size}, peak {peak:,.0f} tokens/s"
             + (f"; going on from step {start:,}" if source else ""))
-    for line in order.describe() if processes.rank == 0 else ():  # it reads 1000 documents
+    for line in batches.order.describe() if processes.rank == 0 else ():  # it reads 1000 documents
         log.say(line)
     if source and changed:
-        log.say(f"bits can differ from step {start:,} on: since the last launch "
-                f"{', '.join(changed)}")
-    schedule = set(checkpoints.checkpoint_steps(config.steps, config.checkpoint_every))
+        log.say(f"bits can differ from step {start:,} on: since the last launch {changed}")
     if source is None:
         save(training, 0, True, log)
-    interrupt.listen()
+    processes.listen()
     if processes.count > 1:
         rehearse(training, launch.micro_batch_size, model_config.seq_length)
-    if first < start:
-        rebuild_moments(training, batches, first, source, start, log, interrupt)
-    batches.data = seen  # what was replayed came as the parent saw it
+    if without_moments:
+        rebuild_moments(training, batches, source, start, log)
+
+    schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
     end, stop = min(config.steps, config.stop_at or config.steps), False
     if start < end:
-        batch, changed, digests = batches.read(start)
-    log.restart_clock()
+        batch, seen = batches.read(start)
+    log.began = time.perf_counter()
     for step in range(start, end):
-        last = step + 1 == end
-        # ----------------------------------------------------------------- one update
         rate = learning_rate_at(training.updates, config)
         loss = training.gradients(batch)
         norm = training.clip()
-        log.note(step, loss, norm, rate, training.scaler.scale, changed, digests)
-        if not last:  # read the next batch while a GPU is still computing this one
-            batch, changed, digests = batches.read(step + 1)
+        log.note(step, loss, norm, rate, training.scaler.scale, seen)
+        if step + 1 < end:  # read the next batch while a GPU is still computing this one
+            batch, seen = batches.read(step + 1)
         training.update(rate, norm)
-        # ----------------------------------------------------------------- what is left of it
-        stop = processes.any(interrupt.signal)
-        if step % config.log_every == 0 or last or stop:
-            log.report(*log.flush(), peak)
-        if step + 1 in schedule or last or stop:
+        if step % config.log_every == 0:
+            log.flush()
+        stop = processes.interrupted()
+        if stop or step + 1 == end or step + 1 in schedule:
             save(training, step + 1, step + 1 in schedule, log)
         if stop:
             break
     checkpoints.finish_writing()
-    if "interventions" in log.tables:
-        rows = log.tables["interventions"].path.read_bytes().count(b"\n") - 1
-        log.say(f"the intervention changed {rows:,} rows, see interventions.csv")
     if stop:
         log.say(f"interrupted: saved step{step + 1}; the same command goes on from there")
-        interrupt.exit()
+        processes.exit()
     log.say(f"done: step {max(start, end):,} of {config.steps:,}, "
             f"{len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
@@ -641,33 +587,32 @@ def main(model_config, config, intervention, launch, options, proof=None):
     if options.plan:
         schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
         return plan(model_config, config, launch, options, len(schedule))
-    if config.out_dir is None:
+    if not config.out_dir:
         fail("missing: --out_dir, the run folder (--help explains every setting)")
-    check(config, "a name", bool, "data", "out_dir", "branch_from")  # --data=$UNSET
     if config.exact_sums and (launch.sharding == "fsdp" or launch.threads is None):
         fail("exact_sums = True: expected --sharding=ddp and --threads=N, since the bits of a "
              "matmul depend on the number of threads")
     processes = Processes(launch.device, threads=launch.threads)
-    given = asdict(model_config) | asdict(config) | asdict(intervention) | asdict(launch)
-    processes.agree(given | {name: given[name] is not None for name in PATHS})
-    processes.together(lambda: compute_dtype(config.dtype, processes.device))  # or refuse it
-    if proof:
-        processes.together(lambda: begin_again(config.out_dir, proof), first_alone=True)
-    if launch.check_data:  # once a node
-        processes.together(lambda: os.environ.get("LOCAL_RANK", "0") == "0"
-                           and check_whole(config.data))
+
+    def prepare():
+        compute_dtype(config.dtype, processes.device)  # may refuse it
+        if proof and processes.rank == 0:
+            begin_again(config.out_dir, proof)
+        if launch.check_data and os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
+            check_whole(config.data)
+
+    processes.together(prepare)
     if launch.deterministic:  # or raise where an operation cannot be
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # only a debugging aid
-    interrupt = Interrupt()
-    train(model_config, config, intervention, launch, processes, interrupt)
+    train(model_config, config, intervention, launch, processes)
     if config.twin:
         # The first run's blocks lie in cycles of references (a replaced forward refers to its
         # block): without this their weights could still be in memory beside the twin's.
         gc.collect()
         control = replace(config, out_dir=f"{config.out_dir.rstrip('/')}_twin", twin=False)
-        train(model_config, control, InterventionConfig(), launch, processes, interrupt)
+        train(model_config, control, InterventionConfig(), launch, processes)
     if proof and processes.rank == 0:
         prove(proof, Path(config.out_dir))
 
@@ -675,9 +620,7 @@ def main(model_config, config, intervention, launch, options, proof=None):
 if __name__ == "__main__":
     try:
         arguments, proof = run(repeat_command, sys.argv[1:], SCHEMAS[:4])
-        *settings, asked = parse(arguments, *SCHEMAS)
-        if (asked.replay or asked.restore) and not proof:
-            fail("replay and restore are given on the command line, not in a config file")
+        *settings, _ = parse(arguments, *SCHEMAS)
         run(main, *settings, proof)
     finally:
         run(checkpoints.finish_writing)

@@ -3,7 +3,7 @@
 A process of its own takes 3 s for that, two under torchrun take 8; a fork takes none. What runs is
 `python SCRIPT --flags` in all else: its signals, its exit code, its stdout that nobody flushes.
 
-    python tests/launch.py late --data=PREFIX ...    # train.py with something odd, a function here
+    python tests/launch.py small_files --data=PREFIX ...    # train.py with a function of here
 """
 
 import multiprocessing
@@ -81,11 +81,6 @@ def run(command, paths, environment):
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
-
-
-def late():
-    """A shared disk lists what is new to one node before the other."""
-    checkpoints.saved_steps = lambda run, state: [2 - int(os.environ["RANK"])]
 
 
 def small_files():
