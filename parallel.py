@@ -175,9 +175,11 @@ def parallelize(model, launch, dtype, processes, exact_sums=False):
         from torch.distributed.device_mesh import init_device_mesh  # takes a second
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(processes.device.type, (processes.count,))
-        # Blocks travel in the dtype of their matmuls, half the bytes. The root, embeddings and last
-        # norm, stays float32, and with it the residual stream, as under DDP and autocast.
-        half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+        # Blocks travel in the dtype of their matmuls, half the bytes (a CPU's LayerNorm wants its
+        # weights in float32). The root, embeddings and last norm, stays float32, and with it the
+        # residual stream, as under DDP and autocast.
+        travel = dtype if processes.device.type == "cuda" else torch.float32
+        half = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32,
                                     cast_forward_inputs=False)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=half)
@@ -402,18 +404,16 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
     D, V, L = config.d_model, config.vocab_size, config.n_layers
     N = micro_batch_size * config.seq_length
     block, embeddings = parameter_counts(config)
-    parameters, cast = L * block + embeddings, itemsize if itemsize < 4 else 0
-    if launch.sharding == "fsdp" and processes > 1:
-        # gathered: the root for the whole pass, blocks by twos
-        weights = 4 * parameters / processes + 4 * embeddings + 2 * itemsize * block
-        moments = 8 * parameters / processes
-        gradients = 4 * parameters / processes + 4 * embeddings + (4 + itemsize) * block
+    sharded, cast = launch.sharding == "fsdp" and processes > 1, itemsize if itemsize < 4 else 0
+    own = (L * block + embeddings) / (processes if sharded else 1)
+    weights, gradients, moments = 4 * own, 4 * own, 8 * own
+    if sharded:  # gathered: the root for the whole pass, blocks by twos
+        weights += 4 * embeddings + 2 * itemsize * block
+        gradients += 4 * embeddings + (4 + itemsize) * block
         if accumulates:  # whole until the last micro-batch, which alone communicates
             gradients += 4 * L * block
     else:  # autograd keeps cast weights for the backward pass; what is computed again is cast again
-        cast_blocks = 1 if launch.activation_checkpointing else L
-        weights = 4 * parameters + cast * cast_blocks * block
-        moments, gradients = 8 * parameters, 4 * parameters
+        weights += cast * block * (1 if launch.activation_checkpointing else L)
     # A block keeps the residual stream (float32), both norms' outputs, q k v, rotated q and k,
     # attention's output (2 + 3 + 2 + 1), and the MLP's hidden layer before and after GELU (4 + 4).
     kept = N * D * (4 + 16 * itemsize)
@@ -422,12 +422,10 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
     # Cast: what comes from a matmul, and what goes into one. Or one block's backward pass is more.
     logits = min(head_rows, N) * V * (4 + 2 * cast)
     loss = 4 * V * D + max(logits + 2 * cast * V * D, 9 * itemsize * N * D)
-    if processes > 1 or accumulates:
-        peak = weights + moments + gradients + activations + loss
-    else:  # activations go while gradients come
-        peak = weights + moments + max(gradients, activations + loss)
+    passing = activations + loss  # without other micro-batches they go while gradients come
+    both = gradients + passing if processes > 1 or accumulates else max(gradients, passing)
     return {"weights": weights, "gradients": gradients, "moments": moments,
-            "activations": activations, "loss blocks": loss, "peak": peak}
+            "activations": activations, "loss blocks": loss, "peak": weights + moments + both}
 
 
 def plan(config, training, launch, options, n_checkpoints):
@@ -463,12 +461,11 @@ def plan(config, training, launch, options, n_checkpoints):
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB: try "
                          "--sharding=fsdp, --activation_checkpointing=True, more or larger GPUs")
     per_node = max(n for n in range(1, 9) if options.gpus % n == 0)
-    launcher = f"--standalone --nproc_per_node={options.gpus}"
-    if options.gpus > per_node:
-        launcher = (f"--nnodes={options.gpus // per_node} --nproc_per_node={per_node} "
-                    "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500")
+    nodes = options.gpus // per_node
+    meeting = "--standalone" if nodes == 1 else "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
     given = [word for word in sys.argv[1:] if not word.startswith("--plan")]
-    print(f"\ntorchrun {launcher} --shutdown-timeout=600 train.py {shlex.join(given)} "
-          f"--micro_batch_size={fits}" + ("" if training.out_dir else " --out_dir=RUN"))
+    print(f"\ntorchrun --nnodes={nodes} --nproc_per_node={per_node} {meeting} "
+          f"--shutdown-timeout=600 train.py {shlex.join(given)} --micro_batch_size={fits}"
+          + ("" if training.out_dir else " --out_dir=RUN"))
     print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "
           f"{training.batch_size} sequences a step, as ever")

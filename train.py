@@ -422,6 +422,7 @@ class Log:
         self.config, self.processes, self.digest = config, processes, digest
         self.tokens_per_step, self.peak, self.tables = tokens_per_step, peak, {}
         self.pending, self.recent = [], deque(maxlen=128)  # steps not yet written, last losses
+        self.began = time.perf_counter()
         if processes.rank > 0:
             return
         self.text = open(Path(config.out_dir) / "log.txt", "a", buffering=1)

@@ -413,17 +413,17 @@ def test_a_step_makes_the_host_wait_in_float16_alone(data, tmp_path, monkeypatch
 
 def test_bfloat16_on_a_cpu_needs_amx_and_float16_is_computed_in_float32(data, tmp_path, monkeypatch,
                                                                         capsys):
-    half = dict(dtype="bfloat16", device="cpu")
+    half = dict(dtype="bfloat16", device="cpu", steps=4, checkpoint_every=2)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     refused_here(data, tmp_path / "whole", "no AMX.*; --dtype=float32", **half)
     assert not (tmp_path / "whole").exists()
     for name in ("float16", "float32"):
-        run_here(data, tmp_path / name, dtype=name, device="cpu")
+        run_here(data, tmp_path / name, **half | dict(dtype=name))
         assert "on cpu in float32," in capsys.readouterr().out
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     run_here(data, tmp_path / "whole", **half)
     assert "on cpu in bfloat16," in capsys.readouterr().out
-    for stop_at in (2, 12):
+    for stop_at in (2, 4):
         run_here(data, tmp_path / "cut", stop_at=stop_at, **half)
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
     assert losses(tmp_path / "float16") == losses(tmp_path / "float32")
