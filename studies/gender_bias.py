@@ -281,8 +281,6 @@ def compare(options):
         plots.differences(folder / "gender_bias.csv", options.plot)
 
 
-COMMANDS = {"branch": (Branch, branch), "measure": (Measure, measure),
-            "compare": (Compare, compare)}
-
 if __name__ == "__main__":
-    command(sys.argv[1:], COMMANDS)
+    command(sys.argv[1:], {"branch": (Branch, branch), "measure": (Measure, measure),
+                           "compare": (Compare, compare)})

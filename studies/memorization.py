@@ -277,6 +277,8 @@ def position(options):
     if missing := {options.model, options.reference} - last.keys():
         raise ValueError(f"{prefix}.json: no {', '.join(missing)} among {', '.join(last)}")
     gain = np.nanmean(values[last[options.reference]] - values[last[options.model]], axis=1)
+    if len(gain) != len(place):
+        raise ValueError(f"{prefix}.npy: {len(gain)} texts, {prefix}.json has {len(place)}")
     rows = []
     for name, mine in ({"all": np.isfinite(place)} | groups).items():
         mine = mine & np.isfinite(place)  # what never came has no place
@@ -312,8 +314,6 @@ def position_test(place, values, draws=999):
             for i, name in enumerate(("last minus first", "middle minus ends"))]
 
 
-COMMANDS = {"score": (Score, score), "analyse": (Analyse, analyse),
-            "position": (Position, position)}
-
 if __name__ == "__main__":
-    command(sys.argv[1:], COMMANDS)
+    command(sys.argv[1:], {"score": (Score, score), "analyse": (Analyse, analyse),
+                           "position": (Position, position)})

@@ -350,8 +350,6 @@ def compare(options):
         *WHERE, "terms", "seeds", "n", "difference", "low", "high", "p"), rows)
 
 
-COMMANDS = {"count": (Count, count), "evaluate": (Evaluate, evaluate),
-            "analyse": (Analyse, analyse), "compare": (Compare, compare)}
-
 if __name__ == "__main__":
-    command(sys.argv[1:], COMMANDS)
+    command(sys.argv[1:], {"count": (Count, count), "evaluate": (Evaluate, evaluate),
+                           "analyse": (Analyse, analyse), "compare": (Compare, compare)})
