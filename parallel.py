@@ -35,7 +35,7 @@ class Processes:
     None is torch's default. threads: of a process on a CPU; None shares out the cores.
     """
 
-    signal = 0  # the last that was noted
+    signal = 0  # the last that this process got; see listen
 
     def __init__(self, device="auto", timeout=None, threads=None):
         self.rank = int(os.environ.get("RANK", 0))
@@ -96,8 +96,8 @@ class Processes:
         """Raise ValueError naming every setting {name: value} that a process has otherwise."""
         first = self.gather(settings)[0]
         self.refuse("; ".join(
-            f"rank {self.rank}: {name} is {value!r}, but {first.get(name)!r} on rank 0"
-            for name, value in settings.items() if first.get(name) != value))
+            f"rank {self.rank}: {name} is {settings.get(name)!r}, but {first.get(name)!r} on rank 0"
+            for name in first | settings if settings.get(name) != first.get(name)))
 
     def refuse(self, problem):
         """Raise ValueError on the first process if any has a problem; the others end."""
@@ -114,10 +114,6 @@ class Processes:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, note)
-
-    def interrupted(self):
-        """Return whether a process has got a signal."""
-        return self.any(self.signal)
 
     def exit(self):
         """End with the signal's exit code, or SIGTERM's if only another process got one."""
@@ -347,8 +343,7 @@ class PlanConfig:
 
     def __post_init__(self):
         check(self, f"one of {', '.join(GPU_PEAKS)}", lambda value: value in GPU_PEAKS, "gpu")
-        check(self, "at least 1", lambda value: value >= 1, "gpus")
-        check(self, "more than 0", lambda value: value > 0, "gpu_memory")
+        check(self, "at least 1", lambda value: value >= 1, "gpus", "gpu_memory")
         check(self, "more than 0, at most 1", lambda value: 0 < value <= 1, "mfu")
 
 

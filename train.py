@@ -144,10 +144,9 @@ class Training:
         with torch.device("meta"):
             self.model = Pythia(model_config)
         self.wrapped = parallelize(self.model, launch, self.dtype, processes, config.exact_sums)
-        self.sums = None
-        if config.exact_sums:
-            micro_batches = config.batch_size // launch.micro_batch_size
-            self.sums = ExactSums(self.model.parameters(), micro_batches, processes)
+        micro_batches = config.batch_size // launch.micro_batch_size
+        self.sums = config.exact_sums and ExactSums(self.model.parameters(), micro_batches,
+                                                    processes)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = LossScaler(enabled=self.dtype == torch.float16)
         self.updates = 0  # that were not skipped: the learning rate goes by them
@@ -307,9 +306,8 @@ def find_start(config):
     run, saved = Path(config.out_dir), checkpoints.saved_steps(config.out_dir, state=True)
     for step, folder in checkpoints.step_folders(run):
         if not saved:
-            raise ValueError(f"{run}: every checkpoint is damaged or without Adam's moments "
-                             "(python verify.py verify says more): restore one, or move all away "
-                             "to begin again")
+            raise ValueError(f"{run}: every checkpoint is damaged or without Adam's moments; "
+                             "restore one, or move all of them away to begin again")
         if step > saved[-1]:
             note(f"{folder}: damaged or without Adam's moments; going on from step {saved[-1]:,}")
     if saved:
@@ -324,8 +322,7 @@ def find_start(config):
     step = int(name[1])
     if step and not (source / "optimizer").exists() and not 1 <= config.warm_moments <= step:
         raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: "
-                         "--warm_moments=K rebuilds Adam's moments from the K batches before it, "
-                         f"K from 1 to {step}")
+                         f"expected --warm_moments=K (--help), K from 1 to {step}")
     return source, step
 
 
@@ -387,7 +384,7 @@ def rebuild_moments(training, batches, source, start, log):
     for step in range(start - config.warm_moments, start):
         training.gradients(torch.from_numpy(batches.order.batch(step, **batches.share)))
         training.update(rate=0.0, norm=training.clip())
-        if log.processes.interrupted():
+        if log.processes.any(log.processes.signal):
             log.say("interrupted: the same command begins the replay again")
             log.processes.exit()
     if not training.optimizer.state:
@@ -429,7 +426,7 @@ class Log:
         columns = {"metrics": METRICS}
         if intervention.intervention:
             columns["interventions"] = {"step": COUNT, "row": COUNT}
-        for name in columns:  # what a killed launch wrote of later steps goes
+        for name in columns:  # without what a killed launch wrote of later steps
             self.tables[name] = Table(Path(config.out_dir) / f"{name}.csv", columns[name],
                                       lambda row: int(row["step"]) < start)
         losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
@@ -565,7 +562,7 @@ def train(model_config, config, intervention, launch, processes):
         training.update(rate, norm)
         if step % config.log_every == 0:
             log.flush()
-        stop = processes.interrupted()
+        stop = processes.any(processes.signal)
         if stop or step + 1 == end or step + 1 in schedule:
             save(training, step + 1, step + 1 in schedule, log)
         if stop:
