@@ -18,12 +18,12 @@ from functools import cached_property
 import numpy as np
 from tqdm import tqdm
 
-from config import check, command, replacing
+from config import command, replacing
 from data import (MASKED, Order, OrderedData, TokenFile, load_npy, order_paths,
                   ordered, read_notes, span)
 from interventions import IntervenedData, InterventionConfig
 from prepare import in_workers, progress
-from tokenizer import SPECIAL, SPECIAL_RE, load_tokenizer
+from tokenizer import SPECIAL_RE, load_tokenizer
 
 # ---------------------------------------------------------------------------- where it comes from
 
@@ -148,9 +148,8 @@ def view(options):
             print(f"\n=== row {step * size + place:,} (step {step:,}, row {place})")
             show_row(data, provenance, tokenizer, step * size + place, step * size)
             if served and place in served.changed:
-                padding = (rows[place] == MASKED).sum()
-                print(f"--- after {options.intervention}"
-                      + (f", {padding:,} tokens of padding" if padding else ""))
+                print(f"--- after {options.intervention}, {(rows[place] == MASKED).sum():,} tokens "
+                      "of padding")
                 print(tokenizer.decode(rows[place].tolist()))
 
 
@@ -190,18 +189,15 @@ def show_row(data, provenance, tokenizer, row, rows_before):
 class Find(Order):
     text: str = ""  # found wherever its bytes stand, however they were cut into tokens
     tokens: str = ""  # or ids with commas: found as exactly these tokens
-    limit: int = 100  # print so many places; all are counted
     workers: int = 0  # processes; 0: one a core
     tokenizer: str = "20B_tokenizer.json"
 
     def __post_init__(self):
         Order.__post_init__(self)
-        check(self, "0 or more", lambda value: value >= 0, "limit")
         if bool(self.text) == bool(self.tokens):
             raise ValueError("find takes one of --text=TEXT and --tokens=12092,1533")
-        if special := SPECIAL_RE.search(self.text):
-            raise ValueError(f"text has {special[0]}, which is a token of its own: --tokens="
-                             f"{SPECIAL[special[0]]}")
+        if SPECIAL_RE.search(self.text):
+            raise ValueError("<|endoftext|> and <|padding|> are no text: --tokens=0 or --tokens=1")
 
 
 def find(options):
@@ -211,31 +207,31 @@ def find(options):
     rarest in a sample of the file; each hit is decided by decoding its neighbourhood. What stands
     across the end of a document is found only where documents were baked into rows.
     """
-    tokenizer, data = load_tokenizer(options.tokenizer), ordered(options)
+    data, size = ordered(options), options.batch_size
     if options.tokens:
         if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", options.tokens):
             raise ValueError(f"tokens = {options.tokens!r}, expected ids with commas")
         text = "".join(chr(int(id_)) for id_ in options.tokens.split(","))
         pattern = Pattern(text, IDS, data.tokens)
     else:
+        tokenizer = load_tokenizer(options.tokenizer)
         text = tokenizer.normalize(options.text).encode()
         pattern = Pattern(text, tokenizer.token_bytes(), data.tokens)
     found = search(data.tokens.prefix, data.tokens.n_tokens, pattern, options.workers)
-    provenance, n_rows, places = Provenance(data), options.steps * options.batch_size, []
+    provenance, places = Provenance(data), []
     for first, length in tqdm(found, desc="rows", unit="place", disable=None):
         document, offset = document_at(data.tokens, first)
-        rows = ([(document, offset)] if data.preshuffled
-                else provenance.rows_of(document, offset, length))
-        places += [(row, within, length, document) for row, within in rows if row < n_rows]
-    places.sort()
-    for row, offset, length, document in places[:options.limit]:
-        where = "" if data.preshuffled else (
-            f"; document {document:,} ({provenance.describe(document)})")
-        print(f"step {row // options.batch_size:,}, row {row % options.batch_size:,} (row {row:,} "
-              f"of the order), tokens {offset:,} to {offset + length - 1:,}{where}")
-    more = f"; --limit={len(places)} shows all" if len(places) > options.limit else ""
+        rows, where = [(document, offset)], ""
+        if not data.preshuffled:
+            rows = provenance.rows_of(document, offset, length)
+            where = f"; document {document:,} ({provenance.describe(document)})"
+        places += [(row, within, length, where) for row, within in rows
+                   if row < options.steps * size]
+    for row, offset, length, where in sorted(places):
+        print(f"step {row // size:,}, row {row % size:,} (row {row:,} of the order), tokens "
+              f"{offset:,} to {offset + length - 1:,}{where}")
     print(f"{len(found):,} places in the file, seen {len(places):,} times in {options.steps:,} "
-          f"steps{more}")
+          "steps")
 
 
 IDS = [chr(id_) for id_ in range(1 << 16)]  # each id spelled as a character of its own
@@ -308,17 +304,13 @@ def search_range(start, stop, block=1 << 16):
 
     A block's arrays fit the processor's cache: larger ones took four times as long.
     """
-    found, anchored = [], np.zeros(1 << 16, dtype=bool)
-    anchored[_pattern.anchors] = True
+    found, is_anchor = [], np.zeros(1 << 16, dtype=bool)
+    is_anchor[_pattern.anchors] = True
     for first in range(start, stop, block):
         low = max(first - _pattern.reach, 0)
         high = min(first + block + _pattern.reach, _tokens.n_tokens)
         ids = _tokens.slice(low, high)
-        if len(_pattern.anchors) <= 12:  # comparing with each is faster than looking tokens up
-            is_anchor = np.logical_or.reduce([ids == id_ for id_ in _pattern.anchors])
-        else:
-            is_anchor = anchored.take(ids, mode="clip")
-        for at in np.flatnonzero(is_anchor).tolist():
+        for at in np.flatnonzero(is_anchor[ids]).tolist():
             left = max(at - _pattern.reach, 0)
             for begin, length in _pattern.matches(ids[left:at + _pattern.reach + 1]):
                 place = low + left + begin
