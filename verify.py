@@ -32,7 +32,6 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -299,14 +298,13 @@ def missing_steps(run, expected, there):
         wanted = checkpoint_steps(143000)
     else:
         settings = read_json(run / "config.json")
-        steps, every = settings.get("steps", 143000), settings.get("checkpoint_every", 1000)
-        if not (type(steps) is type(every) is int and 1 <= steps <= 100_000 * every):
-            raise ValueError(f"{run}/config.json: steps {steps!r}, checkpoint_every {every!r}: "
-                             "expected at most 100,000 checkpoints; --steps=any asks for none")
+        every, last = settings.get("checkpoint_every"), there[-1]
+        if type(every) is not int or not 1 <= every or last > 100_000 * every:
+            raise ValueError(f"{run}/config.json: checkpoint_every = {every!r}, expected at most "
+                             f"100,000 checkpoints up to step {last}; --steps=any asks for none")
         # A branch does not have the checkpoint that it began from, and a run may be under way.
         parent = branch_step(settings)
-        wanted = [step for step in checkpoint_steps(steps, every)
-                  if step <= there[-1] and (parent is None or step > parent)]
+        wanted = [step for step in checkpoint_steps(last, every) if parent is None or step > parent]
     return [step for step in wanted if step not in there]
 
 
@@ -397,7 +395,7 @@ def read_chain(run, first=None, last=None):
         if chain["state_sha256"]:
             saved[step] = chain["digest"]  # of the step before
     if first is None and rows:
-        first, last = min(rows), max(max(rows) + 1, *saved)
+        first, last = min(rows), max([max(rows) + 1, *saved])
     for step in range(first or 0, last or 0):
         before = rows[step - 1]["digest"] if step - 1 in rows else saved.get(step)
         digest = rows[step]["digest"] if step in rows else None
@@ -413,15 +411,12 @@ def first_tensor(a, b):
 
     Moments that --state_every has removed are compared by the hash of all tensors.
     """
-    opened = [(open_any(a)[1], open_any(b)[1])]
-    if (a / "optimizer").exists() and (b / "optimizer").exists():
-        opened.append((moments_of(a), moments_of(b)))
-    for ours, theirs in opened:
-        for name in sorted(ours.keys() | theirs.keys()):
-            # As bytes, since 0 and -0 are equal as numbers.
-            if not (name in ours and name in theirs and torch.equal(
-                    ours[name].view(torch.uint8), theirs[name].view(torch.uint8))):
-                return name
+    ours, theirs = (open_any(folder)[1] | moments_of(folder) for folder in (a, b))
+    for name in ours:
+        # As bytes, since 0 and -0 are equal as numbers.
+        if name in theirs and not torch.equal(ours[name].view(torch.uint8),
+                                              theirs[name].view(torch.uint8)):
+            return name
     hashes = {chain_of(folder)["state_sha256"] for folder in (a, b)}
     return "the moments, by their hash" if len(hashes - {None}) > 1 else None
 
@@ -456,13 +451,6 @@ class ProofConfig:
     restore: str | None = None  # RUN/stepN: make any step again, from the full state before it
 
 
-class Proof(NamedTuple):
-    """Steps first to last - 1 of a run, which are taken again."""
-    run: Path
-    first: int
-    last: int
-
-
 def run_settings(run, schemas):
     """Return {setting: value} of these dataclasses, as a run was launched with them last."""
     settings = read_json(Path(run) / "config.json") | launches(run)[-1]
@@ -471,10 +459,10 @@ def run_settings(run, schemas):
 
 
 def repeat_command(argv, schemas):
-    """Return the command line that takes a run's steps again, and the Proof; without one, None.
+    """Return the command line that takes steps of a run again, and (run, first, last); or None.
 
-    argv: the user's, which may also say how to compute. The steps are taken from the nearest full
-    state before them. schemas: train.py's.
+    argv: the user's, which may also say how to compute. Steps first to last - 1 will be taken, from
+    the nearest full state before those that were asked for. schemas: train.py's.
     """
     asked = [word for word in argv if re.match("--(replay|restore)=", word)]
     if not asked:
@@ -496,31 +484,32 @@ def repeat_command(argv, schemas):
     settings |= {"out_dir": f"{run}_{found[1]}_{asked[0].rpartition('/')[2].replace(':', '_')}",
                  "twin": False}
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    return [*flags, *argv, f"--stop_at={last}"], Proof(run, first, last)
+    return [*flags, *argv, f"--stop_at={last}"], (run, first, last)
 
 
 def begin_again(out_dir, proof):
     """Make the folder of a repetition: the run's settings and a link to the step it begins from."""
-    folder, name = Path(out_dir), f"step{proof.first}"
-    if folder.resolve() == proof.run.resolve() or proof.last in saved_steps(folder):
+    (run, first, last), folder = proof, Path(out_dir)
+    if folder.resolve() == run.resolve() or last in saved_steps(folder):
         raise ValueError(f"{folder}: has these steps already; move it away or name another "
                          "--out_dir")
     if (folder / "config.json").exists():
         return  # it was interrupted
     folder.mkdir(parents=True, exist_ok=True)
     # Step 0 is made again, and a branch begins from its parent's.
-    if proof.first and (proof.run / name).exists() and not (folder / name).exists():
-        (folder / name).symlink_to((proof.run / name).resolve())
+    state, ours = run / f"step{first}", folder / f"step{first}"
+    if first and state.exists() and not ours.exists():
+        ours.symlink_to(state.resolve())
     # Without the data's hashes: where the data are others now, the steps that read them differ.
     write_json(folder / "config.json", {
-        name: value for name, value in read_json(proof.run / "config.json").items()
+        name: value for name, value in read_json(run / "config.json").items()
         if name not in ("data_tokens", "data_sha256", "order_sha256")})
 
 
 def prove(proof, repetition):
-    """Compare the steps of a Proof with what training them again gave, in order.
+    """Compare a run's steps, repeat_command's (run, first, last), with those taken again, in order.
 
-    repetition: its run folder. Lines of metrics.csv are compared, and at checkpoints all tensors.
+    repetition: their run folder. Lines of metrics.csv are compared, at checkpoints all tensors.
     Prints what was proved, or ends with exit code 1 naming the first step that differs and what of
     it. Where losses or gradients differ and the environment does, data and rates must be the same
     and losses near. Raises ValueError if a checkpoint among the steps is damaged.
@@ -575,9 +564,9 @@ class Diff:
 def diff(options):
     """Compare two checkpoints tensor by tensor; exit code 1 if they differ."""
     (config_a, a), (config_b, b) = open_any(options.a), open_any(options.b)
-    configs = [name for name, value in asdict(config_a).items() if value != getattr(config_b, name)]
-    for name in configs:
-        print(f"config: {name} is {getattr(config_a, name)} and {getattr(config_b, name)}")
+    for name, value in asdict(config_a).items():
+        if value != getattr(config_b, name):
+            print(f"config: {name} is {value} and {getattr(config_b, name)}")
     print(f"{'tensor':50} {'shape':>14} {'max |a-b|':>10} {'mean |a-b|':>10} {'|a-b|/|b|':>10}")
     both = [name for name in a if name in b and a[name].shape == b[name].shape]
     differing = sorted((a.keys() | b.keys()) - set(both))
@@ -591,9 +580,8 @@ def diff(options):
         relative = f"{delta.norm() / norm:10.3g}" if norm else f"{'-':>10}"
         tqdm.write(f"{name:50} {'x'.join(map(str, x.shape)):>14} {delta.max():10.3g} "
                    f"{delta.mean():10.3g} {relative}")
-    print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ"
-          + (f"; configs differ: {', '.join(configs)}" if configs else ""))
-    if differing or configs:
+    print(f"{len(differing)} of {len(a.keys() | b.keys())} tensors differ")
+    if differing or config_a != config_b:
         sys.exit(1)
 
 

@@ -176,7 +176,7 @@ def set_value(value, run, other=None):
     *((put({step: 128}, gone=[112, 128]), {step: ""}) for step in (2, 16)),
     (put({}, gone=[4, 96]), {None: "missing 2 scheduled checkpoints: 4, 96"}),
     (copy_and_rename, {step: f"was step{step} copied" for step in (16, 32, 80)}),
-    (partial(use_another_model, replace(CONFIG, n_layers=3)), {64: "model than the others: {'n_layers': 3}"}),
+    (partial(use_another_model, replace(CONFIG, n_layers=3)), {64: "the others: {'n_layers': 3}"}),
     (partial(use_another_model, replace(CONFIG, d_model=64)), {64: "{'d_model': 64}"}),
     (partial(use_another_model, replace(CONFIG, gelu="erf")), {64: "{'gelu': 'erf'}"}),
     (damage_the_first, {0: "model.safetensors", 48: ""}),
