@@ -49,11 +49,12 @@ FIRST_DIGEST = "0" * 64  # before any step
 SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
 _WRITER, _WRITING = ThreadPoolExecutor(1), []  # a thread, and what it does: see save
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of each parameter
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what weights and moments are stored as
-# The forms of published weights, the preferred first. Shards' index says no more than they do.
-FORMS = ("model.safetensors", "model-*-of-*.safetensors",
-         "layer_[0-9][0-9]-model_[0-9][0-9]-model_states.pt",  # gpt-neox's
-         "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+# What weights are stored as.
+FLOATS = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+# The forms of published weights, the preferred first, gpt-neox's last. Shards' index says no more
+# than they do.
+FORMS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin",
+         "pytorch_model-*-of-*.bin", "layer_[0-9][0-9]-model_[0-9][0-9]-model_states.pt")
 # Files of 2023 also hold the causal mask, its value and rotary frequencies, which are not needed.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
@@ -109,7 +110,7 @@ def check_tensors(where, tensors, shapes):
             problems.append(f"unexpected {name:.200}")
         elif tensor.shape != shapes[name]:
             problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
-        elif tensor.dtype not in FLOATS:
+        elif tensor.dtype not in FLOATS.values():
             problems.append(f"{name} is {tensor.dtype}, expected float32, float16 or bfloat16")
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems[:20])}")
@@ -193,11 +194,9 @@ def manifest_of(folder):
 
 
 def chain_of(folder):
-    """Return {"digest", "state_sha256"}: the last step's digest and one hash of all tensors.
-
-    Of a checkpoint that no run of ours has saved, digest is as before the first step.
-    """
-    return read_manifest(folder).get("chain", {"digest": FIRST_DIGEST, "state_sha256": None})
+    """Return {"digest", "state_sha256"}: the last step's (FIRST_DIGEST: no run's), all tensors'."""
+    chain = read_manifest(folder).get("chain")
+    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if type(chain) is dict else {})
 
 
 def describe_file(path):
@@ -206,10 +205,7 @@ def describe_file(path):
 
 
 def write_manifest(folder, digest=None, known={}):
-    """Write folder/manifest.json, with which a checkpoint is whole.
-
-    digest: the last step's. known: the entries of files that need not be read again.
-    """
+    """Write folder/manifest.json. digest: the last step's. known: entries made already."""
     entries = {name: known.get(name) or describe_file(path)
                for name, path in sorted(files_of(folder).items()) if name != "manifest.json"}
     if digest:
@@ -244,11 +240,11 @@ def files_of(folder):
 def is_whole(folder):
     """Tell whether all files are there: a manifest's with their bytes, or those of a download."""
     try:
-        if (folder / "manifest.json").exists():
-            entries = manifest_of(folder)
-            return bool(entries) and all(file_size(folder / name) == entry["bytes"]
-                                         for name, entry in entries.items())
-        return bool(weight_files(folder))
+        if not (folder / "manifest.json").exists():
+            return bool(weight_files(folder))
+        entries = manifest_of(folder)
+        return bool(entries) and all(file_size(folder / name) == entry["bytes"]
+                                     for name, entry in entries.items())
     except (ValueError, KeyError, TypeError, OSError):
         return False
 
@@ -276,7 +272,6 @@ def load_training(run, step, model, optimizer):
     """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
 
     Return the saved training object; None, with the weights alone filled, if no moments lie there.
-    Raises ValueError naming tensors that do not fit and files that have changed (check_hashes).
     """
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
@@ -319,12 +314,10 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
          state_every=None, digest=None):
     """Write RUN/step{N} whole or not at all. Every process calls; the first one writes.
 
-    training: the object that load_training gives back. An unscheduled checkpoint (of an interrupted
-    run) goes when the next is saved. A whole one that is there is kept, but one without moments is
-    written again: a run that resumed before it may be interrupted there. asynchronous: return once
-    the tensors are in host memory; the next call or finish_writing waits for the rest. state_every:
-    Adam's moments stay only in checkpoints of its multiples and in the newest. digest: the last
-    step's.
+    training: the object that load_training gives back. scheduled: if not (an interrupted run's), it
+    goes when the next is saved. asynchronous: return once the tensors are in host memory; the next
+    call or finish_writing waits for the rest. state_every: moments stay only in checkpoints of its
+    multiples and in the newest. digest: the last step's. What is there with its moments is kept.
     """
     finish_writing()
     folder = Path(run) / f"step{step}"
@@ -470,7 +463,10 @@ def open_any(source):
     """Return the ModelConfig and {published name: tensor} of a checkpoint in any published form."""
     paths = weight_files(Path(source))
     if paths[0].suffix == ".pt":
-        config, tensors = open_neox(Path(source), paths)
+        try:
+            config, tensors = open_neox(Path(source), paths)
+        except (KeyError, IndexError, RuntimeError) as error:  # parts are missing or do not fit
+            raise ValueError(f"{source}: {one_line(error)}") from None
     else:
         config = read_config(source)
         tensors = {name: tensor for path in paths for name, tensor in open_file(path).items()}
@@ -490,25 +486,19 @@ def open_neox(folder, paths):
             "norm.weight": "gpt_neox.final_layer_norm.weight",
             "norm.bias": "gpt_neox.final_layer_norm.bias",
             "final_linear.weight": "embed_out.weight"}
-    places = [map(int, re.findall(r"\d+", path.name)) for path in paths]
-    layers, ranks = (sorted(set(numbers)) for numbers in zip(*places))
+    ranks = sorted({path.name[15:17] for path in paths})  # of layer_XX-model_YY-model_states.pt
     tensors = {}
-    for layer in layers:
-        parts = [open_file(folder / f"layer_{layer:02}-model_{rank:02}-model_states.pt")
+    for layer in sorted({path.name[6:8] for path in paths}):
+        parts = [open_file(folder / f"layer_{layer}-model_{rank}-model_states.pt")
                  for rank in ranks]
         for name in parts[0]:
-            published = ends.get(name, f"gpt_neox.layers.{layer - 2}.{name}")
-            try:
-                tensors[published] = merged(published, [part[name] for part in parts])
-            except (KeyError, IndexError, RuntimeError) as error:
-                raise ValueError(f"{folder}: layer {layer}, {name}: {one_line(error)}") from None
-    rotary = "gpt_neox.layers.0.attention.rotary_emb.inv_freq"  # says how many heads there are
-    if absent := [name for name in (*ends.values(), rotary) if name not in tensors]:
-        raise ValueError(f"{folder}: missing {', '.join(absent)}")
+            published = ends.get(name, f"gpt_neox.layers.{int(layer) - 2}.{name}")
+            tensors[published] = merged(published, [part[name] for part in parts])
     vocab_size, d_model = tensors["gpt_neox.embed_in.weight"].shape
     # Each frequency turns two dims, and a quarter of a head's dims are turned.
-    n_heads = d_model // (8 * max(1, tensors[rotary].numel()))
-    return ModelConfig(layers[-1] - 4, d_model, n_heads, vocab_size, gelu="tanh"), tensors
+    frequencies = tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"].numel()
+    n_heads = d_model // (8 * max(1, frequencies))
+    return ModelConfig(int(layer) - 4, d_model, n_heads, vocab_size, gelu="tanh"), tensors
 
 
 def merged(name, parts):
@@ -556,17 +546,11 @@ def identify(source):
     return name[1] if name else "", int(step[1]) if step else None
 
 
-COMPARED = set()  # SHA-256 of tokenizer files that were found to be GPT-NeoX-20B's
-
-
 def folder_tokenizer(folder, named=None):
     """Return `named`, or a folder's own tokenizer.json if it is the 20B's, or the one beside us."""
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
-        file_size(own)  # refuses a pipe, whose hash would never end
-        if (digest := sha256_of(own)) not in COMPARED:
-            load_tokenizer(own)
-            COMPARED.add(digest)
+        load_tokenizer(own)  # or refuse it
         named = own
     size = open_any(folder)[0].vocab_size
     if size < N_TOKENS:
@@ -583,30 +567,27 @@ class Import:
     output: str  # folder to write, e.g. runs/pythia-70m/step512
     dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
     shard_size: int = SHARD_BYTES  # bytes of a file at most, e.g. 5e8
-    tokenizer: str | None = "20B_tokenizer.json"  # where the source has none; None: leave it out
     push: bool = False  # print the command that uploads the output
 
     def __post_init__(self):
-        config.check(self, "float32, float16 or bfloat16",
-                     lambda name: getattr(torch, name, None) in FLOATS, "dtype")
+        config.check(self, "float32, float16 or bfloat16", FLOATS.__contains__, "dtype")
 
 
 def import_(options):
-    """Copy a checkpoint of any form into a folder that everything reads."""
-    source, output, tokenizer = Path(options.source), Path(options.output), options.tokenizer
+    """Copy a checkpoint of any form, and its tokenizer, into a folder that everything reads."""
+    source, output = Path(options.source), Path(options.output)
     for line in known_bad(*identify(source)):
         note(line)
     model_config, tensors = open_any(source)
     if output.exists():
         raise ValueError(f"{output}: is there already; nothing was written")
+    tokenizer = source / "tokenizer.json" if os.path.lexists(source / "tokenizer.json") else None
     if tokenizer:
-        own = source / "tokenizer.json"
-        tokenizer = own if os.path.lexists(own) else tokenizer
         load_tokenizer(tokenizer)  # a stranger's may be a link to any file of this machine
     for name, tensor in tensors.items() if options.dtype else ():
-        tensors[name] = tensor.to(getattr(torch, options.dtype))
+        tensors[name] = tensor.to(FLOATS[options.dtype])
         if tensors[name].isinf().sum() > tensor.isinf().sum():
-            raise ValueError(f"{name}: {tensor.abs().max():g} overflows torch.{options.dtype}")
+            raise ValueError(f"{name}: {tensor.abs().max():g} overflows {options.dtype}")
     files, notes = split("model", tensors, options.shard_size)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
     notes["config.json"] = hf_config(model_config) | {
@@ -640,9 +621,7 @@ def fetch(options):
             continue
         try:
             download(repository, folder)
-        except ImportError:
-            raise ValueError("fetch needs huggingface_hub: pip install huggingface_hub") from None
-        except Exception as error:  # whatever the network and its client raise
+        except Exception as error:  # whatever the network and its client raise, if it is installed
             raise ValueError(f"{repository} step{step}: {one_line(error)}; the same command goes "
                              "on where it stopped") from None
         write_manifest(folder)
@@ -654,8 +633,9 @@ def download(repository, folder):
     import huggingface_hub
     info = huggingface_hub.HfApi().model_info(repository, revision=folder.name, files_metadata=True)
     files = {file.rfilename: file.lfs for file in info.siblings}
-    safe = any(file.startswith("model") and ".safetensors" in file for file in files)
-    weights = r"model[\w.-]*\.safetensors[\w.]*" if safe else r"pytorch_model[\w.-]*\.bin[\w.]*"
+    weights = r"model[\w.-]*\.safetensors[\w.]*"
+    if not any(re.fullmatch(weights, file) for file in files):
+        weights = r"pytorch_model[\w.-]*\.bin[\w.]*"
     for file, lfs in files.items():
         if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
             # By commit: all files are of one upload, whatever is pushed meanwhile.
@@ -672,25 +652,24 @@ class List:
 
 def list_(options):
     """List a run's checkpoints: step, tokens, loss there, size, what is in them."""
-    folders = step_folders(options.run)
+    folders, metrics = step_folders(options.run), Path(options.run) / "metrics.csv"
     if not folders:
         raise ValueError(f"{options.run}: no step0, step1, ... in it")
-    metrics = Path(options.run) / "metrics.csv"
     lines = read_lines(metrics) if metrics.exists() else ()
     losses = {cells[0]: cells[2] for _, cells in lines if len(cells) > 2}
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     for step, folder in folders:
-        tokens, damage = "-", "" if is_whole(folder) else ": NOT WHOLE"
+        tokens, held = "-", [] if is_whole(folder) else ["NOT WHOLE"]
         try:
             if training := read_training(folder, step):
                 tokens = f"{training['tokens']:,}"
         except (ValueError, OSError) as error:
-            damage += f" ({config.explain(error)})"
-        size = sum(path.stat().st_size for path in files_of(folder).values()) / 1e6
-        held = [name for name in ("optimizer", "tokenizer.json", "manifest.json")
-                if (folder / name).exists()]
+            held.append(config.explain(error))
+        held += [name for name in ("optimizer", "tokenizer.json", "manifest.json")
+                 if (folder / name).exists()]
         loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
-        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(held)}{damage}")
+        size = sum(path.stat().st_size for path in files_of(folder).values()) / 1e6
+        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(held)}")
     print(f"{len(folders)} checkpoints")
 
 

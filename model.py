@@ -43,12 +43,10 @@ class ModelConfig:
         check(self, "'tanh' (as trained) or 'erf' (as published)", ("tanh", "erf").__contains__,
               "gelu")
         check(self, "'small' or 'normal'", ("small", "normal").__contains__, "init")
-        if self.d_model % self.n_heads:
+        if self.d_model % self.n_heads or self.rotary_dims < 2 or self.rotary_dims % 2:
             raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = "
-                             f"{self.n_heads}")
-        if self.rotary_dims < 2 or self.rotary_dims % 2:
-            raise ValueError(f"d_head = {self.d_head} leaves {self.rotary_dims} rotary dimensions, "
-                             "expected an even number: make d_model / n_heads a multiple of 8")
+                             f"{self.n_heads}, or a quarter of their ratio (rotary dimensions) is "
+                             "not even: make the ratio a multiple of 8")
 
     @property
     def d_head(self):

@@ -90,7 +90,7 @@ def test_every_published_form_is_imported_bit_for_bit(tmp_path, form, dtype):
     if dtype == torch.float32:  # the head by its newer name
         tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
     source = published(tmp_path / "step7", tensors, form)
-    import_(Import(str(source), str(tmp_path / "step512"), tokenizer=None))
+    import_(Import(str(source), str(tmp_path / "step512")))
     stored = load_file(tmp_path / "step512/model.safetensors")
     assert_equal(stored, expected)
     assert {tensor.dtype for tensor in stored.values()} == {dtype}
@@ -226,7 +226,7 @@ def test_neox_ranks_merge_to_the_same_bits(tmp_path, ranks, dtype):
     source = neox(tmp_path / "global_step8", neox_layers(expected, ranks))
     # Optimizer and arguments: left alone.
     torch.save({"args": object}, source / "mp_rank_00_model_states.pt")
-    import_(Import(str(source), str(tmp_path / "step8"), tokenizer=None))
+    import_(Import(str(source), str(tmp_path / "step8")))
     model = load_model(tmp_path / "step8")
     assert_equal(bits(model), expected)
     assert model.config == ModelConfig(2, 64, 4, vocab_size=256, gelu="tanh")
@@ -244,8 +244,8 @@ def test_neox_norms_are_averaged_and_row_biases_summed_in_their_dtype():
 
 
 @pytest.mark.parametrize("layer, rank, name, tensor, words", [
-    (2, 1, "attention.dense.bias", None, "layer 2, attention.dense.bias: KeyError"),
-    (2, 1, "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "dense_h_to_4h.weight: RuntimeError"),
+    (2, 1, "attention.dense.bias", None, "KeyError: .attention.dense.bias"),
+    (2, 1, "mlp.dense_h_to_4h.weight", torch.ones(128, 3), "RuntimeError: Sizes of tensors must"),
     (3, 1, None, None, "layer_03-model_01-model_states.pt: no such file")])
 def test_neox_files_that_do_not_fit_are_named(tmp_path, layer, rank, name, tensor, words):
     layers = neox_layers(weights(), 2)
@@ -264,8 +264,8 @@ def test_export_goes_round_without_losing_a_bit(tmp_path, dtype, shard_size, tok
     expected = {name: tensor.to(getattr(torch, dtype))
                 for name, tensor in weights(torch.float32).items()}
     source = published(tmp_path / "run/step8", weights(torch.float32))
-    import_(Import(str(source), str(tmp_path / "hf"), dtype, shard_size,
-                   tokenizer=str(tokenizer_path)))
+    shutil.copy(tokenizer_path, source / "tokenizer.json")
+    import_(Import(str(source), str(tmp_path / "hf"), dtype, shard_size))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == getattr(torch, dtype)
     for name, parameter in theirs.named_parameters():
@@ -277,7 +277,7 @@ def test_export_goes_round_without_losing_a_bit(tmp_path, dtype, shard_size, tok
     assert_equal(load_file(tmp_path / "back/model.safetensors"), expected)
     assert (tmp_path / "back/tokenizer.json").read_bytes() == tokenizer_path.read_bytes()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)  # round through theirs
-    import_(Import(str(tmp_path / "theirs"), str(tmp_path / "again"), tokenizer=None))
+    import_(Import(str(tmp_path / "theirs"), str(tmp_path / "again")))
     assert_equal(load_file(tmp_path / "again/model.safetensors"), expected)
 
 
@@ -286,7 +286,7 @@ def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
     tensors["gpt_neox.layers.0.mlp.dense_h_to_4h.bias"][3] = 1e6
     source = published(tmp_path / "step8", tensors)
     with pytest.raises(ValueError, match="layers.0.mlp.dense_h_to_4h.bias: 1e.06 overflows"):
-        import_(Import(str(source), str(tmp_path / "out"), "float16", tokenizer=None))
+        import_(Import(str(source), str(tmp_path / "out"), "float16"))
     assert os.listdir(tmp_path) == ["step8"]
 
 
@@ -306,11 +306,10 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "pythia-12b/step50000", weights())
     published(tmp_path / "a; touch x/step8", weights())
-    code, _, error = command("checkpoints.py", "import", "pythia-12b/step50000", "runs/x/step7",
-                             "--tokenizer=None")
+    code, _, error = command("checkpoints.py", "import", "pythia-12b/step50000", "runs/x/step7")
     assert code == 0 and "first shard is the final checkpoint's (#206)" in error
     code, said, _ = command("checkpoints.py", "export", "a; touch x/step8", "o p", "--push",
-                            "--tokenizer=None", "--dtype=bfloat16")
+                            "--dtype=bfloat16")
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
     assert "runs: is there already" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
