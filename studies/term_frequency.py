@@ -12,8 +12,8 @@ training. With the paper's models and data:
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
 The same of TriviaQA, by how often a question's entities stood together, is left out: it needs texts
-with linked entities, and neither the authors' code nor their counts are published. (`eval.py
---tasks=triviaqa` has the scores.)
+with linked entities, and the authors' repository has no code for it. (`eval.py --tasks=triviaqa`
+has the scores.)
 
 For a run of ours `count` takes --steps, --batch_size, --seq_length and --seed of its config.json.
 That is an observation. The experiment: two branches of one checkpoint, of which one sees some sums
