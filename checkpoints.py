@@ -41,7 +41,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import config
-from config import command, file_size, note, read_json, read_lines, sha256_of, write_json
+from config import command, file_size, note, read_csv, read_json, sha256_of, write_json
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
@@ -655,8 +655,8 @@ def list_(options):
     folders, metrics = step_folders(options.run), Path(options.run) / "metrics.csv"
     if not folders:
         raise ValueError(f"{options.run}: no step0, step1, ... in it")
-    lines = read_lines(metrics) if metrics.exists() else ()
-    losses = {cells[0]: cells[2] for _, cells in lines if len(cells) > 2}
+    rows = read_csv(metrics, torn=True) if metrics.exists() else ()
+    losses = {row.get("step"): row.get("loss") for row in rows}
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     for step, folder in folders:
         tokens, held = "-", [] if is_whole(folder) else ["NOT WHOLE"]

@@ -20,12 +20,11 @@ import math
 import os
 import re
 import runpy
-import shutil
 import stat
 import sys
 import time
 import typing
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # ---------------------------------------------------------------------------- settings
@@ -42,72 +41,59 @@ def parse(argv, *schemas):
             # The fields with their comments are the manual; the methods behind them are not.
             print(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() + "\n")
         sys.exit(0)
-    hints, values = {}, {}
-    for schema in schemas:
-        hints |= typing.get_type_hints(schema)
+    fields = {field.name: field for schema in schemas for field in dataclasses.fields(schema)}
+    values = {}
     for argument in argv:
-        where = "command line" if argument.startswith("-") else argument
-        for name, value in _read(argument, hints).items():
-            if name not in hints:
-                near = difflib.get_close_matches(name, hints, n=1)
-                fail(f"{where}: no setting called {name}"
-                     + (f", did you mean {near[0]}?" if near else "; --help lists them all"))
-            values[name] = _typed(where, name, value, hints[name])
-    missing = [f"--{field.name}" for schema in schemas for field in dataclasses.fields(schema)
-               if field.name not in values and field.default is dataclasses.MISSING]
+        for name, value in _read(argument).items():
+            where = "command line" if argument.startswith("-") else argument
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1) or ["--help"]
+                fail(f"{where}: no setting called {name}, did you mean {near[0]}?")
+            values[name] = _typed(f"{where}: {name}", value, fields[name].type)
+    missing = [f"--{name}" for name, field in fields.items()
+               if name not in values and field.default is dataclasses.MISSING]
     if missing:
         fail(f"missing: {', '.join(missing)} (--help explains every setting)")
-    built = []
     try:
-        for schema in schemas:
-            mine = values.keys() & typing.get_type_hints(schema)
-            built.append(schema(**{name: values[name] for name in mine}))
+        built = [schema(**{name: value for name, value in values.items()
+                           if name in schema.__dataclass_fields__}) for schema in schemas]
     except ValueError as error:  # a dataclass refuses a value in __post_init__
         fail(str(error))
     return built[0] if len(built) == 1 else built
 
 
-def _read(argument, hints):
+def _read(argument):
     """Return {name: value} of a flag or of a config file."""
+    name, equals, text = argument.removeprefix("--").partition("=")
     if argument.startswith("--"):
-        name, equals, text = argument[2:].partition("=")
-        hint = hints.get(name)
-        if not equals and hint is bool:
-            text = "True"  # --push
-        elif not equals:
-            fail(f"command line: found {argument}, expected --name=value")
-        if hint is str or (hint == str | None and text != "None"):
-            return {name: text}  # a path may be digits
-        try:
-            return {name: ast.literal_eval(text)}
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return {name: text}
+        return {name: text if equals else True}  # --push
     if not argument.endswith(".py"):
-        fail(f"command line: found {argument}, expected --name=value or a config file ending in "
-             ".py")
+        fail(f"command line: found {argument}, expected --name=value or a config file, NAME.py")
     try:
         file_size(argument)
         settings = runpy.run_path(argument)
     except BaseException as error:  # whatever it does wrong, the user reads one line
-        fail(f"{argument}: cannot read this config: {type(error).__name__}: "
-             + " ".join(str(error).split()))
+        words = " ".join(str(error).split())
+        fail(f"{argument}: cannot read this config: {type(error).__name__}: {words}")
     return {name: value for name, value in settings.items()
             if not name.startswith("_") and not inspect.ismodule(value)}
 
 
-def _typed(where, name, value, hint):
-    """Return `value` as a type that `hint` allows: 3e11 fills an int, 1 a float."""
+def _typed(name, value, hint):
+    """Return a value, or what its text says, as a type that `hint` allows: 3e11 fills an int."""
     kinds = typing.get_args(hint) or (hint,)  # str | None has two
+    if value == "None" and hint is not str or type(value) is str and str not in kinds:
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(value)
     if type(value) is float and int in kinds and value.is_integer():
         value = int(value)
     elif type(value) is int and float in kinds:
         value = float(value)
-    limit = {int: 2**63, float: math.inf}.get(type(value))
-    if type(value) in kinds and (limit is None or abs(value) < limit):
-        return value
-    words = " or ".join({float: "finite float"}.get(kind, kind.__name__) for kind in kinds)
-    fail(f"{where}: {name} = {value!r} is not {words}"
-         + (": write True or False" if bool in kinds else ""))
+    if type(value) not in kinds or type(value) is float and not math.isfinite(value):
+        words = " or ".join(kind.__name__ for kind in kinds)
+        fail(f"{name} = {value!r} is not {words}; write --name=value"
+             + (", True or False" if bool in kinds else ""))
+    return value
 
 
 def check(settings, expected, holds, *names):
@@ -121,8 +107,8 @@ def check(settings, expected, holds, *names):
 def command(argv, commands):
     """Run commands[argv[0]] = (schema, function) on the rest: `prepare.py tokenize --input=a.txt`.
 
-    A third entry names the settings that may come without a flag: "source output" makes
-    `import A B` mean `import --source=A --output=B`, and "folders..." joins all with commas.
+    A third entry names settings that may come without a flag: with "source output", `import A B`
+    is `import --source=A --output=B`. The last of them takes all that follow, with commas.
     """
     name, *arguments = argv or [""]
     if name in ("--help", "-h"):
@@ -134,14 +120,13 @@ def command(argv, commands):
         fail(f"command line: expected one of {', '.join(commands)}, found {name or 'nothing'}; "
              "--help says what they do")
     schema, function, *names = commands[name]
-    plain = [argument for argument in arguments if not argument.startswith("-")]
-    if names and plain:
-        flags = [argument for argument in arguments if argument.startswith("-")]
-        if names[0].endswith("..."):
-            plain = [",".join(plain)]
-        names = names[0].removesuffix("...").split()
-        given = [f"--{name}={value}" for name, value in zip(names, plain)]
-        arguments = flags + given + plain[len(names):]
+    if names:
+        plain = [argument for argument in arguments if not argument.startswith("-")]
+        arguments = [argument for argument in arguments if argument.startswith("-")]
+        names = names[0].split()
+        n = len(names) - 1
+        values = plain[:n] + [",".join(plain[n:])]
+        arguments += [f"--{name}={value}" for name, value in zip(names, values) if value]
     run(function, parse(arguments, schema))
 
 
@@ -168,10 +153,6 @@ def note(line):
         print(line, file=sys.stderr)
 
 
-NO_MEMORY = "out of memory|(allocate|enough) memory|ALLOC_FAILED"  # in torch's RuntimeErrors
-MEMORY_SETTINGS = ("micro_batch_size", "batch_tokens", "batch_size")  # the first there is advised
-
-
 def run(function, *arguments):
     """Call a script's main function; what only the user can mend ends in one line."""
     try:
@@ -183,13 +164,13 @@ def run(function, *arguments):
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
         fail(explain(error))
+    except ModuleNotFoundError as error:
+        fail(f"{error}: pip install {error.name}")
     except (OverflowError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
-            raise
-        lower = [f"; lower --{name}={getattr(settings, name)}" for name in MEMORY_SETTINGS
-                 for settings in arguments if hasattr(settings, name)]
-        first_line = str(error)[:200].partition("\n")[0]
-        fail(f"a setting is too large: {first_line}" + "".join(lower[:1]))
+        no_memory = re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error))
+        if isinstance(error, RuntimeError) and not no_memory:
+            raise  # a fault of ours
+        fail("a setting is too large, such as the (micro-)batch: " + str(error).partition("\n")[0])
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -287,96 +268,68 @@ def file_size(path):
 
 # ---------------------------------------------------------------------------- tables
 
-# What a cell of a column may be: a count, any number, a text that a line can hold.
-COUNT, NUMBER = "[0-9]{1,18}", r"-?[0-9]+(\.[0-9]+)?([eE][-+]?[0-9]+)?|nan|-?inf"
-TEXT = r"[^\r\n\ud800-\udfff]{0,1000}"
 
+def read_csv(path, torn=False):
+    """Return the rows {column: cell} of a CSV file, or raise ValueError naming a line that is none.
 
-def read_lines(path):
-    """Return (bytes, cells) of each line of a CSV file; cells are empty if it is no line of one.
-
-    No cell of ours has a line break, so a damaged line takes no other with it.
+    torn: the file is one that we append to. It may have no rows yet, and a last line without its
+    newline was cut by a kill: it is left out.
     """
     file_size(path)  # refuses a pipe
-    lines = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                [cells] = csv.reader([line.decode("utf-8-sig").rstrip("\r\n")], strict=True)
-                if b'""' not in line and any('"' in cell for cell in cells):
-                    cells = []  # a quote inside a cell is written twice
-            except (ValueError, csv.Error):
-                cells = []
-            lines.append((line, cells))
-    return lines
-
-
-def read_csv(path):
-    """Return the rows {column: cell} of any CSV file; ValueError names a broken line, or no row."""
-    (_, names), *lines = read_lines(path) or [(b"", [])]
-    for number, (line, cells) in enumerate(lines, 2):
-        if line.strip() and (not names or len(cells) != len(names)):
-            raise ValueError(f"{path}, line {number}: {line[:100]!r} is no row of a CSV file with "
-                             f"{len(names)} columns")
-    if not any(cells for _, cells in lines):
-        raise ValueError(f"{path}: holds no rows")
-    return [dict(zip(names, cells)) for _, cells in lines if cells]
-
-
-def write_all(file, text):
-    """Write bytes to an unbuffered file: all at once, unless the disk gets full, which names it."""
+    text = Path(path).read_bytes()
+    if torn:
+        text = text[:text.rfind(b"\n") + 1]
+    text = io.StringIO(text.decode("utf-8-sig", "surrogateescape"), newline="")
+    lines, rows, number = csv.reader(text, strict=True), [], 1
     try:
-        while text:
-            text = text[file.write(text):]
-    except OSError as error:
-        error.filename = file.name
-        raise
+        names = next(lines, [])
+        number += 1
+        for cells in filter(None, lines):
+            rows.append(dict(zip(names, cells, strict=True)))
+            number = lines.line_num + 1
+    except (ValueError, csv.Error):
+        raise ValueError(f"{path}, line {number}: is no row of this CSV file; mend it or move the "
+                         "file away") from None
+    if not rows and not torn:
+        raise ValueError(f"{path}: holds no rows")
+    return rows
+
+
+def csv_lines(rows):
+    """Return rows of cells as the bytes of CSV lines; None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf8", "surrogateescape")
 
 
 class Table:
-    """A CSV file that one process at a time repairs and appends to; `rows` are those it has.
+    """A CSV file that one process at a time appends rows to; `rows` are those it had.
 
-    columns: {name: pattern of its cells}. A kill or a full disk can tear only the last line, whose
-    step or evaluation is done again. A line that is torn or damaged goes, and PATH.damaged is the
-    file as it was. Rows that keep(row) is false of go: they will be written again. Raises
-    ValueError if the first line does not name the columns.
+    A kill or a full disk can tear only the last line, whose step or evaluation is done again. Rows
+    that keep(row) is false of go: they will be written again. Raises ValueError if another line is
+    damaged or the first one does not name the columns.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
-        self.path, self.columns, self.rows = path, columns, []
-        self.header = (",".join(columns) + "\n").encode()
-        self.file = lock(path)
-        (first, names), *lines = read_lines(path) or [(b"", [])]
-        if names != list(columns) and (lines or not self.header.startswith(first)):
-            raise ValueError(f"{path}, line 1: found {first[:200]!r}, expected "
-                             f"{','.join(columns)}; mend it or move it away")
-        for number, (line, cells) in enumerate(lines, 2):
-            if (line.endswith(b"\n") and len(cells) == len(columns)
-                    and all(map(re.fullmatch, columns.values(), cells))):
-                self.rows.append(dict(zip(columns, cells)))
-            elif line.strip():
-                shutil.copyfile(path, f"{path}.damaged")
-                note(f"{path}, line {number} is damaged and goes; {path}.damaged is the file as "
-                     f"it was: {line[:200]!r}")
+        self.path, self.header, self.file = path, csv_lines([columns]), lock(path)
+        with open(path, "rb") as file:
+            first = file.read(len(self.header))
+        if not self.header.startswith(first):  # a kill may have cut it
+            raise ValueError(f"{path}, line 1: found {first!r}, expected {','.join(columns)}; mend "
+                             "it or move the file away")
+        self.rows = read_csv(path, torn=True)
         self.keep(keep)
 
     def keep(self, holds):
         """Keep the rows that holds(row) is true of, here and in the file."""
         self.rows = list(filter(holds, self.rows))
-        text = self.header + b"".join(self.line(row.values()) for row in self.rows)
+        text = self.header + csv_lines(row.values() for row in self.rows)
         if text != Path(self.path).read_bytes():
             with replacing(os.path.realpath(self.path)) as file:
                 file.write(text)
             self.file = lock(self.path)
 
     def append(self, *rows):
-        write_all(self.file, b"".join(map(self.line, rows)))
-
-    def line(self, row):
-        """Return a row as a line, or raise ValueError for a cell that could not be read again."""
-        cells, line = ["" if cell is None else str(cell) for cell in row], io.StringIO()
-        for (name, pattern), cell in zip(self.columns.items(), cells, strict=True):
-            if not re.fullmatch(pattern, cell):
-                raise ValueError(f"{self.path}: cannot hold {name} = {cell[:100]!r}")
-        csv.writer(line, lineterminator="\n").writerow(cells)
-        return line.getvalue().encode()
+        text = csv_lines(rows)
+        while text:  # written at once, unless the disk gets full
+            text = text[self.file.write(text):]

@@ -37,8 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, command, COUNT, file_size, NUMBER, parse, read_json, run, Table, TEXT,
-                    write_json)
+from config import check, command, file_size, parse, read_json, run, Table, write_json
 from data import Order, order_of, ordered, run_settings, span
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
@@ -366,9 +365,8 @@ class EvalConfig(Models):
         check(self, "at least 1", lambda value: value >= 1, "limit", "batch_tokens")
 
 
-COLUMNS = {"model": TEXT, "step": f"({COUNT})?", "tokens": f"({COUNT})?", "task": TEXT,
-           "shots": COUNT, "metric": TEXT, "value": NUMBER, "stderr": f"({NUMBER})?", "n": COUNT,
-           "style": TEXT, "dtype": TEXT, "docs": TEXT}
+COLUMNS = ("model", "step", "tokens", "task", "shots", "metric", "value", "stderr", "n", "style",
+           "dtype", "docs")
 identity = itemgetter("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
 
 
@@ -482,7 +480,10 @@ def tokens_seen(folder):
     """Tokens a checkpoint has seen: as it says; 2^21 a step if its path has a published name."""
     path, (name, step) = folder / "training.json", checkpoints.identify(folder)
     if path.exists():
-        return read_json(path).get("tokens")
+        tokens = read_json(path).get("tokens")
+        if type(tokens) is not int:
+            raise ValueError(f"{path}: tokens = {tokens!r}, expected a number")
+        return tokens
     return step << 21 if name and step is not None else ""
 
 

@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 
 import checkpoints
-from config import COUNT, NUMBER, Table, check, fail, note, parse, read_json, run, write_json
+from config import Table, check, fail, note, parse, read_json, run, write_json
 from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
@@ -402,9 +402,8 @@ def rebuild_moments(training, batches, source, start, log):
 
 # ---------------------------------------------------------------------------- what a run leaves
 
-METRICS = {"step": COUNT, "tokens": COUNT, "loss": NUMBER, "learning_rate": NUMBER,
-           "grad_norm": NUMBER, "loss_scale": NUMBER, "seconds": NUMBER,
-           "batch_sha256": "[0-9a-f]{64}", "digest": "[0-9a-f]{64}"}
+METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds",
+           "batch_sha256", "digest")
 
 
 class Log:
@@ -425,7 +424,7 @@ class Log:
         self.text = open(Path(config.out_dir) / "log.txt", "a", buffering=1)
         columns = {"metrics": METRICS}
         if intervention.intervention:
-            columns["interventions"] = {"step": COUNT, "row": COUNT}
+            columns["interventions"] = ("step", "row")
         for name in columns:  # without what a killed launch wrote of later steps
             self.tables[name] = Table(Path(config.out_dir) / f"{name}.csv", columns[name],
                                       lambda row: int(row["step"]) < start)
@@ -535,7 +534,7 @@ def train(model_config, config, intervention, launch, processes):
             f"{config.batch_size // (launch.micro_batch_size * processes.count)} micro-batch(es) "
             f"of {launch.micro_batch_size}, peak {peak:,.0f} tokens/s"
             + (f"; going on from step {start:,}" if source else ""))
-    for line in batches.order.describe() if processes.rank == 0 else ():  # it reads 1000 documents
+    for line in batches.order.describe() if processes.rank == 0 else ():
         log.say(line)
     if source and changed:
         log.say(f"bits can differ from step {start:,} on: since the last launch {changed}")

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
                          manifest_of, moments_of, one_line, open_any, open_file, read_training,
                          saved_steps, step_folders, weight_files)
-from config import COUNT, command, file_size, read_json, read_lines, write_json
+from config import command, file_size, read_csv, read_json, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -382,13 +382,10 @@ def read_chain(run, first=None, last=None):
     it, or that is not the one that the manifest of the checkpoint after it ends with.
     """
     path, rows, saved = Path(run) / "metrics.csv", {}, {}
-    (_, names), *lines = read_lines(path) or [(b"", [])]
-    if not {"step", "digest", *PROVED} <= set(names):
-        raise ValueError(f"{path}: has no digests, {', '.join(names)} alone")
-    for line, cells in lines:
-        row = dict(zip(names, cells))
-        # A line that a kill has torn counts as none.
-        if line.endswith(b"\n") and len(row) == len(names) and re.fullmatch(COUNT, row["step"]):
+    for row in read_csv(path, torn=True):
+        if not {"step", "digest", *PROVED} <= row.keys():
+            raise ValueError(f"{path}: has no digests, {', '.join(row)} alone")
+        if row["step"].isdecimal():
             rows[int(row["step"])] = row
     for step, folder in step_folders(run):
         chain = chain_of(folder)
@@ -586,4 +583,4 @@ def diff(options):
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:], {"verify": (Verify, verify, "folders..."), "diff": (Diff, diff, "a b")})
+    command(sys.argv[1:], {"verify": (Verify, verify, "folders"), "diff": (Diff, diff, "a b")})

@@ -174,19 +174,6 @@ def test_shards_read_as_one_file(tmp_path_factory, half):
     assert [TokenFile(prefix).read(i).tolist() for i in range(40)] == whole
 
 
-def test_a_missing_shard_is_missed_only_where_it_is_needed(tmp_path):
-    write(tmp_path / "d", np.arange(100).reshape(10, 10))
-    shards = shard(tmp_path / "d", 60)
-    shards[1].unlink()
-    tokens = TokenFile(tmp_path / "d")
-    assert [*tokens.read(0), *tokens.read(9)] == [*range(10), *range(90, 100)]
-    with pytest.raises(ValueError, match="d-00001-of-00003.bin: not there"):
-        tokens.read(4)
-    shards[2].write_bytes(b"short!")
-    with pytest.raises(ValueError, match="d-00002-of-00003.bin: 6 bytes, but .* describes 60"):
-        TokenFile(tmp_path / "d")
-
-
 def test_any_step_of_600_gigabytes(tmp_path):
     """The published form: 146,432,000 rows in 21 shards, here sparse; a mark begins one row."""
     rows, row_bytes, shard_bytes = 146_432_000, 2 * 2049, 30_000_000_000
