@@ -34,12 +34,12 @@ import sys
 from bisect import bisect_right
 from dataclasses import dataclass
 from glob import escape, glob
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from config import check, command, file_size, lock, read_json, replacing, sha256_of, write_json
-from tokenizer import ENDOFTEXT
 
 MAGIC = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)  # with the version and the dtype code
 HEADER_BYTES = 34
@@ -53,68 +53,64 @@ PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
 class TokenFile:
     """Memory-mapped reader of PREFIX.idx and .bin: len() documents, read(document, start, stop).
 
-    scattered: set it before reading here and there. Raises ValueError, naming the file and what is
-    wrong with it, or OSError if it cannot be opened.
+    Raises ValueError, naming the file and what is wrong with it, or OSError if it cannot be opened.
     """
 
     def __init__(self, prefix):
-        self.scattered, self.maps = False, {}
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
         idx = f"{self.prefix}.idx"
         found = file_size(idx)
         with open(idx, "rb") as file:
-            header = file.read(HEADER_BYTES)
-        if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
-            raise ValueError(f"{idx}: not a Megatron index of version 1 and uint16 tokens (it "
-                             f"starts with {header[:len(MAGIC)]!r}, expected {MAGIC!r})")
+            header = file.read(HEADER_BYTES).ljust(HEADER_BYTES)
+        if not header.startswith(MAGIC):
+            raise ValueError(f"{idx}: starts with {header[:len(MAGIC)]!r}, expected {MAGIC!r}: a "
+                             "Megatron index of version 1 and uint16 tokens")
         count, doc_count = struct.unpack("<QQ", header[len(MAGIC):])
-        expected = HEADER_BYTES + 12 * count + 8 * doc_count
-        if found != expected or not count:
-            raise ValueError(f"{idx}: {found:,} bytes, its header expects {expected:,} ({count:,} "
-                             f"sequences, {doc_count:,} doc_idx entries): truncated, damaged, or "
-                             "without documents")
+        if not 0 < found - HEADER_BYTES == 12 * count + 8 * doc_count or not count:
+            raise ValueError(f"{idx}: {found:,} bytes, but its header tells of {count:,} sequences "
+                             f"in {doc_count:,} documents: truncated, damaged or empty")
         self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
         self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
         # Python's ints and int64 are used throughout: 600 GB of tokens are beyond 2^31 and 2^32.
         self.n_tokens = int(self.pointers[-1]) // 2 + int(self.sizes[-1])
-        self.bounds, self.shard_paths = self._find_shards()
+        self.shards = self._shards()  # paths
+        n_bytes = list(map(file_size, self.shards))
+        if sum(n_bytes) != 2 * self.n_tokens or any(size % 2 for size in n_bytes):
+            raise ValueError(f"{self.shards[-1]}: {sum(n_bytes):,} bytes, with all before it, but "
+                             f"{idx} describes {2 * self.n_tokens:,}: truncated, or not of it")
+        self.bounds = [0, *accumulate(size // 2 for size in n_bytes)]  # where shards begin and end
+        self.maps = [_mapped(path) for path in self.shards]
 
-    def _find_shards(self):
-        """Return where shards begin and the last one ends, in tokens; {shard: path} of those there.
-
-        PREFIX.bin is one shard. The published ones are called 00000-of-000NN to 000NN-of-000NN, and
-        all but the last are equally long. So one that is not there need not be: only its tokens are
-        out of reach.
-        """
-        last, paths, digits = 0, {0: f"{self.prefix}.bin"}, 5 * "[0-9]"
+    def _shards(self):
+        """Return PREFIX.bin, or the paths of the pieces 00000-of-000NN to 000NN-of-000NN."""
+        digits = 5 * "[0-9]"
         pieces = sorted(glob(f"{escape(self.prefix)}-{digits}-of-{digits}.bin"))
-        if pieces and not os.path.exists(paths[0]):
-            paths = {int(path[-18:-13]): path for path in pieces}
-            last = max(*paths, int(pieces[-1][-9:-4]))
-        some, n_bytes = min(paths), 2 * self.n_tokens
-        length = os.path.getsize(paths[some])
-        if some == last > 0:  # only the last, shorter piece is there
-            length = (n_bytes - length) // last
-        bounds = [min(i * length, n_bytes) for i in range(last + 1)] + [n_bytes]
-        for number, path in paths.items():
-            found, expected = os.path.getsize(path), bounds[number + 1] - bounds[number]
-            if found != expected:
-                raise ValueError(f"{path}: {found:,} bytes, but {self.prefix}.idx describes "
-                                 f"{expected:,}: truncated, or not the file of this index")
-        return [bound // 2 for bound in bounds], paths
+        if not pieces or os.path.exists(f"{self.prefix}.bin"):
+            return [f"{self.prefix}.bin"]
+        last = pieces[-1][-9:-4]
+        return [f"{self.prefix}-{i:05}-of-{last}.bin" for i in range(int(last) + 1)]
+
+    def scatter(self):
+        """Say that tokens will be read here and there.
+
+        Otherwise every row makes the system read 128 KB around it: with a file larger than memory
+        a step of 1024 rows took 14 s instead of 0.04.
+        """
+        for memory in self.maps:
+            memory.madvise(mmap.MADV_RANDOM)
 
     def __len__(self):
         return len(self.sizes)
 
     def equal_length(self):
         """Return the length of all documents, by 1000 and the sum of all; 0 if they differ."""
-        some = self.sizes[::len(self) // 1000 + 1]
-        equal = (some == some[0]).all() and self.n_tokens == len(self) * int(some[0])
-        return int(some[0]) if equal else 0
+        length = int(self.sizes[0])
+        some_equal = (self.sizes[::len(self) // 1000 + 1] == length).all()
+        return length if some_equal and self.n_tokens == len(self) * length else 0
 
     def paths(self):
         """Return the files that hold the index and the tokens, in order."""
-        return [f"{self.prefix}.idx", *self.shard_paths.values()]
+        return [f"{self.prefix}.idx", *self.shards]
 
     def read(self, document, start=0, stop=None):
         """Return tokens start..stop (None: the end) of a document, without copying where it can."""
@@ -127,24 +123,15 @@ class TokenFile:
 
     def slice(self, first, stop):
         """Return tokens first..stop of the whole file, whatever shards they lie in."""
-        shard = bisect_right(self.bounds, first, hi=len(self.bounds) - 1) - 1
-        begin, end = self.bounds[shard], self.bounds[shard + 1]
-        if shard not in self.maps:
-            self.maps[shard] = self._map(shard)
-        tokens = self.maps[shard][first - begin:stop - begin]
+        shard = bisect_right(self.bounds, first, hi=len(self.maps)) - 1
+        begin, end = self.bounds[shard:shard + 2]
+        tokens = np.frombuffer(self.maps[shard], "<u2")[first - begin:stop - begin]
         return tokens if stop <= end else np.concatenate((tokens, self.slice(end, stop)))
 
-    def _map(self, shard):
-        if shard not in self.shard_paths:
-            raise ValueError(f"{self.prefix}-{shard:05}-of-{len(self.bounds) - 2:05}.bin: not "
-                             "there, and what was asked for lies in it")
-        with open(self.shard_paths[shard], "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self.scattered:
-            # Otherwise every row makes the system read 128 KB around it: with a file larger than
-            # memory a step of 1024 rows took 14 s instead of 0.04.
-            memory.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(memory, "<u2")
+
+def _mapped(path):
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def read_notes(prefix):
@@ -201,38 +188,29 @@ class TokenWriter:
 
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
-        if not os.path.basename(self.prefix) or self.prefix.endswith((".bin", ".idx")):
-            raise ValueError(f"output = {self.prefix!r}, expected the PREFIX of files, not a "
-                             "folder or one of them")
-        self.progress = self.folder / "progress.json"
         self._refuse_strangers()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder / "lock")
+        self.lock = lock(self.folder / "progress.lock")
+        self.progress = self.folder / "progress.json"
         self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
         state = read_json(self.progress) if self.progress.exists() else {}
-        self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
-        # A kill while `finish` moves files into place leaves less than was committed.
-        if state.get("job") != self.job or any(file.tell() < state["bytes"][name]
-                                               for name, file in self.files.items()):
+        if state.get("job") != self.job:
             state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
+        self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
         for name, file in self.files.items():
             file.seek(file.truncate(state["bytes"][name]))
         self.commit(state["position"])
 
     def _refuse_strangers(self):
         """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
-        if self.progress.exists():
-            return
-        # A folder with nothing but our empty files is of a command that was killed as it began.
-        inside = self.folder.iterdir() if self.folder.is_dir() else ()
-        begun = self.folder.is_dir() and all(
-            path.name in ("lock", *self.PARTS) and path.is_file() and not path.is_symlink()
-            and path.stat().st_size == 0 for path in inside)
-        paths = [] if begun else [self.folder]
-        if not {"documents", "tokens"} <= read_notes(self.prefix).keys():
-            paths += [f"{self.prefix}{end}" for end in (".json", ".bin", ".idx", "_documents.npy")]
-        for path in filter(os.path.lexists, paths):
-            raise ValueError(f"{path}: there already, and not written by this command; move it "
+        ours = {"documents", "tokens"} <= read_notes(self.prefix).keys()
+        ends = () if ours else (".json", ".bin", ".idx", "_documents.npy")
+        taken = [f"{self.prefix}{end}" for end in ends if os.path.lexists(f"{self.prefix}{end}")]
+        inside = os.listdir(self.folder) if os.path.lexists(self.folder) else ()
+        if inside and not any(name.startswith("progress.") for name in inside):
+            taken.append(self.folder)
+        if taken:
+            raise ValueError(f"{taken[0]}: there already, and not written by this command; move it "
                              "away or name another output")
 
     def close(self):
@@ -270,10 +248,11 @@ class TokenWriter:
         stale = glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")
         for path in [f"{self.prefix}.idx", *stale]:
             Path(path).unlink(missing_ok=True)
+        write_json(f"{self.prefix}.json", summary)  # first: it says that the others are ours
         if os.path.getsize(self.folder / "documents"):
             with replacing(f"{self.prefix}_documents.npy") as file:
                 np.save(file, np.fromfile(self.folder / "documents", dtype=PROVENANCE))
-        write_json(f"{self.prefix}.json", summary)
+        self.progress.unlink()  # after a kill between the next two lines the job begins again
         os.replace(self.folder / "bin", f"{self.prefix}.bin")
         os.replace(self.folder / "idx", f"{self.prefix}.idx")
         shutil.rmtree(self.folder)
@@ -369,12 +348,14 @@ class OrderedData:
     def __init__(self, prefix, seq_length, num_samples, seed):
         self.tokens, self.seq_length = TokenFile(prefix), seq_length
         prefix, length = self.tokens.prefix, self.tokens.equal_length()
-        notes, published = read_notes(prefix), length and len(self.tokens.bounds) > 2
+        notes, published = read_notes(prefix), length and len(self.tokens.shards) > 1
         self.preshuffled = bool(notes.get("preshuffled", "baked_from" in notes or published))
         if not self.preshuffled:
-            self.tokens.scattered = True
+            self.tokens.scatter()
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
             self.paths = order_paths(prefix, **self.settings)
+            self.misfit = (f"{self.paths[0]} and its two siblings do not belong to {prefix}.idx "
+                           "or are damaged; delete them to rebuild")
             self._open_order(num_samples, seed)
         elif length != seq_length + 1:
             raise ValueError(f"{prefix}: in training order already, in rows of "
@@ -388,35 +369,24 @@ class OrderedData:
             for path, array in zip(self.paths, arrays):
                 with replacing(path) as file:
                     np.save(file, array)
-        self.order = tuple(map(load_npy, self.paths))
-        doc_idx, sample_idx, shuffle_idx = self.order
-        n_samples, every = len(shuffle_idx), len(shuffle_idx) // 300 + 1
-        epochs, rest = divmod(len(doc_idx), len(self.tokens))
-        fits = (rest == 0 and n_samples == (epochs * self.tokens.n_tokens - 1) // self.seq_length
-                and n_samples >= num_samples and sample_idx.shape == (n_samples + 1, 2)
-                and len(set(shuffle_idx[::every].tolist())) == len(shuffle_idx[::every])
-                and all(sum(stop - start for _, start, stop in self.pieces(row))
-                        == self.seq_length + 1 for row in range(0, len(self), every)))
-        if not fits:
-            raise ValueError(f"{self.paths[0]} and its two siblings do not belong to "
-                             f"{self.tokens.prefix}.idx ({len(self.tokens):,} documents); delete "
-                             "them to rebuild")
+        self.order = doc_idx, sample_idx, shuffle_idx = tuple(map(load_npy, self.paths))
+        n_samples = (len(doc_idx) // len(self.tokens) * self.tokens.n_tokens - 1) // self.seq_length
+        some = range(0, len(self), len(self) // 300 + 1)
+        if (len(shuffle_idx) != n_samples or sample_idx.shape != (n_samples + 1, 2)
+                or len(set(shuffle_idx[some].tolist())) < len(some)):
+            raise ValueError(self.misfit)
+        for row in some:
+            self.pieces(row)
 
     def describe(self):
         """Return the lines that say where rows come from, and what is unusual about the data."""
         n, length = len(self.tokens), self.seq_length + 1
         if self.preshuffled:
             return [f"{n:,} rows of {length} tokens in training order already, served as they lie"]
-        doc_idx, _, shuffle_idx = self.order
-        epochs = len(doc_idx) // n
+        epochs = len(self.order[0]) // n
         lines = [f"{n:,} documents, {epochs} epochs"
                  + (" in one shuffle, so that no step ends an epoch" if epochs > 1 else "")
-                 + f", {len(shuffle_idx):,} samples of {length} tokens"]
-        some = range(0, n, n // 1000 + 1)
-        last = [self.tokens.read(i)[-1:].tolist() == [ENDOFTEXT] for i in some]
-        if not all(last):
-            lines.append(f"{sum(last):,} of {len(some):,} documents looked at end in "
-                         "<|endoftext|>: where they do not, nothing marks where the next begins")
+                 + f", {len(self.order[2]):,} samples of {length} tokens"]
         if self.tokens.equal_length() == length:
             lines.append(f"every document has {length} tokens: if this is the joined preshuffled "
                          f'Pile, put {{"preshuffled": true}} into {self.tokens.prefix}.json')
@@ -442,13 +412,14 @@ class OrderedData:
         try:
             (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
             documents = doc_idx[first:last + 1].tolist()
-            sizes = self.tokens.sizes[documents].tolist()
-            sizes[-1] = stop + 1  # this sample's last token is the next one's first
-        except (ValueError, IndexError, TypeError):
-            raise ValueError(f"{self.paths[0]}: damaged, or one of its two siblings, at row "
-                             f"{row:,}; delete them to rebuild") from None
+            ends = self.tokens.sizes[documents].tolist()
+            ends[-1] = stop + 1  # this sample's last token is the next one's first
+            if sum(ends) - start != self.seq_length + 1:
+                raise ValueError
+        except (ValueError, IndexError):
+            raise ValueError(self.misfit) from None
         starts = [start] + [0] * (len(documents) - 1)
-        return [piece for piece in zip(documents, starts, sizes) if piece[1] < piece[2]]
+        return [piece for piece in zip(documents, starts, ends) if piece[1] < piece[2]]
 
     def rows(self, numbers):
         """Return the rows (n, seq_length + 1) of these numbers, uint16."""

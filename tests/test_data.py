@@ -72,15 +72,23 @@ def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx", "d.json"]
 
 
-def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path):
+def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path, monkeypatch):
     writer = TokenWriter(tmp_path / "d", "job")
     writer.append([1, 2, 3], [3])
     writer.commit("at the end")  # what finish does first
     writer.close()
     again = TokenWriter(tmp_path / "d", "job")
     assert again.position == "at the end" and again.files["bin"].tell() == 6
+
+    def replace(source, target, real=os.replace):
+        if str(target).endswith("d.idx"):  # the last
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
+        again.finish({})
     again.close()
-    (tmp_path / "d.partial" / "bin").rename(tmp_path / "d.bin")  # and last
     anew = TokenWriter(tmp_path / "d", "job")
     assert anew.position is None
     anew.append([1], [1])
@@ -116,7 +124,13 @@ def test_a_file_is_in_training_order_only_if_something_says_so(tmp_path):
     (tmp_path / "d.json").unlink()
     for i, part in enumerate((raw[:1000], raw[1000:])):  # as published: no .json, pieces
         (tmp_path / f"d-{i:05}-of-00001.bin").write_bytes(part)
-    assert OrderedData(tmp_path / "d", 8, 20, 1234).preshuffled
+    data = OrderedData(tmp_path / "d", 8, 20, 1234)
+    assert data.preshuffled and data.rows(range(100)).tobytes() == raw
+    for i, words in ((1, "d-00001-of-00001.bin: no such file"), (0, "d-00000-.*: no such file")):
+        (tmp_path / f"d-{i:05}-of-00001.bin").rename(tmp_path / "aside")
+        with pytest.raises(ValueError, match=words):
+            TokenFile(tmp_path / "d")
+        (tmp_path / "aside").rename(tmp_path / f"d-{i:05}-of-00001.bin")
 
 
 @settings(max_examples=60, deadline=None)
