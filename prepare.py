@@ -14,7 +14,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import signal
 import sys
@@ -24,9 +23,8 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -63,18 +61,14 @@ def input_files(spec):
     return list(paths.values())
 
 
-def uncompressed(path, raw, skip):
-    """Yield an open file's uncompressed bytes, without the first `skip`, in bounded pieces."""
+def uncompressed(path, raw):
+    """Yield an open file's bytes, uncompressed, in bounded pieces."""
     if path.endswith(".gz"):
         new_frame = partial(zlib.decompressobj, zlib.MAX_WBITS | 16)
     elif path.endswith(".zst"):
-        try:
-            from zstandard import ZstdDecompressor
-        except ImportError:
-            raise ValueError(".zst needs zstandard: pip install zstandard") from None
+        from zstandard import ZstdDecompressor
         new_frame = ZstdDecompressor().decompressobj
     else:
-        raw.seek(skip)
         yield from iter(partial(raw.read, 1 << 20), b"")
         return
     frame = None
@@ -82,11 +76,10 @@ def uncompressed(path, raw, skip):
         while block:
             frame = frame or new_frame()
             try:
-                piece = frame.decompress(block)
+                yield frame.decompress(block)
             except Exception as error:  # zlib.error or zstandard.ZstdError
                 raise ValueError(f"damaged ({error})") from None
-            yield piece[skip:]
-            skip, block = max(0, skip - len(piece)), frame.unused_data
+            block = frame.unused_data
             if frame.eof:
                 frame = None
     if frame:
@@ -94,39 +87,40 @@ def uncompressed(path, raw, skip):
 
 
 def blocks(pieces, size):
-    """Join pieces into blocks of whole lines, of `size` bytes or more."""
+    """Cut pieces into blocks of whole lines; each ends with the first line after `size` bytes."""
     block = bytearray()
     for piece in pieces:
-        end = piece.rfind(b"\n") + 1
-        if end and len(block) + end >= size:
-            yield bytes(block + piece[:end])
-            block, piece = bytearray(), piece[end:]
+        searched = len(block)
         block += piece
+        while end := block.find(b"\n", max(searched, size)) + 1:
+            yield bytes(block[:end])
+            del block[:end]
+            searched = 0
         if len(block) > LONGEST:
             raise ValueError(f"a document of over {LONGEST >> 20} MiB; cut it into several")
     if block:
         yield bytes(block)
 
 
-def chunks(paths, position=(0, 0, 1), size=1 << 19):
-    """Yield (chunk, position after it, compressed bytes read) of whole lines, `size` bytes or more.
+def chunks(paths, position=(0, 0), size=1 << 19):
+    """Yield (chunk, position after it, compressed bytes read): whole lines of `size` bytes or more.
 
-    chunk: (file number, path, number of its first line, bytes). position: (file number, offset in
-    the uncompressed text, line number) to go on from. A .txt file is one chunk and one document.
+    chunk: (file number, path, number of its first line, bytes). position: (file number, chunks of
+    it that are done) to go on from. A .txt file is one chunk and one document.
     """
-    first, offset, line = position
+    first, done = position
     read = sum(map(os.path.getsize, paths[:first]))
     for number, path in enumerate(paths[first:], first):
-        least = math.inf if path.endswith(".txt") else size
+        line, least = 1, sys.maxsize if path.endswith(".txt") else size
         try:
             with open(path, "rb") as raw:
-                for block in blocks(uncompressed(path, raw, offset), least):
-                    chunk = number, path, line, block
-                    offset, line = offset + len(block), line + block.count(b"\n")
-                    yield chunk, (number, offset, line), read + raw.tell()
+                for i, block in enumerate(blocks(uncompressed(path, raw), least), 1):
+                    if i > done:
+                        yield (number, path, line, block), (number, i), read + raw.tell()
+                    line += block.count(b"\n")
         except ValueError as error:
             raise ValueError(f"{path}: cannot be read from line {line} on: {error}") from None
-        read, offset, line = read + os.path.getsize(path), 0, 1
+        read, done = read + os.path.getsize(path), 0
 
 
 def documents(chunk, skip_malformed=False):
@@ -135,7 +129,7 @@ def documents(chunk, skip_malformed=False):
     is_text = path.endswith(".txt")
     for number, line in enumerate([block] if is_text else block.split(b"\n"), first):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf8")
+            text = line.decode("utf-8-sig")
             if not is_text and not text.strip():
                 continue
             record = {"text": text} if is_text else json.loads(text)
@@ -174,14 +168,14 @@ def in_workers(function, tasks, workers, start, *arguments):
             yield function(*task)
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (start, *arguments))
-    waiting = deque()
+    ahead = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(function, *task))
-            if len(waiting) > 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            ahead.append(pool.submit(function, *task))
+            if len(ahead) > 3 * workers:
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
     except BrokenExecutor:
         raise ValueError("a worker process was killed: fewer --workers take less memory") from None
     finally:
@@ -192,7 +186,7 @@ def in_workers(function, tasks, workers, start, *arguments):
 def _begin(start, *arguments):
     """Begin a worker process, which leaves Ctrl-C to its parent and ends whenever that is gone."""
     def end_with_parent():
-        wait([parent_process().sentinel])
+        parent_process().join()
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -216,16 +210,16 @@ class Tokenize:
 
 def tokenize(options):
     """Turn text into a token file, a sequence a document, in order; same bytes for any workers."""
-    process_tokenizer(options.tokenizer)
+    load_tokenizer(options.tokenizer)
     paths = input_files(options.input)
     files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
     writer = TokenWriter(options.output, {"input": files, "append_eod": options.append_eod})
-    done = writer.position or {"at": (0, 0, 1), "subsets": [], "empty": 0, "malformed": 0}
+    done = writer.position or {"at": (0, 0), "subsets": [], "empty": 0, "malformed": 0}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
     last_commit = time.monotonic()
     tasks = ((*task, options) for task in chunks(paths, done["at"]))
     with progress(total=sum(map(os.path.getsize, paths))) as bar:
-        for part in in_workers(encode_chunk, tasks, options.workers, process_tokenizer,
+        for part in in_workers(encode_chunk, tasks, options.workers, load_tokenizer,
                                options.tokenizer):
             at, read, (tokens, sizes, provenance), names, empty, malformed = part
             provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
@@ -245,14 +239,9 @@ def tokenize(options):
           f"{done['malformed']:,} bad lines")
 
 
-@cache  # one a process: a Tokenizer cannot be sent between processes
-def process_tokenizer(path):
-    return load_tokenizer(path)
-
-
 def encode_chunk(chunk, at, read, options):
     """Return the `part` that `tokenize` writes of a chunk."""
-    tokenizer, end = process_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
+    tokenizer, end = load_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
     tokens, places, names, empty, malformed = [], [], [], 0, 0
     for line, record in documents(chunk, options.skip_malformed):
         ids = tokenizer.encode_array(record["text"]) if record else []
@@ -350,10 +339,7 @@ class Near:
     """MinHash LSH over documents that stay, by datasketch; candidates are held to the threshold."""
 
     def __init__(self, threshold):
-        try:
-            from datasketch import MinHash, MinHashLSH
-        except ImportError:
-            raise ValueError("near duplicates need datasketch (or --threshold=1)") from None
+        from datasketch import MinHash, MinHashLSH
         self.threshold, self.hashes = threshold, {}
         self.new_hash = partial(MinHash, PERMUTATIONS, seed=1)
         # These weights find 88 % of the pairs of similarity 0.87 (datasketch's own balance: 45 %).

