@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import command, file_size, replacing
-from data import PROVENANCE, Order, TokenWriter, fingerprint, unshuffled
+from data import Order, TokenWriter, fingerprint, unshuffled
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
@@ -214,48 +214,42 @@ def tokenize(options):
     paths = input_files(options.input)
     files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
     writer = TokenWriter(options.output, {"input": files, "append_eod": options.append_eod})
-    done = writer.position or {"at": (0, 0), "subsets": [], "empty": 0, "malformed": 0}
+    done = writer.position or {"at": (0, 0), "subsets": [], "skipped": {}}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
-    last_commit = time.monotonic()
+    skipped, last_commit = Counter(done["skipped"]), time.monotonic()
     tasks = ((*task, options) for task in chunks(paths, done["at"]))
     with progress(total=sum(map(os.path.getsize, paths))) as bar:
-        for part in in_workers(encode_chunk, tasks, options.workers, load_tokenizer,
-                               options.tokenizer):
-            at, read, (tokens, sizes, provenance), names, empty, malformed = part
-            provenance["subset"] = [subsets.setdefault(name, len(subsets)) for name in names]
-            writer.append(tokens, sizes, provenance)
-            done = {"at": at, "subsets": list(subsets), "empty": done["empty"] + empty,
-                    "malformed": done["malformed"] + malformed}
+        for at, read, tokens, sizes, places, more_skipped in in_workers(
+                encode_chunk, tasks, options.workers, load_tokenizer, options.tokenizer):
+            writer.append(tokens, sizes, [(file, line, subsets.setdefault(name, len(subsets)))
+                                          for file, line, name in places])
+            skipped.update(more_skipped)
+            writer.position = {"at": at, "subsets": list(subsets), "skipped": skipped}
             bar.update(read - bar.n)
             if time.monotonic() - last_commit > 5:
-                writer.commit(done)
+                writer.commit(writer.position)
                 last_commit = time.monotonic()
-    writer.commit(done)
+    empty, malformed = skipped["empty"], skipped["malformed"]
     summary = writer.finish({
-        "empty_documents": done["empty"], "malformed_lines": done["malformed"],
-        "append_eod": options.append_eod, "subsets": list(subsets), "files": paths})
+        "empty_documents": empty, "malformed_lines": malformed, "append_eod": options.append_eod,
+        "subsets": list(subsets), "files": paths})
     print(f"{options.output}.bin: {summary['tokens']:,} tokens of {summary['documents']:,} "
-          f"documents in {len(subsets)} subsets; skipped {done['empty']:,} empty documents, "
-          f"{done['malformed']:,} bad lines")
+          f"documents in {len(subsets)} subsets; skipped {empty:,} empty documents, "
+          f"{malformed:,} bad lines")
 
 
 def encode_chunk(chunk, at, read, options):
-    """Return the `part` that `tokenize` writes of a chunk."""
+    """Return (at, read, tokens, sizes, [(file number, line, subset's name)], what was skipped)."""
     tokenizer, end = load_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
-    tokens, places, names, empty, malformed = [], [], [], 0, 0
+    encoded, places, skipped = [np.empty(0, np.uint16)], [], Counter()
     for line, record in documents(chunk, options.skip_malformed):
         ids = tokenizer.encode_array(record["text"]) if record else []
         if len(ids):
-            tokens.append(np.concatenate((ids, end)).astype(np.uint16))
-            places.append((chunk[0], line, 0))
-            names.append(subset_name(record))
-        elif record:
-            empty += 1
+            encoded.append(np.concatenate((ids, end)).astype(np.uint16))
+            places.append((chunk[0], line, subset_name(record)))
         else:
-            malformed += 1
-    arrays = (np.concatenate([np.empty(0, np.uint16), *tokens]), list(map(len, tokens)),
-              np.array(places, dtype=PROVENANCE))
-    return at, read, arrays, names, empty, malformed
+            skipped["empty" if record else "malformed"] += 1
+    return at, read, np.concatenate(encoded), list(map(len, encoded[1:])), places, skipped
 
 
 # ---------------------------------------------------------------------------- shuffle
