@@ -175,10 +175,10 @@ def parallelize(model, launch, dtype, processes, exact_sums=False):
         # weights in float32). The root, embeddings and last norm, stays float32, and with it the
         # residual stream, as under DDP and autocast.
         travel = dtype if processes.device.type == "cuda" else torch.float32
-        half = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32,
-                                    cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=half)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
     model.to_empty(device=processes.device)
     if processes.count > 1 and launch.sharding == "ddp" and not exact_sums:

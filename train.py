@@ -336,14 +336,15 @@ def claim(settings, here, config):
     run, known = Path(config.out_dir), None
     checkpoints.lock(run)
     source, start = find_start(config)
+    parent = source and source.parent / "config.json"
     if (run / "config.json").exists() or checkpoints.step_folders(run):
         known, but = run / "config.json", MAY_CHANGE
-    elif source and any((source / name).exists() for name in ("training.json", "../config.json")):
-        known, but = source.parent / "config.json", settings.keys() - SHARED  # else it is published
+    elif source and (parent.exists() or (source / "training.json").exists()):  # not published
+        known, but = parent, settings.keys() - SHARED
     different = differences(read_json(known), settings, but) if known else ""
     if different:
-        raise ValueError(f"{known} is another run's: {different}. Go back to that, or name another "
-                         "--out_dir")
+        raise ValueError(f"{known} says otherwise: {different}. Go back to that, or begin a run of "
+                         "its own in another --out_dir")
     if not (run / "config.json").exists():
         write_json(run / "config.json", settings)
     try:
