@@ -194,7 +194,7 @@ def manifest_of(folder):
 
 
 def chain_of(folder):
-    """Return {"digest", "state_sha256"}: the last step's (FIRST_DIGEST: no run's), all tensors'."""
+    """Return {"digest", "state_sha256"} of a manifest; without them, as before the first step."""
     chain = read_manifest(folder).get("chain")
     return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if type(chain) is dict else {})
 
