@@ -353,6 +353,7 @@ def print_table(scans):
 PROVED = {"batch_sha256": "data", "learning_rate": "rate", "loss_scale": "loss scale",
           "loss": "loss", "grad_norm": "gradient"}
 TOLERANCE = 0.01  # of the loss, where other hardware or versions give other bits
+NOT_COMPUTED = ("started", "command", "host", "device", "check_data", "git_commit")  # of a launch
 
 
 def row_digests(batch):
@@ -435,13 +436,6 @@ def changes(before, now, but):
             if before.get(name, value) != value and name not in but]
 
 
-def environment(run, repetition):
-    """Return "name a -> b" for what a run's launches had otherwise than a repetition's."""
-    but = ("started", "command", "host", "device", "check_data", "git_commit")
-    pairs = itertools.product(launches(run), launches(repetition))
-    return sorted({words for before, now in pairs for words in changes(before, now, but)})
-
-
 @dataclass(frozen=True)
 class ProofConfig:
     replay: str | None = None  # RUN/stepA:B: take steps A to B of a run again and compare them
@@ -519,14 +513,15 @@ def prove(proof, repetition):
     else:
         print(f"steps {first} to {last} proved: {last - first} equal to the bit")
         return
-    others, differing = environment(run, repetition), {
-        name for name in PROVED for step in ours if ours[step][name] != theirs[step][name]}
+    launched = itertools.product(launches(run), launches(repetition))
+    others = {words for before, now in launched for words in changes(before, now, NOT_COMPUTED)}
+    differing = {name for name in PROVED for step in ours if ours[step][name] != theirs[step][name]}
     apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)
     if (others and differing and not differing & {"batch_sha256", "learning_rate"}
             and apart <= TOLERANCE):
         print(f"steps {first} to {last}: the same data and rates, losses within {apart:.2g} of "
               f"them (at most {TOLERANCE} is allowed). Bits differ, as they may with "
-              f"{', '.join(others)}; {found}")
+              f"{', '.join(sorted(others))}; {found}")
         return
     print(found)
     sys.exit(1)
