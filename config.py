@@ -162,10 +162,8 @@ def run(function, *arguments):
     except BrokenPipeError:  # the reader of `... | head` has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         fail(explain(error))
-    except ModuleNotFoundError as error:
-        fail(f"{error}: pip install {error.name}")
     except (OverflowError, MemoryError, RuntimeError) as error:
         no_memory = re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error))
         if isinstance(error, RuntimeError) and not no_memory:
@@ -311,23 +309,17 @@ class Table:
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
-        self.path, self.header, self.file = path, csv_lines([columns]), lock(path)
-        with open(path, "rb") as file:
-            first = file.read(len(self.header))
-        if not self.header.startswith(first):  # a kill may have cut it
-            raise ValueError(f"{path}, line 1: found {first!r}, expected {','.join(columns)}; mend "
-                             "it or move the file away")
-        self.rows = read_csv(path, torn=True)
-        self.keep(keep)
-
-    def keep(self, holds):
-        """Keep the rows that holds(row) is true of, here and in the file."""
-        self.rows = list(filter(holds, self.rows))
-        text = self.header + csv_lines(row.values() for row in self.rows)
-        if text != Path(self.path).read_bytes():
-            with replacing(os.path.realpath(self.path)) as file:
+        self.file, header = lock(path), csv_lines([columns])
+        before = Path(path).read_bytes()
+        if not header.startswith(before[:len(header)]):  # a kill may have cut it
+            raise ValueError(f"{path}, line 1: found {before[:len(header)]!r}, expected "
+                             f"{','.join(columns)}; mend it or move the file away")
+        self.rows = list(filter(keep, read_csv(path, torn=True)))
+        text = header + csv_lines(row.values() for row in self.rows)
+        if text != before:
+            with replacing(os.path.realpath(path)) as file:
                 file.write(text)
-            self.file = lock(self.path)
+            self.file = lock(path)
 
     def append(self, *rows):
         text = csv_lines(rows)

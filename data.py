@@ -374,10 +374,8 @@ class OrderedData:
         n, length = len(self.tokens), self.seq_length + 1
         if self.preshuffled:
             return [f"{n:,} rows of {length} tokens in training order already, served as they lie"]
-        epochs = len(self.order[0]) // n
-        lines = [f"{n:,} documents, {epochs} epochs"
-                 + (" in one shuffle, so that no step ends an epoch" if epochs > 1 else "")
-                 + f", {len(self.order[2]):,} samples of {length} tokens"]
+        lines = [f"{n:,} documents, {len(self.order[0]) // n} epochs in one shuffle, "
+                 f"{len(self.order[2]):,} samples of {length} tokens"]
         if self.tokens.equal_length() == length:
             lines.append(f"every document has {length} tokens: if this is the joined preshuffled "
                          f'Pile, put {{"preshuffled": true}} into {self.tokens.prefix}.json')

@@ -137,7 +137,7 @@ def test_what_is_appended_can_be_read(tmp_path):
     table.append((7, -1.5e-7, 'a "b", c'), (8, float("inf"), None))
     table.append((9, 0.5, "a\nb" + os.fsdecode(b"\xff")))
     table.file.close()
-    rows, _ = reopened(table.path, table.path.read_bytes())
+    rows, _ = reopened(tmp_path / "t.csv", (tmp_path / "t.csv").read_bytes())
     assert [list(row.values()) for row in rows] == [
         ["7", "-1.5e-07", 'a "b", c'], ["8", "inf", ""], ["9", "0.5", "a\nb\udcff"]]
 
