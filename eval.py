@@ -7,10 +7,6 @@
     python eval.py losses --model=RUN --rows=0:4096 --output=OUT    # nats of every token; --text=
                                                                     # TEXTS.jsonl: of every text's
 
---model is a run folder of ours, one of its step folders, or a published checkpoint in any form.
---docs holds each task's documents as distributed, for instance DIR/piqa/validation.jsonl.
-What the CSV already holds is skipped, so the same command goes on.
-
 tasks.py has the tasks, their prompts and metrics; here is what the model does with them, by
 lm_eval's rules but several times faster: rows that begin alike (the choices of a question, all
 questions behind the same shots) share the work on what they share, logits are computed only where a
@@ -547,14 +543,22 @@ def losses(config):
     if processes.count > 1:
         raise ValueError("losses are computed by one process; start it without torchrun")
     rows, what = loss_rows(config, entries)
-    results, done = open_losses(config.output, what, (len(entries), len(rows), rows.shape[1] - 1))
+    path, done = Path(f"{config.output}.json"), 0
+    if path.exists():
+        before = read_json(path)
+        done = len(before.get("checkpoints", ()))
+        if before != what | {"checkpoints": what["checkpoints"][:done]}:
+            raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = np.lib.format.open_memmap(f"{config.output}.npy", "r+" if done else "w+", np.float32,
+                                        (len(entries), len(rows), rows.shape[1] - 1))
     batches = torch.tensor(rows, device=processes.device).split(
         max(1, config.batch_tokens // rows.shape[1]))
     for i in tqdm(range(done, len(entries)), disable=None):
         model = checkpoints.load_model(entries[i][3], processes.device)
         results[i] = np.concatenate([token_losses(model, some) for some in batches])
         results.flush()
-        write_json(f"{config.output}.json", what | {"checkpoints": what["checkpoints"][:i + 1]})
+        write_json(path, what | {"checkpoints": what["checkpoints"][:i + 1]})
         del model  # two may not fit where one does
     print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
 
@@ -585,18 +589,6 @@ def token_rows(what, tokenizer):
     encoded = [[ENDOFTEXT] + tokenizer.encode(str(document["text"]))
                for document in read_jsonl(what["text"])]
     return np.array([*itertools.zip_longest(*encoded, fillvalue=-1)]).T
-
-
-def open_losses(output, what, shape):
-    """Return OUTPUT.npy, mapped, and the number of its checkpoints that are there."""
-    path = f"{output}.json"
-    before = read_json(path) if os.path.exists(path) else what | {"checkpoints": []}
-    done = len(before.get("checkpoints", ()))
-    if before != what | {"checkpoints": what["checkpoints"][:done]}:
-        raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
-    write_json(path, before)
-    mode = "r+" if done else "w+"
-    return np.lib.format.open_memmap(f"{output}.npy", mode, np.float32, shape), done
 
 
 @torch.no_grad()
