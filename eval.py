@@ -449,25 +449,23 @@ def find_all(models, steps):
 
     Raises ValueError if one is not there or damaged.
     """
-    if not re.fullmatch(r"all|last|\d+(,\d+)*", steps):
-        raise ValueError(f"steps = {steps!r}, expected all, last, or numbers with commas")
     found = {}
     for model in models.split(","):
         path = Path(os.path.abspath(model))  # "." has a name too
-        folders, name = dict(checkpoints.step_folders(path)), path.name
-        chosen = {"all": [*folders], "last": [*folders][-1:]}.get(steps)
+        name, folders = path.name, {str(step): at for step, at in checkpoints.step_folders(path)}
+        chosen = {"all": [*folders], "last": [*folders][-1:]}.get(steps) or steps.split(",")
         if not folders:  # a checkpoint's own
             match = re.fullmatch(r"step(\d+)", name)
             name, step = (path.parent.name, match[1]) if match else (name, "")
             folders, chosen = {step: path}, [step]
-        for step in chosen or map(int, steps.split(",")):
+        for step in chosen:
             if step not in folders:
                 raise ValueError(f"{model}: no checkpoint at step {step}; "
-                                 f"there are {', '.join(map(str, folders))}")
-            if not checkpoints.is_whole(folders[step]):
-                raise ValueError(f"{folders[step]}: no whole checkpoint (`python verify.py verify` "
-                                 "says why)")
-            if found.setdefault((name, str(step)), folders[step]) != folders[step]:
+                                 f"there are {', '.join(folders)}")
+            folder = folders[step]
+            if not checkpoints.is_whole(folder):
+                raise ValueError(f"{folder}: no whole checkpoint (`verify.py verify` says why)")
+            if found.setdefault((name, step), folder) != folder:
                 raise ValueError(f"two folders would be called {name} step {step}; rename one")
     return [(name, step, tokens_seen(folder), folder) for (name, step), folder in found.items()]
 
@@ -494,7 +492,7 @@ def list_tasks(config):
             try:
                 line += f"  {split} {len(read_split(config.docs, task, split)):,}"
             except (ValueError, OSError) as error:
-                line += "  " + str(error).split(";")[0].removeprefix(f"{config.docs}/")
+                line += "  " + str(error).removeprefix(f"{config.docs}/")
         print(line)
     print("groups:", ", ".join(GROUPS), "(arithmetic means all arithmetic_*)")
 

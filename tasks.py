@@ -405,7 +405,8 @@ def arithmetic(doc):
 
 def heldout(doc):
     """Any document: {"text", "meta": {"pile_set_name"}}."""
-    subset = (doc.get("meta") or {}).get("pile_set_name")
+    meta = doc.get("meta")
+    subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
     return Question([("", doc["text"])], doc["text"], subset and str(subset))
 
 
