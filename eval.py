@@ -16,7 +16,6 @@ token is scored. That changes a number by no more than rounding (tests/test_eval
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -295,8 +294,6 @@ class Job:
                     self.asked.append((member, number, question.where))
         if name in GROUPS:
             self.documents[name] = digest(list(self.documents.values()))
-        nothing = ("",) if self.task.kind == "generate" else (math.nan, False)
-        self.unanswered = measure(self, [nothing] * len(self.requests))  # which rows will come
 
 
 @lru_cache(maxsize=None)  # one for all checkpoints
@@ -381,8 +378,10 @@ def main(config):
     there = processes.gather(table and set(map(identity, table.rows)))[0]
     tokenizer, n_done = None, 0
     for entry in entries:
-        todo = [job for job in jobs if not there.issuperset(
-            map(identity, csv_rows(config, entry, job, job.unanswered)))]
+        # An evaluation's rows are written at once: it is there if its last one is.
+        todo = [job for job in jobs if (
+            *entry[:2], job.name, str(config.shots), job.task.metrics.split()[-1], job.style,
+            config.dtype, job.documents[job.name]) not in there]
         if not todo:
             continue
         path = checkpoints.folder_tokenizer(entry[3], config.tokenizer)
@@ -436,7 +435,7 @@ def record(config, table, there, entry, job, results):
                 line |= zip(cells, (*request, *result))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     rows = measure(job, results)
-    # Some rows may be there, if a kill has torn another one.
+    # Some are there already, if a kill has torn another one.
     table.append(*[row.values() for row in csv_rows(config, entry, job, rows)
                    if identity(row) not in there])
     print(f"{name} step {step:>6} | " + " | ".join(

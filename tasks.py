@@ -36,7 +36,7 @@ class Task(NamedTuple):
     """One row of the table below: where a task's documents lie and what is done with them."""
     folder: str  # below DOCS
     question: Callable  # document -> Question
-    metrics: str  # names with spaces between, as in `value`
+    metrics: str  # names with spaces between, as in `value`; the last is that of the last row
     split: str = "test"  # what is scored
     pool: str | None = "train"  # split of the shots: train, else validation, else test
     n: int = 0  # documents in the whole split
@@ -494,6 +494,7 @@ MMLU = {category: subjects.split() for category, subjects in {
 SUBJECTS = sorted(sum(MMLU.values(), []))
 WINOBIAS = ("type1_pro", "type1_anti", "type2_pro", "type2_anti")
 
+ROLLED = "bits_per_byte byte_perplexity word_perplexity"
 TASKS = {
     "lambada_openai": Task("lambada_openai", lambada, "acc perplexity", pool="test", n=5153),
     "piqa": Task("piqa", piqa, "acc acc_norm", "validation", n=1838),
@@ -509,8 +510,8 @@ TASKS = {
                      stops=("\n", ".", ","), n_tokens=256),
     "crows_pairs_english": Task("crows_pairs", crows_pairs, "likelihood_diff pct_stereotype",
                                 pool="test", n=1677),
-    "wikitext": Task("wikitext", wikitext, "bits_per_byte", pool=None, n=62, kind="rolling"),
-    "heldout": Task("heldout", heldout, "bits_per_byte", pool=None, kind="rolling"),
+    "wikitext": Task("wikitext", wikitext, ROLLED, pool=None, n=62, kind="rolling"),
+    "heldout": Task("heldout", heldout, ROLLED, pool=None, kind="rolling"),
 }
 TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
     "crows_pairs", crows_pairs, "likelihood_diff pct_stereotype", pool="test",
@@ -559,8 +560,8 @@ def winobias_rows(rows):
     n = sum(n for name, *_, n in rows if ":" not in name)
     pro, anti = (average([sets[f"type{i}_{kind}"] for i in (1, 2)]) for kind in ("pro", "anti"))
     error = None if None in (pro[1], anti[1]) else math.hypot(pro[1], anti[1])
-    return [("winobias", "em", (pro[0] + anti[0]) / 2, error and error / math.sqrt(2), n),
-            ("winobias", "bias", pro[0] - anti[0], error, n)]
+    return [("winobias", "bias", pro[0] - anti[0], error, n),
+            ("winobias", "em", (pro[0] + anti[0]) / 2, error and error / math.sqrt(2), n)]
 
 
 # A group is scored in one go; its own rows come last.

@@ -79,7 +79,7 @@ def test_winobias_summary_is_the_paper_s_notebook_s():
     em = {"type1_pro": (0.2, 0.02), "type1_anti": (0.1, 0.01),
           "type2_pro": (0.3, 0.02), "type2_anti": (0.25, 0.03)}
     rows = [(f"wino_bias_{kind}", "em", *values, 396) for kind, values in em.items()]
-    (_, _, accuracy, error, n), (_, _, bias, bias_error, _) = winobias_rows(rows)
+    (_, _, bias, bias_error, _), (_, _, accuracy, error, n) = winobias_rows(rows)
     assert (accuracy, bias, n) == (pytest.approx(0.2125), pytest.approx(0.075), 1584)
     pro, anti = math.sqrt((0.02**2 + 0.02**2) / 2), math.sqrt((0.01**2 + 0.03**2) / 2)
     assert (bias_error == pytest.approx(math.hypot(pro, anti))
