@@ -224,19 +224,16 @@ class Batches:
         self.config, self.model_config, self.intervention = config, model_config, intervention
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
-        processes.together(self.open_order, first_alone=True)  # builds it, for the others too
+        processes.together(self.open, first_alone=True)  # builds the order, for the others too
         processes.together(self.open)
-
-    def open_order(self):
-        config, n = self.config, samples_needed(self.config.steps, self.config.batch_size)
-        seed = config.seed if config.data_seed is None else config.data_seed
-        return OrderedData(config.data, self.model_config.seq_length, n, seed)
 
     def open(self):
         """Open the order and read a step, so that a mistake shows before anything is computed."""
         config, wanted = self.config, self.config.steps * self.config.batch_size
         tokenizer = load_tokenizer(config.tokenizer)
-        self.data = self.order = self.open_order()
+        seed = config.seed if config.data_seed is None else config.data_seed
+        self.data = self.order = OrderedData(config.data, self.model_config.seq_length,
+                                             samples_needed(config.steps, config.batch_size), seed)
         if wanted > len(self.order):
             raise ValueError(f"{config.data} holds {len(self.order):,} rows, too few for "
                              f"{config.steps:,} batches of {config.batch_size:,}")
