@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 
 import numpy as np

@@ -20,8 +20,8 @@ from config import write_json
 from data import OrderedData
 from model import ModelConfig, Pythia
 from studies.term_frequency import (
-    HEADER, Analyse, Compare, Count, Evaluate, analyse, answer_all, binned, compare, count, evaluate,
-    first_number, gap, numbers_near_numbers, prompts, seen, tidy)
+    HEADER, Analyse, Compare, Count, Evaluate, analyse, answer_all, binned, compare, count,
+    evaluate, first_number, gap, numbers_near_numbers, prompts, seen, tidy)
 from studies.results import student_quantile
 from tokenizer import Tokenizer
 from train import make_optimizer, TrainConfig
