@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-from config import check, command, file_size, parse, read_json, run, Table, write_json
+from config import check, command, file_size, note, parse, read_json, run, Table, write_json
 from data import Order, order_of, ordered, run_settings, span
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
-from tasks import digest, GROUPS, measured, named_tasks, prompts, read_jsonl, read_split, STYLES
+from tasks import (digest, GROUPS, measured, named_tasks, NoDocuments, prompts, read_jsonl,
+                   read_split, STYLES)
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 # ---------------------------------------------------------------------------- shared beginnings
@@ -286,7 +287,7 @@ class Job:
                 prompted, self.documents[member] = prompts(
                     STYLES[style][member], docs, shots, style, limit)
             except ValueError as error:
-                raise ValueError(f"{member}: {error}") from None
+                raise type(error)(f"{member}: {error}") from None
             self.members.append((member, [question for _, question in prompted]))
             for number, (prefix, question) in enumerate(prompted):
                 for context, *continuation in question.requests:
@@ -363,11 +364,23 @@ COLUMNS = ("model", "step", "tokens", "task", "shots", "metric", "value", "stder
 identity = itemgetter("model", "step", "task", "shots", "metric", "style", "dtype", "docs")
 
 
+def all_jobs(config):
+    """Return the Jobs of config.tasks; of a name for several tasks, those that have documents."""
+    jobs = []
+    for name in named_tasks(config.tasks, config.style):
+        try:
+            jobs.append(Job(name, config.docs, config.shots, config.style, config.limit))
+        except NoDocuments as error:
+            if name in config.tasks.split(","):
+                raise
+            note(f"{error}; left out")  # as CrowS-Pairs has no bias_type "autre" in English
+    return jobs
+
+
 def main(config):
     # Processes meet when a task is done. The first one may wait longer than gloo's 30 minutes.
     processes = Processes(config.device, timeout=timedelta(days=30))
-    jobs = [Job(name, config.docs, config.shots, config.style, config.limit)
-            for name in named_tasks(config.tasks, config.style)]
+    jobs = all_jobs(config)
     entries = find_all(config.model, config.steps)
     processes.agree(asdict(config) | {"device": processes.device.type,
                                       "documents": [job.documents for job in jobs]})
@@ -536,9 +549,8 @@ def losses(config):
     A text's tokens stand behind <|endoftext|>, and behind its last one is NaN. OUTPUT.json says
     which row and document is where, and which checkpoints are there already.
     """
-    processes, entries = Processes(config.device), find_all(config.model, config.steps)
-    if processes.count > 1:
-        raise ValueError("losses are computed by one process; start it without torchrun")
+    processes = Processes(config.device, timeout=timedelta(days=30))
+    entries = find_all(config.model, config.steps)
     rows, what = loss_rows(config, entries)
     path, done = Path(f"{config.output}.json"), 0
     if path.exists():
@@ -546,18 +558,27 @@ def losses(config):
         done = len(before.get("checkpoints", ()))
         if before != what | {"checkpoints": what["checkpoints"][:done]}:
             raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = np.lib.format.open_memmap(f"{config.output}.npy", "r+" if done else "w+", np.float32,
-                                        (len(entries), len(rows), rows.shape[1] - 1))
-    batches = torch.tensor(rows, device=processes.device).split(
+    processes.agree({"the rows": what, "what is there already": done})
+    if processes.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = np.lib.format.open_memmap(
+            f"{config.output}.npy", "r+" if done else "w+", np.float32,
+            (len(entries), len(rows), rows.shape[1] - 1))
+    batches = torch.tensor(rows[processes.rank::processes.count], device=processes.device).split(
         max(1, config.batch_tokens // rows.shape[1]))
-    for i in tqdm(range(done, len(entries)), disable=None):
+    for i in tqdm(range(done, len(entries)), disable=processes.rank > 0 or None):
         model = checkpoints.load_model(entries[i][3], processes.device)
-        results[i] = np.concatenate([token_losses(model, some) for some in batches])
-        results.flush()
-        write_json(path, what | {"checkpoints": what["checkpoints"][:i + 1]})
+        mine = np.concatenate([token_losses(model, some) for some in batches])
         del model  # two may not fit where one does
-    print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
+        for rank, part in enumerate(processes.gather(mine)):
+            if processes.rank == 0:
+                results[i, rank::processes.count] = part
+        if processes.rank == 0:
+            results.flush()
+            write_json(path, what | {"checkpoints": what["checkpoints"][:i + 1]})
+    if processes.rank == 0:
+        print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
+    leave_processes()
 
 
 def loss_rows(config, entries):

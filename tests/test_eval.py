@@ -172,6 +172,16 @@ def test_a_torn_csv_is_made_whole_again(workplace, capsys, refused):
     assert f"{path}, line " in refused("eval.py", *flags_of(workplace, *flags, output=path.name))
 
 
+def test_of_several_tasks_those_without_documents_are_left_out(tmp_path, capsys):
+    """CrowS-Pairs as first distributed has no bias_type "autre"."""
+    write_jsonl(tmp_path / "crows_pairs/test.jsonl", [
+        {"sent_more": "a", "sent_less": "b", "bias_type": "age"}])
+    config = evaluation.EvalConfig(model="", tasks="crows_pairs", docs=f"{tmp_path}")
+    assert [job.name for job in evaluation.all_jobs(config)] == [
+        "crows_pairs_english", "crows_pairs_english_age"]
+    assert "crows_pairs_english_autre: " in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path):
     run = shutil.copytree(workplace / "run", tmp_path / "run")
     os.truncate(run / "step8/model.safetensors", 100)
@@ -323,7 +333,7 @@ def test_rows_of_other_data_say_what_the_run_was_trained_on(runs, whole):
     assert "trained_on" not in whole[1]
 
 
-def test_losses_go_on_whatever_the_batch(runs, whole, tmp_path):
+def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path):
     values, what = whole
     model, flags = f"{runs}/seed1,{runs}/seed2", dict(rows="3:20", batch_tokens=40)
     losses(LossesConfig(f"{tmp_path}/small", model=model, **flags))
@@ -333,7 +343,8 @@ def test_losses_go_on_whatever_the_batch(runs, whole, tmp_path):
     partial[4] += 7  # a number that no model would give: it is there, so it stays
     np.save(tmp_path / "cut.npy", partial)
     write_json(tmp_path / "cut.json", what | {"checkpoints": what["checkpoints"][:5]})
-    losses(LossesConfig(f"{tmp_path}/cut", model=model, rows="3:20"))
+    run(*TORCHRUN, "eval.py", "losses", f"--model={model}", f"--output={tmp_path}/cut",
+        "--rows=3:20")
     values = values.copy()
     values[4] += 7
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), values, atol=1e-5)
