@@ -160,7 +160,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path, form):
 
 
 def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path):
-    folder = published(tmp_path, weights(config=replace(CONFIG, vocab_size=50304)),
+    folder = published(tmp_path / "one", weights(config=replace(CONFIG, vocab_size=50304)),
                        config=CONFIG_2022 | {"vocab_size": 50304})
     assert folder_tokenizer(folder) == "20B_tokenizer.json"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_path))
@@ -168,10 +168,11 @@ def test_a_folders_own_tokenizer_is_the_20b_or_refused(tmp_path, tokenizer_path)
     assert folder_tokenizer(folder) == folder / "tokenizer.json"
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["merges"].reverse()
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="tokenizer.json: not the GPT-NeoX-20B tokenizer"):
-        folder_tokenizer(folder)
-    assert folder_tokenizer(folder, "named.json") == "named.json"
+        folder_tokenizer(other)
+    assert folder_tokenizer(other, "named.json") == "named.json"
     with pytest.raises(ValueError, match="vocab_size is 256"):
         folder_tokenizer(published(tmp_path / "small", weights()), "named.json")
 
