@@ -101,7 +101,7 @@ class SuiteConfig:
 def command(options, name, *arguments):
     """Run one of the project's commands; what it prints is in OUTPUT/NAME.log."""
     words, path = [str(argument) for argument in arguments], Path(options.output) / f"{name}.log"
-    print("python", *words, flush=True)
+    print(f"{path}: python {' '.join(words)}", flush=True)
     with open(path, "a") as log:
         print("\n$ python", *words, file=log, flush=True)
         code = subprocess.run([sys.executable, *words], stdout=log,
