@@ -13,7 +13,6 @@ variables of ALLOCATOR, so that glibc keeps freed memory for all or for none. It
 matmuls and attention of a step alone. With --device=cuda `memorization` and `eval` measure a GPU.
 """
 
-import csv
 import gc
 import json
 import math
@@ -35,7 +34,7 @@ from safetensors.torch import save_file
 
 import eval as harness
 from checkpoints import save
-from config import command, parse
+from config import command, csv_lines, parse
 from model import ModelConfig, Pythia, head_blocks, hf_config, hf_name
 from parallel import (LaunchConfig, Processes, flops_per_token, matmul_flops, memory_per_process,
                       peak_flops)
@@ -320,8 +319,7 @@ def gpu(options):
             if who != "transformers compiled" or size in options.compiled_theirs.split(","):
                 table.append(measure_steps(size, who, options, device))
                 print(*table[-1], sep=" | ", flush=True)
-                with open(f"{options.output}/steps.csv", "w") as file:
-                    csv.writer(file).writerows(table)
+                Path(f"{options.output}/steps.csv").write_bytes(csv_lines(table))
         if size in options.profiled.split(","):
             measure_evaluation(size, options.seq_length, device)
 

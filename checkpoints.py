@@ -343,6 +343,8 @@ def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, 
             dist.barrier(_group())
 
     if asynchronous:
+        if dist.is_initialized():
+            _group()  # made here, since the thread must not while this one trains
         _WRITING.append(_WRITER.submit(write))
     else:
         write()
@@ -398,7 +400,7 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
                 sync(path)
         write_manifest(temporary, digest, {file: entry.result() for file, entry in entries.items()})
         sync(temporary)
-        if is_whole(folder) and read_manifest(folder) == read_manifest(temporary):
+        if is_intact(folder) and read_manifest(folder) == read_manifest(temporary):
             os.rename(temporary / "optimizer", folder / "optimizer")
             sync(folder)
         else:
@@ -411,6 +413,12 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
         sync(folder.parent)
     finally:  # after an error, such as a full disk, the room is free again
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_intact(folder):
+    """Tell whether a checkpoint is whole and its files have the hashes in its manifest."""
+    return is_whole(folder) and all(describe_file(folder / name) == entry
+                                    for name, entry in manifest_of(folder).items())
 
 
 def write_notes(folder, notes, tokenizer):
@@ -547,7 +555,7 @@ def identify(source):
 
 
 def folder_tokenizer(folder, named=None):
-    """Return `named`, or a folder's own tokenizer.json if it is the 20B's, or the one beside us."""
+    """Return `named`, or a folder's own tokenizer.json if it is the 20B's, or this folder's."""
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
         load_tokenizer(own)  # or refuse it
@@ -605,6 +613,10 @@ class Fetch:
     name: str  # a published repository: pythia-70m-deduped, pythia-160m-seed3, or OWNER/NAME
     steps: str = "143000"  # numbers with commas, or all: Pythia's 154
     out_dir: str | None = None  # run folder to fill with step0, step1, ...; default: NAME here
+
+    def __post_init__(self):
+        config.check(self, "all, or numbers with commas", re.compile(r"all|\d+(,\d+)*").fullmatch,
+                     "steps")
 
 
 def fetch(options):

@@ -1,4 +1,4 @@
-"""What every script here begins and ends with: settings, processes, one-line errors, whole files.
+"""What every script begins and ends with: settings, one-line errors, whole files, tables.
 
     python train.py configs/pythia_70m.py --micro_batch_size=8
 
@@ -108,7 +108,7 @@ def command(argv, commands):
     """Run commands[argv[0]] = (schema, function) on the rest: `prepare.py tokenize --input=a.txt`.
 
     A third entry names settings that may come without a flag: with "source output", `import A B`
-    is `import --source=A --output=B`. The last of them takes all that follow, with commas.
+    is `import --source=A --output=B`. A single one takes all that follow, with commas.
     """
     name, *arguments = argv or [""]
     if name in ("--help", "-h"):
@@ -124,9 +124,11 @@ def command(argv, commands):
         plain = [argument for argument in arguments if not argument.startswith("-")]
         arguments = [argument for argument in arguments if argument.startswith("-")]
         names = names[0].split()
-        n = len(names) - 1
-        values = plain[:n] + [",".join(plain[n:])]
-        arguments += [f"--{name}={value}" for name, value in zip(names, values) if value]
+        if len(plain) > len(names) > 1:
+            fail(f"command line: expected {' '.join(names)}, found {' '.join(plain)}")
+        if len(names) == 1 and plain:
+            plain = [",".join(plain)]
+        arguments += [f"--{name}={value}" for name, value in zip(names, plain)]
     run(function, parse(arguments, schema))
 
 
@@ -268,7 +270,7 @@ def file_size(path):
 
 
 def read_csv(path, torn=False):
-    """Return the rows {column: cell} of a CSV file, or raise ValueError naming a line that is none.
+    """Return the rows {column: cell} of a CSV file, or raise ValueError naming a broken line.
 
     torn: the file is one that we append to. It may have no rows yet, and a last line without its
     newline was cut by a kill: it is left out.
@@ -286,8 +288,7 @@ def read_csv(path, torn=False):
             rows.append(dict(zip(names, cells, strict=True)))
             number = lines.line_num + 1
     except (ValueError, csv.Error):
-        raise ValueError(f"{path}, line {number}: is no row of this CSV file; mend it or move the "
-                         "file away") from None
+        raise ValueError(f"{path}, line {number}: is no row of this CSV file") from None
     if not rows and not torn:
         raise ValueError(f"{path}: holds no rows")
     return rows
@@ -304,8 +305,8 @@ class Table:
     """A CSV file that one process at a time appends rows to; `rows` are those it had.
 
     A kill or a full disk can tear only the last line, whose step or evaluation is done again. Rows
-    that keep(row) is false of go: they will be written again. Raises ValueError if another line is
-    damaged or the first one does not name the columns.
+    for which keep(row) is false are deleted, because they will be written again. Raises ValueError
+    if another line is damaged or the first one does not name the columns.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
@@ -314,7 +315,10 @@ class Table:
         if not header.startswith(before[:len(header)]):  # a kill may have cut it
             raise ValueError(f"{path}, line 1: found {before[:len(header)]!r}, expected "
                              f"{','.join(columns)}; mend it or move the file away")
-        self.rows = list(filter(keep, read_csv(path, torn=True)))
+        try:
+            self.rows = list(filter(keep, read_csv(path, torn=True)))
+        except ValueError as error:  # of keep, for a cell that is no number
+            raise ValueError(f"{path}: {error}; mend it or move the file away") from None
         text = header + csv_lines(row.values() for row in self.rows)
         if text != before:
             with replacing(os.path.realpath(path)) as file:

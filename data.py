@@ -103,7 +103,7 @@ class TokenFile:
         return len(self.sizes)
 
     def equal_length(self):
-        """Return the length of all documents, by 1000 and the sum of all; 0 if they differ."""
+        """Return all documents' length, judged by 1000 of them and the sum; 0 if they differ."""
         length = int(self.sizes[0])
         some_equal = (self.sizes[::len(self) // 1000 + 1] == length).all()
         return length if some_equal and self.n_tokens == len(self) * length else 0
@@ -188,6 +188,8 @@ class TokenWriter:
 
     def __init__(self, prefix, job):
         self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
+        if self.prefix.endswith(("/", ".bin", ".idx")):
+            raise ValueError(f"output = {prefix}: expected a PREFIX, to which .bin is added")
         self._refuse_strangers()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / "progress.lock")
@@ -495,7 +497,7 @@ def span(name, text, n, end=0):
                      + ("" if end else "+1"))
 
 
-def run_settings(model):
+def trained_with(model):
     """Return what a run of ours, or the run of a step's folder, was trained with; else nothing."""
     paths = Path(model).absolute().parent / "config.json", Path(model) / "config.json"
     found = [read_json(path) for path in paths if path.exists()]
@@ -504,7 +506,7 @@ def run_settings(model):
 
 def order_of(model, data=None):
     """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
-    settings = run_settings(model)
+    settings = trained_with(model)
     if settings.get("data_seed") is not None:
         settings["seed"] = settings["data_seed"]
     if not (data or settings.get("data")):

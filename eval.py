@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
     python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
-    python eval.py losses --model=RUN --rows=0:4096 --output=OUT    # nats of every token; --text=
-                                                                    # TEXTS.jsonl: of every text's
+    python eval.py losses --model=RUN --rows=0:4096 --output=OUT        # nats of every token
+    python eval.py losses --model=RUN --text=TEXTS.jsonl --output=OUT   # of every text
 
 tasks.py has the tasks, their prompts and metrics; here is what the model does with them, by
 lm_eval's rules but several times faster: rows that begin alike (the choices of a question, all
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import checkpoints
 from config import check, command, file_size, note, parse, read_json, run, Table, write_json
-from data import Order, order_of, ordered, run_settings, span
+from data import load_npy, Order, order_of, ordered, span, trained_with
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
 from tasks import (digest, GROUPS, measured, named_tasks, NoDocuments, prompts, read_jsonl,
@@ -80,8 +80,9 @@ class Pack:
 def plan(rows, L, batch_tokens=BATCH_TOKENS, name="request {}".format):
     """Return batches [(prefix tokens, packs)] of rows (index, tokens, n), cut on the left to L + 1.
 
-    What more rows begin with than one batch takes (the shots) is computed once, as a prefix. Raises
-    ValueError by name(index) of a row without score or context.
+    If more rows begin alike than fit in one batch, as behind the same shots, their common beginning
+    is computed once, as a prefix. Raises ValueError by name(index) of a row without score or
+    context.
     """
     for index, tokens, n in rows:
         if not 0 < n <= min(L, len(tokens) - 1):
@@ -344,7 +345,7 @@ class EvalConfig(Models):
     tasks: str  # names with commas; `python eval.py tasks --docs=DIR` lists them
     docs: str  # folder of documents, DOCS/TASK/SPLIT.jsonl
     output: str = "results.csv"  # appended to; what it has of a model's name is not done again
-    samples: str | None = None  # JSON Lines file that gets every request computed, and its result
+    samples: str | None = None  # JSON Lines file that gets every request and its result (or NaN)
     shots: int = 0  # solved examples before each question
     style: str = "v0.4"  # lm-evaluation-harness 0.4, or "v0.3" as in the paper's files
     dtype: str = "float32"  # as in the paper; lm_eval loads the published files in float16
@@ -448,9 +449,10 @@ def record(config, table, there, entry, job, results):
                 line |= zip(cells, (*request, *result))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
     rows = measure(job, results)
-    # Some are there already, if a kill has torn another one.
-    table.append(*[row.values() for row in csv_rows(config, entry, job, rows)
-                   if identity(row) not in there])
+    # Some are there already, if a kill has torn another one, or if a group had the task.
+    new = [row for row in csv_rows(config, entry, job, rows) if identity(row) not in there]
+    table.append(*(row.values() for row in new))
+    there.update(map(identity, new))
     print(f"{name} step {step:>6} | " + " | ".join(
         f"{task} {metric} {value:.4f}{'' if stderr is None else f' ± {stderr:.4f}'} (n {n:,})"
         for task, metric, value, stderr, n in rows if task == job.name or len(rows) < 12))
@@ -506,7 +508,8 @@ def list_tasks(config):
             except (ValueError, OSError) as error:
                 line += "  " + str(error).removeprefix(f"{config.docs}/")
         print(line)
-    print("groups:", ", ".join(GROUPS), "(arithmetic means all arithmetic_*)")
+    groups = [name for name, (members, _) in GROUPS.items() if members[0] in STYLES[config.style]]
+    print("groups:", ", ".join(groups), "(arithmetic means all arithmetic_*)")
 
 
 @dataclass(frozen=True)
@@ -556,8 +559,13 @@ def losses(config):
     if path.exists():
         before = read_json(path)
         done = len(before.get("checkpoints", ()))
-        if before != what | {"checkpoints": what["checkpoints"][:done]}:
+        there = load_npy(f"{config.output}.npy")
+        if before != what | {"checkpoints": what["checkpoints"][:done]} or (
+                len(there) != len(entries)):
             raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
+    if not done and os.path.exists(f"{config.output}.npy"):
+        raise ValueError(f"{config.output}.npy: there without its .json; move it away or name "
+                         "another --output")
     processes.agree({"the rows": what, "what is there already": done})
     if processes.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -568,7 +576,8 @@ def losses(config):
         max(1, config.batch_tokens // rows.shape[1]))
     for i in tqdm(range(done, len(entries)), disable=processes.rank > 0 or None):
         model = checkpoints.load_model(entries[i][3], processes.device)
-        mine = np.concatenate([token_losses(model, some) for some in batches])
+        mine = np.concatenate([token_losses(model, some) for some in batches if len(some)]
+                              or [np.empty((0, rows.shape[1] - 1))])
         del model  # two may not fit where one does
         for rank, part in enumerate(processes.gather(mine)):
             if processes.rank == 0:
@@ -592,7 +601,7 @@ def loss_rows(config, entries):
         order = order_of(model, config.data)
         numbers = span("rows", config.rows, len(ordered(order)))
         what = {"order": asdict(order), "rows": [numbers.start, numbers.stop]}
-        trained_on = run_settings(model).get("data", order.data)
+        trained_on = trained_with(model).get("data", order.data)
         if trained_on != order.data:
             what["trained_on"] = trained_on
     rows = token_rows(what, tokenizer)

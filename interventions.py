@@ -44,7 +44,7 @@ from tokenizer import ENDOFTEXT
 class InterventionConfig:
     intervention: str | None = None  # a name of interventions.py; A+B: first A, then B
     intervention_from: int = 0  # first step it applies to (0-based: it makes checkpoint step + 1)
-    terms: str = ""  # term_*: words or phrases with commas, that a row has where they stand whole
+    terms: str = ""  # term_*: words or phrases with commas; in a row each stands as a whole word
     copies: int = 1  # term_duplicate: how many more times a row comes
     planted: str = ""  # plant: file of the documents and of where they come, JSON lines
 

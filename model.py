@@ -290,8 +290,8 @@ class Pythia(nn.Module):
         """Return the final hidden states (B, T, D) of tokens (B, T) int64.
 
         Evaluation may say more: the positions of the tokens (B, T), which keys each one sees (mask,
-        added to the scores, broadcast to (B, H, T, keys); causal without), and a Cache or Prefix
-        for each layer, whose keys come first.
+        True where seen, or added to the scores; broadcast to (B, H, T, keys); causal without), and
+        a Cache or Prefix for each layer, whose keys come first.
         """
         x = self.embed_in(tokens)
         if positions is None:

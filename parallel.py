@@ -458,7 +458,7 @@ def plan(config, training, launch, options, n_checkpoints):
     per_node = max(n for n in range(1, 9) if options.gpus % n == 0)
     nodes = options.gpus // per_node
     meeting = "--standalone" if nodes == 1 else "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
-    given = [word for word in sys.argv[1:] if not word.startswith("--plan")]
+    given = [word for word in sys.argv[1:] if word.partition("=")[0] != "--plan"]
     print(f"\ntorchrun --nnodes={nodes} --nproc_per_node={per_node} {meeting} "
           f"--shutdown-timeout=600 train.py {shlex.join(given)} --micro_batch_size={fits}"
           + ("" if training.out_dir else " --out_dir=RUN"))

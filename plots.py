@@ -33,10 +33,7 @@ from tokenizer import N_TOKENS, load_tokenizer
 
 def pyplot():
     """Return matplotlib.pyplot, drawing into files; an extra of this project."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("plots need matplotlib: pip install matplotlib") from None
+    import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams.update({
         "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
@@ -72,7 +69,7 @@ def numbers(rows, *names):
 
 def in_order(rows, name="step", /, **kept):
     """Return the rows that have these cells, by the number in column `name`."""
-    if rows and (absent := kept.keys() - rows[0].keys()):
+    if rows and (absent := {name, *kept} - rows[0].keys()):
         raise ValueError(f"no column {', '.join(absent)}: another file than this figure's")
     chosen = [row for row in rows if all(row[key] == cell for key, cell in kept.items())]
     return sorted(chosen, key=lambda row: float(row[name]))
@@ -263,7 +260,7 @@ class TermFrequency:
 
 def term_frequency(options):
     """Draw accuracy and log-probability against frequency so far, a line a checkpoint."""
-    rows = read_csv(options.bins)
+    rows = in_order(read_csv(options.bins), "frequency")
     rows = in_order(rows, shots=max((row["shots"] for row in rows), key=int))
     kinds = sorted({(row["model"], row["task"], row["shots"]) for row in rows})
     steps = shades(unique(rows, "step"))

@@ -10,9 +10,7 @@ MinHash at Jaccard 0.87, as the deduplicated Pile. It works in memory, about 1 k
 stays; for more see datatrove's MinHash, whose .jsonl.gz are an --input of `tokenize`.
 """
 
-import csv
 import hashlib
-import io
 import json
 import os
 import signal
@@ -30,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import command, file_size, replacing
+from config import command, csv_lines, file_size, replacing
 from data import Order, TokenWriter, fingerprint, unshuffled
 from tokenizer import ENDOFTEXT, load_tokenizer
 
@@ -306,8 +304,7 @@ def dedup(options):
     near = Near(options.threshold) if options.threshold != 1 else None
     with (replacing(options.output) as output, replacing(report) as file,
           progress(total=sum(map(os.path.getsize, paths))) as bar):
-        removed = csv.writer(io.TextIOWrapper(file, "utf8", newline="", write_through=True))
-        removed.writerow(("removed", "stands_for_it", "kind", "similarity"))
+        file.write(b"removed,stands_for_it,kind,similarity\n")
         for chunk, _, read in chunks(paths):
             for line, record in documents(chunk):
                 place = f"{chunk[1]}:{line}"
@@ -316,7 +313,7 @@ def dedup(options):
                 if not first and near:
                     (first, similarity), kind = near.find_or_add(place, record["text"]), "near"
                 if first:
-                    removed.writerow((place, first, kind, f"{similarity:.3f}"))
+                    file.write(csv_lines([(place, first, kind, f"{similarity:.3f}")]))
                     counts[kind] += 1
                 else:
                     known[digest] = place

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     """One row of the table below: where a task's documents lie and what is done with them."""
     folder: str  # below DOCS
     question: Callable  # document -> Question
-    metrics: str  # names with spaces between, as in `value`; the last is that of the last row
+    metrics: str  # names with spaces between, as in `value`; the last row of a task is the last's
     split: str = "test"  # what is scored
     pool: str | None = "train"  # split of the shots: train, else validation, else test
     n: int = 0  # documents in the whole split
@@ -93,7 +93,7 @@ def read_split(docs, task, split):
     as the authors of CrowS-Pairs call theirs.
     """
     path = Path(docs) / task.folder / (task.file or f"{split}.jsonl")
-    if not path.exists():
+    if not task.file and not path.exists():
         alike = [*path.parent.glob(f"*{split[:3]}*.jsonl"), *path.parent.glob("*_anonymized.jsonl")]
         path = alike[0] if len(alike) == 1 else path
     prepare = task.prepare_pool if split != task.split and task.prepare_pool else task.prepare

@@ -56,8 +56,8 @@ from parallel import (ExactSums, LaunchConfig, LossScaler, PlanConfig, Processes
                       compute_dtype, flops_per_token, forget_gradients, leave_processes,
                       parallelize, peak_flops, plan, rehearse)
 from tokenizer import load_tokenizer
-from verify import (ProofConfig, batch_sha256, begin_again, launches, link, prove, repeat_command,
-                    row_digests)
+from verify import (ProofConfig, batch_sha256, begin_again, differences, launches, link, prove,
+                    repeat_command, row_digests)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class TrainConfig:
     seed: int = 1234  # of the initialisation
     data_seed: int | None = None  # of the order of the data; default: seed
     exact_sums: bool = False  # equal bits on any number of processes, with --threads=N
-    # Of the matmuls: float32, bfloat16 or float16. A CPU computes float16's in float32, and without
-    # AMX it refuses bfloat16, the 1B's: there --dtype=float32 has to be given.
+    # Of the matmuls: float32, bfloat16 or float16. For float16 a CPU computes in float32. For
+    # bfloat16, the 1B's, it needs AMX; without, give --dtype=float32.
     dtype: str = "float16"
     checkpoint_every: int = 1000  # besides steps 0, 1, 2, 4, ..., 512
     state_every: int | None = None  # keep Adam's moments (2/3 of it) only here and in the newest
@@ -145,8 +145,8 @@ class Training:
             self.model = Pythia(model_config)
         self.wrapped = parallelize(self.model, launch, self.dtype, processes, config.exact_sums)
         micro_batches = config.batch_size // launch.micro_batch_size
-        self.sums = config.exact_sums and ExactSums(self.model.parameters(), micro_batches,
-                                                    processes)
+        self.sums = (ExactSums(self.model.parameters(), micro_batches, processes)
+                     if config.exact_sums else None)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = LossScaler(enabled=self.dtype == torch.float16)
         self.updates = 0  # that were not skipped: the learning rate goes by them
@@ -224,7 +224,8 @@ class Batches:
         self.config, self.model_config, self.intervention = config, model_config, intervention
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
-        processes.together(self.open, first_alone=True)  # builds the order, for the others too
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a node, which builds the order alone
+        processes.together(lambda: first and self.open())
         processes.together(self.open)
 
     def open(self):
@@ -292,12 +293,6 @@ def surroundings(launch, processes):
         "threads": torch.get_num_threads()}
 
 
-def differences(before, now, but):
-    """Return words for what two objects have both and otherwise, except for some names."""
-    return "; ".join(f"{name} was {before[name]!r}, is {value!r}" for name, value in now.items()
-                     if name not in but and before.get(name, value) != value)
-
-
 def find_start(config):
     """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
     run, saved = Path(config.out_dir), checkpoints.saved_steps(config.out_dir, state=True)
@@ -331,6 +326,8 @@ def claim(settings, here, config):
     find_start's folder and step, and words for what is other.
     """
     run, known = Path(config.out_dir), None
+    if not run.exists():
+        find_start(config)  # a mistake in --branch_from leaves no folder
     checkpoints.lock(run)
     source, start = find_start(config)
     parent = source and source.parent / "config.json"
@@ -338,10 +335,9 @@ def claim(settings, here, config):
         known, but = run / "config.json", MAY_CHANGE
     elif source and (parent.exists() or (source / "training.json").exists()):  # not published
         known, but = parent, settings.keys() - SHARED
-    different = differences(read_json(known), settings, but) if known else ""
-    if different:
-        raise ValueError(f"{known} says otherwise: {different}. Go back to that, or begin a run of "
-                         "its own in another --out_dir")
+    if known and (different := differences(read_json(known), settings, but)):
+        raise ValueError(f"{known} says otherwise: {'; '.join(different)}. Go back to that, or "
+                         "begin a run of its own in another --out_dir")
     if not (run / "config.json").exists():
         write_json(run / "config.json", settings)
     try:
@@ -349,6 +345,7 @@ def claim(settings, here, config):
     except (OSError, ValueError):
         last = {}  # this is the first launch
     with open(run / "launches.jsonl", "a") as file:
+        file.write("\n")  # the last line may be torn
         print(json.dumps({"started": datetime.now().astimezone().isoformat(timespec="seconds"),
                           "command": [sys.executable, *sys.argv], "host": platform.node(),
                           **here}), file=file)
@@ -525,7 +522,8 @@ def train(model_config, config, intervention, launch, processes):
     tokens_per_step = config.batch_size * model_config.seq_length
     peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
     digest = checkpoints.chain_of(source)["digest"] if source else checkpoints.FIRST_DIGEST
-    log = Log(config, intervention, start, tokens_per_step, peak, digest, processes)
+    log = processes.together(
+        lambda: Log(config, intervention, start, tokens_per_step, peak, digest, processes))
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
             f"process(es) on {processes.device.type} in {str(training.dtype)[6:]}, "
@@ -535,7 +533,8 @@ def train(model_config, config, intervention, launch, processes):
     for line in batches.order.describe() if processes.rank == 0 else ():
         log.say(line)
     if source and changed:
-        log.say(f"bits can differ from step {start:,} on: since the last launch {changed}")
+        log.say(f"bits can differ from step {start:,} on: since the last launch "
+                + "; ".join(changed))
     if source is None:
         save(training, 0, True, log)
     processes.listen()
@@ -587,7 +586,9 @@ def main(model_config, config, intervention, launch, options, proof=None):
     if config.exact_sums and (launch.sharding == "fsdp" or launch.threads is None):
         fail("exact_sums = True: expected --sharding=ddp and --threads=N, since the bits of a "
              "matmul depend on the number of threads")
-    processes = Processes(launch.device, threads=launch.threads)
+    # Hashing 600 GB takes longer than the 30 minutes for which processes wait for each other.
+    patience = timedelta(days=1) if launch.check_data else None
+    processes = Processes(launch.device, patience, launch.threads)
 
     def prepare():
         compute_dtype(config.dtype, processes.device)  # may refuse it
@@ -615,7 +616,9 @@ def main(model_config, config, intervention, launch, options, proof=None):
 if __name__ == "__main__":
     try:
         arguments, proof = run(repeat_command, sys.argv[1:], SCHEMAS[:4])
-        *settings, _ = parse(arguments, *SCHEMAS)
+        *settings, asked = parse(arguments, *SCHEMAS)
+        if asked != ProofConfig() and not proof:
+            fail("replay and restore are given on the command line, not in a config file")
         run(main, *settings, proof)
     finally:
         run(checkpoints.finish_writing)

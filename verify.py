@@ -39,14 +39,14 @@ from tqdm import tqdm
 from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
                          manifest_of, moments_of, one_line, open_any, open_file, read_training,
                          saved_steps, step_folders, weight_files)
-from config import command, file_size, read_csv, read_json, write_json
+from config import check, command, file_size, read_csv, read_json, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
 MATRIX_WAY = 2.5  # the longest way of a matrix; of honest runs 1.5 was seen
 VECTOR_WAY = 18.0  # of a bias or LayerNorm, which are noisier; 4.6 was seen
 MIDDLE_WAY = 1.25  # of half a checkpoint's matrices; 1.0 was seen
-END = 6  # how many times as far from the next as that lets expect a checkpoint at an end may lie
+END = 6  # first and last may lie this many times as far from the next as the step behind suggests
 SAME_RUN = 0.05  # cosine of neighbours, mean of matrices; unrelated ones have less than 0.01
 
 
@@ -215,8 +215,9 @@ class Trajectory:
     def note_strays(self):
         """Note the tensors that are off the path; return each checkpoint's middle way of matrices.
 
-        A way is the square of the way through a checkpoint over that past it. At an end: of the way
-        to the next over the longest that the step behind that lets expect.
+        Ways are those of the module's docstring. The first and last checkpoint have one neighbour:
+        there it is the squared distance to it, over END**2 times the squared step behind it, scaled
+        to the number of training steps between.
         """
         next_to, beyond = (self.apart.diagonal(k, 1, 2).square() for k in (1, 2))
         through = torch.cat((next_to[:, :1], next_to[:, :-1] + next_to[:, 1:], next_to[:, -1:]), 1)
@@ -268,6 +269,9 @@ def check_path(scans):
 class Verify:
     folders: str  # a run (its step0, step1, ... are checked) or checkpoints, separated by commas
     steps: str | None = None  # expected: 0,1,512 or any; default: the run's, else Pythia's 154
+
+    def __post_init__(self):
+        check(self, "any, or numbers with commas", re.compile(r"any|\d+(,\d+)*").fullmatch, "steps")
 
 
 def find(folders):
@@ -353,7 +357,7 @@ def print_table(scans):
 PROVED = {"batch_sha256": "data", "learning_rate": "rate", "loss_scale": "loss scale",
           "loss": "loss", "grad_norm": "gradient"}
 TOLERANCE = 0.01  # of the loss, where other hardware or versions give other bits
-NOT_COMPUTED = ("started", "command", "host", "device", "check_data", "git_commit")  # of a launch
+NOT_COMPUTED = {"started", "command", "host", "device", "check_data", "git_commit"}  # of a launch
 
 
 def row_digests(batch):
@@ -430,10 +434,10 @@ def launches(run):
     return found
 
 
-def changes(before, now, but):
-    """Return "name a -> b" for what two launches have both and otherwise, but for some names."""
-    return [f"{name} {before[name]} -> {value}" for name, value in now.items()
-            if before.get(name, value) != value and name not in but]
+def differences(before, now, but):
+    """Say, in a list, what two objects have both and differently, except for some names."""
+    return [f"{name} was {before[name]!r}, is {value!r}" for name, value in now.items()
+            if name not in but and before.get(name, value) != value]
 
 
 @dataclass(frozen=True)
@@ -442,11 +446,11 @@ class ProofConfig:
     restore: str | None = None  # RUN/stepN: make any step again, from the full state before it
 
 
-def run_settings(run, schemas):
+def last_settings(run, schemas):
     """Return {setting: value} of these dataclasses, as a run was launched with them last."""
     settings = read_json(Path(run) / "config.json") | launches(run)[-1]
     known = {field.name for schema in schemas for field in fields(schema)}
-    return {name: value for name, value in settings.items() if name in known}
+    return {name: value for name, value in settings.items() if name in known - NOT_COMPUTED}
 
 
 def repeat_command(argv, schemas):
@@ -464,7 +468,7 @@ def repeat_command(argv, schemas):
                          "--restore=RUN/stepN")
     run, last = Path(found[2]), int(found[4] or found[3])
     wanted = int(found[3]) if found[4] else last - 1
-    settings = run_settings(run, schemas)
+    settings = last_settings(run, schemas)
     states = [branch_step(settings) or 0, *saved_steps(run, state=True)]
     first = max([step for step in states if step <= wanted], default=last)
     if first >= last or wanted >= last:
@@ -514,7 +518,7 @@ def prove(proof, repetition):
         print(f"steps {first} to {last} proved: {last - first} equal to the bit")
         return
     launched = itertools.product(launches(run), launches(repetition))
-    others = {words for before, now in launched for words in changes(before, now, NOT_COMPUTED)}
+    others = {words for before, now in launched for words in differences(before, now, NOT_COMPUTED)}
     differing = {name for name in PROVED for step in ours if ours[step][name] != theirs[step][name]}
     apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)
     if (others and differing and not differing & {"batch_sha256", "learning_rate"}

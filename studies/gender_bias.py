@@ -6,7 +6,7 @@ bias on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch ha
 trained on from the same checkpoint without the intervention. A parent that was trained to its end
 is that twin itself, bit for bit.
 
-    python -m studies.gender_bias branch --parents=RUN/step400,RUN2/step400 --output=BRANCHES
+    python -m studies.gender_bias branch --parents=RUN/step256,RUN2/step256 --output=BRANCHES
     python -m studies.gender_bias measure --pairs=CHILD:TWIN,CHILD2:TWIN2 --docs=DOCS --output=OUT
     python -m studies.gender_bias compare --results=OUT --plot=OUT/gender_bias.png
 
@@ -56,16 +56,16 @@ import torch
 
 import checkpoints
 import plots
-from config import command, replacing
+from config import command, read_json, replacing
 from data import load_npy
 from eval import find_all, loglikelihood, loglikelihood_rolling
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
 from studies.results import (Checkpoints, expecting, holm, open_results, regression,
                              tokenizer_of, write_table)
-from tasks import read_jsonl
+from tasks import read_jsonl, read_split, TASKS
 from train import TrainConfig
-from verify import run_settings
+from verify import last_settings
 
 FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "himself"}
 
@@ -76,7 +76,7 @@ FEMININE, MASCULINE = {"she", "her", "hers", "herself"}, {"he", "him", "his", "h
 
 
 def heldout_texts(folder):
-    return [doc["text"] for doc in read_jsonl(folder / "test.jsonl")]
+    return [doc["text"] for doc in read_jsonl(folder / "test.jsonl") if doc["text"]]
 
 
 def cost(model, tokenizer, folder):
@@ -145,9 +145,8 @@ def winobias(model, tokenizer, folder):
 
 
 def crows_gender(model, tokenizer, folder):
-    pairs = [(doc["sent_less"], doc["sent_more"])
-             for doc in read_jsonl(min(folder.glob("*.jsonl")))
-             if doc["bias_type"] == "gender"]
+    documents = read_split(folder.parent, TASKS["crows_pairs_english_gender"], "test")
+    pairs = [(doc["sent_less"], doc["sent_more"]) for doc in documents]
     return differences(model, tokenizer, pairs, list(range(len(pairs))))
 
 
@@ -173,7 +172,9 @@ def branch(options):
     pairs = []
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
-        settings = run_settings(run, (ModelConfig, TrainConfig, LaunchConfig))
+        settings = last_settings(run, (ModelConfig, TrainConfig, LaunchConfig))
+        if read_json(run / "config.json").get("intervention"):
+            raise ValueError(f"{run}: has an intervention of its own; branch it with train.py")
         ended = (run / f"step{settings.get('steps')}").is_dir()
         child = f"{options.output}/{run.name}_{options.intervention}"
         settings |= {
@@ -208,20 +209,21 @@ def measure(options):
     for pair in options.pairs.split(","):
         with expecting(pair, "CHILD:TWIN"):
             child, twin = pair.split(":")
-        control = {step: folder for _, step, _, folder in find_all(twin, options.steps)}
+        control = {step: (its, folder) for its, step, _, folder in find_all(twin, options.steps)}
         for name, step, _, folder in find_all(child, options.steps):
             place = Path(options.output) / name, step or 0
             if place in todo:
                 raise ValueError(f"two children are called {name} step {step}; rename a folder")
             if step in control:
-                todo[place] = folder, control[step]
+                its, other = control[step]
+                todo[place] = folder, other
+                open_results(place[0] / "pair.json", {"docs": options.docs, "twin": its})
     if not todo:
         raise ValueError(f"{options.pairs}: no child and twin have a step in common")
     tokenizer = tokenizer_of(itertools.chain(*todo.values()))
     names = [name for name, (_, folder, _) in MEASURES.items() if (docs / folder).is_dir()]
     if not names:
         raise ValueError(f"{docs}: none of heldout, winogender, winobias, crows_pairs is there")
-    open_results(Path(options.output) / "measure.json", {"docs": options.docs})
     for (output, step), both in todo.items():
         for side, folder in zip(("branch", "twin"), both):
             model = None

@@ -5,8 +5,6 @@ intervals cover the truth in 93 to 97 % (in more where neither seeds nor documen
 their own, as where each seed gives the documents other doses).
 """
 
-import csv
-import io
 import math
 import os
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 import checkpoints
-from config import read_json, replacing, write_json
+from config import csv_lines, read_json, replacing, write_json
 from tokenizer import load_tokenizer
 
 
@@ -55,10 +53,8 @@ def write_csv(path, header, rows):
     """Write a CSV, floats to 6 digits, None as an empty cell; return its cells as texts."""
     cells = [["" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
               for cell in row] for row in (header, *rows)]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(cells)
     with replacing(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(csv_lines(cells))
     return cells
 
 

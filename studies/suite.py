@@ -370,7 +370,7 @@ def all_claims(options, scale, runs, plans, found, half):
         claim("Term frequency", size, len(names), dose_claims(ends, its_plans))
         doses += dose_rows(size, ends, its_plans)
     doses += dose_rows(f"{middle} once", [found[f"{middle}_once"]], [plans["plan_1"]])
-    for swap in SWAPS:  # names, ends and plans are the largest size's
+    for swap in SWAPS:  # of the largest size, which the loop above took last
         swapped = [found[f"{name}_{swap}"] for name in names if f"{name}_{swap}" in found]
         n = len(swapped)
         claim("Gendered pronouns", largest, n, swap_claims(swap, ends[:n], swapped, its_plans[:n]))
@@ -407,7 +407,7 @@ def sentence(claim, size, seeds, value, _, low, high, p):
     return html.escape(f"{words} ({seeds} seed{'s' * (seeds > 1)})")
 
 
-def report(out, claims, planted):
+def report(out, claims, largest, planted):
     """Write OUT/report.html: of each study a figure, what the paper found, and what is here."""
     page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
             f"content='width=device-width'><title>Pythia in miniature</title><style>{STYLE}</style>"
@@ -420,7 +420,7 @@ def report(out, claims, planted):
         page.append(f'<h2>{study}</h2><p>The paper: {paper}<p>Here:<ul>')
         for its, *row in claims:
             if its == study:
-                bold = "b" if row[0] in PRIMARY else "span"
+                bold = "b" if row[0] in PRIMARY and row[1] == largest else "span"
                 page.append(f"<li><{bold}>{sentence(*row)}</{bold}>")
         page.append(f'</ul><img alt="{study}" src="data:image/png;base64,{png}">')
     with replacing(out / "report.html") as file:
@@ -457,7 +457,8 @@ def main(options):
                                         ("after the swap", f"_{SWAPS[0]}"))},
                       out / "occupations.png")
     planted = Counter(entry["group"] for entry in plans["plan_1"] for _ in entry["steps"])
-    report(out, claims, ", ".join(f"{group} at {n:,} places" for group, n in planted.items()))
+    report(out, claims, largest,
+           ", ".join(f"{group} at {n:,} places" for group, n in planted.items()))
 
 
 if __name__ == "__main__":

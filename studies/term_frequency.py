@@ -15,7 +15,8 @@ The same of TriviaQA, by how often a question's entities stood together, is left
 with linked entities, and the authors' repository has no code for it. (`eval.py --tasks=triviaqa`
 has the scores.)
 
-For a run of ours `count` takes --steps, --batch_size, --seq_length and --seed of its config.json.
+For a run of ours `count` takes --steps, --batch_size, --seq_length and --seed (the data_seed if
+there is one) of its config.json.
 That is an observation. The experiment: two branches of one checkpoint, of which one sees some sums
 more often, planted whole (interventions.py) or in rows that come more often; for several seeds.
 
