@@ -384,7 +384,7 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
     """Write a folder that takes the name `folder` only once all of it is on the disk.
 
     files: (name, {name: tensor}) one by one. notes: {name: object}, config.json among them. What
-    has the name already is kept as NAME.broken, or gets its moments if nothing else is new.
+    has the name already is kept as NAME.broken, unless it is the same but for its moments.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
@@ -400,25 +400,19 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
                 sync(path)
         write_manifest(temporary, digest, {file: entry.result() for file, entry in entries.items()})
         sync(temporary)
-        if is_intact(folder) and read_manifest(folder) == read_manifest(temporary):
-            os.rename(temporary / "optimizer", folder / "optimizer")
-            sync(folder)
-        else:
-            if os.path.lexists(folder):
-                broken = Path(f"{folder}.broken")
-                while os.path.lexists(broken):
-                    broken = Path(f"{broken}1")
-                os.rename(folder, broken)
-            os.rename(temporary, folder)
+        before = None
+        if os.path.lexists(folder):  # damaged, or without its moments
+            before = Path(f"{folder}.broken")
+            while os.path.lexists(before):
+                before = Path(f"{before}1")
+            os.rename(folder, before)
+        os.rename(temporary, folder)
         sync(folder.parent)
+        if (before and is_whole(before) and files_of(before).keys() <= files_of(folder).keys()
+                and read_manifest(before) == read_manifest(folder)):
+            shutil.rmtree(before, ignore_errors=True)
     finally:  # after an error, such as a full disk, the room is free again
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def is_intact(folder):
-    """Tell whether a checkpoint is whole and its files have the hashes in its manifest."""
-    return is_whole(folder) and all(describe_file(folder / name) == entry
-                                    for name, entry in manifest_of(folder).items())
 
 
 def write_notes(folder, notes, tokenizer):
@@ -614,10 +608,6 @@ class Fetch:
     steps: str = "143000"  # numbers with commas, or all: Pythia's 154
     out_dir: str | None = None  # run folder to fill with step0, step1, ...; default: NAME here
 
-    def __post_init__(self):
-        config.check(self, "all, or numbers with commas", re.compile(r"all|\d+(,\d+)*").fullmatch,
-                     "steps")
-
 
 def fetch(options):
     """Download published checkpoints; what is already whole is not downloaded again."""
@@ -682,7 +672,6 @@ def list_(options):
         loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
         size = sum(path.stat().st_size for path in files_of(folder).values()) / 1e6
         print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(held)}")
-    print(f"{len(folders)} checkpoints")
 
 
 if __name__ == "__main__":

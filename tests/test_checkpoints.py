@@ -103,13 +103,26 @@ def test_training_json_that_is_a_pipe_is_named_and_not_read(tmp_path, trained, c
     assert "NOT WHOLE" in capsys.readouterr().out.splitlines()[1]
 
 
-def test_moments_come_back_to_a_checkpoint_that_keeps_all_else(tmp_path, trained):
+def test_a_checkpoint_without_moments_gives_way_and_nothing_of_it_is_lost(tmp_path, trained):
     save(tmp_path, 2, *trained, STATE)
+    for notes, there in ((None, {"step2"}), ("mine", {"step2", "step2.broken"})):
+        shutil.rmtree(tmp_path / "step2/optimizer")
+        if notes:
+            (tmp_path / "step2/notes.txt").write_text(notes)
+        save(tmp_path, 2, *trained, STATE)
+        assert load_training(tmp_path, 2, *trained) == STATE | {"step": 2, "scheduled": True}
+        assert set(os.listdir(tmp_path)) == there
+    assert (tmp_path / "step2.broken/notes.txt").exists()
+
+
+def test_a_flipped_bit_does_not_outlive_the_weights_that_are_computed_anew(tmp_path, trained):
+    save(tmp_path, 2, *trained, STATE)
+    path = tmp_path / "step2/model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     shutil.rmtree(tmp_path / "step2/optimizer")
-    (tmp_path / "step2/notes.txt").write_text("mine")
     save(tmp_path, 2, *trained, STATE)
-    assert load_training(tmp_path, 2, *trained) == STATE | {"step": 2, "scheduled": True}
-    assert os.listdir(tmp_path) == ["step2"] and (tmp_path / "step2/notes.txt").exists()
+    assert path.read_bytes() == whole
 
 
 # ---------------------------------------------------------------------------- tensor files
