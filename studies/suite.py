@@ -239,7 +239,7 @@ def memorized_rows(options, scale, model, tokenizer, seed, plan, device):
         whole = matched_lengths(model, torch.tensor(rows, device=device), 32) == 32
         counts = [tuple(row) not in planted - counted for row in rows.tolist()]
         found.append(whole.cpu().numpy() & counts)
-    return np.concatenate(found)
+    return np.concatenate([np.empty(0, dtype=bool), *found])
 
 
 # ---------------------------------------------------------------------------- claims
@@ -317,7 +317,7 @@ def place_claims(half, found, plans, steps):
     claims = {f"{test} of memorized rows over windows": Estimate(value, p=by_permutation)
               for test, (value, _, by_permutation) in tests.items()}
     claims["p of this dispersion if rows were independent"] = Estimate(tests["dispersion"][1])
-    claims["share of memorized rows"] = Estimate(rows.mean())
+    claims["share of memorized rows"] = Estimate(rows.mean() if rows.size else None)
     group, text, lot, place, last, before, after = canary_table(half, found, plans)
     spread, burst = (group == "canary") & (last >= 0), group == "burst"
     gain, early = centred(after, lot), centred(before, lot)
