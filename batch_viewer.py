@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import command, replacing
-from data import (MASKED, Order, OrderedData, TokenFile, load_npy, order_paths,
-                  ordered, read_notes, span)
+from data import (MASKED, PROVENANCE, Order, OrderedData, TokenFile, load_npy, order_paths, ordered,
+                  read_notes, span)
 from interventions import IntervenedData, InterventionConfig
 from prepare import in_workers, progress
 from tokenizer import SPECIAL_RE, load_tokenizer
@@ -41,7 +41,8 @@ class Provenance:
         if self.known and os.path.exists(f"{prefix}_documents.npy"):
             self.table, notes = load_npy(f"{prefix}_documents.npy"), read_notes(prefix)
             self.subsets, self.files = notes.get("subsets"), notes.get("files")
-            if len(self.table) != n or not self.subsets or not self.files:
+            if (self.table.shape != (n,) or self.table.dtype != PROVENANCE
+                    or type(self.subsets) is not list or type(self.files) is not list):
                 raise ValueError(f"{prefix}_documents.npy and {prefix}.json do not belong to "
                                  f"{prefix}.idx ({n:,} documents); tokenize")
 

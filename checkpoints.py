@@ -14,9 +14,8 @@
                manifest.json        bytes and SHA-256 of every file above, written last; "chain":
                                     the digest of the step before (metrics.csv), one of all tensors
 
-Checkpoint N is the weights after N updates; step 0 is the initialisation. It is written in a folder
-.stepN.tmp, brought to the disk and then renamed, so that a killed process leaves either the whole
-of stepN or nothing by that name. Afterwards only all of optimizer/ may go (--state_every).
+A checkpoint is written in a folder .stepN.tmp, brought to the disk and then renamed: a kill leaves
+the whole of stepN or nothing by that name. Afterwards only optimizer/ may go (--state_every).
 
 Files come from strangers: tensors are read by the safetensors library, or by torch.load with
 weights_only, so that nothing in a file runs. Sources: transformers' GPTNeoXForCausalLM, 4.24 to 5;
@@ -78,8 +77,8 @@ def open_file(path):
             file = safe_open(path, framework="pt")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         for name, tensor in tensors.items():
-            if not (name.isprintable() and tensor.layout is torch.strided
-                    and tensor.is_contiguous()):
+            if not (name.isprintable() and tensor.layout is torch.strided and not tensor.is_nested
+                    and tensor.device.type == "cpu" and tensor.is_contiguous()):
                 raise ValueError(f"{name!r:.50} is not a plain tensor")
     except Exception as error:  # a broken or hostile file raises whatever it likes
         raise ValueError(f"{path}: not a whole file of tensors alone: {one_line(error)}") from None
@@ -196,7 +195,8 @@ def manifest_of(folder):
 def chain_of(folder):
     """Return {"digest", "state_sha256"} of a manifest; without them, as before the first step."""
     chain = read_manifest(folder).get("chain")
-    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if type(chain) is dict else {})
+    valid = type(chain) is dict and all(type(value) is str for value in chain.values())
+    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if valid else {})
 
 
 def describe_file(path):
@@ -286,7 +286,11 @@ def load_training(run, step, model, optimizer):
     if not training or not (folder / "optimizer").exists():
         return None
     moments = moments_of(folder)
-    for name, parameter in parameters.items() if training["updates"] else ():  # else there are none
+    if not training["updates"]:
+        return training  # there are no moments yet
+    check_tensors(folder / "optimizer", moments, {
+        f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in MOMENTS})
+    for name, parameter in parameters.items():
         state = {"step": torch.tensor(float(training["updates"]), device=parameter.device)}
         for kind in MOMENTS:
             state[kind] = torch.empty_like(parameter)

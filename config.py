@@ -180,7 +180,7 @@ def explain(error):
     """Return the line that a user reads for an exception: an OSError names its file first."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return " ".join(str(error).splitlines())
 
 
 # ---------------------------------------------------------------------------- files

@@ -316,8 +316,8 @@ def load_npy(path):
     """Return a memory-mapped .npy file; never unpickles. Raises ValueError naming the file."""
     file_size(path)
     try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header raises whatever it likes
         raise ValueError(f"{path}: not a whole .npy file ({error}); delete it to rebuild") from None
 
 
@@ -359,6 +359,9 @@ class OrderedData:
         """Map the order's files, built if need be; compare lengths and 300 rows with the tokens."""
         if not all(map(os.path.exists, self.paths)):
             arrays = build_order(self.tokens.sizes, self.seq_length, num_samples, seed)
+            stem = self.paths[0].removesuffix("_doc_idx.npy")
+            for stale in glob(f"{escape(stem)}_inverse_*_idx.npy"):  # batch_viewer.py's, of another
+                os.unlink(stale)
             for path, array in zip(self.paths, arrays):
                 with replacing(path) as file:
                     np.save(file, array)
@@ -464,7 +467,10 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
-        check(self, "at least 1", lambda value: value >= 1, "steps", "batch_size", "seq_length")
+        whole = lambda value: type(value) is int and 0 <= value < 2**32  # config.json may be damaged
+        check(self, "at least 1", lambda value: whole(value) and value, "steps", "batch_size",
+              "seq_length")
+        check(self, "0 to 2^32 - 1", whole, "seed")
 
 
 @dataclass(frozen=True)

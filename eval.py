@@ -111,13 +111,13 @@ def make_packs(rows, P):
     """Return Packs of sorted rows behind their common P tokens.
 
     A row joins the pack of the one before if they share a quarter of it, and if the tree stays
-    below four times it, as attention sees the whole tree.
+    below twice its length, as attention sees the whole tree.
     """
     packs, before = [], []
     for index, row, n in rows:
         row = row.tolist()
         shared = len(os.path.commonprefix([before[:-1], row[:-1]]))
-        small = packs and P + len(packs[-1].tokens) + len(row) - shared <= 4 * len(row)
+        small = packs and P + len(packs[-1].tokens) + len(row) - shared <= 2 * len(row)
         if not small or 4 * shared < len(row):
             packs.append(Pack(P))
             shared = P
@@ -250,8 +250,11 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
     def decode(tokens):
         return tokenizer.decode([token for token in tokens if token != 1])  # 1 is <|padding|>
 
+    # The last tokens that can hold a stop; 3 more for a character that is cut in two.
+    window = max((len(words.encode()) for words in stops), default=0) + 3
+
     def finished(new):
-        return torch.tensor([bool(stop.search(decode(row))) for row in new.tolist()])
+        return torch.tensor([bool(stop.search(decode(row))) for row in new[:, -window:].tolist()])
 
     room, device = model.config.seq_length - n_tokens, model.embed_in.weight.device
     encoded = [(tokenizer.encode_lines(prompt) or [ENDOFTEXT])[-room:] for prompt in prompts]
@@ -312,6 +315,9 @@ def plan_job(job, tokenizer, L, batch_tokens):
 def answer(model, tokenizer, job, batch_tokens=BATCH_TOKENS):
     """Return a result for each request: (log-likelihood, is_greedy), or (text,)."""
     if job.task.kind == "generate":
+        if job.task.n_tokens >= model.config.seq_length:
+            raise ValueError(f"{job.name}: {job.task.n_tokens} new tokens do not fit in "
+                             f"{model.config.seq_length} tokens of context")
         texts = generate_until(model, tokenizer, [prompt for [prompt] in job.requests],
                                job.task.stops, job.task.n_tokens, batch_tokens)
         return [(text,) for text in texts]
@@ -555,23 +561,23 @@ def losses(config):
     processes = Processes(config.device, timeout=timedelta(days=30))
     entries = find_all(config.model, config.steps)
     rows, what = loss_rows(config, entries)
-    path, done = Path(f"{config.output}.json"), 0
-    if path.exists():
+    path, arrays, done = f"{config.output}.json", f"{config.output}.npy", 0
+    shape = len(entries), len(rows), rows.shape[1] - 1
+    at = [what | {"checkpoints": what["checkpoints"][:n]} for n in range(len(entries) + 1)]
+    if os.path.exists(path):
         before = read_json(path)
-        done = len(before.get("checkpoints", ()))
-        there = load_npy(f"{config.output}.npy")
-        if before != what | {"checkpoints": what["checkpoints"][:done]} or (
-                len(there) != len(entries)):
+        done = at.index(before) if before in at else None
+        if done is None or (done and load_npy(arrays).shape != shape):
             raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
-    if not done and os.path.exists(f"{config.output}.npy"):
-        raise ValueError(f"{config.output}.npy: there without its .json; move it away or name "
-                         "another --output")
+    elif os.path.exists(arrays):
+        raise ValueError(f"{arrays}: there without its .json; move it away or name another "
+                         "--output")
     processes.agree({"the rows": what, "what is there already": done})
     if processes.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = np.lib.format.open_memmap(
-            f"{config.output}.npy", "r+" if done else "w+", np.float32,
-            (len(entries), len(rows), rows.shape[1] - 1))
+        write_json(path, at[done])
+        results = np.lib.format.open_memmap(arrays, "r+" if done else "w+", np.float32, shape)
+        with open(arrays, "r+b") as file:  # a full disk shows now, not in the midst of a store
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(arrays))
     batches = torch.tensor(rows[processes.rank::processes.count], device=processes.device).split(
         max(1, config.batch_tokens // rows.shape[1]))
     for i in tqdm(range(done, len(entries)), disable=processes.rank > 0 or None):
@@ -584,9 +590,9 @@ def losses(config):
                 results[i, rank::processes.count] = part
         if processes.rank == 0:
             results.flush()
-            write_json(path, what | {"checkpoints": what["checkpoints"][:i + 1]})
+            write_json(path, at[i + 1])
     if processes.rank == 0:
-        print(f"{config.output}.npy: {len(entries)} checkpoints, {len(entries) - done} done now")
+        print(f"{arrays}: {len(entries)} checkpoints, {len(entries) - done} done now")
     leave_processes()
 
 

@@ -258,7 +258,8 @@ def read_plan(path):
             if name in entries or not text or not steps_fit:
                 raise ValueError("expected a new id, a text, and steps from 0")
             entries[name] = entry
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError,
+                RecursionError) as error:
             raise ValueError(f"{path}, line {i}: not a planted document ({type(error).__name__}: "
                              f"{error})") from None
     return list(entries.values())

@@ -56,28 +56,36 @@ def grid(n, columns, width, height, legend=0.0, **options):
 
 def finish(figure, output):
     """Write the figure to a file and return it."""
-    figure.savefig(output, dpi=150)
+    with replacing(output) as file:
+        figure.savefig(file, dpi=150, format=Path(output).suffix[1:] or "png")
     pyplot().close(figure)
     print(output)
     return figure
 
 
+def column(rows, name):
+    """Return the cells of a column, or raise ValueError if there is none of this name."""
+    if rows and name not in rows[0]:
+        raise ValueError(f"no column {name}: another file than this figure's")
+    return [row[name] for row in rows]
+
+
 def numbers(rows, *names):
     """Return columns as arrays of numbers; an empty cell is nan, which is not drawn."""
-    return [np.array([float(row[name] or "nan") for row in rows]) for name in names]
+    return [np.array([float(cell or "nan") for cell in column(rows, name)]) for name in names]
 
 
 def in_order(rows, name="step", /, **kept):
     """Return the rows that have these cells, by the number in column `name`."""
-    if rows and (absent := {name, *kept} - rows[0].keys()):
-        raise ValueError(f"no column {', '.join(absent)}: another file than this figure's")
+    for key in (name, *kept):
+        column(rows, key)
     chosen = [row for row in rows if all(row[key] == cell for key, cell in kept.items())]
     return sorted(chosen, key=lambda row: float(row[name]))
 
 
 def unique(rows, name):
     """Return the different cells of a column, in the rows' order."""
-    return list(dict.fromkeys(row[name] for row in rows))
+    return list(dict.fromkeys(column(rows, name)))
 
 
 def shades(names):

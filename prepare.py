@@ -48,7 +48,7 @@ def input_files(spec):
         elif os.path.exists(item):
             found = [path]
         else:  # pathlib's ** follows no links, which may form circles
-            found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+            found = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if item else ()
         found = sorted(str(file) for file in found
                        if file.name.endswith(SUFFIXES) and not file.is_dir())
         if not found:

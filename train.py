@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 
 import checkpoints
-from config import Table, check, fail, note, parse, read_json, run, write_json
+from config import Table, check, fail, file_size, note, parse, read_json, run, write_json
 from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
@@ -329,6 +329,8 @@ def claim(settings, here, config):
     if not run.exists():
         find_start(config)  # a mistake in --branch_from leaves no folder
     checkpoints.lock(run)
+    for path in filter(os.path.lexists, (run / "launches.jsonl", run / "log.txt")):
+        file_size(path)  # refuses a pipe
     source, start = find_start(config)
     parent = source and source.parent / "config.json"
     if (run / "config.json").exists() or checkpoints.step_folders(run):

@@ -427,7 +427,7 @@ def launches(run):
     """Return the objects in RUN/launches.jsonl but for those that a full disk has cut."""
     found = []
     for line in open(Path(run) / "launches.jsonl", errors="replace"):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, RecursionError):
             found.append(dict(json.loads(line)))
     if not found:
         raise ValueError(f"{run}/launches.jsonl: does not say how the run was computed")
