@@ -467,7 +467,8 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
-        whole = lambda value: type(value) is int and 0 <= value < 2**32  # config.json may be damaged
+        # A run's config.json, from which they may come, holds what a stranger has written.
+        whole = lambda value: type(value) is int and 0 <= value < 2**32
         check(self, "at least 1", lambda value: whole(value) and value, "steps", "batch_size",
               "seq_length")
         check(self, "0 to 2^32 - 1", whole, "seed")
