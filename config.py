@@ -288,7 +288,8 @@ def read_csv(path, torn=False):
             rows.append(dict(zip(names, cells, strict=True)))
             number = lines.line_num + 1
     except (ValueError, csv.Error):
-        raise ValueError(f"{path}, line {number}: is no row of this CSV file") from None
+        raise ValueError(f"{path}, line {number}: is no row of this CSV file; mend it or move the "
+                         "file away") from None
     if not rows and not torn:
         raise ValueError(f"{path}: holds no rows")
     return rows
@@ -315,8 +316,9 @@ class Table:
         if not header.startswith(before[:len(header)]):  # a kill may have cut it
             raise ValueError(f"{path}, line 1: found {before[:len(header)]!r}, expected "
                              f"{','.join(columns)}; mend it or move the file away")
+        rows = read_csv(path, torn=True)
         try:
-            self.rows = list(filter(keep, read_csv(path, torn=True)))
+            self.rows = list(filter(keep, rows))
         except ValueError as error:  # of keep, for a cell that is no number
             raise ValueError(f"{path}: {error}; mend it or move the file away") from None
         text = header + csv_lines(row.values() for row in self.rows)
