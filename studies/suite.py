@@ -211,7 +211,7 @@ def heldout(model, tokenizer, docs):
 
 
 def asked_of_places(plan, tokenizer, steps):
-    """Return the steps whose rows are asked for dispersion and trend, the canaries that count.
+    """Return the steps whose rows are asked for dispersion and trend, and canaries left out there.
 
     What is planted would hide what is asked. A step with a burst has less room for canaries, so its
     rows are left out. And rows of unequal rates are nearly Poisson only where few are memorized
@@ -219,25 +219,24 @@ def asked_of_places(plan, tokenizer, steps):
     rejected at 5 % in half of all plans, with them in 2.5 %, whatever is learnt (test_suite.py).
     """
     of_bursts = {step for entry in plan if entry["group"] == "burst" for step in entry["steps"]}
-    counted = asked(plan, "canary")[::4]
-    return ([step for step in range(steps) if step not in of_bursts],
-            {tuple(tokenizer.encode(entry["text"])) for entry in counted})
+    left_out = {tuple(tokenizer.encode(entry["text"]))
+                for i, entry in enumerate(asked(plan, "canary")) if i % 4}
+    return [step for step in range(steps) if step not in of_bursts], left_out
 
 
 def memorized_rows(options, scale, model, tokenizer, seed, plan, device):
     """Return whether rows, as they were trained on, are (32, 32)-memorized and count, in order."""
-    steps, counted = asked_of_places(plan, tokenizer, options.steps)
+    steps, left_out = asked_of_places(plan, tokenizer, options.steps)
     data = OrderedData(f"{options.data}/prose", scale.length,
                        samples_needed(options.steps, scale.batch), seed)
     served = IntervenedData(data, tokenizer, InterventionConfig(
         intervention="plant", planted=f"{options.data}/plan_{seed}.jsonl"))
-    planted = {tuple(tokenizer.encode(entry["text"])) for entry in asked(plan, "canary")}
     found = []
     for start in range(0, len(steps), 64):
         rows = np.concatenate([served.step_rows(step, scale.batch)[:, :64]
                                for step in steps[start:start + 64]])
         whole = matched_lengths(model, torch.tensor(rows, device=device), 32) == 32
-        counts = [tuple(row) not in planted - counted for row in rows.tolist()]
+        counts = [tuple(row) not in left_out for row in rows.tolist()]
         found.append(whole.cpu().numpy() & counts)
     return np.concatenate([np.empty(0, dtype=bool), *found])
 

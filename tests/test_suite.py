@@ -100,11 +100,12 @@ def test_what_is_planted_has_no_places_of_its_own(tokenizer, tmp_path):
             path.write_text("".join(json.dumps(entry) + "\n" for entry in plan))
             act = plant(SimpleNamespace(seq_length=128), cached,
                         InterventionConfig(intervention="plant", planted=str(path)))
-            steps, counted = asked_of_places(plan, cached, 2560)
+            steps, left_out = asked_of_places(plan, cached, 2560)
             repeated = {tuple(encode(entry["text"])) for entry in plan
                         if entry["group"] == "canary" and entry["dose"] > 4}
             rows = np.concatenate([act(step, pattern.copy())[:, :64] for step in steps])
-            whole.append(np.array([tuple(row) in counted & repeated for row in rows.tolist()]))
+            counted = repeated - left_out
+            whole.append(np.array([tuple(row) in counted for row in rows.tolist()]))
         shortest = min(map(len, whole))
         counts = sum(window_counts(rows[:shortest], WINDOW) for rows in whole)
         p_values.append([p for *_, p in poisson_tests(counts, 3 * WINDOW).values()])
