@@ -39,8 +39,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import config
-from config import command, file_size, note, read_csv, read_json, sha256_of, write_json
+from config import (LOCKS, check, command, explain, file_size, lock as lock_file, note, read_csv,
+                    read_json, sha256_of, write_json)
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
@@ -285,9 +285,9 @@ def load_training(run, step, model, optimizer):
         fill(parameter, weights[hf_name(name)])
     if not training or not (folder / "optimizer").exists():
         return None
-    moments = moments_of(folder)
     if not training["updates"]:
         return training  # there are no moments yet
+    moments = moments_of(folder)
     check_tensors(folder / "optimizer", moments, {
         f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in MOMENTS})
     for name, parameter in parameters.items():
@@ -457,7 +457,7 @@ def make_room(run, step, state_every):
 def lock(run):
     """Make a run folder, locked until this process ends; remove what a killed one left."""
     Path(run).mkdir(parents=True, exist_ok=True)
-    config.LOCKS.append(config.lock(Path(run) / ".lock"))
+    LOCKS.append(lock_file(Path(run) / ".lock"))
     for path in Path(run).glob(".step*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -576,7 +576,7 @@ class Import:
     push: bool = False  # print the command that uploads the output
 
     def __post_init__(self):
-        config.check(self, "float32, float16 or bfloat16", FLOATS.__contains__, "dtype")
+        check(self, "float32, float16 or bfloat16", FLOATS.__contains__, "dtype")
 
 
 def import_(options):
@@ -670,7 +670,7 @@ def list_(options):
             if training := read_training(folder, step):
                 tokens = f"{training['tokens']:,}"
         except (ValueError, OSError) as error:
-            held.append(config.explain(error))
+            held.append(explain(error))
         held += [name for name in ("optimizer", "tokenizer.json", "manifest.json")
                  if (folder / name).exists()]
         loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
