@@ -360,8 +360,7 @@ class EvalConfig(Models):
 
     def __post_init__(self):
         check(self, " or ".join(STYLES), STYLES.__contains__, "style")
-        check(self, "float32, float16 or bfloat16",
-              ("float32", "float16", "bfloat16").__contains__, "dtype")
+        check(self, "float32, float16 or bfloat16", checkpoints.FLOATS.__contains__, "dtype")
         check(self, "at least 0", lambda value: value >= 0, "shots")
         check(self, "at least 1", lambda value: value >= 1, "limit", "batch_tokens")
 
@@ -407,7 +406,7 @@ def main(config):
         path = checkpoints.folder_tokenizer(entry[3], config.tokenizer)
         tokenizer = tokenizer or load_tokenizer(path)  # all are the same
         model = checkpoints.load_model(entry[3], processes.device)
-        model = model.to(getattr(torch, config.dtype))
+        model = model.to(checkpoints.FLOATS[config.dtype])
         for job in todo:
             results = answer(model, tokenizer, job, config.batch_tokens)
             if processes.rank == 0:

@@ -92,8 +92,7 @@ class TrainConfig:
     twin: bool = False  # then train the same without its intervention too, in OUT_DIR_twin
 
     def __post_init__(self):
-        check(self, "float32, bfloat16 or float16",
-              ("float32", "bfloat16", "float16").__contains__, "dtype")
+        check(self, "float32, bfloat16 or float16", checkpoints.FLOATS.__contains__, "dtype")
         check(self, "at least 1", lambda value: value >= 1, "steps", "batch_size", "stop_at",
               "checkpoint_every", "state_every", "log_every")
         check(self, "at least 0", lambda value: value >= 0, "weight_decay", "warm_moments")
