@@ -56,9 +56,10 @@ import torch
 
 import checkpoints
 import plots
-from config import command, read_json, replacing
+from config import command, replacing
 from data import load_npy
 from eval import find_all, loglikelihood, loglikelihood_rolling
+from interventions import InterventionConfig
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
 from studies.results import (Checkpoints, expecting, holm, open_results, regression,
@@ -172,8 +173,8 @@ def branch(options):
     pairs = []
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
-        settings = last_settings(run, (ModelConfig, TrainConfig, LaunchConfig))
-        if read_json(run / "config.json").get("intervention"):
+        settings = last_settings(run, (ModelConfig, TrainConfig, InterventionConfig, LaunchConfig))
+        if settings.get("intervention"):
             raise ValueError(f"{run}: has an intervention of its own; branch it with train.py")
         ended = (run / f"step{settings.get('steps')}").is_dir()
         child = f"{options.output}/{run.name}_{options.intervention}"
