@@ -63,29 +63,29 @@ def finish(figure, output):
     return figure
 
 
-def column(rows, name):
-    """Return the cells of a column, or raise ValueError if there is none of this name."""
-    if rows and name not in rows[0]:
-        raise ValueError(f"no column {name}: another file than this figure's")
-    return [row[name] for row in rows]
+def require(rows, *names):
+    """Raise ValueError unless the rows have these columns."""
+    if rows and (absent := set(names) - rows[0].keys()):
+        raise ValueError(f"no column {', '.join(absent)}: another file than this figure's")
 
 
 def numbers(rows, *names):
     """Return columns as arrays of numbers; an empty cell is nan, which is not drawn."""
-    return [np.array([float(cell or "nan") for cell in column(rows, name)]) for name in names]
+    require(rows, *names)
+    return [np.array([float(row[name] or "nan") for row in rows]) for name in names]
 
 
 def in_order(rows, name="step", /, **kept):
     """Return the rows that have these cells, by the number in column `name`."""
-    for key in (name, *kept):
-        column(rows, key)
+    require(rows, name, *kept)
     chosen = [row for row in rows if all(row[key] == cell for key, cell in kept.items())]
     return sorted(chosen, key=lambda row: float(row[name]))
 
 
 def unique(rows, name):
     """Return the different cells of a column, in the rows' order."""
-    return list(dict.fromkeys(column(rows, name)))
+    require(rows, name)
+    return list(dict.fromkeys(row[name] for row in rows))
 
 
 def shades(names):
