@@ -187,6 +187,19 @@ def explain(error):
 
 
 @contextmanager
+def expecting(path, what):
+    """Raise ValueError saying that `path` is not `what` if anything goes wrong in this block.
+
+    For reading what a stranger wrote: a damaged or hostile file raises whatever it likes.
+    """
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).removeprefix(f"{path}: ").split())[:200]
+        raise ValueError(f"{path}: not {what} ({type(error).__name__}: {words})") from None
+
+
+@contextmanager
 def replacing(path):
     """Open a file that takes the place of `path` only once it is complete and on the disk.
 

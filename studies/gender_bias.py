@@ -56,14 +56,14 @@ import torch
 
 import checkpoints
 import plots
-from config import command, replacing
+from config import command, expecting, replacing
 from data import load_npy
 from eval import find_all, loglikelihood, loglikelihood_rolling
 from interventions import InterventionConfig
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
-from studies.results import (Checkpoints, expecting, holm, open_results, regression,
-                             tokenizer_of, write_table)
+from studies.results import (Checkpoints, holm, open_results, regression, tokenizer_of,
+                             write_table)
 from tasks import read_jsonl, read_split, TASKS
 from train import TrainConfig
 from verify import last_settings

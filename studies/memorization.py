@@ -52,14 +52,14 @@ from tqdm import tqdm
 
 import checkpoints
 import plots
-from config import check, command, read_json, replacing
+from config import check, command, expecting, read_json, replacing
 from data import load_npy, order_of, ordered, span
 from eval import find_all
 from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes, leave_processes
-from studies.results import (Checkpoints, expecting, open_results, permutation_p, student_p,
-                             write_csv, write_table)
+from studies.results import (Checkpoints, open_results, permutation_p, student_p, write_csv,
+                             write_table)
 
 UNKNOWN = 255  # in a .npy that is being made
 

@@ -7,7 +7,6 @@ their own, as where each seed gives the documents other doses).
 
 import math
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,15 +26,6 @@ class Checkpoints:
 def tokenizer_of(folders):
     """Return the one Tokenizer of checkpoints' folders; ValueError if one has another than ours."""
     return load_tokenizer([checkpoints.folder_tokenizer(folder) for folder in folders][0])
-
-
-@contextmanager
-def expecting(path, what):
-    """Raise ValueError saying that `path` is not `what` if reading it goes wrong in this block."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
 
 
 def open_results(path, settings):

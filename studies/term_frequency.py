@@ -58,12 +58,12 @@ import numpy as np
 from tqdm import tqdm
 
 import checkpoints
-from config import command, read_csv, read_json, write_json
+from config import command, expecting, read_csv, read_json, write_json
 from data import Order, ordered
 from eval import find_all, generate_until, loglikelihood
 from parallel import Processes
 from prepare import in_workers
-from studies.results import (Checkpoints, Estimate, expecting, open_results, regression,
+from studies.results import (Checkpoints, Estimate, open_results, regression,
                              tokenizer_of, write_csv, write_table)
 from tokenizer import load_tokenizer
 
