@@ -5,7 +5,7 @@
 
 About 655,000 tokens a run: prose that comes once, and in it canaries, bursts, facts, occupations
 and sums, each at as many places as its dose, drawn by the seed and declared in a plan file
-(studies/corpus.py). Three seeds of order, initialisation and doses; a twin of one run whose planted
+(studies/corpus.py). Five seeds of order, initialisation and doses; a twin of one run whose planted
 documents come once at most, as deduplicated; and branches of the largest model with pronouns
 swapped in the last quarter, as pushed to gpt-neox for one. The control of a branch is its parent's
 own continuation: bit for bit what a twin would be. On a CPU as many runs go on side by side as it
@@ -84,7 +84,7 @@ class SuiteConfig:
     data: str = "data/suite"
     scale: str = "cpu"  # or gpu
     steps: int = 2560  # of every run
-    seeds: int = 3  # of all sizes but the smallest
+    seeds: int = 5  # of all sizes but the smallest
     planted: float = 1.0  # less plants fewer documents of everything
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
