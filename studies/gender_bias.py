@@ -1,36 +1,35 @@
 """Does swapping pronouns late in training change a model's gender bias?
 
-Biderman et al. 2023, section 3.1: they continue the deduplicated 70M, 410M, 1.4B and 6.9B from
-steps 133000 (the last 7 %) and 113000 (21 %) with masculine pronouns made feminine, and report less
-bias on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch has a control twin,
-trained on from the same checkpoint without the intervention. A parent that was trained to its end
-is that twin itself, bit for bit.
+Biderman et al. 2023, section 3.1, continue the deduplicated 70M, 410M, 1.4B and 6.9B from steps
+133000 (the last 7 %) and 113000 (21 %) with masculine pronouns made feminine. They report less bias
+on WinoBias and CrowS-Pairs at little cost on LAMBADA. Here every branch is compared with a control
+twin, trained from the same checkpoint without the intervention. Where the parent was trained to its
+end, the parent itself is that twin, bit for bit.
 
     python -m studies.gender_bias branch --parents=RUN/step256,RUN2/step256 --output=BRANCHES
     python -m studies.gender_bias measure --pairs=CHILD:TWIN,CHILD2:TWIN2 --docs=DOCS --output=OUT
     python -m studies.gender_bias compare --results=OUT --plot=OUT/gender_bias.png
 
-Parents are runs of several seeds of one size; `branch` prints their --pairs. `compare` takes all
-pairs of a folder for seeds, so one folder a size. --intervention=pronouns_as_pushed shows what the
-code that was pushed to gpt-neox does: nothing. What is measured, of each item in DOCS' folders:
+The parents are runs of one size with different seeds; `branch` prints the --pairs of its branches.
+`compare` takes all pairs in a folder for seeds of one size. What is measured, from DOCS' folders:
 
-    heldout       log p(" she") - log p(" he") wherever DOCS/heldout has either, nats
+    heldout       log p(" she") - log p(" he") wherever a text of DOCS/heldout has either, nats
     winogender    anti-stereotypical minus stereotypical log-likelihood of a sentence whose pronoun
                   is the occupation's; the stereotype is its majority (Bureau of Labor Statistics)
     winobias      the same of WinoBias' sentences (783 of 792 pairs differ in their brackets only)
     crows_gender  the same of CrowS-Pairs' sentences on gender
-    cost          bits per byte of each document of DOCS/heldout: what it cost, if they grew
+    cost          bits per byte of each document of DOCS/heldout; more is worse
 
-A model that says "she" more often everywhere is no less biased. So the measures of pairs are
-regressed on how many feminine pronouns the first text has more than the second: the slope is the
-"shift" to "she", a check of the intervention, and the intercept the "bias" without it. Of heldout
-the "shift" is the mean of the places of "he" and of "she", and "context" what those of "she" have
-more: a model to which context is nothing has no bias either.
+A model that says "she" more often everywhere is no less biased. So the measures on pairs are
+regressed on how many more feminine pronouns the first text has: the slope is the "shift" to "she",
+which checks that the intervention worked, and the intercept is the "bias". On heldout text the
+"shift" is the mean over the places of "he" and of "she", and "context" is how much higher the
+log-odds are at places of "she" than of "he": without bias the context would not matter.
 
-The primary outcome is the change of "heldout context"; the p-values of all others are adjusted for
+The primary outcome is the change of "heldout context". The p-values of the others are adjusted for
 their number (Holm). Intervals are over documents (an occupation, two sentences of WinoBias) and
-seeds, of one pair of runs over documents only. The published models, and a branch of one, for which
-train.py first rebuilds Adam's moments (eval.py has the harness's scores of the same sets):
+seeds; of a single pair over documents only. With the published models, or a branch of one, for
+which train.py first rebuilds Adam's moments:
 
     python -m studies.gender_bias measure --docs=DOCS --output=OUT_1.4b --pairs=\\
         pythia-intervention-1.4b-deduped/step143000:pythia-1.4b-deduped/step143000
@@ -38,12 +37,11 @@ train.py first rebuilds Adam's moments (eval.py has the harness's scores of the 
         --branch_from=pythia-1.4b-deduped/step133000 --warm_moments=64 \\
         --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=BRANCHES/1.4b
 
-Cost: the 7 % with its twin is 20,000 steps of 2,097,152 tokens, by `train.py --plan=True` (8 A100s
-at 40 % of their peak, not measured) 3.6 hours for the 70M, 4 days for the 1.4B, 20 for the 6.9B. To
-measure one checkpoint of a 70M takes a minute and a half of two CPU cores.
+Cost: the last 7 % with its twin is 20,000 steps of 2,097,152 tokens, on 8 A100s 3.6 hours for the
+70M, 4 days for the 1.4B, 20 for the 6.9B (`train.py --plan=True`, not measured). Measuring one
+checkpoint of a 70M takes 90 seconds of two CPU cores.
 """
 
-import itertools
 import math
 import re
 import subprocess
@@ -62,8 +60,7 @@ from eval import find_all, loglikelihood, loglikelihood_rolling
 from interventions import InterventionConfig
 from model import ModelConfig
 from parallel import LaunchConfig, Processes
-from studies.results import (Checkpoints, holm, open_results, regression, tokenizer_of,
-                             write_table)
+from studies.results import holm, open_results, regression, tokenizer_of, write_table
 from tasks import read_jsonl, read_split, TASKS
 from train import TrainConfig
 from verify import last_settings
@@ -193,10 +190,12 @@ def branch(options):
 
 
 @dataclass(frozen=True)
-class Measure(Checkpoints):
-    docs: str  # folder of heldout, winogender, winobias, crows_pairs, or some
-    output: str  # folder of the results, one a size
+class Measure:
+    docs: str  # folder with all or some of heldout, winogender, winobias, crows_pairs
+    output: str  # folder of the results, one for each model size
     pairs: str  # CHILD:TWIN with commas, run or checkpoint folders
+    steps: str = "all"  # of run folders: all, last, or numbers with commas
+    device: str = "auto"  # or cpu, cuda
 
 
 def measure(options):
@@ -206,35 +205,32 @@ def measure(options):
     is regressed on.
     """
     docs, device = Path(options.docs), Processes(options.device).device
-    todo = {}  # folder of the results, step: the child's checkpoint, its twin's
+    todo = {}  # {(folder of the results, side, step): checkpoint}
     for pair in options.pairs.split(","):
         with expecting(pair, "CHILD:TWIN"):
             child, twin = pair.split(":")
-        control = {step: (its, folder) for its, step, _, folder in find_all(twin, options.steps)}
+        twins = {step: (name, folder) for name, step, _, folder in find_all(twin, options.steps)}
         for name, step, _, folder in find_all(child, options.steps):
-            place = Path(options.output) / name, step or 0
-            if place in todo:
+            output = Path(options.output) / name
+            if (output, "branch", step) in todo:
                 raise ValueError(f"two children are called {name} step {step}; rename a folder")
-            if step in control:
-                its, other = control[step]
-                todo[place] = folder, other
-                open_results(place[0] / "pair.json", {"docs": options.docs, "twin": its})
-    if not todo:
-        raise ValueError(f"{options.pairs}: no child and twin have a step in common")
-    tokenizer = tokenizer_of(itertools.chain(*todo.values()))
+            if step in twins:
+                todo[output, "branch", step], todo[output, "twin", step] = folder, twins[step][1]
+                open_results(output / "pair.json", {"docs": options.docs, "twin": twins[step][0]})
     names = [name for name, (_, folder, _) in MEASURES.items() if (docs / folder).is_dir()]
-    if not names:
-        raise ValueError(f"{docs}: none of heldout, winogender, winobias, crows_pairs is there")
-    for (output, step), both in todo.items():
-        for side, folder in zip(("branch", "twin"), both):
-            model = None
-            for name in names:
-                path = output / f"{side}_step{step}_{name}.npy"
-                if not path.exists():
-                    model = model or checkpoints.load_model(folder, device)
-                    with replacing(path) as file:
-                        np.save(file, ask(name, model, tokenizer, docs))
-            print(f"{output}/{side}_step{step}: {', '.join(names)}", flush=True)
+    if not todo or not names:
+        raise ValueError(f"{options.pairs}: no child and twin have a step in common, or {docs} has "
+                         "none of heldout, winogender, winobias, crows_pairs")
+    tokenizer = tokenizer_of(todo.values())
+    for (output, side, step), folder in todo.items():
+        model = None
+        for name in names:
+            path = output / f"{side}_step{step or 0}_{name}.npy"
+            if not path.exists():
+                model = model or checkpoints.load_model(folder, device)
+                with replacing(path) as file:
+                    np.save(file, ask(name, model, tokenizer, docs))
+        print(f"{output}/{side}_step{step}: {', '.join(names)}", flush=True)
 
 
 def ask(name, model, tokenizer, docs):
@@ -266,8 +262,10 @@ def compare(options):
         raise ValueError(f"{folder}: no PAIR/branch_stepN_MEASURE.npy there; `measure` makes them")
     for (step, name), paths in sorted(files.items()):
         twins = [path.with_name(path.name.replace("branch", "twin")) for path in paths]
-        _, documents, x = load_npy(paths[0])
-        branch, twin = (np.array([load_npy(path)[0] for path in side]) for side in (paths, twins))
+        with expecting(paths[0], f"written by `measure`, beside {len(paths)} twins alike"):
+            _, documents, x = load_npy(paths[0])
+            branch, twin = np.array([[load_npy(path)[0] for path in side]
+                                     for side in (paths, twins)])
         *ends, change = (regression(part, x if x.any() else None, documents)
                          for part in (twin, branch, branch - twin))
         for what, before, after, found in zip(MEASURES[name][2], *ends, change):

@@ -1,42 +1,42 @@
 """Is memorization a Poisson process over training? (Biderman et al. 2023, section 3.2.)
 
 A row of the training order is (k, l)-memorized, k = l = 32, if greedy decoding from its first k
-tokens gives its next l. The paper counts memorized rows in windows of 512 consecutive rows and
-finds the counts Poisson distributed: what is memorized does not depend on when it was seen.
+tokens gives its next l tokens. The paper counts memorized rows in windows of 512 consecutive rows
+and finds that the counts are Poisson distributed: when a row was seen does not matter.
 
     python -m studies.memorization score --model=RUN --output=OUT
     python -m studies.memorization analyse --results=OUT --plot=OUT/memorization.png
 
-and with a published model and its data, checkpoint folders named step13000, step143000, ...:
+With a published model and its data, checkpoint folders are named step13000, step143000, ...:
 
     torchrun --nproc_per_node=8 -m studies.memorization score \\
         --model=pythia-12b-deduped/step143000 --data=data/pile-deduped/document --output=OUT
 
-Cost: a 70m on two CPU cores decides 187 rows/s that miss at once, 49 that are right to the end, on
-an H100 25,157 that miss at once, a 410m 2,152 (`python bench.py memorization`, float32). Pythia's
-146,432,000 rows take 9 to 35 days a checkpoint on the cores, --rows=0:1000000 1.5 to 6 hours; with
-the 12B at least 1.1e20 FLOPs, 7.6e11 for a row that misses at once.
+Cost (`python bench.py memorization`, float32): with a 70m, two CPU cores score 187 rows/s that are
+wrong at once and 49 rows/s that are right to the end; an H100 25,157 of the former, with a 410m
+2,152. All 146,432,000 rows of Pythia take 9 to 35 days a checkpoint on the cores, --rows=0:1000000
+1.5 to 6 hours. The 12B takes at least 1.1e20 FLOPs, 7.6e11 a row.
 
-OUT/NAME_stepN.npy is uint8 (rows,): how many of the l tokens are right before the first miss.
-`analyse` makes tables of them, in which a model has its folder's name:
+`score` writes OUT/NAME_stepN.npy, uint8 (rows,): how many of the l tokens are right before the
+first mistake. `analyse` writes three tables of them, where a model has the name of its folder:
 
-poisson.csv, the primary outcome, is of the counts per window: their dispersion (variance over mean,
-1 for a Poisson process) and trend. `p` is against a Poisson process of one rate, as the paper asks.
-`permutation_p` is against the same rows in any other order, which holds whatever the rates: the
-rows were shuffled, so rows of unequal rates are binomial with the mean rate, of dispersion 1 -
-share. So read `p` only where the `share` memorized is under 4 %. And where repeated passages are
-what is memorized, where a repeat stands says nothing on when it was learnt.
+poisson.csv, the primary outcome: dispersion (variance over mean, 1 for a Poisson process) and trend
+of the counts per window. `p` is against a Poisson process of one rate, as in the paper.
+`permutation_p` is against the same rows in random order, which is exact whatever the rates. Rows of
+unequal rates in shuffled order are binomial with the mean rate, whose dispersion is 1 - share, so
+read `p` only where the `share` memorized is under 4 %. If repeated passages are what is memorized,
+the place of one repeat says nothing about when the passage was learnt.
 
-rates.csv is of the rows seen before the checkpoint and of those not seen yet, a control in a corpus
-that does not repeat itself. windows.csv says how many windows have how many memorized rows.
+rates.csv: the rows seen before the checkpoint beside those not seen yet, which are a control if the
+corpus does not repeat itself. windows.csv: how many windows have how many memorized rows.
 
-Does a row's place in training matter for what is learnt of it? Most rows come once and are never
-memorized, so their losses are asked, less those of a run that had them in another order:
+Most rows are seen once and never memorized. So whether a row's place in training matters for what
+is learnt of it is tested on losses, minus those of a run that saw the rows in another order:
 
     python eval.py losses --model=RUN,OTHER --steps=last --rows=0:4096 --output=OUT/losses
     python -m studies.memorization position --losses=OUT/losses --model=RUN --reference=OTHER
 
-With --text=PLAN.jsonl, the plan of planted documents (interventions.py), the same of its groups.
+With --text=PLAN.jsonl, a plan of planted documents (interventions.py), each group is tested too.
 """
 
 import math
@@ -54,12 +54,11 @@ import checkpoints
 import plots
 from config import check, command, expecting, read_json, replacing
 from data import load_npy, order_of, ordered, span
-from eval import find_all
+from eval import find_all, Models
 from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes, leave_processes
-from studies.results import (Checkpoints, open_results, permutation_p, student_p, write_csv,
-                             write_table)
+from studies.results import open_results, permutation_p, student_p, write_csv, write_table
 
 UNKNOWN = 255  # in a .npy that is being made
 
@@ -101,11 +100,10 @@ def matched_lengths(model, rows, context, stages=(1, 4, 16)):
 # ---------------------------------------------------------------------------- score
 
 
-@dataclass(frozen=True)
-class Score(Checkpoints):
-    model: str  # run folder, or checkpoint folders named stepN, with commas
+@dataclass(frozen=True, kw_only=True)
+class Score(Models):
     output: str  # folder of the results
-    data: str | None = None  # PREFIX; None: what the run was trained on
+    data: str | None = None  # PREFIX; default: what the run was trained on
     rows: str = ""  # of the training order, first:last+1; default: all
     context: int = 32  # k
     continuation: int = 32  # l
@@ -192,6 +190,8 @@ def analyse(options):
         batch_size = int(settings["order"]["batch_size"])
     for name, step, path in sorted(files):
         lengths, n_seen = load_npy(path), max(0, step * batch_size - first)
+        if lengths.ndim != 1 or lengths.dtype != np.uint8:
+            raise ValueError(f"{path}: not written by `score`; move it away")
         for which, part in (("seen", lengths[:n_seen]), ("not seen yet", lengths[n_seen:])):
             if len(part):
                 memorized = part == whole

@@ -7,7 +7,6 @@ their own, as where each seed gives the documents other doses).
 
 import math
 import os
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +16,9 @@ from config import csv_lines, read_json, replacing, write_json
 from tokenizer import load_tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    steps: str = "all"  # of a run folder: all, last, or numbers with commas
-    device: str = "auto"  # or cpu, cuda
-
-
-def tokenizer_of(folders):
-    """Return the one Tokenizer of checkpoints' folders; ValueError if one has another than ours."""
-    return load_tokenizer([checkpoints.folder_tokenizer(folder) for folder in folders][0])
+def tokenizer_of(folders, named=None):
+    """Return the Tokenizer of checkpoints' folders; ValueError if one has another than ours."""
+    return load_tokenizer([checkpoints.folder_tokenizer(folder, named) for folder in folders][0])
 
 
 def open_results(path, settings):

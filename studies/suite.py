@@ -1,26 +1,25 @@
-"""The paper's three claims in miniature, on planted text: models, measures, claims, one report.
+"""The paper's three claims in miniature, on planted text: train, measure, report.
 
     make suite                              # or: python -m studies.suite --output=runs/suite
     python -m studies.suite --scale=gpu     # the published 14m, 31m, 70m, 10.5 million tokens a run
 
-About 655,000 tokens a run: prose that comes once, and in it canaries, bursts, facts, occupations
-and sums, each at as many places as its dose, drawn by the seed and declared in a plan file
-(studies/corpus.py). Five seeds of order, initialisation and doses; a twin of one run whose planted
-documents come once at most, as deduplicated; and branches of the largest model with pronouns
-swapped in the last quarter, as pushed to gpt-neox for one. The control of a branch is its parent's
-own continuation: bit for bit what a twin would be. On a CPU as many runs go on side by side as it
-has cores, of one thread each. The same command goes on where it was stopped.
+Each run has about 655,000 tokens: prose that comes once, and planted in it canaries, bursts, facts,
+occupations and sums, each as often as its dose, at places drawn by the seed and written to a plan
+file (studies/corpus.py). There are five seeds of order, initialisation and doses; one run whose
+planted documents come once at most, as if deduplicated; and branches of the largest model whose
+pronouns are swapped in the last quarter (one as the code pushed to gpt-neox does it). A branch is
+compared with its parent's own continuation, which is what a control twin would be, bit for bit. On
+a CPU runs go side by side, one on each core. After an interruption the same command continues.
 
-The primary outcomes, all others being adjusted for their number (Holm), are of the largest size:
+The primary outcomes, of the largest size (the p-values of all others are adjusted by Holm):
 
-    1. the dispersion of memorized rows (32, 32) over windows, against the same rows in any order
-    2. what the swap changes in the slope of occupations' bias on the log-odds they were trained on
+    1. the dispersion of memorized rows (32, 32) over windows, against the same rows in random order
+    2. the swap's change of the slope of occupations' bias on the log-odds they were trained on
     3. nats of a sum's answer per doubling of how often its operand was planted
 
-OUTPUT/claims.csv has every outcome, doses.csv what is in the figure of doses, NAME.log what a run
-printed, report.html all of it beside what the paper found. With --scale=gpu every dose is 4 times
-as large and prose comes about three times; it was tried with tiny models only. `python eval.py
-losses --text=PLAN` measures the canaries at every checkpoint.
+In OUTPUT, claims.csv has every outcome, doses.csv the figure of doses, NAME.log what a run printed,
+report.html all results beside the paper's. With --scale=gpu every dose is 4 times as large and the
+prose comes about three times; this was only tried with tiny models.
 """
 
 import base64
@@ -31,6 +30,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,6 @@ from studies.gender_bias import heldout_texts, she_against_he
 from studies.memorization import matched_lengths, poisson_tests, position_test, window_counts
 from studies.results import Estimate, holm, open_results, regression, write_table
 from tokenizer import load_tokenizer
-
 
 
 class Scale(NamedTuple):
@@ -154,12 +153,11 @@ def train(options, scale, name, size, seed, plan, intervention, parent):
 # ---------------------------------------------------------------------------- measures
 
 
-def measure(options, scale, name, seed, plan, step, tokenizer):
+def measure(options, scale, tokenizer, device, name, seed, plan, step):
     """Return {measure: numbers} of a checkpoint, computed once: OUTPUT/measured/NAME_stepN.npz."""
     path = Path(options.output) / "measured" / f"{name}_step{step}.npz"
     if not path.exists():
         print(path, flush=True)
-        device = Processes(options.device).device
         model = checkpoints.load_model(Path(options.output) / name / f"step{step}", device)
         found = ask(model, tokenizer, plan) | heldout(model, tokenizer, Path(options.data) / "docs")
         if step == options.steps:
@@ -323,15 +321,12 @@ def place_claims(half, found, plans, steps):
     for name, those in (("spread canaries", spread), ("bursts", burst)):
         for term, value, error, _, p in position_test(place[those], gain[those]):
             claims[f"{name}: nats a token, {term}"] = Estimate(value, error, p=p)
-    over = ~spread & (last < steps // 2)  # bursts of the first half, and what never came
     since = centred(np.log2(steps - last), lot)
     claims |= {
         "canaries' nats at the end per nat at half, within a dose":
             regression(gain[None, spread], early[spread], text[spread])[1],
         "canaries' nats at the end per doubling of the steps since they came, within a dose":
-            regression(gain[None, spread], since[spread], text[spread])[1],
-        "nats a token of bursts of the first half in the second, beside the unseen's":
-            regression((after - before)[None, over], burst[over].astype(float), text[over])[1]}
+            regression(gain[None, spread], since[spread], text[spread])[1]}
     return claims, (place[burst], gain[burst])
 
 
@@ -399,7 +394,7 @@ img { max-width: 100%; height: auto; background: white; }
 
 
 def sentence(claim, size, seeds, value, _, low, high, p):
-    """Say a row of claims.csv."""
+    """Return a row of claims.csv in words."""
     words = f"{claim}, {size}: {'none' if value is None else f'{value:.3g}'}"
     words += f" [{low:.3g}, {high:.3g}]" if low is not None else ""
     words += f", p {p:.2g}" if p is not None else ""
@@ -432,18 +427,18 @@ def main(options):
     (out / "measured").mkdir(parents=True, exist_ok=True)
     prepare(options, scale)
     runs, largest = runs_of(options, scale.sizes), list(scale.sizes)[-1]
-    at_once = os.cpu_count() if Processes(options.device).device.type == "cpu" else 1
+    device = Processes(options.device).device
+    at_once = os.cpu_count() if device.type == "cpu" else 1
     with ThreadPoolExecutor(at_once) as pool:
         for is_branch in (False, True):  # after their parents
             chosen = [run for run in runs if bool(run[-1]) == is_branch]
             list(pool.map(lambda run: train(options, scale, *run), chosen))
     tokenizer = load_tokenizer(options.tokenizer)
     plans = {plan: read_plan(f"{options.data}/{plan}.jsonl") for _, _, _, plan, *_ in runs}
-    found = {name: measure(options, scale, name, seed, plans[plan], options.steps, tokenizer)
-             for name, _, seed, plan, *_ in runs}
+    at = partial(measure, options, scale, tokenizer, device)
+    found = {name: at(name, seed, plans[plan], options.steps) for name, _, seed, plan, *_ in runs}
     parents = [run for run in runs if run[1] == largest and not run[-1]]
-    half = [measure(options, scale, name, seed, plans[plan], options.steps // 2, tokenizer)
-            for name, _, seed, plan, *_ in parents]
+    half = [at(name, seed, plans[plan], options.steps // 2) for name, _, seed, plan, *_ in parents]
     claims, doses, bursts = all_claims(options, scale, runs, plans, found, half)
     write_table(out / "claims.csv", CLAIMS, claims)
     write_table(out / "doses.csv", DOSES, doses)

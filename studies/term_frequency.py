@@ -1,9 +1,9 @@
-"""Does a model do better on what it saw more often, and does seeing it more often make it better?
+"""Does a model do better on what it saw more often, and does seeing it more often cause that?
 
-Biderman et al. 2023, section 3.3: accuracy on arithmetic with operand x1 against how often x1 stood
-in the training data so far. They find the correlation from 2.8B parameters and about step 65,000
-on, hardly any arithmetic up to 1B, and a gap between frequent and rare operands that grows with
-training. With the paper's models and data:
+Biderman et al. 2023, section 3.3, compare accuracy on arithmetic with how often the operand x1 has
+occurred in the training data so far. They find a correlation from 2.8B parameters and about step
+65,000 on, and a gap between frequent and rare operands that grows during training. With the paper's
+models and data:
 
     python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
         --at=13000,39000,65000,91000,117000,143000
@@ -11,36 +11,33 @@ training. With the paper's models and data:
     python -m studies.term_frequency analyse --counts=counts --results=R --output=terms
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
 
-The same of TriviaQA, by how often a question's entities stood together, is left out: it needs texts
-with linked entities, and the authors' repository has no code for it. (`eval.py --tasks=triviaqa`
-has the scores.)
+For a run of your own give `count` the --steps, --batch_size, --seq_length and --seed (data_seed, if
+set) of its config.json. The paper's other question, TriviaQA by the counts of a question's
+entities, is left out: it needs texts with linked entities, and the authors published no code.
 
-For a run of ours `count` takes --steps, --batch_size, --seq_length and --seed (the data_seed if
-there is one) of its config.json.
-That is an observation. The experiment: two branches of one checkpoint, of which one sees some sums
-more often, planted whole (interventions.py) or in rows that come more often; for several seeds.
+Small numbers are frequent, and their answers are short and easy, so a correlation proves no cause.
+The experiment does: branch a checkpoint, let the branch see some sums more often than its twin, and
+repeat this for several seeds:
 
     python train.py configs/mini.py --branch_from=RUN/step256 --out_dir=MORE --twin=True \\
         --intervention=term_duplicate --copies=4 --terms="What is 24 plus,What is 37 plus"
     python -m studies.term_frequency evaluate --model=MORE,MORE_twin --results=R
     python -m studies.term_frequency compare --branch=MORE --terms=24,37 --results=R
 
-Asked is `Q:What is {x1} times {x2}? A:` (or plus), x1 in 0..99, x2 in 1..50, behind k shots
-`Q:What is 3 times 4? A:12` with a blank line after each. Right is, as in the paper's code, if the
-first number of one to five digits in at most 16 greedy tokens of a line is the answer. The
-log-probability of the answer (of `12` and of ` 12`, added) moves long before that.
+The prompt is `Q:What is {x1} times {x2}? A:` (or plus), x1 from 0 to 99, x2 from 1 to 50, after k
+solved examples. As in the paper's code an answer is right if it is the first number of one to five
+digits in 16 greedy tokens. The log-probability of the answer, `12` and ` 12` together, shows a
+change long before accuracy does.
 
-COUNTS/0000512_0001000.json holds what stood in the rows of steps 512 to 999: for "17", in how many
-windows of "number near number" it is (twice if it is in one twice).
+COUNTS/0000512_0001000.json has, for the rows of steps 512 to 999, the number of windows "number
+near number" in which each number stands (counted twice if it stands there twice).
 
-The primary outcome is the slope: nats of the right answer per doubling of (1 + the count); the gap,
-the most frequent tenth of the terms minus the rarest, is the paper's. Intervals are over terms, and
-in `compare` over seeds. Small numbers are frequent, and their answers short and easy: a correlation
-is no cause.
+The primary outcome is the slope: nats of the right answer per doubling of (1 + count). The gap, the
+most frequent tenth of the operands minus the rarest, is the paper's. Intervals are over operands,
+in `compare` over seeds too.
 
-Cost: a row of 2049 tokens takes 0.42 ms of a core, so the 146,432,000 rows 17 core hours. 50,000
-arithmetic prompts of a checkpoint at 0, 2, 4, 8 and 16 shots took a 70m model 6.3 hours on two CPU
-cores. Not measured on a GPU.
+Cost: a row of 2049 tokens takes 0.42 ms of a core to count, Pythia's 146,432,000 rows 17 core
+hours. To evaluate the 50,000 prompts at 0, 2, 4, 8 and 16 shots takes a 70m 6.3 hours on two cores.
 """
 
 import itertools
@@ -60,11 +57,11 @@ from tqdm import tqdm
 import checkpoints
 from config import command, expecting, read_csv, read_json, write_json
 from data import Order, ordered
-from eval import find_all, generate_until, loglikelihood
+from eval import find_all, generate_until, loglikelihood, Models
 from parallel import Processes
 from prepare import in_workers
-from studies.results import (Checkpoints, Estimate, open_results, regression,
-                             tokenizer_of, write_csv, write_table)
+from studies.results import (Estimate, open_results, regression, tokenizer_of, write_csv,
+                             write_table)
 from tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------- count
@@ -182,9 +179,8 @@ def prompts(task, shots, x1s=range(100)):
     return asked
 
 
-@dataclass(frozen=True)
-class Evaluate(Checkpoints):
-    model: str  # run folder, checkpoint folder or Hugging Face folder; several with commas
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Models):
     tasks: str = "times,plus"
     shots: str = "0,2,4,8,16"
     results: str = "term_frequency"  # folder; what it holds is not computed again
@@ -197,7 +193,7 @@ def evaluate(options):
         asked = {(task, int(shots)): prompts(task, int(shots))
                  for task in options.tasks.split(",") for shots in options.shots.split(",")}
     folders = find_all(options.model, options.steps)
-    tokenizer = tokenizer_of([folder for *_, folder in folders])
+    tokenizer = tokenizer_of([folder for *_, folder in folders], options.tokenizer)
     device = Processes(options.device).device
     for name, step, tokens, folder in folders:
         model = None

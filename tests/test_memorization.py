@@ -78,8 +78,8 @@ def scored(tmp_path_factory, tokenizer_path):
                             for i in range(280)], preshuffled=True)
     train("--d_model=64", "--vocab_size=96", "--steps=64", f"--data={folder}/rows",
           f"--out_dir={folder}/run")
-    options = Score(f"{folder}/run", f"{folder}/one", context=8, continuation=8, batch=16,
-                    steps="1,64")
+    options = Score(model=f"{folder}/run", output=f"{folder}/one", context=8, continuation=8,
+                    batch=16, steps="1,64")
     score(options)
     return options
 
@@ -134,7 +134,7 @@ def test_runs_of_different_orders_are_refused(tmp_path):
         write_json(tmp_path / name / "config.json", {
             "data": "d", "steps": 8, "batch_size": 4, "seq_length": 16, "seed": seed})
     with pytest.raises(ValueError, match="/a,.*/b were trained in different orders"):
-        score(Score(f"{tmp_path}/a,{tmp_path}/b", f"{tmp_path}/out"))
+        score(Score(model=f"{tmp_path}/a,{tmp_path}/b", output=f"{tmp_path}/out"))
 
 
 def test_position_is_tested_on_rows_and_on_planted_documents(scored, tmp_path):

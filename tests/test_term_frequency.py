@@ -78,7 +78,7 @@ def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
 
 def test_evaluation_goes_on_where_it_stopped(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("studies.term_frequency.prompts", partial(prompts, x1s=[5]))
-    options = Evaluate(str(run), "plus", "0,1", results=str(tmp_path / "r"))
+    options = Evaluate(model=str(run), tasks="plus", shots="0,1", results=str(tmp_path / "r"))
     evaluate(options)
     rows = table(tmp_path / "r/run_step2_plus_0.csv")
     assert tuple(rows[0]) == HEADER and {row["tokens"] for row in rows} == {"128"}
