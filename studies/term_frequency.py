@@ -67,16 +67,16 @@ from tokenizer import load_tokenizer
 # ---------------------------------------------------------------------------- count
 
 # EleutherAI/pythia, case-studies/term_frequency/run_freq_count.py. A window begins at a space: a
-# number of one to five digits, a space, one to three words of letters, digits, underscores and
-# ASCII signs with white space behind each (as many as possible), and again up to five digits.
-# Possessive quantifiers: white space is no part of a word, so going back into one never helps.
+# number of one to five digits, a space, one to three words (letters, digits and ASCII punctuation,
+# followed by white space; as many as possible), and another number of one to five digits. The
+# quantifiers are possessive (++), since backtracking into a word never helps.
 _WORD = rf"[\w{re.escape(string.punctuation)}]++\s++"
 _WINDOW = re.compile(rf"(?=( \d{{1,5}} (?:{_WORD}){{1,3}}\d{{1,5}}))")
 
-# transformers 4, PreTrainedTokenizerBase.clean_up_tokenization: decode called it unless told not to
+# transformers 4, PreTrainedTokenizerBase.clean_up_tokenization, which decode called by default
 _TIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
-BLOCK_ROWS = 256  # what a worker counts at a time
+BLOCK_ROWS = 256  # rows that a worker counts at a time
 
 
 def tidy(text):
@@ -86,7 +86,7 @@ def tidy(text):
 
 
 def numbers_near_numbers(text):
-    """Return the numbers of every window in the text of one row; windows may overlap."""
+    """Return the numbers in every window of a row's text; windows may overlap."""
     return [int(number) for window in _WINDOW.findall(" " + tidy(text))
             for number in re.findall(r"\d{1,5}", window)]
 
@@ -100,12 +100,12 @@ class Count(Order):
 
 
 def count(options):
-    """Count numbers near numbers in what was seen before each checkpoint."""
+    """Count numbers near numbers in the rows seen before each checkpoint."""
     steps, size = checkpoints.checkpoint_steps(options.steps), options.batch_size
     if options.at:
         with expecting(f"at = {options.at!r}", "numbers with commas"):
             steps = sorted({0, *map(int, options.at.split(","))})
-    start_worker(options)  # what is wrong is told before anything is written
+    start_worker(options)  # raises errors before anything is written
     if steps[-1] * size > len(_data):
         raise ValueError(f"at = {options.at}: step {steps[-1]} is beyond --steps={options.steps} "
                          f"or the rows of {options.data}")
@@ -159,10 +159,10 @@ OPERATIONS = {"times": operator.mul, "plus": operator.add}
 
 
 def prompts(task, shots, x1s=range(100)):
-    """Return [(x1, x2, prompt, answer)], behind `shots` problems of another x1.
+    """Return [(x1, x2, prompt, answer)], the prompt after `shots` solved problems of other x1.
 
-    As in lm-eval 0.3, for each x1 a random.Random(42) shuffles its problems, then draws shots + 1
-    others for each of them, of which the first are taken.
+    As in lm-eval 0.3, for each x1 a random.Random(42) shuffles its problems and then draws
+    shots + 1 others for each, of which the last is dropped.
     """
     problems = [(x1, x2, f"Q:What is {x1} {task} {x2}? A:", str(OPERATIONS[task](x1, x2)))
                 for x1 in range(100) for x2 in range(1, 51)]
@@ -183,11 +183,11 @@ def prompts(task, shots, x1s=range(100)):
 class Evaluate(Models):
     tasks: str = "times,plus"
     shots: str = "0,2,4,8,16"
-    results: str = "term_frequency"  # folder; what it holds is not computed again
+    results: str = "term_frequency"  # folder; results that are there are not computed again
 
 
 def evaluate(options):
-    """Ask every checkpoint every question: is its greedy answer right, how probable the right?"""
+    """Ask each checkpoint all questions; note whether it is right, and log p of the answer."""
     with expecting(f"tasks = {options.tasks!r}, shots = {options.shots!r}",
                    "times or plus, and numbers"):
         asked = {(task, int(shots)): prompts(task, int(shots))
@@ -250,7 +250,7 @@ def grouped(folder):
 
 
 def analyse(options):
-    """Compare what models do with how often they saw it: slope, bins, most minus least frequent."""
+    """Relate answers to counts: slope, tenths by frequency, most minus least frequent tenth."""
     groups, settings = grouped(options.results), read_json(Path(options.counts) / "counts.json")
     bins, gaps = [], []
     with expecting(options.counts, "written by `count`"):
@@ -274,13 +274,13 @@ def analyse(options):
 
 
 def tenths(frequency):
-    """Return the places of each tenth of the terms by frequency; equally frequent are in one."""
+    """Return the indices of each tenth of the terms by frequency; ties stay in one tenth."""
     tenth = np.searchsorted(np.sort(frequency), frequency) * 10 // len(frequency)
     return [np.flatnonzero(tenth == i) for i in np.unique(tenth)]
 
 
 def binned(means):
-    """Yield what is of each tenth of the terms by frequency.
+    """Yield a row of OUTPUT_bins.csv for each tenth of the terms by frequency.
 
     means (terms, 3): frequency, accuracy and log-probability of the right answer.
     """
@@ -292,7 +292,10 @@ def binned(means):
 
 
 def gap(means):
-    """Yield the slope, and most minus least frequent: of 100 operands a tenth is the paper's 10."""
+    """Yield rows of OUTPUT_gaps.csv: the slope, and most minus least frequent tenth.
+
+    Of 100 operands a tenth is 10, as in the paper.
+    """
     frequency, parts = means[:, 0], tenths(means[:, 0])
     ends = np.concatenate((parts[0], parts[-1]))
     least, most = frequency[parts[0]].mean(), frequency[parts[-1]].mean()
@@ -310,14 +313,14 @@ def gap(means):
 
 @dataclass(frozen=True)
 class Compare:
-    branch: str  # runs that saw the terms more (or less) often; each beside its BRANCH_twin
+    branch: str  # runs that saw the terms more (or less) often; each has a BRANCH_twin beside it
     terms: str  # operands, with commas
     results: str = "term_frequency"  # folder of `evaluate`, all models
     output: str = "term_compare.csv"
 
 
 def compare(options):
-    """Compare branches with their control twins: chosen terms, other terms, the difference."""
+    """Compare branches with their twins: on the chosen terms, on others, and the difference."""
     groups, chosen, rows = grouped(options.results), options.terms.split(","), []
     branches = [Path(path).name for path in options.branch.split(",")]
     names = [branch + side for branch in branches for side in ("", "_twin")]
@@ -330,7 +333,7 @@ def compare(options):
                              f"{', '.join(names)} at step {where[0]}; run `evaluate` again")
         logprobs = np.array([[found[prompt][1] for prompt in answers[0]] for found in answers])
         gains = logprobs[::2] - logprobs[1::2]  # (seeds, prompts)
-        terms = np.array([term for term, _ in answers[0]])  # what is treated, not prompts
+        terms = np.array([term for term, _ in answers[0]])  # terms were treated, not prompts
         mine = np.isin(terms, chosen)
         if mine.all() or not mine.any():
             continue
