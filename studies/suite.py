@@ -5,11 +5,12 @@
 
 Each run has about 655,000 tokens: prose that comes once, and planted in it canaries, bursts, facts,
 occupations and sums, each as often as its dose, at places drawn by the seed and written to a plan
-file (studies/corpus.py). There are five seeds of order, initialisation and doses; one run whose
-planted documents come once at most, as if deduplicated; and branches of the largest model whose
-pronouns are swapped in the last quarter (one as the code pushed to gpt-neox does it). A branch is
-compared with its parent's own continuation, which is what a control twin would be, bit for bit. On
-a CPU runs go side by side, one on each core. After an interruption the same command continues.
+file (studies/corpus.py). The largest size has five seeds of order, initialisation and doses, the
+middle one three. One run has every planted document once at most, as if deduplicated. Branches of
+the largest model swap pronouns in the last quarter, one of them as the code pushed to gpt-neox. A
+branch is compared with its parent's own continuation, which is what a control twin would be, bit
+for bit. On a CPU runs go side by side, one on each core. After an interruption the same command
+continues.
 
 The primary outcomes, of the largest size (the p-values of all others are adjusted by Holm):
 
@@ -83,7 +84,7 @@ class SuiteConfig:
     data: str = "data/suite"
     scale: str = "cpu"  # or gpu
     steps: int = 2560  # of every run
-    seeds: int = 5  # of all sizes but the smallest, which has one
+    seeds: int = 5  # of the largest size; the middle one has at most 3, the smallest 1
     planted: float = 1.0  # factor of the number of planted documents
     tokenizer: str = "20B_tokenizer.json"
     device: str = "auto"
@@ -126,13 +127,14 @@ def prepare(options, scale):
 
 def runs_of(options, sizes):
     """Return [(name, size, seed, plan, intervention, parent)] of all runs."""
-    (smallest, middle, largest), seeds = sizes, range(1, options.seeds + 1)
+    _, middle, largest = sizes
     runs = [(f"{size}_{seed}", size, seed, f"plan_{seed}", "plant", None)
-            for size in sizes for seed in (seeds if size != smallest else [1])]
+            for size, most in zip(sizes, (1, 3, options.seeds))
+            for seed in range(1, min(most, options.seeds) + 1)]
     runs.append((f"{middle}_once", middle, 1, "once_1", "plant", None))
     return runs + [(f"{largest}_{seed}_{swap}", largest, seed, f"plan_{seed}", f"plant+{swap}",
                     f"{largest}_{seed}")
-                   for swap in SWAPS for seed in (seeds if swap == SWAPS[0] else [1])]
+                   for swap, n in zip(SWAPS, (options.seeds, 1)) for seed in range(1, n + 1)]
 
 
 def train(options, scale, name, size, seed, plan, intervention, parent):
