@@ -31,6 +31,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 from bisect import bisect_right
 from dataclasses import dataclass
 from glob import escape, glob
@@ -39,10 +40,11 @@ from pathlib import Path
 
 import numpy as np
 
-from config import check, command, file_size, lock, read_json, replacing, sha256_of, write_json
+from config import (check, command, expecting, file_size, lock, read_json, replacing, sha256_of,
+                    write_json)
 
 MAGIC = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)  # with the version and the dtype code
-HEADER_BYTES = 34
+HEADER = struct.Struct("<18sQQ")  # MAGIC, S, Dn
 MASKED = -100  # the id of padding in a row that an intervention made: no input, nothing to learn
 # What PREFIX_documents.npy holds of each document: names of subsets and files are in PREFIX.json.
 PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
@@ -53,99 +55,73 @@ PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
 class TokenFile:
     """Memory-mapped reader of PREFIX.idx and .bin: len() documents, read(document, start, stop).
 
-    Raises ValueError, naming the file and what is wrong with it, or OSError if it cannot be opened.
+    paths: the index, then the files of tokens. n_tokens: in all documents together. equal_length:
+    the length of every document, judged by 1000 of them and their sum, or 0 if lengths differ.
+    Raises ValueError, naming the file, if one is missing, damaged or does not belong to the other.
     """
 
     def __init__(self, prefix):
         self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
         idx = f"{self.prefix}.idx"
-        found = file_size(idx)
-        with open(idx, "rb") as file:
-            header = file.read(HEADER_BYTES).ljust(HEADER_BYTES)
-        if not header.startswith(MAGIC):
-            raise ValueError(f"{idx}: starts with {header[:len(MAGIC)]!r}, expected {MAGIC!r}: a "
-                             "Megatron index of version 1 and uint16 tokens")
-        count, doc_count = struct.unpack("<QQ", header[len(MAGIC):])
-        if not 0 < found - HEADER_BYTES == 12 * count + 8 * doc_count or not count:
-            raise ValueError(f"{idx}: {found:,} bytes, but its header tells of {count:,} sequences "
-                             f"in {doc_count:,} documents: truncated, damaged or empty")
-        self.sizes = np.memmap(idx, "<i4", "r", HEADER_BYTES, (count,))
-        self.pointers = np.memmap(idx, "<i8", "r", HEADER_BYTES + 4 * count, (count,))
-        # Python's ints and int64 are used throughout: 600 GB of tokens are beyond 2^31 and 2^32.
+        n_bytes = file_size(idx)
+        with expecting(idx, "a whole Megatron index of version 1 and uint16 tokens"):
+            with open(idx, "rb") as file:
+                magic, n, doc_idx_entries = HEADER.unpack(file.read(HEADER.size))
+            if magic != MAGIC or not n or n_bytes != HEADER.size + 12 * n + 8 * doc_idx_entries:
+                raise ValueError(f"{n_bytes:,} bytes that start with {magic!r}")
+            self.sizes = np.memmap(idx, "<i4", "r", HEADER.size, (n,))
+            self.pointers = np.memmap(idx, "<i8", "r", HEADER.size + 4 * n, (n,))
+        # Positions are Python integers or int64: the Pile's 600 GB do not fit 32 bits.
         self.n_tokens = int(self.pointers[-1]) // 2 + int(self.sizes[-1])
-        self.shards = self._shards()  # paths
-        n_bytes = list(map(file_size, self.shards))
-        if sum(n_bytes) != 2 * self.n_tokens or any(size % 2 for size in n_bytes):
-            raise ValueError(f"{self.shards[-1]}: {sum(n_bytes):,} bytes, with all before it, but "
-                             f"{idx} describes {2 * self.n_tokens:,}: truncated, or not of it")
-        self.bounds = [0, *accumulate(size // 2 for size in n_bytes)]  # where shards begin and end
-        self.maps = [_mapped(path) for path in self.shards]
-
-    def _shards(self):
-        """Return PREFIX.bin, or the paths of the pieces 00000-of-000NN to 000NN-of-000NN."""
-        digits = 5 * "[0-9]"
-        pieces = sorted(glob(f"{escape(self.prefix)}-{digits}-of-{digits}.bin"))
-        if not pieces or os.path.exists(f"{self.prefix}.bin"):
-            return [f"{self.prefix}.bin"]
-        last = pieces[-1][-9:-4]
-        return [f"{self.prefix}-{i:05}-of-{last}.bin" for i in range(int(last) + 1)]
-
-    def scatter(self):
-        """Say that tokens will be read here and there.
-
-        Otherwise every row makes the system read 128 KB around it: with a file larger than memory
-        a step of 1024 rows took 14 s instead of 0.04.
-        """
-        for memory in self.maps:
-            memory.madvise(mmap.MADV_RANDOM)
+        length = int(self.sizes[0])
+        some_differ = (self.sizes[::n // 1000 + 1] != length).any()
+        self.equal_length = 0 if some_differ or self.n_tokens != n * length else length
+        shards, digits = [f"{self.prefix}.bin"], 5 * "[0-9]"
+        found = glob(f"{escape(self.prefix)}-{digits}-of-{digits}.bin")
+        if found and not os.path.exists(shards[0]):
+            last = int(max(found)[-9:-4])
+            shards = [f"{self.prefix}-{i:05}-of-{last:05}.bin" for i in range(last + 1)]
+        n_bytes = sum(map(file_size, shards))
+        with expecting(shards[-1], f"the end of the {2 * self.n_tokens:,} bytes that {idx} needs"):
+            self.maps = [np.memmap(path, "<u2", "r") for path in shards]
+            if n_bytes != 2 * self.n_tokens:
+                raise ValueError(f"found {n_bytes:,}")
+        self.shards = list(map(np.asarray, self.maps))  # slicing a memmap takes ten times as long
+        self.bounds = [0, *accumulate(map(len, self.shards))]  # where shards begin and end
+        self.paths = [idx, *shards]
 
     def __len__(self):
         return len(self.sizes)
 
-    def equal_length(self):
-        """Return all documents' length, judged by 1000 of them and the sum; 0 if they differ."""
-        length = int(self.sizes[0])
-        some_equal = (self.sizes[::len(self) // 1000 + 1] == length).all()
-        return length if some_equal and self.n_tokens == len(self) * length else 0
-
-    def paths(self):
-        """Return the files that hold the index and the tokens, in order."""
-        return [f"{self.prefix}.idx", *self.shards]
-
     def read(self, document, start=0, stop=None):
-        """Return tokens start..stop (None: the end) of a document, without copying where it can."""
+        """Return tokens start..stop (None: the end) of a document, uint16, as a view if it can."""
         size, first = int(self.sizes[document]), int(self.pointers[document]) // 2
         stop = size if stop is None else stop
         if not (0 <= start <= stop <= size and 0 <= first <= self.n_tokens - size):
-            raise ValueError(f"{self.prefix}.idx: document {document} (pointer {2 * first}, size "
-                             f"{size}) cannot give tokens {start}..{stop}: damaged index")
+            raise ValueError(f"{self.prefix}.idx: damaged at document {document}: pointer "
+                             f"{2 * first}, size {size}, but tokens {start}..{stop} are needed")
         return self.slice(first + start, first + stop)
 
     def slice(self, first, stop):
         """Return tokens first..stop of the whole file, whatever shards they lie in."""
-        shard = bisect_right(self.bounds, first, hi=len(self.maps)) - 1
+        shard = bisect_right(self.bounds, first, hi=len(self.shards)) - 1
         begin, end = self.bounds[shard:shard + 2]
-        tokens = np.frombuffer(self.maps[shard], "<u2")[first - begin:stop - begin]
+        tokens = self.shards[shard][first - begin:stop - begin]
         return tokens if stop <= end else np.concatenate((tokens, self.slice(end, stop)))
 
 
-def _mapped(path):
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def read_notes(prefix):
-    """Return the object in PREFIX.json, which names every input file; an empty one without it."""
+    """Return the object in PREFIX.json, which names every input file; {} if there is none."""
     path = f"{prefix}.json"
     return read_json(path, 64 << 20) if os.path.exists(path) else {}
 
 
 def fingerprint(paths):
-    """Return the SHA-256 of files in hex: equal for equal files, wherever they lie.
+    """Return the SHA-256 of files in hex: equal for equal files, wherever they are.
 
-    Every byte of a file under 1 GB counts. Of larger ones 2048 blocks of 4 KB do, spread evenly:
-    they see that a file was replaced, tokenized anew, shifted or cut, not an edit between them.
-    (`train.py --check_data=True` reads all of it.)
+    Files under 1 GB are read whole. Of larger ones, 2048 blocks of 4 KB are read, spread evenly:
+    enough to notice that a file was replaced, tokenized again, shifted or cut, but not that single
+    tokens were edited (`train.py --check_data=True` reads all of it).
     """
     digest, n_blocks = hashlib.sha256(), 2048 // len(paths) + 1
     for path in paths:
@@ -164,13 +140,12 @@ def fingerprint(paths):
 def check_whole(prefix):
     """Raise ValueError unless every byte of PREFIX.bin and .idx is what `tokenize` wrote."""
     prefix = TokenFile(prefix).prefix
-    expected = read_notes(prefix).get("sha256")
-    if not isinstance(expected, dict):
-        raise ValueError(f"{prefix}.json: no sha256 to compare the data with; `sha256sum -c` "
-                         "checks published files")
-    for suffix, wanted in expected.items():
-        if sha256_of(f"{prefix}.{suffix}") != wanted:
-            raise ValueError(f"{prefix}.{suffix}: SHA-256 is not that of {prefix}.json, {wanted}: "
+    with expecting(f"{prefix}.json", "what `prepare.py tokenize` wrote; published files are "
+                                     "checked by `sha256sum -c`"):
+        expected = [(name, read_notes(prefix)["sha256"][name]) for name in ("bin", "idx")]
+    for name, digest in expected:
+        if sha256_of(f"{prefix}.{name}") != digest:
+            raise ValueError(f"{prefix}.{name}: SHA-256 is not that of {prefix}.json, {digest}: "
                              "the data changed since they were tokenized")
 
 
@@ -178,94 +153,101 @@ def check_whole(prefix):
 
 
 class TokenWriter:
-    """Builds PREFIX.bin, .idx, .json and _documents.npy in PREFIX.partial.
+    """Writes PREFIX.bin, .idx, .json and _documents.npy, which are built in PREFIX.partial.
 
-    job: a JSON object that says what is being written. What PREFIX.partial holds of another job is
-    deleted; the same job goes on from `position`, which its last commit was given (at first None).
+    job: a JSON value that describes the job. If the same job left a PREFIX.partial, it goes on from
+    `position`, what its last commit recorded; any other begins anew, with position None.
     """
 
     PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
 
     def __init__(self, prefix, job):
-        self.prefix, self.folder = str(prefix), Path(f"{prefix}.partial")
+        self.prefix, self.folder, self.job = str(prefix), Path(f"{prefix}.partial"), job
         if self.prefix.endswith(("/", ".bin", ".idx")):
             raise ValueError(f"output = {prefix}: expected a PREFIX, to which .bin is added")
-        self._refuse_strangers()
+        ours = {"documents", "tokens"} <= read_notes(prefix).keys()
+        ends = () if ours else (".json", ".bin", ".idx", "_documents.npy")
+        taken = [f"{prefix}{end}" for end in ends if os.path.lexists(f"{prefix}{end}")]
+        if any(self.folder.glob("*")) and not any(self.folder.glob("progress.*")):
+            taken.append(self.folder)
+        if taken:
+            raise ValueError(f"{taken[0]}: exists and was not written by this command; move it "
+                             "away or name another output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / "progress.lock")
         self.progress = self.folder / "progress.json"
-        self.job = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-        state = read_json(self.progress) if self.progress.exists() else {}
-        if state.get("job") != self.job:
-            state = {"position": None, "bytes": dict.fromkeys(self.PARTS, 0)}
         self.files = {name: open(self.folder / name, "ab") for name in self.PARTS}
+        state = read_json(self.progress) if self.progress.exists() else {}
+        self.position, ends = state.get("position"), state.get("bytes")
+        if (state.get("sha256") != self.digest(ends)  # of another job, or damaged
+                or any(file.tell() < ends[name] for name, file in self.files.items())):
+            self.position, ends = None, dict.fromkeys(self.PARTS, 0)
         for name, file in self.files.items():
-            file.seek(file.truncate(state["bytes"][name]))
-        self.commit(state["position"])
+            file.seek(file.truncate(ends[name]))
+        self.commit()
 
-    def _refuse_strangers(self):
-        """Raise ValueError if files that no TokenWriter wrote lie where one writes or deletes."""
-        ours = {"documents", "tokens"} <= read_notes(self.prefix).keys()
-        ends = () if ours else (".json", ".bin", ".idx", "_documents.npy")
-        taken = [f"{self.prefix}{end}" for end in ends if os.path.lexists(f"{self.prefix}{end}")]
-        inside = os.listdir(self.folder) if os.path.lexists(self.folder) else ()
-        if inside and not any(name.startswith("progress.") for name in inside):
-            taken.append(self.folder)
-        if taken:
-            raise ValueError(f"{taken[0]}: there already, and not written by this command; move it "
-                             "away or name another output")
+    def digest(self, ends):
+        """Return the SHA-256 that makes a position and the files' lengths those of this job."""
+        return hashlib.sha256(json.dumps([self.job, self.position, ends]).encode()).hexdigest()
 
-    def close(self):
-        """Leave what was committed to whoever goes on with this job."""
-        for file in (*self.files.values(), self.lock):
-            file.close()
+    def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE), position=None):
+        """Add documents: their tokens in one array, the size of each, PROVENANCE of each or none.
 
-    def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE)):
-        """Add documents: tokens one after the other, size of each, PROVENANCE of each or none."""
+        position: any JSON value that says where the input goes on. Commits every 5 seconds.
+        """
         for (name, dtype), values in zip(self.PARTS.items(), (tokens, sizes, documents)):
             self.files[name].write(np.ascontiguousarray(values, dtype=dtype).data)
-
-    def commit(self, position):
-        """Make what was appended survive a kill, with a JSON note of where in the input it ends."""
         self.position = position
+        if time.monotonic() > self.committed + 5:
+            self.commit()
+
+    def commit(self):
+        """Make what was appended so far survive a kill."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
-        write_json(self.progress, {
-            "job": self.job, "position": position,
-            "bytes": {name: file.tell() for name, file in self.files.items()}})
+        ends = {name: file.tell() for name, file in self.files.items()}
+        write_json(self.progress,
+                   {"position": self.position, "bytes": ends, "sha256": self.digest(ends)})
+        self.committed = time.monotonic()
 
     def finish(self, summary):
-        """Write the index, move all into place, the index last: then the token file exists."""
-        self.commit(self.position)
+        """Write the index and move all files into place, .idx last: now the token file exists."""
+        self.commit()
         sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
+        documents = np.fromfile(self.folder / "documents", dtype=PROVENANCE)
         if not len(sizes):
             shutil.rmtree(self.folder)
             raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
-        summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary}
         with replacing(self.folder / "idx") as file:
             write_index(file, sizes)
-        summary["sha256"] = {name: sha256_of(self.folder / name) for name in ("bin", "idx")}
+        summary = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), **summary,
+                   "sha256": {name: sha256_of(self.folder / name) for name in ("bin", "idx")}}
         # An order that was built for an earlier file of this name does not belong to the new one.
         stale = glob(f"{escape(self.prefix)}_train_0_indexmap_*_idx.npy")
         for path in [f"{self.prefix}.idx", *stale]:
             Path(path).unlink(missing_ok=True)
-        write_json(f"{self.prefix}.json", summary)  # first: it says that the others are ours
-        if os.path.getsize(self.folder / "documents"):
+        write_json(f"{self.prefix}.json", summary)  # first: it marks the other files as ours
+        if len(documents):
             with replacing(f"{self.prefix}_documents.npy") as file:
-                np.save(file, np.fromfile(self.folder / "documents", dtype=PROVENANCE))
-        self.progress.unlink()  # after a kill between the next two lines the job begins again
-        os.replace(self.folder / "bin", f"{self.prefix}.bin")
-        os.replace(self.folder / "idx", f"{self.prefix}.idx")
+                np.save(file, documents)
+        self.progress.unlink()  # a job that is killed between the next two lines begins anew
+        for name in "bin", "idx":
+            os.replace(self.folder / name, f"{self.prefix}.{name}")
         shutil.rmtree(self.folder)
         self.close()
         return summary
 
+    def close(self):
+        """Close all files; the same job can go on from the last commit."""
+        for file in (*self.files.values(), self.lock):
+            file.close()
+
 
 def write_index(file, sizes):
-    """Write the .idx of consecutive uint16 documents (the bytes are drawn atop this file)."""
+    """Write the .idx of documents that lie one after the other (layout: top of this file)."""
     n, pointers = len(sizes), 2 * (np.cumsum(sizes, dtype="<i8") - sizes)
-    file.write(MAGIC + struct.pack("<QQ", n, n + 1))
+    file.write(HEADER.pack(MAGIC, n, n + 1))
     for values in np.asarray(sizes, dtype="<i4"), pointers, np.arange(n + 1, dtype="<i8"):
         file.write(values.data)
 
@@ -291,16 +273,17 @@ def build_order(sizes, seq_length, num_samples, seed):
     if total < 2:
         raise ValueError(f"the data hold {total} tokens, expected at least 2")
     epochs = -(-(num_samples * seq_length + 1) // total)  # smallest with enough samples
+    n_samples = (epochs * total - 1) // seq_length
     rng = np.random.RandomState(seed)
     doc_idx = np.tile(np.arange(len(sizes), dtype=np.int32), epochs)
     rng.shuffle(doc_idx)
-    n_samples = (epochs * total - 1) // seq_length
-    begins = np.cumsum(np.append(0, sizes[doc_idx]), dtype=np.int64)  # of documents, and the end
-    tokens = np.arange(n_samples + 1) * seq_length
-    sample_idx = np.empty((n_samples + 1, 2), dtype=np.int32)
-    sample_idx[:, 0] = np.searchsorted(begins, tokens, side="right") - 1
-    sample_idx[:, 1] = tokens - begins[sample_idx[:, 0]]
-    sample_idx[0] = 0  # even if that document is empty
+    begins = np.zeros(len(doc_idx) + 1, dtype=np.int64)  # the first token of each copy; the end
+    np.cumsum(sizes[doc_idx], out=begins[1:])
+    tokens = np.arange(0, n_samples * seq_length + 1, seq_length)  # where samples begin
+    places = np.searchsorted(begins, tokens, side="right") - 1
+    places[0] = 0  # even if that document is empty
+    tokens -= begins[places]
+    sample_idx = np.stack((places, tokens), axis=1, dtype=np.int32, casting="unsafe")
     shuffle_idx = np.arange(n_samples, dtype=np.uint32 if n_samples < 2**32 - 2 else np.int64)
     rng.shuffle(shuffle_idx)
     return doc_idx, sample_idx, shuffle_idx
@@ -313,12 +296,10 @@ def order_paths(prefix, seq_length, num_samples, seed):
 
 
 def load_npy(path):
-    """Return a memory-mapped .npy file; never unpickles. Raises ValueError naming the file."""
-    file_size(path)
-    try:
+    """Return a memory-mapped .npy file; never unpickles."""
+    file_size(path)  # refuses a pipe, which would never end
+    with expecting(path, "a whole .npy file; delete it to rebuild"):
         return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a damaged header raises whatever it likes
-        raise ValueError(f"{path}: not a whole .npy file ({error}); delete it to rebuild") from None
 
 
 def samples_needed(steps, batch_size):
@@ -330,58 +311,66 @@ class OrderedData:
     """Rows of seq_length + 1 tokens in training order. No state: the same call, the same rows.
 
     Row i of step s is row s * batch_size + i of the order; the update of step s makes checkpoint
-    s + 1. A file in training order already ("preshuffled": baked by `shuffle`, or published so) is
-    served as it lies; any other is served through its order, which is built if need be.
+    s + 1. The order is built if its files are not there. If the token file is "preshuffled", in
+    training order already, its rows are served as they are.
 
-    What `shuffle` baked says so in PREFIX.json, and what was published lies in pieces. Where this
-    misleads, {"preshuffled": true} or false in PREFIX.json decides: joined pieces look like any
-    corpus cut into equally long documents.
+    A file is preshuffled if PREFIX.json says that `shuffle` wrote it, or if it comes in shards of
+    equally long documents, as published. If that is wrong, {"preshuffled": true} or false in
+    PREFIX.json decides: published shards joined into one file look like any corpus that was cut
+    into documents of one length.
     """
 
     def __init__(self, prefix, seq_length, num_samples, seed):
         self.tokens, self.seq_length = TokenFile(prefix), seq_length
-        prefix, length = self.tokens.prefix, self.tokens.equal_length()
+        prefix, length = self.tokens.prefix, self.tokens.equal_length
         notes, published = read_notes(prefix), length and len(self.tokens.shards) > 1
         self.preshuffled = bool(notes.get("preshuffled", "baked_from" in notes or published))
         if not self.preshuffled:
-            self.tokens.scatter()
             self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
             self.paths = order_paths(prefix, **self.settings)
-            self.misfit = (f"{self.paths[0]} and its two siblings do not belong to {prefix}.idx "
-                           "or are damaged; delete them to rebuild")
-            self._open_order(num_samples, seed)
+            self._open_order()
         elif length != seq_length + 1:
             raise ValueError(f"{prefix}: in training order already, in rows of "
                              f"{length or 'unequal'} tokens; seq_length = {seq_length} needs rows "
                              f"of {seq_length + 1}")
 
-    def _open_order(self, num_samples, seed):
+    def _open_order(self):
         """Map the order's files, built if need be; compare lengths and 300 rows with the tokens."""
+        # By default reading a row makes the system read 128 KB around it. With a file larger than
+        # memory a step of 1024 rows then took 14 s instead of 0.04.
+        for tokens in self.tokens.maps:
+            tokens.base.madvise(mmap.MADV_RANDOM)
         if not all(map(os.path.exists, self.paths)):
-            arrays = build_order(self.tokens.sizes, self.seq_length, num_samples, seed)
+            # batch_viewer.py may have kept the inverse of an earlier order.
             stem = self.paths[0].removesuffix("_doc_idx.npy")
-            for stale in glob(f"{escape(stem)}_inverse_*_idx.npy"):  # batch_viewer.py's, of another
+            for stale in glob(f"{escape(stem)}_inverse_*_idx.npy"):
                 os.unlink(stale)
-            for path, array in zip(self.paths, arrays):
+            for path, array in zip(self.paths, build_order(self.tokens.sizes, **self.settings)):
                 with replacing(path) as file:
                     np.save(file, array)
         self.order = doc_idx, sample_idx, shuffle_idx = tuple(map(load_npy, self.paths))
         n_samples = (len(doc_idx) // len(self.tokens) * self.tokens.n_tokens - 1) // self.seq_length
         some = range(0, len(self), len(self) // 300 + 1)
-        if (len(shuffle_idx) != n_samples or sample_idx.shape != (n_samples + 1, 2)
-                or len(set(shuffle_idx[some].tolist())) < len(some)):
-            raise ValueError(self.misfit)
+        with self.order_fits():
+            if (len(shuffle_idx) != n_samples or sample_idx.shape != (n_samples + 1, 2)
+                    or len(set(shuffle_idx[some].tolist())) < len(some)):
+                raise ValueError(f"expected {n_samples:,} samples")
         for row in some:
             self.pieces(row)
 
+    def order_fits(self):
+        """Turn any error in a block into one line that says which files to delete."""
+        return expecting(self.paths[0], f"an order of {self.tokens.prefix}.idx; delete this file "
+                                        "and its two siblings to rebuild them")
+
     def describe(self):
-        """Return the lines that say where rows come from, and what is unusual about the data."""
+        """Return lines that say where rows come from, and what is unusual about the data."""
         n, length = len(self.tokens), self.seq_length + 1
         if self.preshuffled:
-            return [f"{n:,} rows of {length} tokens in training order already, served as they lie"]
+            return [f"{n:,} rows of {length} tokens, already in training order"]
         lines = [f"{n:,} documents, {len(self.order[0]) // n} epochs in one shuffle, "
                  f"{len(self.order[2]):,} samples of {length} tokens"]
-        if self.tokens.equal_length() == length:
+        if self.tokens.equal_length == length:
             lines.append(f"every document has {length} tokens: if this is the joined preshuffled "
                          f'Pile, put {{"preshuffled": true}} into {self.tokens.prefix}.json')
         return lines
@@ -403,20 +392,18 @@ class OrderedData:
             return [(row, 0, self.seq_length + 1)]
         doc_idx, sample_idx, shuffle_idx = self.order
         sample = int(shuffle_idx[row])
-        try:
+        with self.order_fits():
             (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
             documents = doc_idx[first:last + 1].tolist()
             ends = self.tokens.sizes[documents].tolist()
             ends[-1] = stop + 1  # this sample's last token is the next one's first
             if sum(ends) - start != self.seq_length + 1:
-                raise ValueError
-        except (ValueError, IndexError):
-            raise ValueError(self.misfit) from None
+                raise ValueError(f"sample {sample:,} has {sum(ends) - start} tokens")
         starts = [start] + [0] * (len(documents) - 1)
         return [piece for piece in zip(documents, starts, ends) if piece[1] < piece[2]]
 
     def rows(self, numbers):
-        """Return the rows (n, seq_length + 1) of these numbers, uint16."""
+        """Return the rows with these numbers, (n, seq_length + 1) uint16."""
         out = np.empty((len(numbers), self.seq_length + 1), dtype="<u2")
         for row, number in zip(out, numbers):
             np.concatenate([self.tokens.read(*piece) for piece in self.pieces(int(number))],
@@ -430,7 +417,7 @@ class OrderedData:
 
 
 def batch_rows(step, batch_size, rank=0, world_size=1, micro_batch_size=None):
-    """Return the row numbers (A, micro_batch_size) that a rank sees at a step.
+    """Return the numbers (A, micro_batch_size) of the rows that a rank sees at a step.
 
     As gpt-neox's DistributedBatchSampler: each of the A micro-steps takes the next
     micro_batch_size * world_size rows, and each rank a contiguous slice of those.
@@ -446,7 +433,7 @@ def batch_rows(step, batch_size, rank=0, world_size=1, micro_batch_size=None):
 def times_seen(data, n_rows):
     """Return how many documents had a token in 0, 1, 2, ... copies among the first n_rows rows."""
     doc_idx, sample_idx, shuffle_idx = data.order
-    # +1 where a served sample begins, -1 after its end.
+    # +1 where a served sample begins, -1 after its end: the sum so far is above 0 inside samples.
     edges = np.zeros(len(doc_idx) + 1, dtype=np.int32)
     samples = shuffle_idx[:n_rows]
     np.add.at(edges, sample_idx[samples, 0], 1)
@@ -467,7 +454,7 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
-        # A run's config.json, from which they may come, holds what a stranger has written.
+        # Values may come from the config.json of a run that someone else made.
         whole = lambda value: type(value) is int and 0 <= value < 2**32
         check(self, "at least 1", lambda value: whole(value) and value, "steps", "batch_size",
               "seq_length")
@@ -476,25 +463,27 @@ class Order:
 
 @dataclass(frozen=True)
 class OrderReport(Order):
-    report: int | None = None  # a step: also count the documents seen 0, 1, 2, ... times before it
+    report: int | None = None  # a step: count the documents seen 0, 1, 2, ... times before it
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self, f"0 to steps = {self.steps}", range(self.steps + 1).__contains__, "report")
 
 
-def ordered(options):
-    """Return the OrderedData of an Order's settings."""
-    return OrderedData(options.data, options.seq_length,
+def ordered(options, unshuffled=False):
+    """Return the OrderedData of an Order's settings.
+
+    unshuffled: raise ValueError if the token file is in training order already.
+    """
+    data = OrderedData(options.data, options.seq_length,
                        samples_needed(options.steps, options.batch_size), options.seed)
-
-
-def unshuffled(options):
-    """Return the OrderedData of an Order's settings, or raise ValueError if it needs no order."""
-    data = ordered(options)
-    if data.preshuffled:
+    if unshuffled and data.preshuffled:
         raise ValueError(f"{options.data}: already in training order, every sequence is one row")
     return data
 
 
 def span(name, text, n, end=0):
-    """Return the range that is "3", or "3:5" with its `end` (0 or 1) included, out of n."""
+    """Return the range of numbers below n that "3" or "3:5" names; 5 is included with end=1."""
     if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
         first = int(match[1])
         stop = int(match[2]) + end if match[2] else first + 1
@@ -505,14 +494,14 @@ def span(name, text, n, end=0):
 
 
 def trained_with(model):
-    """Return what a run of ours, or the run of a step's folder, was trained with; else nothing."""
+    """Return the config.json of a run, given its folder or a checkpoint in it; {} without one."""
     paths = Path(model).absolute().parent / "config.json", Path(model) / "config.json"
     found = [read_json(path) for path in paths if path.exists()]
     return next((settings for settings in found if "batch_size" in settings), {})
 
 
 def order_of(model, data=None):
-    """Return the Order that a run was trained in, of other data if given; Pythia's without one."""
+    """Return the Order in which a run (default: Pythia) read its training data, or `data`."""
     settings = trained_with(model)
     if settings.get("data_seed") is not None:
         settings["seed"] = settings["data_seed"]
@@ -525,13 +514,10 @@ def order_of(model, data=None):
 
 def order(options):
     """Fix the training order: write the three index arrays under gpt-neox's cache names."""
-    data = unshuffled(options)
+    data = ordered(options, unshuffled=True)
     print(*data.describe(), *data.paths, sep="\n")
     if options.report is not None:
         n_rows = options.report * options.batch_size
-        if not 0 <= n_rows <= len(data):
-            raise ValueError(f"report = {options.report}, expected a step from 0 to "
-                             f"{len(data) // options.batch_size}")
         print(f"before step {options.report:,} ({n_rows:,} rows):")
         for times, documents in enumerate(times_seen(data, n_rows)):
             share = documents / len(data.tokens)

@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -29,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import command, csv_lines, file_size, replacing
-from data import Order, TokenWriter, fingerprint, unshuffled
+from data import Order, TokenWriter, fingerprint, ordered
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
@@ -214,19 +213,17 @@ def tokenize(options):
     writer = TokenWriter(options.output, {"input": files, "append_eod": options.append_eod})
     done = writer.position or {"at": (0, 0), "subsets": [], "skipped": {}}
     subsets = {name: i for i, name in enumerate(done["subsets"])}
-    skipped, last_commit = Counter(done["skipped"]), time.monotonic()
+    skipped = Counter(done["skipped"])
     tasks = ((*task, options) for task in chunks(paths, done["at"]))
     with progress(total=sum(map(os.path.getsize, paths))) as bar:
         for at, read, tokens, sizes, places, more_skipped in in_workers(
                 encode_chunk, tasks, options.workers, load_tokenizer, options.tokenizer):
-            writer.append(tokens, sizes, [(file, line, subsets.setdefault(name, len(subsets)))
-                                          for file, line, name in places])
+            documents = [(file, line, subsets.setdefault(name, len(subsets)))
+                         for file, line, name in places]
             skipped.update(more_skipped)
-            writer.position = {"at": at, "subsets": list(subsets), "skipped": skipped}
+            writer.append(tokens, sizes, documents,
+                          {"at": at, "subsets": list(subsets), "skipped": skipped})
             bar.update(read - bar.n)
-            if time.monotonic() - last_commit > 5:
-                writer.commit(writer.position)
-                last_commit = time.monotonic()
     empty, malformed = skipped["empty"], skipped["malformed"]
     summary = writer.finish({
         "empty_documents": empty, "malformed_lines": malformed, "append_eod": options.append_eod,
@@ -260,19 +257,16 @@ class Shuffle(Order):
 
 def shuffle(options):
     """Bake the order: write all steps' rows, in training order, as a token file of their own."""
-    data = unshuffled(options)
+    data = ordered(options, unshuffled=True)
     if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
         raise ValueError(f"output = {options.output}: that is the input, name another")
     n_rows = min(options.steps * options.batch_size, len(data))
     job = {"data": data.tokens.prefix, "tokens": data.tokens.n_tokens, "order": data.settings,
-           "rows": n_rows, "sha256": fingerprint(data.tokens.paths())}
+           "rows": n_rows, "sha256": fingerprint(data.tokens.paths)}
     writer = TokenWriter(options.output, job)
     for start in tqdm(range(writer.position or 0, n_rows, 4096), unit=" * 4096 rows", disable=None):
         rows = data.rows(range(start, min(start + 4096, n_rows)))
-        writer.append(rows, np.full(len(rows), rows.shape[1]))
-        writer.position = start + len(rows)
-        if writer.position % (1 << 18) == 0:
-            writer.commit(writer.position)
+        writer.append(rows, np.full(len(rows), rows.shape[1]), position=start + len(rows))
     writer.finish({"baked_from": job})
     print(f"{options.output}.bin: {n_rows:,} rows of {options.seq_length + 1} tokens in "
           "training order")

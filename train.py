@@ -266,7 +266,7 @@ def identity(model_config, config, intervention, launch, order):
     """Return what decides a run's numbers: every setting, and what its files hold."""
     settings = asdict(model_config) | asdict(config) | asdict(intervention) | {
         "branch_from": config.branch_from and str(Path(config.branch_from)),  # without a last slash
-        "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths()),
+        "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths),
         "order_sha256": None if order.preshuffled else fingerprint(order.paths),
         "planted_sha256": intervention.plan_sha256()}
     if config.exact_sums:  # then these alone decide how its sums round

@@ -39,7 +39,7 @@ def write(prefix, documents, **notes):
 
 
 def digest(prefix):
-    return fingerprint(TokenFile(prefix).paths())
+    return fingerprint(TokenFile(prefix).paths)
 
 
 def random_documents(sizes, seed=0):
@@ -59,8 +59,8 @@ def test_files_are_byte_for_byte_megatron(tmp_path):
 
 def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_path):
     writer = TokenWriter(tmp_path / "d", "job")
-    writer.append([1, 2], [2])
-    writer.commit("after the first")
+    writer.append([1, 2], [2], position="after the first")
+    writer.commit()
     writer.append([3, 3, 3], [3])  # lost: never committed
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["d.partial"]
@@ -74,8 +74,8 @@ def test_an_unfinished_write_is_no_token_file_and_goes_on_from_its_commit(tmp_pa
 
 def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path, monkeypatch):
     writer = TokenWriter(tmp_path / "d", "job")
-    writer.append([1, 2, 3], [3])
-    writer.commit("at the end")  # what finish does first
+    writer.append([1, 2, 3], [3], position="at the end")
+    writer.commit()  # what finish does first
     writer.close()
     again = TokenWriter(tmp_path / "d", "job")
     assert again.position == "at the end" and again.files["bin"].tell() == 6
@@ -91,8 +91,8 @@ def test_a_kill_while_finishing_neither_doubles_nor_zeroes(tmp_path, monkeypatch
     again.close()
     anew = TokenWriter(tmp_path / "d", "job")
     assert anew.position is None
-    anew.append([1], [1])
-    anew.commit("after the first")
+    anew.append([1], [1], position="after the first")
+    anew.commit()
     anew.close()
     assert TokenWriter(tmp_path / "d", "another job").position is None
 
@@ -103,7 +103,7 @@ def test_an_order_of_other_documents_is_refused(tmp_path):
     write(tmp_path / "other", random_documents([9, 5, 14, 2, 30]))
     for path in tmp_path.glob("d_train_0_*"):
         path.rename(tmp_path / path.name.replace("d_", "other_", 1))
-    with pytest.raises(ValueError, match="do not belong to .*other.idx"):
+    with pytest.raises(ValueError, match="not an order of .*other.idx"):
         OrderedData(tmp_path / "other", 4, 20, 1234)
     write(tmp_path / "d", random_documents([9, 5, 14, 2, 30]))
     OrderedData(tmp_path / "d", 4, 20, 1234)  # writing d anew removed its old order

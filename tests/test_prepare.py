@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import zstandard
 
-import prepare
+import data
 from config import read_json
 from conftest import run
 from data import TokenFile, TokenWriter, load_npy
@@ -90,11 +90,11 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tmp_path, tokenizer_path
     flags = ["prepare.py", "tokenize", f"--input={tmp_path}/big.jsonl.gz"]
     run(*flags, f"--output={tmp_path}/whole", "--workers=1")
     ticks = iter(range(0, 10**6, 9))  # so that every chunk is committed
-    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
-    def commit(self, position, commit=TokenWriter.commit):
-        commit(self, position)
-        if position:
+    def commit(self, commit=TokenWriter.commit):
+        commit(self)
+        if self.position:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(TokenWriter, "commit", commit)
@@ -209,8 +209,8 @@ def test_a_killed_shuffle_goes_on(tmp_path):
     baked = (tmp_path / "whole.bin").read_bytes()
     job = read_json(tmp_path / "whole.json")["baked_from"]
     writer = TokenWriter(tmp_path / "cut", job)  # what a job killed after 300 rows leaves
-    writer.append(np.frombuffer(baked, "<u2")[:300 * 9], np.full(300, 9))
-    writer.commit(300)
+    writer.append(np.frombuffer(baked, "<u2")[:300 * 9], np.full(300, 9), position=300)
+    writer.commit()
     writer.close()
     run(*flags, f"--output={tmp_path}/cut")
     assert (tmp_path / "cut.bin").read_bytes() == baked
