@@ -1,25 +1,24 @@
-"""The Pile's order: Megatron token files, gpt-neox's shuffle, batches as functions of the step.
+"""Megatron token files, gpt-neox's order of the training data, and the batch of any step.
 
     python data.py order --data=data/train --steps=143000 --batch_size=1024 [--report=71500]
 
-PREFIX.bin holds the tokens of all documents, little-endian, one after the other, with no header;
-or, as published, in pieces PREFIX-00000-of-000NN.bin, of which there are NN + 1.
+PREFIX.bin holds the tokens of all documents, little-endian, one after the other, without a header.
+The published files are cut into NN + 1 shards, PREFIX-00000-of-000NN.bin and so on.
 PREFIX.idx, little-endian, unaligned (gpt-neox v1.0, megatron/data/indexed_dataset.py):
 
     offset   bytes  content
     0        9      "MMIDIDX" and two zero bytes
     9        8      uint64 version, 1
-    17       1      uint8 dtype code, 8: uint16, as vocabularies of under 65,500 entries have it
+    17       1      uint8 dtype code, 8 for uint16 (vocabularies of under 65,500 entries)
     18       8      uint64 S, number of sequences (documents)
     26       8      uint64 Dn, number of doc_idx entries, S + 1
     34       4 S    int32 sizes, tokens of each sequence
     34+4S    8 S    int64 pointers, byte offset of each sequence in PREFIX.bin
     34+12S   8 Dn   int64 doc_idx, first sequence of each document: 0, 1, ..., S
 
-Beside them `prepare.py tokenize` leaves PREFIX.json (names, counts) and PREFIX_documents.npy (each
-document's subset, source file and line). `prepare.py shuffle` bakes the order into a token file
-whose every sequence is one row of seq_length + 1 tokens, already in training order, as the
-published "preshuffled" Pile.
+`prepare.py tokenize` also writes PREFIX.json (names, counts) and PREFIX_documents.npy (the subset,
+source file and line of each document). `prepare.py shuffle` writes a "preshuffled" token file, as
+the published one: each sequence is a row of seq_length + 1 tokens, and they are in training order.
 """
 
 import hashlib
@@ -33,7 +32,8 @@ import struct
 import sys
 import time
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from glob import escape, glob
 from itertools import accumulate
 from pathlib import Path
@@ -43,10 +43,10 @@ import numpy as np
 from config import (check, command, expecting, file_size, lock, read_json, replacing, sha256_of,
                     write_json)
 
-MAGIC = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)  # with the version and the dtype code
+MAGIC = b"MMIDIDX\0\0" + struct.pack("<QB", 1, 8)  # including the version and the dtype code
 HEADER = struct.Struct("<18sQQ")  # MAGIC, S, Dn
-MASKED = -100  # the id of padding in a row that an intervention made: no input, nothing to learn
-# What PREFIX_documents.npy holds of each document: names of subsets and files are in PREFIX.json.
+MASKED = -100  # marks padding in a row that an intervention changed; it has no loss
+# An entry of PREFIX_documents.npy; the names of files and subsets are in PREFIX.json.
 PROVENANCE = np.dtype([("file", "<u4"), ("line", "<u4"), ("subset", "<u4")])
 
 # ---------------------------------------------------------------------------- reading token files
@@ -76,18 +76,16 @@ class TokenFile:
         length = int(self.sizes[0])
         some_differ = (self.sizes[::n // 1000 + 1] != length).any()
         self.equal_length = 0 if some_differ or self.n_tokens != n * length else length
-        shards, digits = [f"{self.prefix}.bin"], 5 * "[0-9]"
-        found = glob(f"{escape(self.prefix)}-{digits}-of-{digits}.bin")
-        if found and not os.path.exists(shards[0]):
-            last = int(max(found)[-9:-4])
-            shards = [f"{self.prefix}-{i:05}-of-{last:05}.bin" for i in range(last + 1)]
+        shards = [f"{self.prefix}.bin"]
+        if not os.path.exists(shards[0]):
+            shards = sorted(glob(f"{escape(self.prefix)}-?????-of-?????.bin")) or shards
         n_bytes = sum(map(file_size, shards))
-        with expecting(shards[-1], f"the end of the {2 * self.n_tokens:,} bytes that {idx} needs"):
-            self.maps = [np.memmap(path, "<u2", "r") for path in shards]
-            if n_bytes != 2 * self.n_tokens:
-                raise ValueError(f"found {n_bytes:,}")
-        self.shards = list(map(np.asarray, self.maps))  # slicing a memmap takes ten times as long
-        self.bounds = [0, *accumulate(map(len, self.shards))]  # where shards begin and end
+        if n_bytes != 2 * self.n_tokens:
+            raise ValueError(f"{shards[-1]}: {n_bytes:,} bytes up to its end, but {idx} describes "
+                             f"{2 * self.n_tokens:,}: truncated, incomplete or of another index")
+        # Plain arrays over the memory maps: slicing a np.memmap takes ten times as long.
+        self.shards = [np.asarray(np.memmap(path, "<u2", "r")) for path in shards]
+        self.bounds = [0, *accumulate(map(len, self.shards))]  # first token of each shard; the end
         self.paths = [idx, *shards]
 
     def __len__(self):
@@ -217,7 +215,6 @@ class TokenWriter:
         sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
         documents = np.fromfile(self.folder / "documents", dtype=PROVENANCE)
         if not len(sizes):
-            shutil.rmtree(self.folder)
             raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
         with replacing(self.folder / "idx") as file:
             write_index(file, sizes)
@@ -284,6 +281,7 @@ def build_order(sizes, seq_length, num_samples, seed):
     places[0] = 0  # even if that document is empty
     tokens -= begins[places]
     sample_idx = np.stack((places, tokens), axis=1, dtype=np.int32, casting="unsafe")
+    del begins, places, tokens  # most of the memory
     shuffle_idx = np.arange(n_samples, dtype=np.uint32 if n_samples < 2**32 - 2 else np.int64)
     rng.shuffle(shuffle_idx)
     return doc_idx, sample_idx, shuffle_idx
@@ -299,7 +297,7 @@ def load_npy(path):
     """Return a memory-mapped .npy file; never unpickles."""
     file_size(path)  # refuses a pipe, which would never end
     with expecting(path, "a whole .npy file; delete it to rebuild"):
-        return np.lib.format.open_memmap(path, mode="r")
+        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
 
 
 def samples_needed(steps, batch_size):
@@ -311,11 +309,11 @@ class OrderedData:
     """Rows of seq_length + 1 tokens in training order. No state: the same call, the same rows.
 
     Row i of step s is row s * batch_size + i of the order; the update of step s makes checkpoint
-    s + 1. The order is built if its files are not there. If the token file is "preshuffled", in
-    training order already, its rows are served as they are.
+    s + 1. The order is built if its files are not there. A "preshuffled" token file is in training
+    order already: its documents are the rows.
 
     A file is preshuffled if PREFIX.json says that `shuffle` wrote it, or if it comes in shards of
-    equally long documents, as published. If that is wrong, {"preshuffled": true} or false in
+    equally long documents, as published. Where this is wrong, {"preshuffled": true} or false in
     PREFIX.json decides: published shards joined into one file look like any corpus that was cut
     into documents of one length.
     """
@@ -325,43 +323,36 @@ class OrderedData:
         prefix, length = self.tokens.prefix, self.tokens.equal_length
         notes, published = read_notes(prefix), length and len(self.tokens.shards) > 1
         self.preshuffled = bool(notes.get("preshuffled", "baked_from" in notes or published))
-        if not self.preshuffled:
-            self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
-            self.paths = order_paths(prefix, **self.settings)
-            self._open_order()
-        elif length != seq_length + 1:
-            raise ValueError(f"{prefix}: in training order already, in rows of "
-                             f"{length or 'unequal'} tokens; seq_length = {seq_length} needs rows "
-                             f"of {seq_length + 1}")
-
-    def _open_order(self):
-        """Map the order's files, built if need be; compare lengths and 300 rows with the tokens."""
+        if self.preshuffled:
+            if length != seq_length + 1:
+                raise ValueError(f"{prefix}: in training order already, in rows of "
+                                 f"{length or 'unequal'} tokens; seq_length = {seq_length} needs "
+                                 f"rows of {seq_length + 1}")
+            return
         # By default reading a row makes the system read 128 KB around it. With a file larger than
         # memory a step of 1024 rows then took 14 s instead of 0.04.
-        for tokens in self.tokens.maps:
-            tokens.base.madvise(mmap.MADV_RANDOM)
+        for shard in self.tokens.shards:
+            shard.base.base.madvise(mmap.MADV_RANDOM)
+        self.settings = {"seq_length": seq_length, "num_samples": num_samples, "seed": seed}
+        self.paths = order_paths(prefix, **self.settings)
         if not all(map(os.path.exists, self.paths)):
-            # batch_viewer.py may have kept the inverse of an earlier order.
             stem = self.paths[0].removesuffix("_doc_idx.npy")
-            for stale in glob(f"{escape(stem)}_inverse_*_idx.npy"):
+            for stale in glob(f"{escape(stem)}_inverse_*"):  # by batch_viewer.py, of an older order
                 os.unlink(stale)
             for path, array in zip(self.paths, build_order(self.tokens.sizes, **self.settings)):
                 with replacing(path) as file:
                     np.save(file, array)
         self.order = doc_idx, sample_idx, shuffle_idx = tuple(map(load_npy, self.paths))
-        n_samples = (len(doc_idx) // len(self.tokens) * self.tokens.n_tokens - 1) // self.seq_length
+        self.fits = partial(expecting, self.paths[0], f"an order of {prefix}.idx; delete it and its"
+                            " two siblings to rebuild them")
+        n_samples = (len(doc_idx) // len(self.tokens) * self.tokens.n_tokens - 1) // seq_length
         some = range(0, len(self), len(self) // 300 + 1)
-        with self.order_fits():
+        with self.fits():
             if (len(shuffle_idx) != n_samples or sample_idx.shape != (n_samples + 1, 2)
                     or len(set(shuffle_idx[some].tolist())) < len(some)):
                 raise ValueError(f"expected {n_samples:,} samples")
-        for row in some:
+        for row in some:  # compares lengths of documents with those of the token file
             self.pieces(row)
-
-    def order_fits(self):
-        """Turn any error in a block into one line that says which files to delete."""
-        return expecting(self.paths[0], f"an order of {self.tokens.prefix}.idx; delete this file "
-                                        "and its two siblings to rebuild them")
 
     def describe(self):
         """Return lines that say where rows come from, and what is unusual about the data."""
@@ -392,7 +383,7 @@ class OrderedData:
             return [(row, 0, self.seq_length + 1)]
         doc_idx, sample_idx, shuffle_idx = self.order
         sample = int(shuffle_idx[row])
-        with self.order_fits():
+        with self.fits():
             (first, start), (last, stop) = sample_idx[sample:sample + 2].tolist()
             documents = doc_idx[first:last + 1].tolist()
             ends = self.tokens.sizes[documents].tolist()
@@ -454,20 +445,16 @@ class Order:
     seed: int = 1234
 
     def __post_init__(self):
-        # Values may come from the config.json of a run that someone else made.
-        whole = lambda value: type(value) is int and 0 <= value < 2**32
-        check(self, "at least 1", lambda value: whole(value) and value, "steps", "batch_size",
-              "seq_length")
-        check(self, "0 to 2^32 - 1", whole, "seed")
+        # Types are checked as well, since values may come from a config.json that others wrote.
+        check(self, "at least 1", lambda value: type(value) is int and value > 0, "steps",
+              "batch_size", "seq_length")
+        check(self, "0 to 2^32 - 1", lambda value: type(value) is int and 0 <= value < 2**32,
+              "seed")
 
 
 @dataclass(frozen=True)
 class OrderReport(Order):
     report: int | None = None  # a step: count the documents seen 0, 1, 2, ... times before it
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self, f"0 to steps = {self.steps}", range(self.steps + 1).__contains__, "report")
 
 
 def ordered(options, unshuffled=False):
@@ -501,19 +488,22 @@ def trained_with(model):
 
 
 def order_of(model, data=None):
-    """Return the Order in which a run (default: Pythia) read its training data, or `data`."""
+    """Return the Order of a run's training (for others, Pythia's), of `data` instead if given."""
     settings = trained_with(model)
     if settings.get("data_seed") is not None:
         settings["seed"] = settings["data_seed"]
-    if not (data or settings.get("data")):
+    if data:
+        settings["data"] = data
+    if not settings.get("data"):
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")
-    names = settings.keys() & {"steps", "batch_size", "seq_length", "seed"}
-    return Order(data or settings["data"], **{name: settings[name] for name in names})
+    return Order(**{field.name: settings[field.name] for field in fields(Order)
+                    if field.name in settings})
 
 
 def order(options):
     """Fix the training order: write the three index arrays under gpt-neox's cache names."""
+    check(options, f"0 to {options.steps}", range(options.steps + 1).__contains__, "report")
     data = ordered(options, unshuffled=True)
     print(*data.describe(), *data.paths, sep="\n")
     if options.report is not None:

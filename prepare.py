@@ -1,22 +1,24 @@
-"""Text to token files on all cores; duplicates removed; the order baked into a file.
+"""Turn text into token files on all cores, remove duplicates, write the order out as a file.
 
     python prepare.py tokenize --input=a.jsonl,b.txt --output=data/train
     python prepare.py dedup    --input='pile/*.jsonl.zst' --output=deduped.jsonl
     python prepare.py shuffle  --data=data/train --output=data/preshuffled --steps=143000
 
-Long jobs build PREFIX.partial and move its files into place only when they are whole; a job that
-was killed goes on from its last commit. `dedup` removes equal documents and nearly equal ones by
-MinHash at Jaccard 0.87, as the deduplicated Pile. It works in memory, about 1 kB a document that
-stays; for more see datatrove's MinHash, whose .jsonl.gz are an --input of `tokenize`.
+`tokenize` and `shuffle` build their files in PREFIX.partial and move them into place when they are
+whole; the same command continues a job that was killed. `dedup` removes equal documents, and nearly
+equal ones by MinHash at a Jaccard similarity of 0.87, as for the deduplicated Pile. Each document
+that stays takes about 1 kB of memory; if that is too much, use datatrove's MinHash, whose .jsonl.gz
+files `tokenize` reads.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import signal
 import sys
 import threading
-import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from data import Order, TokenWriter, fingerprint, ordered
 from tokenizer import ENDOFTEXT, load_tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-LONGEST = 64 << 20  # bytes of a line or a .txt file; a single word of so many takes 3.5 GB
+LONGEST = 64 << 20  # bytes of a line or a .txt file; to tokenize a word of that length takes 3.5 GB
 
 # ---------------------------------------------------------------------------- reading text
 
@@ -44,98 +46,93 @@ def input_files(spec):
         path = Path(item)
         if os.path.isdir(item):
             found = path.rglob("*")
-        elif os.path.exists(item):
+        elif os.path.exists(item) or not item:
             found = [path]
-        else:  # pathlib's ** follows no links, which may form circles
-            found = Path(path.anchor).glob(str(path.relative_to(path.anchor))) if item else ()
+        else:  # unlike glob's, pathlib's ** follows no links, which may form circles
+            found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
         found = sorted(str(file) for file in found
                        if file.name.endswith(SUFFIXES) and not file.is_dir())
         if not found:
             raise ValueError(f"{item}: no {', '.join(SUFFIXES)} files there")
         for path in found:
-            file_size(path)  # raises now if it is no file, not hours later
+            file_size(path)  # if it is not a file, this raises now instead of hours later
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
 
 
-def uncompressed(path, raw):
-    """Yield an open file's bytes, uncompressed, in bounded pieces."""
-    if path.endswith(".gz"):
-        new_frame = partial(zlib.decompressobj, zlib.MAX_WBITS | 16)
-    elif path.endswith(".zst"):
-        from zstandard import ZstdDecompressor
-        new_frame = ZstdDecompressor().decompressobj
-    else:
-        yield from iter(partial(raw.read, 1 << 20), b"")
+def read_pieces(path, raw):
+    """Yield the bytes of an open file, uncompressed, in pieces of at most 32 MB."""
+    if not path.endswith(".zst"):
+        file = gzip.open(raw) if path.endswith(".gz") else raw
+        yield from iter(partial(file.read, 1 << 20), b"")
         return
-    frame = None
-    while block := raw.read(1 << 10):  # of zeros, 1 kB of zstandard holds 32 MB
-        while block:
-            frame = frame or new_frame()
-            try:
-                yield frame.decompress(block)
-            except Exception as error:  # zlib.error or zstandard.ZstdError
-                raise ValueError(f"damaged ({error})") from None
-            block = frame.unused_data
+    from zstandard import ZstdDecompressor
+    frame = None  # a file may have several; zstandard's own reader accepts one that is cut off
+    while data := raw.read(1 << 10):  # 1 kB can hold 32 MB of zeros
+        while data:
+            frame = frame or ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
             if frame.eof:
                 frame = None
     if frame:
         raise ValueError("cut off: its last frame is incomplete")
 
 
-def blocks(pieces, size):
-    """Cut pieces into blocks of whole lines; each ends with the first line after `size` bytes."""
-    block = bytearray()
-    for piece in pieces:
-        searched = len(block)
-        block += piece
-        while end := block.find(b"\n", max(searched, size)) + 1:
-            yield bytes(block[:end])
-            del block[:end]
-            searched = 0
-        if len(block) > LONGEST:
-            raise ValueError(f"a document of over {LONGEST >> 20} MiB; cut it into several")
-    if block:
-        yield bytes(block)
+def read_lines(path, raw):
+    """Yield the lines of an open file, uncompressed; all of a .txt file is one line."""
+    line, is_text = bytearray(), path.endswith(".txt")
+    for piece in read_pieces(path, raw):
+        for part in [piece] if is_text else io.BytesIO(piece):
+            line += part
+            if len(line) > LONGEST:
+                raise ValueError(f"a document of over {LONGEST >> 20} MiB; cut it into several")
+            if part.endswith(b"\n") and not is_text:
+                yield bytes(line)
+                line.clear()
+    if line:
+        yield bytes(line)
 
 
 def chunks(paths, position=(0, 0), size=1 << 19):
-    """Yield (chunk, position after it, compressed bytes read): whole lines of `size` bytes or more.
+    """Yield (chunk, position after it, how many bytes of the files were read up to there).
 
-    chunk: (file number, path, number of its first line, bytes). position: (file number, chunks of
-    it that are done) to go on from. A .txt file is one chunk and one document.
+    chunk: (file number, path, [(line number, line)]), at least `size` bytes unless the file ends.
+    position: (file number, how many of its lines are done), from which reading continues.
     """
     first, done = position
     read = sum(map(os.path.getsize, paths[:first]))
-    for number, path in enumerate(paths[first:], first):
-        line, least = 1, sys.maxsize if path.endswith(".txt") else size
+    for file, path in enumerate(paths[first:], first):
+        number, lines, n_bytes = 0, [], 0
         try:
             with open(path, "rb") as raw:
-                for i, block in enumerate(blocks(uncompressed(path, raw), least), 1):
-                    if i > done:
-                        yield (number, path, line, block), (number, i), read + raw.tell()
-                    line += block.count(b"\n")
-        except ValueError as error:
-            raise ValueError(f"{path}: cannot be read from line {line} on: {error}") from None
+                for number, line in enumerate(read_lines(path, raw), 1):
+                    if number > done:
+                        lines.append((number, line))
+                        n_bytes += len(line)
+                    if n_bytes >= size:
+                        yield (file, path, lines), (file, number), read + raw.tell()
+                        lines, n_bytes = [], 0
+        except Exception as error:  # OSError, or whatever a decompressor raises
+            raise ValueError(f"{path}: cannot be read from line {number + 1} on: {error}") from None
         read, done = read + os.path.getsize(path), 0
+        yield (file, path, lines), (file + 1, 0), read
 
 
 def documents(chunk, skip_malformed=False):
-    """Yield (line number, record with a string "text") of a chunk; None for a record to skip."""
-    _, path, first, block = chunk
-    is_text = path.endswith(".txt")
-    for number, line in enumerate([block] if is_text else block.split(b"\n"), first):
+    """Yield (line number, record with a string "text") of a chunk; None for a malformed line."""
+    _, path, lines = chunk
+    for number, line in lines:
         try:
             text = line.decode("utf-8-sig")
-            if not is_text and not text.strip():
-                continue
-            record = {"text": text} if is_text else json.loads(text)
-            record["text"].encode()  # a lone surrogate, which JSON can name, is no text
+            record = {"text": text} if path.endswith(".txt") else json.loads(text)
+            record["text"].encode()  # fails if it is no string or has a lone surrogate
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if not line.strip():
+                continue
             if not skip_malformed:
-                raise ValueError(
-                    f"{path}, line {number}: expected UTF-8, and in .jsonl an object with a string "
-                    f'"text" ({error}); tokenize --skip_malformed=True leaves it out') from None
+                raise ValueError(f"{path}, line {number}: expected UTF-8, and in .jsonl an object "
+                                 f'with a string "text" ({error})') from None
             record = None
         yield number, record
 
@@ -147,16 +144,16 @@ def subset_name(record):
     return name if isinstance(name, str) and name.isprintable() else "unnamed"
 
 
-progress = partial(tqdm, unit="B", unit_scale=True, disable=None)  # of bytes, on a terminal
+progress = partial(tqdm, unit="B", unit_scale=True, disable=None)  # shown on a terminal only
 
 # ---------------------------------------------------------------------------- worker processes
 
 
 def in_workers(function, tasks, workers, start, *arguments):
-    """Yield function(*task) of each task, in order, from `workers` processes (0: one a core).
+    """Yield function(*task) of each task, in order, computed by worker processes.
 
-    start(*arguments) comes first in each. They are a bounded number of tasks ahead. One worker is
-    this process.
+    workers: how many; 0: one a core; 1: this process does it all. Each first calls
+    start(*arguments). Only a few tasks a worker are read ahead, which bounds the memory.
     """
     workers = workers or os.cpu_count()
     if workers == 1:
@@ -176,12 +173,12 @@ def in_workers(function, tasks, workers, start, *arguments):
     except BrokenExecutor:
         raise ValueError("a worker process was killed: fewer --workers take less memory") from None
     finally:
-        # Wait for the tasks at work. If Python exits before them, it can write to a closed pipe.
+        # This waits for running tasks, which could write to a closed pipe if Python exited first.
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(start, *arguments):
-    """Begin a worker process, which leaves Ctrl-C to its parent and ends whenever that is gone."""
+    """Start a worker process, which ignores Ctrl-C and ends when its parent process is gone."""
     def end_with_parent():
         parent_process().join()
         os._exit(1)
@@ -199,42 +196,39 @@ class Tokenize:
     input: str  # comma-separated .jsonl, .jsonl.gz, .jsonl.zst and .txt files, folders and globs
     output: str  # PREFIX: writes PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX_documents.npy
     tokenizer: str = "20B_tokenizer.json"
-    # <|endoftext|> after every document; the published deduped file has none
+    # <|endoftext|> after every document; the published deduplicated Pile has none
     append_eod: bool = True
-    skip_malformed: bool = False  # count and skip bad lines instead of stopping at the first
+    skip_malformed: bool = False  # count and skip malformed lines instead of stopping at the first
     workers: int = 0  # processes; 0: one a core
 
 
 def tokenize(options):
-    """Turn text into a token file, a sequence a document, in order; same bytes for any workers."""
+    """Turn text into a token file: a sequence a document, in the order of the input."""
     load_tokenizer(options.tokenizer)
     paths = input_files(options.input)
     files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
     writer = TokenWriter(options.output, {"input": files, "append_eod": options.append_eod})
-    done = writer.position or {"at": (0, 0), "subsets": [], "skipped": {}}
-    subsets = {name: i for i, name in enumerate(done["subsets"])}
-    skipped = Counter(done["skipped"])
-    tasks = ((*task, options) for task in chunks(paths, done["at"]))
+    position, subsets, skipped = writer.position or ((0, 0), {}, {})  # subsets: {name: number}
+    skipped = Counter(skipped)
+    tasks = ((*task, options) for task in chunks(paths, position))
     with progress(total=sum(map(os.path.getsize, paths))) as bar:
-        for at, read, tokens, sizes, places, more_skipped in in_workers(
+        for position, read, tokens, sizes, places, more_skipped in in_workers(
                 encode_chunk, tasks, options.workers, load_tokenizer, options.tokenizer):
-            documents = [(file, line, subsets.setdefault(name, len(subsets)))
-                         for file, line, name in places]
+            places = [(file, line, subsets.setdefault(name, len(subsets)))
+                      for file, line, name in places]
             skipped.update(more_skipped)
-            writer.append(tokens, sizes, documents,
-                          {"at": at, "subsets": list(subsets), "skipped": skipped})
+            writer.append(tokens, sizes, places, (position, subsets, skipped))
             bar.update(read - bar.n)
-    empty, malformed = skipped["empty"], skipped["malformed"]
     summary = writer.finish({
-        "empty_documents": empty, "malformed_lines": malformed, "append_eod": options.append_eod,
-        "subsets": list(subsets), "files": paths})
+        "empty_documents": skipped["empty"], "malformed_lines": skipped["malformed"],
+        "append_eod": options.append_eod, "subsets": list(subsets), "files": paths})
     print(f"{options.output}.bin: {summary['tokens']:,} tokens of {summary['documents']:,} "
-          f"documents in {len(subsets)} subsets; skipped {empty:,} empty documents, "
-          f"{malformed:,} bad lines")
+          f"documents in {len(subsets)} subsets; skipped {skipped['empty']:,} empty documents, "
+          f"{skipped['malformed']:,} malformed lines")
 
 
-def encode_chunk(chunk, at, read, options):
-    """Return (at, read, tokens, sizes, [(file number, line, subset's name)], what was skipped)."""
+def encode_chunk(chunk, position, read, options):
+    """Return (position, read, tokens, sizes, [(file number, line, subset)], what was skipped)."""
     tokenizer, end = load_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
     encoded, places, skipped = [np.empty(0, np.uint16)], [], Counter()
     for line, record in documents(chunk, options.skip_malformed):
@@ -244,7 +238,7 @@ def encode_chunk(chunk, at, read, options):
             places.append((chunk[0], line, subset_name(record)))
         else:
             skipped["empty" if record else "malformed"] += 1
-    return at, read, np.concatenate(encoded), list(map(len, encoded[1:])), places, skipped
+    return position, read, np.concatenate(encoded), list(map(len, encoded[1:])), places, skipped
 
 
 # ---------------------------------------------------------------------------- shuffle
@@ -256,7 +250,7 @@ class Shuffle(Order):
 
 
 def shuffle(options):
-    """Bake the order: write all steps' rows, in training order, as a token file of their own."""
+    """Bake the order: write the rows of all steps, in training order, as a token file."""
     data = ordered(options, unshuffled=True)
     if os.path.realpath(options.output) == os.path.realpath(data.tokens.prefix):
         raise ValueError(f"output = {options.output}: that is the input, name another")
@@ -282,19 +276,17 @@ PERMUTATIONS = 128  # of MinHash: the similarity's standard error is at most 1 /
 class Dedup:
     input: str  # as for tokenize
     output: str  # .jsonl of the documents that stay; OUTPUT.removed.csv says what was removed
-    # Jaccard similarity of the sets of words' 5-grams, as the deduplicated Pile's; 1: equal only
+    # Jaccard similarity of two documents' sets of 5-grams of words; 1: only equal documents
     threshold: float = 0.87
 
 
 def dedup(options):
     """Remove equal and nearly equal documents; the first of each cluster stays."""
     paths, report = input_files(options.input), f"{options.output}.removed.csv"
-    inputs = set(map(os.path.realpath, paths))
-    if (not options.output.endswith(".jsonl") or os.path.realpath(options.output) in inputs
-            or os.path.exists(options.output) and not os.path.exists(report)):
-        raise ValueError(f"output = {options.output}, expected a .jsonl, none of the inputs, that "
-                         "is new or was written by this command (with a .removed.csv)")
-    known, counts = {}, Counter()  # known: {digest of a text that stays: its place}
+    if not options.output.endswith(".jsonl") or any(map(os.path.lexists, (options.output, report))):
+        raise ValueError(f"output = {options.output}, expected a .jsonl that does not exist yet, "
+                         f"and no {report}")
+    known, counts = {}, Counter()  # known: {SHA-256 of a text that stays: where it is}
     near = Near(options.threshold) if options.threshold != 1 else None
     with (replacing(options.output) as output, replacing(report) as file,
           progress(total=sum(map(os.path.getsize, paths))) as bar):
@@ -321,13 +313,14 @@ def dedup(options):
 
 
 class Near:
-    """MinHash LSH over documents that stay, by datasketch; candidates are held to the threshold."""
+    """MinHash LSH, by datasketch, over the documents that stay."""
 
     def __init__(self, threshold):
         from datasketch import MinHash, MinHashLSH
         self.threshold, self.hashes = threshold, {}
         self.new_hash = partial(MinHash, PERMUTATIONS, seed=1)
-        # These weights find 88 % of the pairs of similarity 0.87 (datasketch's own balance: 45 %).
+        # With these weights 88 % of the pairs of similarity 0.87 become candidates (datasketch's
+        # own weights: 45 %); the threshold then decides.
         self.index = MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
 
     def find_or_add(self, place, text, block=10_000):
