@@ -345,12 +345,13 @@ class OrderedData:
         self.order = doc_idx, sample_idx, shuffle_idx = tuple(map(load_npy, self.paths))
         self.fits = partial(expecting, self.paths[0], f"an order of {prefix}.idx; delete it and its"
                             " two siblings to rebuild them")
-        n_samples = (len(doc_idx) // len(self.tokens) * self.tokens.n_tokens - 1) // seq_length
-        some = range(0, len(self), len(self) // 300 + 1)
         with self.fits():
+            some = range(0, len(self), len(self) // 300 + 1)
+            n_tokens = len(doc_idx) // len(self.tokens) * self.tokens.n_tokens
+            n_samples = (n_tokens - 1) // seq_length
             if (len(shuffle_idx) != n_samples or sample_idx.shape != (n_samples + 1, 2)
                     or len(set(shuffle_idx[some].tolist())) < len(some)):
-                raise ValueError(f"expected {n_samples:,} samples")
+                raise ValueError(f"expected {n_samples:,} samples in random order")
         for row in some:  # compares lengths of documents with those of the token file
             self.pieces(row)
 
@@ -470,7 +471,7 @@ def ordered(options, unshuffled=False):
 
 
 def span(name, text, n, end=0):
-    """Return the range of numbers below n that "3" or "3:5" names; 5 is included with end=1."""
+    """Return the range that "3" or "3:5" names, out of n; the last number is included if end=1."""
     if match := re.fullmatch(r"(\d{1,15})(?::(\d{1,15}))?", text):
         first = int(match[1])
         stop = int(match[2]) + end if match[2] else first + 1
@@ -488,7 +489,10 @@ def trained_with(model):
 
 
 def order_of(model, data=None):
-    """Return the Order of a run's training (for others, Pythia's), of `data` instead if given."""
+    """Return the Order that a run was trained in (Pythia's if it is not a run of ours).
+
+    data: PREFIX of other data, to be read in an order with the same settings.
+    """
     settings = trained_with(model)
     if settings.get("data_seed") is not None:
         settings["seed"] = settings["data_seed"]
