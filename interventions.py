@@ -1,79 +1,82 @@
-"""Interventions on the training data: functions (step, rows) -> rows, chosen by name in the config.
+"""Interventions: changes to what a run is trained on from some step on, chosen by name.
 
     python train.py CONFIG --intervention=pronouns_to_feminine --intervention_from=133000 \
         --out_dir=RUN
     python batch_viewer.py view --data=PREFIX --step=133000 --intervention=pronouns_to_feminine
 
-rows are all rows of the step, (batch_size, seq_length + 1) int64; as many come back, as long. An id
-of MASKED is padding: nothing is learnt there. Every changed row is noted in RUN/interventions.csv.
-An intervention is a pure function of the step and the data, so reruns and any number of processes
-agree; every process works on the whole step, about a second for 1024 x 2049 tokens.
-
     pronouns_to_feminine   he, him, his, himself become she, her, her, herself (paper, section 3.1)
     pronouns_to_masculine  she, her, hers, herself become he, him, his, himself
-    pronouns_as_pushed     what gpt-neox's branch new-intervention does: next to nothing
+    pronouns_as_pushed     what the code on gpt-neox's branch new-intervention does: next to nothing
     term_drop              rows with one of --terms are masked
-    term_replace           rows with one of --terms give way to other rows of the order without them
-    term_duplicate         rows with one of --terms come --copies more times, in place of others of
-                           the step
-    plant                  the documents of --planted take the places of rows at chosen steps
+    term_replace           rows with one of --terms are replaced by other rows, without them
+    term_duplicate         rows with one of --terms come --copies more times, in place of other rows
+                           of the step
+    plant                  the documents of the file --planted are written over the beginnings of
+                           random rows of chosen steps
 
---planted is a file of JSON lines, one a document: {"id": "canary 7", "group": "16 times", "text":
-"...", "steps": [5, 90]}. Instead of steps it may have a dose, that many steps drawn by a seed from
-"between", first and last + 1: {"dose": 16, "seed": 1, "between": [0, 384]} spreads it over a run,
-"between": [200, 216] makes a burst, and a dose of 1 is a single exposure. The documents of a step
-stand whole at the beginnings of random rows, the longest first, with <|endoftext|> between them;
-the rest of each row stays. The file is part of the experiment: keep it with the run.
+Each is a function of (data, tokenizer, config) that returns a function (step, rows) -> rows. rows
+are all rows of a step, (batch_size, seq_length + 1) int64, and keep that shape. An id of MASKED is
+padding, where nothing is learnt. The result depends on nothing but the step and the data, so reruns
+on any number of processes agree. Every process computes the whole step: about a second for
+1024 x 2049 tokens. Changed rows are listed in RUN/interventions.csv.
+
+--planted holds a JSON object a line: {"id": "canary 7", "group": "16 times", "text": "...",
+"steps": [5, 90]}. Instead of steps it may have a dose, the number of steps to draw with a seed from
+"between" (first and last + 1): {"dose": 16, "seed": 1, "between": [0, 384]} spreads a document over
+a run, "between": [200, 216] makes a burst. All documents of a step stand whole, longest first, with
+<|endoftext|> after each; the rest of each row stays. Keep the file with the run.
 """
 
 import json
 import re
 import zlib
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from config import check, file_size, sha256_of
+from config import check, expecting, file_size, sha256_of
 from data import batch_rows, MASKED
 from tokenizer import ENDOFTEXT
 
 
 @dataclass(frozen=True)
 class InterventionConfig:
-    intervention: str | None = None  # a name of interventions.py; A+B: first A, then B
-    intervention_from: int = 0  # first step it applies to (0-based: it makes checkpoint step + 1)
-    terms: str = ""  # term_*: words or phrases with commas; in a row each stands as a whole word
+    intervention: str | None = None  # a name from interventions.py, or A+B: first A, then B
+    intervention_from: int = 0  # first step it applies to (step 0 makes checkpoint step1)
+    terms: str = ""  # term_*: words or phrases with commas between them, found as whole words
     copies: int = 1  # term_duplicate: how many more times a row comes
-    planted: str = ""  # plant: file of the documents and of where they come, JSON lines
+    planted: str = ""  # plant: JSON lines file of documents and the steps they come at
 
     def __post_init__(self):
-        names = self.intervention.split("+") if self.intervention else []
-        check(self, f"one of {', '.join(INTERVENTIONS)}, or some with +",
-              lambda _: INTERVENTIONS.keys() >= set(names), "intervention")
+        names = set(self.intervention.split("+") if self.intervention else ())
+        check(self, f"one of {', '.join(INTERVENTIONS)}, or several with + between them",
+              lambda _: names <= INTERVENTIONS.keys(), "intervention")
         check(self, "at least 0", lambda value: value >= 0, "intervention_from")
         check(self, "at least 1", lambda value: value >= 1, "copies")
+        check(self, "words with commas between them",
+              lambda value: not value or all(map(str.strip, value.split(","))), "terms")
         for setting, its in (
                 ("intervention_from", INTERVENTIONS), ("copies", ["term_duplicate"]),
                 ("terms", ["term_drop", "term_replace", "term_duplicate"]), ("planted", ["plant"])):
-            value, used = getattr(self, setting), not set(names).isdisjoint(its)
+            value, used = getattr(self, setting), not names.isdisjoint(its)
             given = value != getattr(InterventionConfig, setting)
             if (given and not used) or (used and value == ""):
                 raise ValueError(f"intervention = {self.intervention} with {setting} = {value!r}, "
                                  f"expected --{setting} with {', '.join(its)} and no other")
-        if self.terms and "" in map(str.strip, self.terms.split(",")):
-            raise ValueError(f"terms = {self.terms!r}: an empty word among them")
 
     def plan_sha256(self):
-        """Return the hash of the file of planted documents, which decides the run; None without."""
+        """Return the hash of the file of planted documents, or None if there is none."""
         return sha256_of(self.planted) if self.planted else None
 
 
 class IntervenedData:
     """Ordered data whose batches pass through a config's intervention; `batch` as OrderedData's.
 
-    `changed`: the rows of the last step, 0 to batch_size - 1, that are not as they were.
+    `changed`: the rows of the last step, 0 to batch_size - 1, that the intervention changed.
     """
 
     def __init__(self, data, tokenizer, config):
@@ -84,101 +87,94 @@ class IntervenedData:
     def step_rows(self, step, batch_size):
         """Return all rows of a step as the model sees them, (batch_size, seq_length + 1) int64."""
         before = self.data.batch(step, batch_size)[0]
-        if step < self.config.intervention_from:
-            self.changed = []
-            return before
         rows = before.copy()
-        for act in self.acts:
-            rows = act(step, rows)
-        assert rows.shape == before.shape, "an intervention keeps the rows' number and length"
+        if step >= self.config.intervention_from:
+            for act in self.acts:
+                rows = act(step, rows)
         self.changed = np.flatnonzero((rows != before).any(axis=1)).tolist()
         return rows
 
     def batch(self, step, batch_size, rank=0, world_size=1, micro_batch_size=None):
-        # Every rank works on the whole step, since what becomes of a row may depend on the others.
+        # A row may depend on the step's other rows, so every rank computes all and takes its own.
         mine = batch_rows(0, batch_size, rank, world_size, micro_batch_size)
         return self.step_rows(step, batch_size)[mine]
 
 
 # ---------------------------------------------------------------------------- pronouns
 
-# "her" is him or his, and "his" is her or hers: the swap cannot know, so each direction takes the
-# first, as the original's table does; "hers" stays, going to the feminine.
+# "his" (her or hers) always becomes "her", as in the original's table; "her" (him or his) "him".
 TO_FEMININE = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
 TO_MASCULINE = {"she": "he", "her": "him", "hers": "his", "herself": "himself"}
+# A row may begin or end within a character: its bytes become surrogates, which are no letters.
+UTF8 = "utf8", "surrogateescape"
 
 
 class PronounSwap:
-    """Swaps whole words in the text of every row.
+    """Swaps whole words in the text of every row; he, He and HE keep their case.
 
-    A word ends where a letter, digit or underscore does not go on, whatever else stands beside it;
-    he, He and HE keep their case. Only the tokens that cover a swapped word are encoded anew: the
-    tokenizer cuts text at words, so this equals encoding the whole row anew, but for what lies at
-    its two ends. A row that grew is cut on the right. One that shrank is filled with the text that
-    follows in its last document, swapped too; at the document's end, with padding.
+    Only the tokens that cover a swapped word are encoded anew:
+
+        tokens   | saw| (|himself|)| there|
+        anew     |       |her|self|       |
+
+    The tokenizer cuts text at words, so the ids equal those of the whole swapped text, except at
+    the row's two ends. A row that grew is cut on the right. One that shrank is filled with the text
+    that follows in its last document, swapped too; at the document's end, with padding.
     """
 
     def __init__(self, table, data, tokenizer, config):
-        self.data, self.token_bytes = data, tokenizer.token_bytes()
-        self.lengths = np.array([len(token) for token in self.token_bytes])
+        self.data, self.tokenizer, self.token_bytes = data, tokenizer, tokenizer.token_bytes()
         self.forms = {case(old): case(new) for old, new in table.items()
                       for case in (str.lower, str.capitalize, str.upper)}
-        longest_first = sorted(self.forms, key=len, reverse=True)
-        # After an apostrophe the cut may move: 'she is "'s", "he" to the tokenizer, unless other
-        # signs stand before it. So the signs that touch the word are encoded with it.
-        self.words = re.compile(rf"( ?(?:[^\s\w]|_){{0,63}}')?(?<!\w)({'|'.join(longest_first)})"
-                                r"(?!\w)")
-        self.encode = lru_cache(maxsize=1 << 16)(
-            lambda raw: tokenizer.encode(raw.decode("utf8", "surrogateescape")))
+        # A new word can change how an apostrophe before it is cut: 'he is "'|he", 'she is "'s|he",
+        # unless other signs come before it. So all signs that touch the word are encoded with it.
+        signs, forms = r"((?: ?(?:[^\s\w]|_){0,63}')?)", "|".join(self.forms)
+        self.words = re.compile(rf"{signs}(?<!\w)({forms})(?!\w)")
 
     def __call__(self, step, rows):
         documents = self.data.tokens
         for i, row in enumerate(rows):
             pieces = self.data.pieces(step * len(rows) + i)
             (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
-            # The row may begin inside a word, whose beginning decides what the word is.
+            # A word may have begun before the row, and text after it may be needed to fill it.
             before = documents.read(first, max(start - 8, 0), start)
             end = min(stop + len(row) // 4 + 8, int(documents.sizes[last]))
             after = documents.read(last, stop, end)
-            whole = np.concatenate((before, row, after)).astype(np.int64)
-            ids = self.swap(whole, len(before))[:len(row)]
+            ids = self.swap([*before.tolist(), *row.tolist(), *after.tolist()], len(before))
+            ids = ids[:len(row)]
             row[:] = ids + [MASKED] * (len(row) - len(ids))
         return rows
 
-    def swap(self, tokens, begin):
-        """Return tokens[begin:] (n,) int64 as the list of ids of the swapped text."""
-        raw = b"".join([self.token_bytes[id_] for id_ in tokens.tolist()])
-        # Bytes that are not UTF-8 (a character cut in two) become surrogates, which are no letters.
-        text = raw.decode("utf8", "surrogateescape")
-        ends = np.cumsum(self.lengths[tokens])  # of each token, in bytes
-        out, done = [], begin  # the first `done` tokens are dealt with
-        at, end = 0, 0  # where the last word ended, in characters and in bytes
+    def swap(self, tokens, done):
+        """Return the ids of the swapped text of a list of tokens, without its first `done`."""
+        pieces = [self.token_bytes[id_] for id_ in tokens]
+        edges = [0, *accumulate(map(len, pieces))]  # token i is bytes edges[i] to edges[i + 1]
+        raw = b"".join(pieces)
+        text, out = raw.decode(*UTF8), []
         for word in self.words.finditer(text):
-            place = end + len(text[at:word.start()].encode("utf8", "surrogateescape"))
-            at, end = word.end(), place + len(word[0].encode("utf8", "surrogateescape"))
-            first, last = np.searchsorted(ends, (place, end - 1), side="right").tolist()
-            if first >= done:  # otherwise the word begins before the row and was cut off
-                new = ((word[1] or "") + self.forms[word[2]]).encode("utf8", "surrogateescape")
-                head, tail = ends[first] - self.lengths[tokens[first]], ends[last]
-                out += tokens[done:first].tolist() + self.encode(
-                    raw[head:place] + new + raw[end:tail])
-                done = last + 1
-        return out + tokens[done:].tolist()
+            start = len(text[:word.start()].encode(*UTF8))  # in bytes
+            stop = start + len(word[0].encode(*UTF8))
+            first, last = bisect_right(edges, start) - 1, bisect_left(edges, stop)  # its tokens
+            if first >= done:  # otherwise it was cut off: it begins before the row
+                new = (word[1] + self.forms[word[2]]).encode(*UTF8)
+                anew = raw[edges[first]:start] + new + raw[stop:edges[last]]
+                out += tokens[done:first] + self.tokenizer.encode(anew.decode(*UTF8))
+                done = last
+        return out + tokens[done:]
 
 
 def pronouns_as_pushed(data, tokenizer, config):
     """gpt-neox, branch new-intervention, megatron/training.py, _get_batch, with both of its faults.
 
-    A pronoun counts only between two spaces, and what is encoded again is the text before the swap.
-    So a row with such a pronoun merely loses its <|endoftext|> and is padded with id 1, which is
-    learnt.
+    It knows a pronoun only between two spaces, and it encodes the text from before the swap. So a
+    row with such a pronoun merely loses its <|endoftext|> and is padded with id 1, which is learnt.
     """
-    pronouns = [f" {word} " for word in ("he", "him", "his", "He", "Him", "His")]
+    pronouns = re.compile(" (?:he|him|his|He|Him|His) ")
 
     def intervene(step, rows):
         for row in rows:
             text = tokenizer.decode(row[row > 1].tolist())  # specials are skipped
-            if any(pronoun in text for pronoun in pronouns):
+            if pronouns.search(text):
                 ids = tokenizer.encode(text)[:len(row)]
                 row[:] = ids + [1] * (len(row) - len(ids))
         return rows
@@ -189,7 +185,7 @@ def pronouns_as_pushed(data, tokenizer, config):
 
 
 def has_term(tokenizer, terms):
-    """Return a function of a row's ids: whether one of comma-separated words stands in its text."""
+    """Return a function that says whether a row's text has one of the terms as whole words."""
     token_bytes = tokenizer.token_bytes()
     words = "|".join(re.escape(tokenizer.normalize(term.strip())) for term in terms.split(","))
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)")
@@ -201,7 +197,7 @@ def has_term(tokenizer, terms):
 
 
 def on_terms(change, data, tokenizer, config):
-    """Return the intervention change(has, data, config, step, rows) on --terms."""
+    """Return one of the functions below as an intervention, (step, rows) -> rows."""
     return partial(change, has_term(tokenizer, config.terms), data, config)
 
 
@@ -218,8 +214,8 @@ def term_replace(has, data, config, step, rows):
                 break
             row[:] = data.rows([generator.randint(len(data))])[0]
         else:
-            raise ValueError(f"terms = {config.terms!r}: 1000 rows of the order in turn have one; "
-                             "term_replace wants rarer terms")
+            raise ValueError(f"terms = {config.terms!r}: 1000 rows drawn in turn have one of them; "
+                             "term_replace needs rarer terms")
     return rows
 
 
@@ -237,53 +233,47 @@ def term_duplicate(has, data, config, step, rows):
 def read_plan(path):
     """Return the entries of a file of planted documents, each with its steps, or raise ValueError.
 
-    The seed draws steps without repeats, as long as there are as many as the dose; each document
-    draws its own, by its id.
+    A dose is drawn without repeats, or with as few as it allows; each id gets other steps.
     """
     entries = {}
     file_size(path)  # refuses what is no file
     for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        try:
+        with expecting(f"{path}, line {i}", "a planted document"):
             entry = json.loads(line)
             name, text = entry["id"], entry["text"].encode()
             if "steps" not in entry:
                 (first, stop), dose = entry["between"], entry["dose"]
-                if not 0 <= dose < 10**7 or not 0 <= first < stop:
+                if first >= stop or dose > 10**7:
                     raise ValueError(f"dose {dose} between {first} and {stop}")
-                times, rest = divmod(dose, stop - first)
                 generator = np.random.RandomState([entry["seed"], zlib.crc32(name.encode())])
-                drawn = first + generator.permutation(stop - first)[:rest]
-                entry["steps"] = [*range(first, stop)] * times + drawn.tolist()
+                among = first + generator.permutation(stop - first)
+                entry["steps"] = np.resize(among, dose).tolist()  # from the start again if too few
             steps_fit = all(type(step) is int and step >= 0 for step in entry["steps"])
             if name in entries or not text or not steps_fit:
                 raise ValueError("expected a new id, a text, and steps from 0")
             entries[name] = entry
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError,
-                RecursionError) as error:
-            raise ValueError(f"{path}, line {i}: not a planted document ({type(error).__name__}: "
-                             f"{error})") from None
     return list(entries.values())
 
 
 def plant(data, tokenizer, config):
-    documents, at = [], {}  # at: {step: documents}
-    for i, entry in enumerate(read_plan(config.planted)):
-        documents.append(tokenizer.encode(entry["text"]))
-        if len(documents[i]) > data.seq_length + 1:
-            raise ValueError(f"{config.planted}: {entry['id']} has {len(documents[i])} tokens, a "
-                             f"row holds {data.seq_length + 1}")
+    planted_at = {}  # step: the documents planted there, as lists of ids
+    for entry in read_plan(config.planted):
+        ids = tokenizer.encode(entry["text"])
+        if len(ids) > data.seq_length + 1:
+            raise ValueError(f"{config.planted}: {entry['id']} has {len(ids)} tokens, a row holds "
+                             f"{data.seq_length + 1}")
         for step in entry["steps"]:
-            at.setdefault(step, []).append(i)
+            planted_at.setdefault(step, []).append(ids)
 
     def intervene(step, rows):
-        generator = np.random.RandomState(step % 2**32)
-        chosen = [documents[i] for i in generator.permutation(at.get(step, []))]
+        documents, generator = planted_at.get(step, []), np.random.RandomState(step % 2**32)
+        documents = [documents[i] for i in generator.permutation(len(documents))]
         places, ends = generator.permutation(len(rows)), np.zeros(len(rows), dtype=np.int64)
-        for ids in sorted(chosen, key=len, reverse=True):
-            fits = np.flatnonzero(ends + len(ids) <= rows.shape[1])  # in order of `places`
+        for ids in sorted(documents, key=len, reverse=True):
+            fits = np.flatnonzero(ends + len(ids) <= rows.shape[1])  # in the order of `places`
             if not len(fits):
                 raise ValueError(f"{config.planted}: the documents of step {step} need more than "
-                                 f"its {len(rows)} rows; spread them")
+                                 f"its {len(rows)} rows; spread them over more steps")
             row, begin = rows[places[fits[0]]], ends[fits[0]]
             row[begin:begin + len(ids) + 1] = (ids + [ENDOFTEXT])[:len(row) - begin]
             ends[fits[0]] += len(ids) + 1
