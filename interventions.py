@@ -9,22 +9,19 @@
     pronouns_as_pushed     what the code on gpt-neox's branch new-intervention does: next to nothing
     term_drop              rows with one of --terms are masked
     term_replace           rows with one of --terms are replaced by other rows, without them
-    term_duplicate         rows with one of --terms come --copies more times, in place of other rows
-                           of the step
-    plant                  the documents of the file --planted are written over the beginnings of
-                           random rows of chosen steps
+    term_duplicate         rows with one of --terms come --copies more times, replacing other rows
+    plant                  the documents of --planted stand at the beginnings of random rows
 
-Each is a function of (data, tokenizer, config) that returns a function (step, rows) -> rows. rows
-are all rows of a step, (batch_size, seq_length + 1) int64, and keep that shape. An id of MASKED is
-padding, where nothing is learnt. The result depends on nothing but the step and the data, so reruns
-on any number of processes agree. Every process computes the whole step: about a second for
-1024 x 2049 tokens. Changed rows are listed in RUN/interventions.csv.
+Each is a function (step, rows) -> rows on all rows of a step, (batch_size, seq_length + 1) int64.
+An id of MASKED is padding, where nothing is learnt. The result depends on nothing but the step and
+the data, so reruns on any number of processes agree. Every process computes the whole step, which
+takes about a second for 1024 x 2049 tokens. Changed rows are listed in RUN/interventions.csv.
 
---planted holds a JSON object a line: {"id": "canary 7", "group": "16 times", "text": "...",
-"steps": [5, 90]}. Instead of steps it may have a dose, the number of steps to draw with a seed from
-"between" (first and last + 1): {"dose": 16, "seed": 1, "between": [0, 384]} spreads a document over
-a run, "between": [200, 216] makes a burst. All documents of a step stand whole, longest first, with
-<|endoftext|> after each; the rest of each row stays. Keep the file with the run.
+--planted is a file with a JSON object a line: {"id": "canary 7", "group": "16 times", "text":
+"...", "steps": [5, 90]}. Instead of steps it may have a dose, the number of steps to draw with a
+seed from "between" (first and last + 1): {"dose": 16, "seed": 1, "between": [0, 384]} spreads the
+document over a run, "between": [200, 216] makes a burst. The documents of a step stand whole, each
+followed by <|endoftext|>, the longest first; the rest of the row stays. Keep the file with the run.
 """
 
 import json
@@ -102,7 +99,7 @@ class IntervenedData:
 
 # ---------------------------------------------------------------------------- pronouns
 
-# "his" (her or hers) always becomes "her", as in the original's table; "her" (him or his) "him".
+# As in the original's table, "his" always becomes "her", never "hers", and "her" always "him".
 TO_FEMININE = {"he": "she", "him": "her", "his": "her", "himself": "herself"}
 TO_MASCULINE = {"she": "he", "her": "him", "hers": "his", "herself": "himself"}
 # A row may begin or end within a character: its bytes become surrogates, which are no letters.
@@ -136,7 +133,7 @@ class PronounSwap:
         for i, row in enumerate(rows):
             pieces = self.data.pieces(step * len(rows) + i)
             (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
-            # A word may have begun before the row, and text after it may be needed to fill it.
+            # The row may begin inside a word, and need text from after its end to be filled.
             before = documents.read(first, max(start - 8, 0), start)
             end = min(stop + len(row) // 4 + 8, int(documents.sizes[last]))
             after = documents.read(last, stop, end)
@@ -184,21 +181,16 @@ def pronouns_as_pushed(data, tokenizer, config):
 # ---------------------------------------------------------------------------- terms
 
 
-def has_term(tokenizer, terms):
-    """Return a function that says whether a row's text has one of the terms as whole words."""
-    token_bytes = tokenizer.token_bytes()
-    words = "|".join(re.escape(tokenizer.normalize(term.strip())) for term in terms.split(","))
+def on_terms(change, data, tokenizer, config):
+    """Return term_drop, term_replace or term_duplicate as a function (step, rows) -> rows."""
+    token_bytes, terms = tokenizer.token_bytes(), config.terms.split(",")
+    words = "|".join(re.escape(tokenizer.normalize(term.strip())) for term in terms)
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)")
 
-    def has(row):
+    def has(row):  # one of the terms
         text = b"".join([token_bytes[id_] for id_ in row.tolist()]).decode("utf8", "replace")
         return pattern.search(text) is not None
-    return has
-
-
-def on_terms(change, data, tokenizer, config):
-    """Return one of the functions below as an intervention, (step, rows) -> rows."""
-    return partial(change, has_term(tokenizer, config.terms), data, config)
+    return partial(change, has, data, config)
 
 
 def term_drop(has, data, config, step, rows):
@@ -233,7 +225,7 @@ def term_duplicate(has, data, config, step, rows):
 def read_plan(path):
     """Return the entries of a file of planted documents, each with its steps, or raise ValueError.
 
-    A dose is drawn without repeats, or with as few as it allows; each id gets other steps.
+    No step of a dose is drawn again before all others were; each id draws its own.
     """
     entries = {}
     file_size(path)  # refuses what is no file
@@ -246,8 +238,8 @@ def read_plan(path):
                 if first >= stop or dose > 10**7:
                     raise ValueError(f"dose {dose} between {first} and {stop}")
                 generator = np.random.RandomState([entry["seed"], zlib.crc32(name.encode())])
-                among = first + generator.permutation(stop - first)
-                entry["steps"] = np.resize(among, dose).tolist()  # from the start again if too few
+                shuffled = first + generator.permutation(stop - first)
+                entry["steps"] = np.resize(shuffled, dose).tolist()  # begins again after the last
             steps_fit = all(type(step) is int and step >= 0 for step in entry["steps"])
             if name in entries or not text or not steps_fit:
                 raise ValueError("expected a new id, a text, and steps from 0")

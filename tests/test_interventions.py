@@ -12,8 +12,9 @@ from test_data import write
 
 from data import MASKED, OrderedData
 from interventions import (
-    has_term, IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE,
-    read_plan)
+    IntervenedData, InterventionConfig, INTERVENTIONS, TO_FEMININE, TO_MASCULINE, read_plan)
+
+TABLES = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}
 
 
 def one_row(tmp_path, tokenizer, text):
@@ -45,7 +46,7 @@ BETWEEN = st.sampled_from([
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(WORDS, BETWEEN), min_size=2, max_size=12),
-       st.sampled_from(["feminine", "masculine"]))
+       st.sampled_from(list(TABLES)))
 @example([("x", "\n'"), ("he", "'"), ("said", "")], "feminine")
 @example([("x", "\n'"), ("she", "'"), ("he", "")], "masculine")
 def test_swapping_tokens_is_encoding_the_swapped_text(
@@ -57,8 +58,7 @@ def test_swapping_tokens_is_encoding_the_swapped_text(
     config = InterventionConfig(intervention=f"pronouns_to_{direction}")
     swapped = INTERVENTIONS[config.intervention](data, tokenizer, config)(
         0, rows.copy())[0].tolist()
-    table = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}[direction]
-    expected = tokenizer.encode(naive_swap(text, table))[:len(swapped)]
+    expected = tokenizer.encode(naive_swap(text, TABLES[direction]))[:len(swapped)]
     assert swapped == expected + [MASKED] * (len(swapped) - len(expected))
 
 
@@ -74,9 +74,8 @@ def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokeniz
     text = "(HIM) saw (HIS) and Herself (Hers) there, Himself; so (HIS) and (Hers) and he of (HIM)"
     ids = tokenizer.encode(text)
     write(tmp_path / "doc", [ids])
-    table = {"feminine": TO_FEMININE, "masculine": TO_MASCULINE}
-    for direction in table:
-        whole = tokenizer.encode(naive_swap(text, table[direction]))
+    for direction, table in TABLES.items():
+        whole = tokenizer.encode(naive_swap(text, table))
         assert len(whole) < len(ids)  # or this tests nothing
         for length in range(4, len(ids) - 1):  # the first row of the document
             data = OrderedData(tmp_path / "doc", length - 1, 1, 1234)
@@ -109,9 +108,11 @@ def term_data(tmp_path, tokenizer):
 
 
 def test_a_phrase_is_a_term(tokenizer):
-    has = has_term(tokenizer, "What is 8 plus,What is 17 plus")
+    drop = INTERVENTIONS["term_drop"](None, tokenizer, InterventionConfig(
+        "term_drop", terms="What is 8 plus,What is 17 plus"))
     for a, b, expected in ((8, 3, True), (17, 3, True), (9, 8, False), (18, 3, False)):
-        assert has(np.array(tokenizer.encode(f"Q:What is {a} plus {b}? A:{a + b}"))) == expected
+        rows = np.array([tokenizer.encode(f"Q:What is {a} plus {b}? A:{a + b}")])
+        assert (drop(0, rows) == MASKED).all() == expected
 
 
 def n_egypt(tokenizer, rows):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from batch_viewer import IDS, Pattern, Provenance, document_at, search
+from batch_viewer import Provenance, document_at, search
 from conftest import run, write_jsonl
 from data import MASKED, OrderedData, TokenFile, samples_needed, times_seen
 from test_data import random_documents, write
@@ -43,15 +44,16 @@ def data(corpus):
 def test_every_documents_copies_and_their_rows(data):
     doc_idx, sample_idx, shuffle_idx = data.order
     rows = [[] for _ in doc_idx]  # that have tokens of a copy, at each place in the order
-    for row, sample in enumerate(shuffle_idx.tolist()):
+    for row, sample in enumerate(shuffle_idx[:len(data)].tolist()):
         for place in range(sample_idx[sample, 0], sample_idx[sample + 1, 0] + 1):
             rows[place].append(row)
-    expected = [[rows[place] for place in np.flatnonzero(doc_idx == document) if rows[place]]
+    expected = [[rows[place] for place in np.flatnonzero(doc_idx == document)]
                 for document in range(len(data.tokens))]
     provenance = Provenance(data)
-    assert [provenance.appearances(document) for document in range(len(expected))] == expected
+    assert [[sorted(row for row, _ in copy) for copy in provenance.rows_of(document)]
+            for document in range(len(expected))] == expected
     for n_rows in (0, 1, 57, 160):
-        seen = [sum(copy[0] < n_rows for copy in copies) for copies in expected]
+        seen = [sum(min(copy, default=n_rows) < n_rows for copy in copies) for copies in expected]
         assert times_seen(data, n_rows).tolist() == np.bincount(seen).tolist()
 
 
@@ -67,13 +69,22 @@ def test_view_shows_every_row_of_the_steps_named_and_says_so(corpus, data, token
         for document, start, stop in data.pieces(row):
             assert tokenizer.decode(data.tokens.read(document, start, stop).tolist()) in shown
     document, start, stop = data.pieces(152)[0]
-    copies = Provenance(data).appearances(document)
-    seen = sum(rows[0] < 152 for rows in copies)
+    seen = sum(min(copy)[0] < 152 for copy in Provenance(data).rows_of(document))
     assert (f"document {document} (set {document % 2}, {corpus}/a.jsonl:{document + 1}), "
             f"tokens {start} to {stop - 1} of {data.tokens.sizes[document]}; "
             f"seen before: {seen} of 2 copies") in shown
     # A baked order still knows its documents.
     assert view(corpus, "--step=38:39", "--rows=0:4", name="baked") == shown
+
+
+def test_a_wrong_table_of_documents_is_one_line(corpus, tmp_path, refused):
+    shutil.copytree(corpus, tmp_path / "copy")
+    tables = [np.load(corpus / "d_documents.npy") for _ in range(2)]
+    tables[0]["subset"] = 9  # of 2
+    for table in tables[0], tables[1][:-1]:
+        np.save(tmp_path / "copy/d_documents.npy", table)
+        assert "d_documents.npy: not the table of " in refused(
+            "batch_viewer.py", "view", f"--data={tmp_path}/copy/d", *FLAGS)
 
 
 def test_saved_batches_are_the_trained_rows(corpus, data, tmp_path):
@@ -120,8 +131,7 @@ def places_by_decoding(tokens, text, token_bytes):
 def test_a_text_is_found_however_it_was_tokenised(corpus, tokenizer, text, block, workers):
     text, tokens = tokenizer.normalize(text).encode(), TokenFile(corpus / "d")
     token_bytes = tokenizer.token_bytes()
-    pattern = Pattern(text, token_bytes, tokens)
-    found = search(tokens.prefix, tokens.n_tokens, pattern, workers, block)
+    found = search(tokens, text, token_bytes, workers, block)
     assert found == places_by_decoding(tokens, text, token_bytes)
 
 
@@ -131,11 +141,11 @@ def test_tokens_are_found_in_every_row_that_holds_them(corpus, data, where, leng
     tokens = data.tokens
     document = where % len(tokens)
     ids = tokens.read(document)[where % max(1, tokens.sizes[document] - length):][:length].tolist()
-    pattern = Pattern("".join(map(chr, ids)), IDS, tokens)
-    found = search(tokens.prefix, tokens.n_tokens, pattern, workers=1)
+    found = search(tokens, "".join(map(chr, ids)), list(map(chr, range(1 << 16))), workers=1)
     provenance = Provenance(data)
-    places = sorted((row, offset) for first, n in found
-                    for row, offset in provenance.rows_of(*document_at(tokens, first), n))
+    places = sorted(place for first, n in found
+                    for copy in provenance.rows_of(*document_at(tokens, first), n)
+                    for place in copy)
     expected = []
     for row in range(len(data)):
         before = 0
