@@ -115,10 +115,6 @@ def test_a_phrase_is_a_term(tokenizer):
         assert (drop(0, rows) == MASKED).all() == expected
 
 
-def n_egypt(tokenizer, rows):
-    return sum("Egypt " in tokenizer.decode(row.tolist()) for row in rows)
-
-
 def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokenizer):
     data = term_data(tmp_path, tokenizer)
     for name, copies, count in (("term_drop", 1, 0), ("term_replace", 1, 0),
@@ -127,7 +123,7 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
             intervention=name, terms="Egypt,Assyria", copies=copies, intervention_from=2))
         before, after = data.batch(3, 16)[0], served.batch(3, 16)[0]
         assert served.changed == np.flatnonzero((before != after).any(axis=1)).tolist()
-        assert n_egypt(tokenizer, after) == count
+        assert sum("Egypt " in tokenizer.decode(row.tolist()) for row in after) == count
         if name == "term_drop":
             assert (after[served.changed] == MASKED).all()
         per_rank = [served.batch(3, 16, rank, 2, 4) for rank in range(2)]

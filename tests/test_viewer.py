@@ -163,24 +163,18 @@ def test_find_from_the_shell_agrees_with_the_baked_rows(corpus):
     assert [line.split(";")[0] for line in found[0][:-1]] == found[1][:-1] and len(found[0]) > 5
 
 
-def shard(prefix, size):
-    """Cut PREFIX.bin into shards of `size` bytes; return their paths."""
-    whole = prefix.with_suffix(".bin")
-    content, n = whole.read_bytes(), -(-whole.stat().st_size // size)
-    whole.unlink()
-    paths = [Path(f"{prefix}-{i:05}-of-{n - 1:05}.bin") for i in range(n)]
-    for i, path in enumerate(paths):
-        path.write_bytes(content[i * size:(i + 1) * size])
-    return paths
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 700))
 def test_shards_read_as_one_file(tmp_path_factory, half):
     prefix = tmp_path_factory.mktemp("s") / "document"
     write(prefix, random_documents(np.random.RandomState(half).randint(1, 60, 40)))
     whole = [TokenFile(prefix).read(i).tolist() for i in range(40)]
-    shard(prefix, 2 * half)
+    content = prefix.with_suffix(".bin").read_bytes()
+    prefix.with_suffix(".bin").unlink()
+    starts = range(0, len(content), 2 * half)
+    for i, start in enumerate(starts):
+        Path(f"{prefix}-{i:05}-of-{len(starts) - 1:05}.bin").write_bytes(
+            content[start:start + 2 * half])
     assert [TokenFile(prefix).read(i).tolist() for i in range(40)] == whole
 
 
