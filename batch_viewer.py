@@ -15,7 +15,7 @@ from bisect import bisect_left, bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count
 
 import numpy as np
 from tqdm import tqdm
@@ -73,23 +73,21 @@ class Provenance:
         With a length, only those that hold its `length` tokens from `start` whole, at `offset`.
         """
         (copies, row_of), (doc_idx, sample_idx, _) = self.inverses, self.data.order
-        sizes, longest = self.data.tokens.sizes, self.data.seq_length + 1
+        sizes, seq_length = self.data.tokens.sizes, self.data.seq_length
         stop = int(sizes[document]) if length is None else start + length
         # Sample s holds the tokens from begin(s) to begin(s + 1), both included.
-        begin = lambda sample: tuple(sample_idx[sample].tolist())
-        samples, rows = range(len(sample_idx) - 1), []
+        begin, samples = lambda s: tuple(sample_idx[s].tolist()), range(len(sample_idx))
+        found = []
         for place in copies[document].tolist():
-            first = bisect_left(samples, (place, start), key=begin) - 1
+            first = max(bisect_left(samples, (place, start), key=begin) - 1, 0)
             last = bisect_right(samples, (place, stop - 1), key=begin)
-            rows.append([])
-            for sample in range(max(first, 0), last):
-                at, skipped = begin(sample)
-                before = int(sizes[doc_idx[at:place]].sum(dtype=np.int64)) - skipped
-                row, offset = int(row_of[sample]), before + start
-                whole = length is None or 0 <= offset <= longest - length
-                if whole and row < len(self.data):
-                    rows[-1].append((row, offset))
-        return rows
+            at, skipped = begin(first)
+            offset = int(sizes[doc_idx[at:place]].sum(dtype=np.int64)) - skipped + start
+            offsets = count(offset, -seq_length)  # in sample first, first + 1, ...
+            found.append([(row, offset) for row, offset in zip(row_of[first:last].tolist(), offsets)
+                          if row < len(self.data)
+                          and (length is None or 0 <= offset <= seq_length + 1 - length)])
+        return found
 
 
 def baked_from(data):
@@ -109,8 +107,8 @@ def baked_from(data):
 class View(InterventionConfig, Order):
     step: str = "0"  # 0-based: the update of step 0 makes checkpoint step1; 3:5 is steps 3, 4 and 5
     rows: str = ""  # which rows of each step, first:last+1; default: the first four
-    # BATCH.npy: write all rows of the steps there, (steps * batch_size, seq_length + 1), as uint16,
-    # or with an intervention as int32
+    # a new BATCH.npy for all rows of the steps, (steps * batch_size, seq_length + 1) uint16, or
+    # int32 after an intervention
     save: str = ""
     tokenizer: str = "20B_tokenizer.json"
 
@@ -125,8 +123,7 @@ def view(options):
     steps = span("step", options.step, min(options.steps, len(data) // size), end=1)
     places = span("rows", options.rows or f"0:{min(4, size)}", size)
     print(f"steps {steps[0]:,} to {steps[-1]:,}, rows {steps[0] * size:,} to "
-          f"{steps.stop * size - 1:,} (all included); checkpoint step{steps.stop} is the first to "
-          "have seen them all")
+          f"{steps.stop * size - 1:,} (all included), all seen by checkpoint step{steps.stop}")
     tokenizer = load_tokenizer(options.tokenizer)
     served = IntervenedData(data, tokenizer, options) if options.intervention else None
     if options.save:
@@ -157,9 +154,9 @@ def save_steps(options, data, steps):
 
 
 def show_row(data, provenance, tokenizer, row, rows_before):
-    """Print a row's documents, each with how many of its copies had begun before `rows_before`."""
+    """Print a row's documents; each says how many of its copies came before row `rows_before`."""
     ids, source = data.rows([row])[0], provenance.data
-    # Of a published file only the text is known, and of a baked one whose source has changed since.
+    # Of a published file only the text is known; so it is of a baked one whose source has changed.
     if source.preshuffled or not np.array_equal(source.rows([row])[0], ids):
         print(tokenizer.decode(ids.tolist()))
         return
@@ -248,7 +245,7 @@ def search(tokens, text, spelled, workers, block=1 << 22):
     """
     n, found = tokens.n_tokens, set()
     ranges = [(start, min(start + block, n)) for start in range(0, n, block)]
-    workers = 1 if len(ranges) == 1 else workers
+    workers = workers if len(ranges) > 1 else 1
     with progress(total=2 * n) as bar:
         for places in in_workers(search_range, ranges, workers, start_searching, tokens.prefix,
                                  text, spelled, anchors(tokens, text, spelled)):
