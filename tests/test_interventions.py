@@ -5,8 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from conftest import write_jsonl
 from test_data import write
 
@@ -55,9 +54,8 @@ def test_swapping_tokens_is_encoding_the_swapped_text(
     if len(tokenizer.encode(text)) < 2:
         return
     data, rows = one_row(tmp_path_factory.mktemp("row"), tokenizer, text)
-    config = InterventionConfig(intervention=f"pronouns_to_{direction}")
-    swapped = INTERVENTIONS[config.intervention](data, tokenizer, config)(
-        0, rows.copy())[0].tolist()
+    swap = INTERVENTIONS[f"pronouns_to_{direction}"](data, tokenizer, None)
+    swapped = swap(0, rows)[0].tolist()
     expected = tokenizer.encode(naive_swap(text, TABLES[direction]))[:len(swapped)]
     assert swapped == expected + [MASKED] * (len(swapped) - len(expected))
 
@@ -124,8 +122,7 @@ def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokeni
         before, after = data.batch(3, 16)[0], served.batch(3, 16)[0]
         assert served.changed == np.flatnonzero((before != after).any(axis=1)).tolist()
         assert sum("Egypt " in tokenizer.decode(row.tolist()) for row in after) == count
-        if name == "term_drop":
-            assert (after[served.changed] == MASKED).all()
+        assert name != "term_drop" or (after[served.changed] == MASKED).all()
         per_rank = [served.batch(3, 16, rank, 2, 4) for rank in range(2)]
         assert (np.concatenate(per_rank, axis=1).reshape(16, 7) == after).all()
         assert (served.batch(1, 16) == data.batch(1, 16)).all() and served.changed == []

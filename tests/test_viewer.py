@@ -41,7 +41,9 @@ def data(corpus):
     return data
 
 
-def test_every_documents_copies_and_their_rows(data):
+@pytest.mark.parametrize("seq_length, samples", [(SEQ, 161), (300, 8)])
+def test_every_documents_copies_and_their_rows(corpus, seq_length, samples):
+    data = OrderedData(corpus / "d", seq_length, samples, 1234)
     doc_idx, sample_idx, shuffle_idx = data.order
     rows = [[] for _ in doc_idx]  # that have tokens of a copy, at each place in the order
     for row, sample in enumerate(shuffle_idx[:len(data)].tolist()):
@@ -52,7 +54,8 @@ def test_every_documents_copies_and_their_rows(data):
     provenance = Provenance(data)
     assert [[sorted(row for row, _ in copy) for copy in provenance.rows_of(document)]
             for document in range(len(expected))] == expected
-    for n_rows in (0, 1, 57, 160):
+    assert (seq_length == 300) == ([] in sum(expected, []))  # after the last row of 301 tokens
+    for n_rows in (0, 1, len(data) // 3, len(data)):
         seen = [sum(min(copy, default=n_rows) < n_rows for copy in copies) for copies in expected]
         assert times_seen(data, n_rows).tolist() == np.bincount(seen).tolist()
 
