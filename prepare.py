@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 from config import command, csv_lines, file_size, replacing
 from data import Order, TokenWriter, fingerprint, ordered
@@ -60,69 +61,61 @@ def input_files(spec):
     return list(paths.values())
 
 
-def read_pieces(path, raw):
-    """Yield the bytes of an open file, uncompressed, in pieces of at most 32 MB."""
-    if not path.endswith(".zst"):
-        file = gzip.open(raw) if path.endswith(".gz") else raw
-        yield from iter(partial(file.read, 1 << 20), b"")
-        return
-    from zstandard import ZstdDecompressor
-    frame = None  # a file may have several; zstandard's own reader accepts one that is cut off
-    while data := raw.read(1 << 10):  # 1 kB can hold 32 MB of zeros
-        while data:
-            frame = frame or ZstdDecompressor().decompressobj()
-            yield frame.decompress(data)
-            data = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame:
-        raise ValueError("cut off: its last frame is incomplete")
+def read_pieces(path, bar):
+    """Yield the bytes of a file, uncompressed, in pieces of at most 32 MB."""
+    with open(path, "rb") as file:
+        raw = CallbackIOWrapper(bar.update, file)
+        if not path.endswith(".zst"):
+            file = gzip.open(raw) if path.endswith(".gz") else raw
+            yield from iter(partial(file.read, 1 << 20), b"")
+            return
+        from zstandard import ZstdDecompressor
+        frame = None  # a file may have several; zstandard's own reader accepts one that is cut off
+        while data := raw.read(1 << 10):  # 1 kB can hold 32 MB of zeros
+            while data:
+                frame = frame or ZstdDecompressor().decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data
+                if frame.eof:
+                    frame = None
+        if frame:
+            raise ValueError("cut off: its last frame is incomplete")
 
 
-def read_lines(path, raw):
-    """Yield the lines of an open file, uncompressed; all of a .txt file is one line."""
-    line, is_text = bytearray(), path.endswith(".txt")
-    for piece in read_pieces(path, raw):
-        for part in [piece] if is_text else io.BytesIO(piece):
-            line += part
-            if len(line) > LONGEST:
-                raise ValueError(f"a document of over {LONGEST >> 20} MiB; cut it into several")
-            if part.endswith(b"\n") and not is_text:
-                yield bytes(line)
-                line.clear()
-    if line:
-        yield bytes(line)
+def read_lines(path, bar):
+    """Yield (number, line) of a file, uncompressed; all of a .txt file is one line."""
+    number, line, is_text = 1, bytearray(), path.endswith(".txt")
+    try:
+        for piece in read_pieces(path, bar):
+            for part in [piece] if is_text else io.BytesIO(piece):
+                line += part
+                if len(line) > LONGEST:
+                    raise ValueError(f"a document of over {LONGEST >> 20} MiB; cut it into several")
+                if part.endswith(b"\n") and not is_text:
+                    yield number, line
+                    number, line = number + 1, bytearray()
+        if line:
+            yield number, line
+    except Exception as error:  # OSError, or whatever a decompressor raises
+        raise ValueError(f"{path}: cannot be read from line {number} on: {error}") from None
 
 
-def chunks(paths, position=(0, 0), size=1 << 19):
-    """Yield (chunk, position after it, how many bytes of the files were read up to there).
+def read_all(paths, done=(0, 0)):
+    """Yield (file number, path, line number, line) of all files, with a progress bar.
 
-    chunk: (file number, path, [(line number, line)]), at least `size` bytes unless the file ends.
-    position: (file number, how many of its lines are done), from which reading continues.
+    done: (file number, line number) of the last line to skip.
     """
-    first, done = position
-    read = sum(map(os.path.getsize, paths[:first]))
-    for file, path in enumerate(paths[first:], first):
-        number, lines, n_bytes = 0, [], 0
-        try:
-            with open(path, "rb") as raw:
-                for number, line in enumerate(read_lines(path, raw), 1):
-                    if number > done:
-                        lines.append((number, line))
-                        n_bytes += len(line)
-                    if n_bytes >= size:
-                        yield (file, path, lines), (file, number), read + raw.tell()
-                        lines, n_bytes = [], 0
-        except Exception as error:  # OSError, or whatever a decompressor raises
-            raise ValueError(f"{path}: cannot be read from line {number + 1} on: {error}") from None
-        read, done = read + os.path.getsize(path), 0
-        yield (file, path, lines), (file + 1, 0), read
+    first, sizes = done[0], list(map(os.path.getsize, paths))
+    with progress(total=sum(sizes), initial=sum(sizes[:first])) as bar:
+        for file, path in enumerate(paths[first:], first):
+            for number, line in read_lines(path, bar):
+                if (file, number) > tuple(done):
+                    yield file, path, number, line
 
 
-def documents(chunk, skip_malformed=False):
-    """Yield (line number, record with a string "text") of a chunk; None for a malformed line."""
-    _, path, lines = chunk
-    for number, line in lines:
+def documents(lines, skip_malformed=False):
+    """Yield (file number, path, line number, record) of read_all's lines; None if malformed."""
+    for file, path, number, line in lines:
         try:
             text = line.decode("utf-8-sig")
             record = {"text": text} if path.endswith(".txt") else json.loads(text)
@@ -134,7 +127,7 @@ def documents(chunk, skip_malformed=False):
                 raise ValueError(f"{path}, line {number}: expected UTF-8, and in .jsonl an object "
                                  f'with a string "text" ({error})') from None
             record = None
-        yield number, record
+        yield file, path, number, record
 
 
 def subset_name(record):
@@ -208,17 +201,15 @@ def tokenize(options):
     paths = input_files(options.input)
     files = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
     writer = TokenWriter(options.output, {"input": files, "append_eod": options.append_eod})
-    position, subsets, skipped = writer.position or ((0, 0), {}, {})  # subsets: {name: number}
+    done, subsets, skipped = writer.position or ((0, 0), {}, {})  # subsets: {name: number}
     skipped = Counter(skipped)
-    tasks = ((*task, options) for task in chunks(paths, position))
-    with progress(total=sum(map(os.path.getsize, paths))) as bar:
-        for position, read, tokens, sizes, places, more_skipped in in_workers(
-                encode_chunk, tasks, options.workers, load_tokenizer, options.tokenizer):
-            places = [(file, line, subsets.setdefault(name, len(subsets)))
-                      for file, line, name in places]
-            skipped.update(more_skipped)
-            writer.append(tokens, sizes, places, (position, subsets, skipped))
-            bar.update(read - bar.n)
+    tasks = ((chunk, options) for chunk in chunks(read_all(paths, done)))
+    for done, tokens, sizes, places, more_skipped in in_workers(
+            encode_chunk, tasks, options.workers, load_tokenizer, options.tokenizer):
+        places = [(file, line, subsets.setdefault(name, len(subsets)))
+                  for file, line, name in places]
+        skipped.update(more_skipped)
+        writer.append(tokens, sizes, places, (done, subsets, skipped))
     summary = writer.finish({
         "empty_documents": skipped["empty"], "malformed_lines": skipped["malformed"],
         "append_eod": options.append_eod, "subsets": list(subsets), "files": paths})
@@ -227,18 +218,32 @@ def tokenize(options):
           f"{skipped['malformed']:,} malformed lines")
 
 
-def encode_chunk(chunk, position, read, options):
-    """Return (position, read, tokens, sizes, [(file number, line, subset)], what was skipped)."""
+def chunks(lines, size=1 << 19):
+    """Yield lists of read_all's lines, of at least `size` bytes each."""
+    chunk, n_bytes = [], 0
+    for line in lines:
+        chunk.append(line)
+        n_bytes += len(line[-1])
+        if n_bytes >= size:
+            yield chunk
+            chunk, n_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def encode_chunk(lines, options):
+    """Return (last line's place, tokens, sizes, [(file number, line, subset)], skipped lines)."""
     tokenizer, end = load_tokenizer(options.tokenizer), [ENDOFTEXT] * options.append_eod
     encoded, places, skipped = [np.empty(0, np.uint16)], [], Counter()
-    for line, record in documents(chunk, options.skip_malformed):
+    for file, _, number, record in documents(lines, options.skip_malformed):
         ids = tokenizer.encode_array(record["text"]) if record else []
         if len(ids):
             encoded.append(np.concatenate((ids, end)).astype(np.uint16))
-            places.append((chunk[0], line, subset_name(record)))
+            places.append((file, number, subset_name(record)))
         else:
             skipped["empty" if record else "malformed"] += 1
-    return position, read, np.concatenate(encoded), list(map(len, encoded[1:])), places, skipped
+    file, _, number, _ = lines[-1]
+    return (file, number), np.concatenate(encoded), list(map(len, encoded[1:])), places, skipped
 
 
 # ---------------------------------------------------------------------------- shuffle
@@ -286,57 +291,58 @@ def dedup(options):
     if not options.output.endswith(".jsonl") or any(map(os.path.lexists, (options.output, report))):
         raise ValueError(f"output = {options.output}, expected a .jsonl that does not exist yet, "
                          f"and no {report}")
-    known, counts = {}, Counter()  # known: {SHA-256 of a text that stays: where it is}
-    near = Near(options.threshold) if options.threshold != 1 else None
-    with (replacing(options.output) as output, replacing(report) as file,
-          progress(total=sum(map(os.path.getsize, paths))) as bar):
+    kept, counts = Kept(options.threshold), Counter()
+    with replacing(options.output) as output, replacing(report) as file:
         file.write(b"removed,stands_for_it,kind,similarity\n")
-        for chunk, _, read in chunks(paths):
-            for line, record in documents(chunk):
-                place = f"{chunk[1]}:{line}"
-                digest = hashlib.sha256(record["text"].encode()).digest()
-                first, kind, similarity = known.get(digest), "equal", 1.0
-                if not first and near:
-                    (first, similarity), kind = near.find_or_add(place, record["text"]), "near"
-                if first:
-                    file.write(csv_lines([(place, first, kind, f"{similarity:.3f}")]))
-                    counts[kind] += 1
-                else:
-                    known[digest] = place
-                    output.write(json.dumps(record).encode() + b"\n")
-                    counts["stay"] += 1
-            bar.update(read - bar.n)
+        for _, path, line, record in documents(read_all(paths)):
+            place = f"{path}:{line}"
+            first, kind, similarity = kept.find_or_add(place, record["text"])
+            counts[kind] += 1
+            if first:
+                file.write(csv_lines([(place, first, kind, f"{similarity:.3f}")]))
+            else:
+                output.write(json.dumps(record).encode() + b"\n")
         if not counts:
             raise ValueError(f"{options.input}: holds no documents")
-    print(f"{options.output}: {counts['stay']:,} documents stay; removed {counts['equal']:,} equal "
+    print(f"{options.output}: {counts['new']:,} documents stay; removed {counts['equal']:,} equal "
           f"and {counts['near']:,} nearly equal ones, see {report}")
 
 
-class Near:
-    """MinHash LSH, by datasketch, over the documents that stay."""
+class Kept:
+    """The documents that stay, indexed by SHA-256 and by datasketch's MinHash LSH."""
 
     def __init__(self, threshold):
-        from datasketch import MinHash, MinHashLSH
-        self.threshold, self.hashes = threshold, {}
-        self.new_hash = partial(MinHash, PERMUTATIONS, seed=1)
-        # With these weights 88 % of the pairs of similarity 0.87 become candidates (datasketch's
-        # own weights: 45 %); the threshold then decides.
-        self.index = MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
+        self.threshold, self.places, self.hashes = threshold, {}, {}
+        if threshold != 1:
+            from datasketch import MinHash, MinHashLSH
+            self.new_hash = partial(MinHash, PERMUTATIONS, seed=1)
+            # With these weights 88 % of the pairs of similarity 0.87 become candidates
+            # (datasketch's own weights: 45 %); the threshold then decides.
+            self.index = MinHashLSH(threshold, PERMUTATIONS, weights=(0.1, 0.9))
 
     def find_or_add(self, place, text, block=10_000):
-        """Return (most similar document that stays, similarity), or (None, 0): this one stays."""
-        words, minhash = text.split(), self.new_hash()
-        count = max(1, len(words) - NGRAM + 1)
-        for start in range(0, count, block):  # each n-gram takes 1 kB
-            minhash.update_batch({" ".join(words[i:i + NGRAM]).encode()
-                                  for i in range(start, min(start + block, count))})
-        candidates = [(minhash.jaccard(self.hashes[key]), key) for key in self.index.query(minhash)]
-        similarity, first = max(candidates, default=(0.0, None))
-        if similarity >= self.threshold:
-            return first, similarity
-        self.index.insert(place, minhash)
-        self.hashes[place] = minhash
-        return None, 0.0
+        """Return (place of the document that this one repeats, "equal" or "near", similarity).
+
+        A document that repeats none is added: (None, "new", 0).
+        """
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest in self.places:
+            return self.places[digest], "equal", 1.0
+        if self.threshold != 1:
+            words, minhash = text.split(), self.new_hash()
+            count = max(1, len(words) - NGRAM + 1)
+            for start in range(0, count, block):  # each n-gram takes 1 kB
+                minhash.update_batch({" ".join(words[i:i + NGRAM]).encode()
+                                      for i in range(start, min(start + block, count))})
+            candidates = [(minhash.jaccard(self.hashes[key]), key)
+                          for key in self.index.query(minhash)]
+            similarity, first = max(candidates, default=(0.0, None))
+            if similarity >= self.threshold:
+                return first, "near", similarity
+            self.index.insert(place, minhash)
+            self.hashes[place] = minhash
+        self.places[digest] = place
+        return None, "new", 0.0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """pytest tests/test_prepare.py"""
 
 import gzip
+import itertools
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from config import read_json
 from conftest import run
 from data import TokenFile, TokenWriter, load_npy
 from test_data import write
-from prepare import LONGEST, Dedup, Tokenize, chunks, dedup, input_files, tokenize
+from prepare import LONGEST, Dedup, Tokenize, chunks, dedup, input_files, read_all, tokenize
 
 WORDS = ["the", " king", " spoke", "\n\n", "  of", " 世界", " é", "é", " 1234",
          " <|endoftext|>", " \x00", "'s"]
@@ -112,14 +113,12 @@ def test_a_killed_job_goes_on_to_the_same_bytes(folder, tmp_path, tokenizer_path
 
 
 def test_reading_goes_on_from_any_position_of_any_form(folder):
-    def lines(chunks):
-        return [(file, *line) for (file, _, block), *_ in chunks for line in block]
-
     paths = input_files(f"{folder}/*.jsonl*,{folder}/d.txt")
-    whole = list(chunks(paths, size=999))
-    assert len(lines(whole)) > 2999 and whole[-1][2] == sum(map(os.path.getsize, paths))
-    for i, (_, position, _) in enumerate(whole):
-        assert lines(chunks(paths, position, size=999)) == lines(whole[i + 1:])
+    whole = list(read_all(paths))
+    assert len(whole) == 3002 and [*itertools.chain(*chunks(whole, 999))] == whole
+    for i in [*range(0, len(whole), 9), 1001, len(whole) - 1]:  # line 1001 is the last of its file
+        file, _, number, _ = whole[i]
+        assert list(read_all(paths, (file, number))) == whole[i + 1:]
 
 
 def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path, command, refused):
