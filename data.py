@@ -71,7 +71,7 @@ class TokenFile:
                 raise ValueError(f"{n_bytes:,} bytes that start with {magic!r}")
             self.sizes = np.memmap(idx, "<i4", "r", HEADER.size, (n,))
             self.pointers = np.memmap(idx, "<i8", "r", HEADER.size + 4 * n, (n,))
-        # Positions are Python integers or int64: the Pile's 600 GB do not fit 32 bits.
+        # Positions are Python integers or int64, since the Pile's 600 GB do not fit 32 bits.
         self.n_tokens = int(self.pointers[-1]) // 2 + int(self.sizes[-1])
         length = int(self.sizes[0])
         some_differ = (self.sizes[::n // 1000 + 1] != length).any()
@@ -92,7 +92,7 @@ class TokenFile:
         return len(self.sizes)
 
     def read(self, document, start=0, stop=None):
-        """Return tokens start..stop (None: the end) of a document, uint16, as a view if it can."""
+        """Return tokens start..stop (None: the end) of a document, uint16."""
         size, first = int(self.sizes[document]), int(self.pointers[document]) // 2
         stop = size if stop is None else stop
         if not (0 <= start <= stop <= size and 0 <= first <= self.n_tokens - size):
@@ -115,7 +115,7 @@ def read_notes(prefix):
 
 
 def fingerprint(paths):
-    """Return the SHA-256 of files in hex: equal for equal files, wherever they are.
+    """Return one SHA-256 (hex) of several files: equal for equal files, wherever they are.
 
     Files under 1 GB are read whole. Of larger ones, 2048 blocks of 4 KB are read, spread evenly:
     enough to notice that a file was replaced, tokenized again, shifted or cut, but not that single
@@ -153,8 +153,9 @@ def check_whole(prefix):
 class TokenWriter:
     """Writes PREFIX.bin, .idx, .json and _documents.npy, which are built in PREFIX.partial.
 
-    job: a JSON value that describes the job. If the same job left a PREFIX.partial, it goes on from
-    `position`, what its last commit recorded; any other begins anew, with position None.
+    job: a JSON value that describes the job. If a killed run of the same job left a PREFIX.partial,
+    writing continues after its last commit, and `position` is the one recorded there. Otherwise
+    writing starts from scratch, and `position` is None.
     """
 
     PARTS = {"bin": np.dtype("<u2"), "sizes": np.dtype("<i4"), "documents": PROVENANCE}
@@ -185,13 +186,13 @@ class TokenWriter:
         self.commit()
 
     def digest(self, ends):
-        """Return the SHA-256 that makes a position and the files' lengths those of this job."""
+        """Return the SHA-256 by which a progress note proves to be whole and of this job."""
         return hashlib.sha256(json.dumps([self.job, self.position, ends]).encode()).hexdigest()
 
     def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE), position=None):
         """Add documents: their tokens in one array, the size of each, PROVENANCE of each or none.
 
-        position: any JSON value that says where the input goes on. Commits every 5 seconds.
+        position: any JSON value that says how far the input is done. Commits every 5 seconds.
         """
         for (name, dtype), values in zip(self.PARTS.items(), (tokens, sizes, documents)):
             self.files[name].write(np.ascontiguousarray(values, dtype=dtype).data)
@@ -210,7 +211,7 @@ class TokenWriter:
         self.committed = time.monotonic()
 
     def finish(self, summary):
-        """Write the index and move all files into place, .idx last: now the token file exists."""
+        """Write the index and move all files into place; the .idx, last, makes it a token file."""
         self.commit()
         sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
         documents = np.fromfile(self.folder / "documents", dtype=PROVENANCE)
@@ -228,7 +229,7 @@ class TokenWriter:
         if len(documents):
             with replacing(f"{self.prefix}_documents.npy") as file:
                 np.save(file, documents)
-        self.progress.unlink()  # a job that is killed between the next two lines begins anew
+        self.progress.unlink()  # a job that is killed while moving the files starts from scratch
         for name in "bin", "idx":
             os.replace(self.folder / name, f"{self.prefix}.{name}")
         shutil.rmtree(self.folder)
@@ -267,8 +268,6 @@ def build_order(sizes, seq_length, num_samples, seed):
     is here a search in the running sum of sizes. The whole Pile takes about 8 GB of memory.
     """
     total = int(np.sum(sizes, dtype=np.int64))
-    if total < 2:
-        raise ValueError(f"the data hold {total} tokens, expected at least 2")
     epochs = -(-(num_samples * seq_length + 1) // total)  # smallest with enough samples
     n_samples = (epochs * total - 1) // seq_length
     rng = np.random.RandomState(seed)
@@ -352,7 +351,7 @@ class OrderedData:
             if (len(shuffle_idx) != n_samples or sample_idx.shape != (n_samples + 1, 2)
                     or len(set(shuffle_idx[some].tolist())) < len(some)):
                 raise ValueError(f"expected {n_samples:,} samples in random order")
-        for row in some:  # compares lengths of documents with those of the token file
+        for row in some:  # this compares documents' lengths with those in the token file
             self.pieces(row)
 
     def describe(self):
@@ -459,10 +458,7 @@ class OrderReport(Order):
 
 
 def ordered(options, unshuffled=False):
-    """Return the OrderedData of an Order's settings.
-
-    unshuffled: raise ValueError if the token file is in training order already.
-    """
+    """Return an Order's OrderedData; `unshuffled` refuses a file in training order already."""
     data = OrderedData(options.data, options.seq_length,
                        samples_needed(options.steps, options.batch_size), options.seed)
     if unshuffled and data.preshuffled:
@@ -489,10 +485,7 @@ def trained_with(model):
 
 
 def order_of(model, data=None):
-    """Return the Order that a run was trained in (Pythia's if it is not a run of ours).
-
-    data: PREFIX of other data, to be read in an order with the same settings.
-    """
+    """Return the Order of a run's training (Pythia's for other models), of `data` if given."""
     settings = trained_with(model)
     if settings.get("data_seed") is not None:
         settings["seed"] = settings["data_seed"]
