@@ -1,10 +1,10 @@
-"""What every script begins and ends with: settings, one-line errors, whole files, tables.
+"""What all scripts share: settings, errors in one line, files written atomically, CSV tables.
 
     python train.py configs/pythia_70m.py --micro_batch_size=8
 
-A positional argument is a Python file of bare `name = value` lines, a flag is `--name=value`. They
-are read in the order given, and a later one wins. Each script declares its settings as frozen
-dataclasses, so `--help` simply prints their source. A user's mistake is one line and exit code 2.
+A positional argument is a Python file of `name = value` lines, a flag is `--name=value`. They are
+read in the order given, and later values win. Each script declares its settings as frozen
+dataclasses; `--help` prints their source. A user's mistake ends in one line and exit code 2.
 """
 
 import ast
@@ -20,7 +20,6 @@ import math
 import os
 import re
 import runpy
-import stat
 import sys
 import time
 import typing
@@ -33,48 +32,44 @@ from pathlib import Path
 def parse(argv, *schemas):
     """Return one instance of each dataclass in `schemas`, filled from `argv`.
 
-    All fields together form one flat namespace. Ends the program (see fail) on an unknown name, a
-    value of the wrong type, an unreadable file or a missing setting without a default.
+    All fields together form one flat namespace. A mistake in `argv` ends the program (see fail).
     """
     if "--help" in argv or "-h" in argv:
         for kind in [kind for schema in schemas for kind in reversed(schema.__mro__[:-1])]:
-            # The fields with their comments are the manual; the methods behind them are not.
-            print(inspect.getsource(kind).split("\n    def ")[0].split("\n    @")[0].strip() + "\n")
+            # The fields and their comments are the manual; methods are not printed.
+            print(re.split(r"\n    (?:def |@)", inspect.getsource(kind))[0].strip() + "\n")
         sys.exit(0)
     fields = {field.name: field for schema in schemas for field in dataclasses.fields(schema)}
     values = {}
-    for argument in argv:
-        for name, value in _read(argument).items():
-            where = "command line" if argument.startswith("-") else argument
-            if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1) or ["--help"]
-                fail(f"{where}: no setting called {name}, did you mean {near[0]}?")
-            values[name] = _typed(f"{where}: {name}", value, fields[name].type)
-    missing = [f"--{name}" for name, field in fields.items()
-               if name not in values and field.default is dataclasses.MISSING]
-    if missing:
-        fail(f"missing: {', '.join(missing)} (--help explains every setting)")
     try:
+        for argument in argv:
+            for name, value in _read(argument).items():
+                if name not in fields:
+                    near = difflib.get_close_matches(name, fields, n=1) or ["--help"]
+                    raise ValueError(f"{argument}: no setting called {name}, did you mean "
+                                     f"{near[0]}?")
+                values[name] = _typed(f"{argument}: {name}", value, fields[name].type)
+        missing = [f"--{name}" for name, field in fields.items()
+                   if name not in values and field.default is dataclasses.MISSING]
+        if missing:
+            raise ValueError(f"missing: {', '.join(missing)} (--help explains every setting)")
         built = [schema(**{name: value for name, value in values.items()
                            if name in schema.__dataclass_fields__}) for schema in schemas]
-    except ValueError as error:  # a dataclass refuses a value in __post_init__
-        fail(str(error))
+    except (ValueError, OSError) as error:
+        fail(explain(error))
     return built[0] if len(built) == 1 else built
 
 
 def _read(argument):
     """Return {name: value} of a flag or of a config file."""
-    name, equals, text = argument.removeprefix("--").partition("=")
     if argument.startswith("--"):
+        name, equals, text = argument[2:].partition("=")
         return {name: text if equals else True}  # --push
     if not argument.endswith(".py"):
-        fail(f"command line: found {argument}, expected --name=value or a config file, NAME.py")
-    try:
-        file_size(argument)
+        raise ValueError(f"found {argument}, expected --name=value or a config file, NAME.py")
+    file_size(argument)
+    with expecting(argument, "a config file"):
         settings = runpy.run_path(argument)
-    except BaseException as error:  # whatever it does wrong, the user reads one line
-        words = " ".join(str(error).split())
-        fail(f"{argument}: cannot read this config: {type(error).__name__}: {words}")
     return {name: value for name, value in settings.items()
             if not name.startswith("_") and not inspect.ismodule(value)}
 
@@ -82,7 +77,7 @@ def _read(argument):
 def _typed(name, value, hint):
     """Return a value, or what its text says, as a type that `hint` allows: 3e11 fills an int."""
     kinds = typing.get_args(hint) or (hint,)  # str | None has two
-    if value == "None" and hint is not str or type(value) is str and str not in kinds:
+    if type(value) is str and (str not in kinds or value == "None" and hint is not str):
         with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
     if type(value) is float and int in kinds and value.is_integer():
@@ -91,8 +86,7 @@ def _typed(name, value, hint):
         value = float(value)
     if type(value) not in kinds or type(value) is float and not math.isfinite(value):
         words = " or ".join(kind.__name__ for kind in kinds)
-        fail(f"{name} = {value!r} is not {words}; write --name=value"
-             + (", True or False" if bool in kinds else ""))
+        raise ValueError(f"{name} = {value!r} is not {words}; write --name=value")
     return value
 
 
@@ -107,28 +101,25 @@ def check(settings, expected, holds, *names):
 def command(argv, commands):
     """Run commands[argv[0]] = (schema, function) on the rest: `prepare.py tokenize --input=a.txt`.
 
-    A third entry names settings that may come without a flag: with "source output", `import A B`
-    is `import --source=A --output=B`. A single one takes all that follow, with commas.
+    A third entry names settings that may be given without a flag: with "source output", `import A
+    B` is `import --source=A --output=B`. The last one takes all words that are left, with commas.
     """
-    name, *arguments = argv or [""]
+    name, *arguments = argv or ["nothing"]
     if name in ("--help", "-h"):
         print("commands (COMMAND --help lists its settings):")
         for name, (_, function, *_) in commands.items():
-            print(f"  {name:10} {function.__doc__.strip().splitlines()[0]}")
+            print(f"  {name:10} {function.__doc__.splitlines()[0]}")
         sys.exit(0)
     if name not in commands:
-        fail(f"command line: expected one of {', '.join(commands)}, found {name or 'nothing'}; "
-             "--help says what they do")
+        fail(f"found {name}, expected --help or a command: {', '.join(commands)}")
     schema, function, *names = commands[name]
     if names:
-        plain = [argument for argument in arguments if not argument.startswith("-")]
+        *firsts, last = names[0].split()
+        words = [argument for argument in arguments if not argument.startswith("-")]
         arguments = [argument for argument in arguments if argument.startswith("-")]
-        names = names[0].split()
-        if len(plain) > len(names) > 1:
-            fail(f"command line: expected {' '.join(names)}, found {' '.join(plain)}")
-        if len(names) == 1 and plain:
-            plain = [",".join(plain)]
-        arguments += [f"--{name}={value}" for name, value in zip(names, plain)]
+        arguments += [f"--{name}={word}" for name, word in zip(firsts, words)]
+        if len(words) > len(firsts):
+            arguments.append(f"--{last}={','.join(words[len(firsts):])}")
     run(function, parse(arguments, schema))
 
 
@@ -136,10 +127,10 @@ def command(argv, commands):
 
 
 def fail(message):
-    """End the program with one line on stderr and exit code 2: a mistake the user can mend.
+    """Print a mistake that the user can correct as one line on stderr and exit with code 2.
 
-    torchrun's processes usually all meet this mistake, and it ends the others as soon as the first
-    one has spoken. One that lives on after that has met a mistake of its own.
+    Under torchrun usually all processes meet the same mistake. The others wait, and torchrun ends
+    them once the first has exited. One that is still alive then has met a mistake of its own.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank != "0":
@@ -150,62 +141,60 @@ def fail(message):
 
 
 def note(line):
-    """Print a line on stderr that is no mistake but must be seen; under torchrun the first does."""
+    """Print a warning on stderr, under torchrun in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
 
 def run(function, *arguments):
-    """Call a script's main function; what only the user can mend ends in one line."""
+    """Call a script's main function; errors that only the user can correct end in one line."""
     try:
         result = function(*arguments)
         sys.stdout.flush()
         return result
     except BrokenPipeError:  # the reader of `... | head` has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        os._exit(141)  # exits without the traceback that sys.exit leaves when it flushes stdout
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         fail(explain(error))
     except (OverflowError, MemoryError, RuntimeError) as error:
         no_memory = re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error))
         if isinstance(error, RuntimeError) and not no_memory:
-            raise  # a fault of ours
-        fail("a setting is too large, such as the (micro-)batch: " + str(error).partition("\n")[0])
+            raise  # a bug
+        fail(f"a setting is too large, such as the (micro-)batch: {explain(error)}")
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("interrupted; finished work is kept, and the same command continues it")
 
 
 def explain(error):
-    """Return the line that a user reads for an exception: an OSError names its file first."""
+    """Return an exception's message on one line; an OSError's begins with its file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).splitlines())
-
-
-# ---------------------------------------------------------------------------- files
+    return " ".join(str(error).split())
 
 
 @contextmanager
 def expecting(path, what):
     """Raise ValueError saying that `path` is not `what` if anything goes wrong in this block.
 
-    For reading what a stranger wrote: a damaged or hostile file raises whatever it likes.
+    For reading files from strangers: a damaged or hostile one raises anything, or calls sys.exit.
     """
     try:
         yield
-    except Exception as error:
-        words = " ".join(str(error).removeprefix(f"{path}: ").split())[:200]
+    except (Exception, SystemExit) as error:
+        words = explain(error).removeprefix(f"{path}: ")[:200]
         raise ValueError(f"{path}: not {what} ({type(error).__name__}: {words})") from None
+
+
+# ---------------------------------------------------------------------------- files
 
 
 @contextmanager
 def replacing(path):
-    """Open a file that takes the place of `path` only once it is complete and on the disk.
+    """Open a file that replaces `path` only once it is complete and on the disk.
 
-    Raises ValueError if `path` is there and no regular file: a device or link would be replaced.
+    Raises ValueError if `path` exists and is no regular file: a device or link would be replaced.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
         raise ValueError(f"{path}: not a regular file; name another")
     temporary = f"{path}.{os.getpid()}.tmp"
     os.makedirs(os.path.dirname(temporary) or ".", exist_ok=True)
@@ -222,11 +211,11 @@ def replacing(path):
         Path(temporary).unlink(missing_ok=True)
 
 
-LOCKS = []  # files that stay open, and so locked, for as long as the process lives
+LOCKS = []  # files that stay open, and so locked, until the process ends
 
 
 def lock(path):
-    """Return a file to append to, locked until it is closed, or raise ValueError if it is."""
+    """Return a file to append to, locked until it is closed; raise ValueError if it is locked."""
     if os.path.exists(path):
         file_size(path)  # refuses a pipe
     file = open(path, "ab", buffering=0)
@@ -247,7 +236,7 @@ def sha256_of(path):
 
 
 def write_json(path, value):
-    """Write a JSON file that appears whole."""
+    """Write a JSON file atomically."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
@@ -259,34 +248,28 @@ def read_json(path, limit=16 << 20):
     """
     if file_size(path) > limit:
         raise ValueError(f"{path}: {file_size(path):,} bytes, expected at most {limit:,}")
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
+    text = Path(path).read_bytes()
+    with expecting(path, "JSON that holds an object"):
+        return {**json.loads(text)}
 
 
 def file_size(path):
     """Return a regular file's bytes, or raise ValueError: a pipe or a device would never end."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file") from None
-    if not stat.S_ISREG(status.st_mode):
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file")
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: not a regular file")
-    return status.st_size
+    return os.path.getsize(path)
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-def read_csv(path, torn=False):
+def read_csv(path, torn=False, keep=lambda row: True):
     """Return the rows {column: cell} of a CSV file, or raise ValueError naming a broken line.
 
-    torn: the file is one that we append to. It may have no rows yet, and a last line without its
-    newline was cut by a kill: it is left out.
+    torn: the file is one that we append to. It may have no rows yet, and a last line without a
+    newline is left out, since a kill cut it short. keep(row) says which rows to return.
     """
     file_size(path)  # refuses a pipe
     text = Path(path).read_bytes()
@@ -298,11 +281,13 @@ def read_csv(path, torn=False):
         names = next(lines, [])
         number += 1
         for cells in filter(None, lines):
-            rows.append(dict(zip(names, cells, strict=True)))
+            row = dict(zip(names, cells, strict=True))
+            if keep(row):
+                rows.append(row)
             number = lines.line_num + 1
     except (ValueError, csv.Error):
-        raise ValueError(f"{path}, line {number}: is no row of this CSV file; mend it or move the "
-                         "file away") from None
+        raise ValueError(f"{path}, line {number}: damaged, or not a row of this table; mend it or "
+                         "move the file away") from None
     if not rows and not torn:
         raise ValueError(f"{path}: holds no rows")
     return rows
@@ -318,22 +303,18 @@ def csv_lines(rows):
 class Table:
     """A CSV file that one process at a time appends rows to; `rows` are those it had.
 
-    A kill or a full disk can tear only the last line, whose step or evaluation is done again. Rows
-    for which keep(row) is false are deleted, because they will be written again. Raises ValueError
-    if another line is damaged or the first one does not name the columns.
+    A kill or a full disk can cut only the last line short: it is removed, and its step or
+    evaluation runs again. So are rows for which keep(row) is false. Raises ValueError if another
+    line is damaged, keep(row) raises it, or the first line does not name the columns.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
         self.file, header = lock(path), csv_lines([columns])
         before = Path(path).read_bytes()
-        if not header.startswith(before[:len(header)]):  # a kill may have cut it
-            raise ValueError(f"{path}, line 1: found {before[:len(header)]!r}, expected "
-                             f"{','.join(columns)}; mend it or move the file away")
-        rows = read_csv(path, torn=True)
-        try:
-            self.rows = list(filter(keep, rows))
-        except ValueError as error:  # of keep, for a cell that is no number
-            raise ValueError(f"{path}: {error}; mend it or move the file away") from None
+        if not header.startswith(before[:len(header)]):  # a kill may have cut it short
+            raise ValueError(f"{path}, line 1: expected {','.join(columns)}; mend it or move the "
+                             "file away")
+        self.rows = read_csv(path, torn=True, keep=keep)
         text = header + csv_lines(row.values() for row in self.rows)
         if text != before:
             with replacing(os.path.realpath(path)) as file:
@@ -342,5 +323,5 @@ class Table:
 
     def append(self, *rows):
         text = csv_lines(rows)
-        while text:  # written at once, unless the disk gets full
+        while text:  # one write, unless the disk gets full
             text = text[self.file.write(text):]
