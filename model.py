@@ -2,8 +2,8 @@
 
 Sources: Pythia (Biderman et al. 2023, arXiv 2304.01373); gpt-neox v1.0, megatron/model/
 {gpt2_model,transformer,positional_embeddings,init_functions}.py; transformers' GPTNeoXForCausalLM,
-which tests/test_model.py holds this file equal to. Parameter names are those of the published
-checkpoints without their `gpt_neox.` prefix.
+to which tests/test_model.py compares logits and gradients. Parameter names are those of the
+published checkpoints without their `gpt_neox.` prefix.
 
 Dimension key: B batch, T sequence, N = B*T, D d_model, H heads, K d_head, R rotary dims,
 V vocabulary.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import check, read_json
+from config import check, expecting, read_json
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class ModelConfig:
     n_layers: int
     d_model: int
     n_heads: int
-    # 50277 tokens padded to a multiple of 128 per tensor-parallel rank: the rows above 50276 never
+    # 50277 tokens, padded to a multiple of 128 per tensor-parallel rank. The ids above 50276 never
     # occur as targets, but their logits are in the softmax. 6.9B has 50432 rows and 12B 50688.
     vocab_size: int = 50304
     seq_length: int = 2048  # tokens of context
     # Pythia was trained with "tanh" (gpt-neox's bias-gelu fusion is the tanh form), but published
     # with hidden_act "gelu", the exact "erf" form, which is what everybody evaluates.
     gelu: str = "tanh"
-    # "small" is gpt-neox's small_init and wang_init; 6.9B and 12B lack those keys in their YAML and
-    # so got "normal": 0.02, over sqrt(2 * n_layers) in the layers that write to the residual.
+    # "small" is gpt-neox's small_init and wang_init. The YAMLs of 6.9B and 12B lack these keys, so
+    # both got "normal": std 0.02, over sqrt(2 * n_layers) in layers that write to the residual.
     init: str = "small"
 
     def __post_init__(self):
@@ -44,9 +44,8 @@ class ModelConfig:
               "gelu")
         check(self, "'small' or 'normal'", ("small", "normal").__contains__, "init")
         if self.d_model % self.n_heads or self.rotary_dims < 2 or self.rotary_dims % 2:
-            raise ValueError(f"d_model = {self.d_model} is not a multiple of n_heads = "
-                             f"{self.n_heads}, or a quarter of their ratio (rotary dimensions) is "
-                             "not even: make the ratio a multiple of 8")
+            raise ValueError(f"d_model = {self.d_model} and n_heads = {self.n_heads}, expected a "
+                             "ratio that is a multiple of 8 (a quarter of it is rotated, in pairs)")
 
     @property
     def d_head(self):
@@ -54,14 +53,14 @@ class ModelConfig:
 
     @property
     def rotary_dims(self):
-        return self.d_head // 4  # rotary_pct 0.25: the other three quarters carry no position
+        return self.d_head // 4  # rotary_pct 0.25: the other dimensions are not rotated
 
 
 def rotary_tables(positions, R):
     """Return cos and sin of the rotary angles of positions (...) int64, each (..., R/2) float32.
 
-    The exponent's denominator is R, not d_head. Pythia was trained with these angles in half
-    precision (up to 0.37 rad off at d_head 64), but every published evaluation has float32 ones.
+    The exponent's denominator is R, not d_head. Pythia was trained with angles in half precision
+    (errors up to 0.37 rad at d_head 64), but all published evaluations compute them in float32.
     """
     frequencies = 10000.0 ** (
         -torch.arange(0, R, 2, device=positions.device, dtype=torch.float32) / R)
@@ -70,34 +69,34 @@ def rotary_tables(positions, R):
 
 
 def rotate(x, cos, sin):
-    """Turn the first R dims of x (..., K) by position: halves (x1, x2) are pairs, NeoX style."""
+    """Rotate the first R dims of x (..., K) by position, as pairs (i, i + R/2), NeoX style."""
     R = 2 * cos.shape[-1]
     x1, x2, rest = x.split([R // 2, R // 2, x.shape[-1] - R], dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
 
 
 class Cache:
-    """A layer's keys and values of the tokens so far, in buffers of a fixed length."""
+    """A layer's keys and values of the tokens so far, in a buffer of fixed length."""
 
     def __init__(self, config, B, length, like):
         self.kv = like.new_empty(2, B, config.n_heads, length, config.d_head)
         self.used = 0
 
     def extend(self, k, v):
-        """Append k and v (B, H, T, K); return all of both."""
+        """Append k and v (B, H, T, K); return all keys and all values."""
         start, self.used = self.used, self.used + k.shape[2]
         self.kv[0, :, :, start:self.used], self.kv[1, :, :, start:self.used] = k, v
         return self.kv[:, :, :, :self.used].unbind(0)
 
 
 class Prefix:
-    """The keys and values of one row of text with which every row of a batch begins."""
+    """A layer's keys and values of one text with which every row of a batch begins."""
 
     def __init__(self, cache):
         self.kv = cache.kv
 
     def extend(self, k, v):
-        """Return the prefix's keys and values with k, v (B, H, T, K) behind, and forget those."""
+        """Return the prefix's keys and values followed by k and v (B, H, T, K), not kept."""
         return (torch.cat((known.expand(len(new), -1, -1, -1), new), 2)
                 for known, new in zip(self.kv, (k, v)))
 
@@ -111,7 +110,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, D = x.shape
-        # The rows of query_key_value are interleaved: q, k, v of head 0, then of head 1, ...
+        # The output of query_key_value is q, k, v of head 0, then q, k, v of head 1, ...
         qkv = self.query_key_value(x).view(B, T, self.n_heads, 3, -1)  # (B, T, H, 3, K)
         cos, sin = (t.to(qkv.dtype)[..., None, None, :] for t in (cos, sin))  # ([B,] T, 1, 1, R/2)
         q, k = rotate(qkv[:, :, :, :2], cos, sin).unbind(3)  # (B, T, H, K)
@@ -152,12 +151,13 @@ class Block(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """Mean cross entropy (nats, float32 or wider) of hidden @ weight.T against targets.
 
-    hidden (N, D), weight (V, D), targets (N,) int64. The (N, V) logits never exist: a block of rows
-    at a time becomes logits, softmax and their gradient in one reused buffer, and both gradients
-    are made on the way forward (the loss is the last node, so its incoming gradient is a number).
+    hidden (N, D), weight (V, D), targets (N,) int64. The whole logits (N, V) never exist: one block
+    of rows at a time becomes logits, softmax and their gradient in one reused buffer. The gradients
+    of hidden and weight are computed in forward; backward only scales them by a number, since the
+    loss is a scalar.
 
     A negative target (padding) adds nothing to the sum, but the mean is still over all N: a token
-    weighs the same whatever padding shares its micro-batch, on any number of processes.
+    has the same weight whatever padding is in its micro-batch, on any number of processes.
     """
 
     @staticmethod
@@ -179,23 +179,23 @@ class HeadLoss(torch.autograd.Function):
             else:
                 target_logit = logits.gather(1, target)
                 largest = logits.amax(1, keepdim=True)
-                grad = probabilities = torch.softmax(logits, 1, out=logits)
+                probabilities = torch.softmax(logits, 1, out=logits)
                 # log sum exp = largest logit - log(largest probability), which never underflows
                 losses = largest - probabilities.amax(1, keepdim=True).log() - target_logit
-                if needs_grad:  # d loss / d logits = softmax - one_hot(target)
-                    grad.scatter_add_(1, target, torch.full_like(target_logit, -1))
-                    grad = grad.to(dtype)
+                # d loss / d logits = softmax - one_hot(target), in place
+                grad = probabilities.scatter_add_(1, target, torch.full_like(target_logit, -1))
             total += losses.masked_fill_(~kept, 0).sum()
-            if needs_grad:  # times 1/N in backward
-                # Padding has no gradient. It is taken out of the narrow factors (n, D), which is
-                # cheaper than setting rows of the wide (n, V) gradient to zero.
+            if needs_grad:  # the factor 1/N follows in backward
+                grad = grad.to(dtype)
+                # The gradient of padding is 0. Setting rows of the factors (n, D) to 0 is cheaper
+                # than setting rows of the gradient (n, V) to 0.
                 grad_hidden[rows] = (grad @ weight) * kept
                 if dtype is wide:
                     grad_weight.addmm_(grad.T, hidden[rows] * kept)
                 else:
                     grad_weight += grad.T @ (hidden[rows] * kept)
         if needs_grad:
-            # Kept as attributes: a gradient saved with save_for_backward would be copied once more.
+            # Attributes, since gradients from save_for_backward would have to be copied once more.
             ctx.grads = grad_hidden, grad_weight
         return total / len(targets)
 
@@ -224,12 +224,11 @@ def losses_and_gradient(logits, target):
 
 
 def head_blocks(hidden, weight, widen=True):
-    """Yield (rows, logits) over hidden (N, D): a slice and its (n, V) logits.
+    """Yield (rows, logits) over hidden (N, D): a slice of n rows and their logits (n, V).
 
-    They are float32 or wider; with widen=False they stay in the matmul's dtype.
-
-    Every block reuses one buffer, so take what you need before asking for the next. 512 rows were
-    the fastest of 128 to 1024 on a CPU (by 11 % at d_model 128); a GPU wants larger matmuls.
+    Logits are float32 or wider, or with widen=False in hidden's dtype. All blocks share one buffer,
+    so each block overwrites the one before. 512 rows were the fastest of 128 to 1024 on a CPU (by
+    11 % at d_model 128); a GPU is faster with larger matmuls.
     """
     n = 512 if hidden.device.type == "cpu" else 2048
     dtype = torch.promote_types(hidden.dtype, torch.float32) if widen else hidden.dtype
@@ -245,12 +244,13 @@ def head_blocks(hidden, weight, widen=True):
 
 
 class Pythia(nn.Module):
-    fused_loss = None  # a compiled losses_and_gradient, for training at 16 bits
+    fused_loss = None  # a compiled losses_and_gradient, for training in 16 bits
 
     def __init__(self, config, seed=1234):
         super().__init__()
         self.config = config
-        # With an empty weight, since drawing one on the meta device imports torch._dynamo, 2 s.
+        # With an empty weight, since nn.Embedding's own initialisation on the meta device imports
+        # torch._dynamo, which takes 2 s.
         self.embed_in = nn.Embedding(config.vocab_size, config.d_model,
                                      _weight=torch.empty(config.vocab_size, config.d_model))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -261,11 +261,11 @@ class Pythia(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, fill=torch.Tensor.copy_):
-        """Draw every weight as gpt-neox does (megatron/model/init_functions.py).
+        """Draw all weights from gpt-neox's distributions (megatron/model/init_functions.py).
 
         Each tensor has a CPU generator of its own, seeded by (seed, name): the draw does not depend
         on device, order or sharding. The original's bits need its CUDA generator, so they differ.
-        fill(parameter, draw) copies the draw; parameters in shards need one of their own.
+        fill(parameter, draw) copies a draw; sharded parameters need a function of their own.
         """
         D, L = self.config.d_model, self.config.n_layers
         if self.config.init == "small":
@@ -289,15 +289,13 @@ class Pythia(nn.Module):
     def hidden(self, tokens, positions=None, mask=None, cache=None):
         """Return the final hidden states (B, T, D) of tokens (B, T) int64.
 
-        Evaluation may say more: the positions of the tokens (B, T), which keys each one sees (mask,
-        True where seen, or added to the scores; broadcast to (B, H, T, keys); causal without), and
-        a Cache or Prefix for each layer, whose keys come first.
+        For evaluation: positions (B, T) of the tokens; mask, broadcast to (B, H, T, keys), either
+        bool and True where a key is seen, or added to the scores (default: causal); cache, a Cache
+        or Prefix for each layer, whose keys come before those of the tokens.
         """
         x = self.embed_in(tokens)
         if positions is None:
-            if tokens.shape[1] > self.config.seq_length:
-                raise ValueError(f"{tokens.shape[1]} tokens, but seq_length is "
-                                 f"{self.config.seq_length}")
+            assert tokens.shape[1] <= self.config.seq_length, "more tokens than the context has"
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         cos, sin = rotary_tables(positions, self.config.rotary_dims)
         for i, layer in enumerate(self.layers):
@@ -305,9 +303,9 @@ class Pythia(nn.Module):
         return self.final_layer_norm(x)
 
     def forward(self, tokens, targets=None):
-        """Return logits (B, T, V) of tokens (B, T) int64; with targets (B, T) mean loss in nats.
+        """Return the logits (B, T, V) of tokens (B, T) int64; given targets (B, T), the mean loss.
 
-        Negative targets add nothing to the loss.
+        The loss is in nats. Negative targets add nothing to it (see HeadLoss).
         """
         x = self.hidden(tokens)
         if targets is None:
@@ -319,11 +317,11 @@ class Pythia(nn.Module):
     @torch.no_grad()
     def generate(self, tokens, n_tokens, temperature=1.0, generator=None, padding=None,
                  finished=None):
-        """Return tokens (B, T) with n_tokens sampled ones behind them; temperature 0 is greedy.
+        """Return tokens (B, T) followed by n_tokens sampled ones; temperature 0 is greedy decoding.
 
-        padding (B,) counts the tokens on each row's left that are not there. finished, if given, is
-        asked after each token which rows may end, with the new tokens (n, t): (n,) bool; a row that
-        has ended is filled up with anything. Raises ValueError if the context is too short.
+        padding (B,) counts the padding tokens on each row's left. finished(new tokens (n, t)), if
+        given, is called after each token and tells which of n rows have ended (n,) bool; what
+        follows in such a row is undefined. Raises ValueError if the context is too short.
         """
         (B, T), device, L = tokens.shape, tokens.device, self.config.seq_length
         if T + n_tokens > L:
@@ -331,12 +329,12 @@ class Pythia(nn.Module):
         positions = torch.arange(T + n_tokens, device=device).repeat(B, 1)  # (B, T + n_tokens)
         if padding is not None:
             positions -= padding[:, None]
-        # A token sees itself and those before it that are no padding. Padding sees itself, too, for
-        # a softmax of nothing would be NaN.
+        # A token sees itself and the tokens before it, without padding. Padding sees itself, since
+        # a softmax over no keys would be NaN.
         query, key = positions[:, None, :, None], positions[:, None, None]
         seen = (key <= query) & (key >= 0) | (key == query)  # (B, 1, queries, keys)
-        mask = torch.zeros_like(seen, dtype=self.embed_in.weight.dtype)
-        mask.masked_fill_(~seen, -torch.inf)  # once, not in every layer
+        # Added to the scores: a bool mask would be converted to this in every layer.
+        mask = torch.where(seen, 0.0, -torch.inf).to(self.embed_in.weight.dtype)
         cache = [Cache(self.config, B, T + n_tokens, self.embed_in.weight) for _ in self.layers]
         out, start = F.pad(tokens, (0, n_tokens)), 0
         rows = torch.arange(B, device=device)  # those that are still generated
@@ -356,7 +354,7 @@ class Pythia(nn.Module):
                 going = ~ended[rows]
                 if not going.any():
                     break
-                if going.sum() <= 0.75 * len(rows):  # 15 rows take a CPU longer than 16
+                if going.sum() <= 0.75 * len(rows):  # 15 rows take a CPU longer than 16 do
                     rows = rows[going]
                     for layer in cache:
                         layer.kv = layer.kv[:, going]
@@ -372,16 +370,18 @@ def hf_name(name):
     return name if name.startswith("embed_out") else f"gpt_neox.{name}"
 
 
-# Keys of config.json that decide numbers, as every Pythia has them: those of every version, ...
+# Keys of config.json that decide numbers, with the values that every Pythia has: those of every
+# version of transformers ...
 PYTHIAS = {"layer_norm_eps": 1e-5, "rotary_pct": 0.25, "rotary_emb_base": 10000,
            "use_parallel_residual": True, "tie_word_embeddings": False}
 # ... and those of some versions from 4.24 to 5, alone or in rope_parameters or rope_scaling.
-ROPE = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "default",
-        "type": "default"}
+OTHERS = {"rope_theta": 10000, "partial_rotary_factor": 0.25, "rope_type": "default",
+          "type": "default", "attention_bias": True, "is_causal": True, "quantization_config": None}
 GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-# In ModelConfig's order, with their largest values: a hostile file could have 2^60 layers.
-SIZES = {"num_hidden_layers": 1 << 10, "hidden_size": 1 << 20, "num_attention_heads": 1 << 20,
-         "vocab_size": 1 << 20, "max_position_embeddings": 1 << 20}
+# In ModelConfig's order, with an upper limit: a hostile file could have 2^60 layers.
+SIZES = {"num_hidden_layers": range(1, 1 << 10), **dict.fromkeys(
+    ("hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"),
+    range(1, 1 << 20))}
 
 
 def hf_config(config):
@@ -400,31 +400,25 @@ def hf_config(config):
 def read_config(folder):
     """Return the ModelConfig of folder/config.json: ours, or one of transformers 4.24 to 5.
 
-    Raises ValueError naming a value that makes it another architecture than Pythia's.
+    Raises ValueError naming the first value that makes it another architecture than Pythia's.
     """
     path = Path(folder) / "config.json"
     spec = read_json(path)
 
-    def expect(name, holds, expected):
-        if not holds:
-            raise ValueError(f"{path}: {name} is {repr(spec.get(name))[:100]}, expected {expected}")
+    def expect(found, allowed):
+        for name, values in allowed.items():
+            if found.get(name) not in values:
+                raise ValueError(f"{name} is {found.get(name)!r}, expected one of {values}")
 
-    expect("model_type", spec.get("model_type") == "gpt_neox", "'gpt_neox'")
-    for name, most in SIZES.items():
-        expect(name, type(spec.get(name)) is int and 1 <= spec[name] <= most,
-               f"a positive integer up to {most:,}")
-    expect("hidden_act", spec.get("hidden_act") in list(GELUS), f"one of {list(GELUS)}")
-    config = ModelConfig(*map(spec.get, SIZES), gelu=GELUS[spec["hidden_act"]])
-    pythias = PYTHIAS | ROPE | {
-        "intermediate_size": 4 * config.d_model, "head_dim": config.d_head,
-        "num_key_value_heads": config.n_heads, "attention_bias": True, "is_causal": True,
-        "quantization_config": None}
-    for name, value in pythias.items():
-        expect(name, spec.get(name, value) == value, f"Pythia's {value!r}")
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = spec.get(name)
-        expect(name, rope is None or type(rope) is dict and rope.items() <= ROPE.items(),
-               f"at most Pythia's {ROPE}")
+    with expecting(path, "the config.json of a Pythia"):
+        expect(spec, {"model_type": ["gpt_neox"], "hidden_act": list(GELUS), **SIZES})
+        config = ModelConfig(*(int(spec[name]) for name in SIZES), gelu=GELUS[spec["hidden_act"]])
+        fixed = PYTHIAS | OTHERS | {"intermediate_size": 4 * config.d_model,
+                                    "head_dim": config.d_head,
+                                    "num_key_value_heads": config.n_heads}
+        expect(fixed | spec, {name: [value] for name, value in fixed.items()})
+        for rope in (spec.get("rope_parameters") or {}, spec.get("rope_scaling") or {}):
+            expect(rope, {name: [fixed.get(name)] for name in rope})
     return config
 
 
