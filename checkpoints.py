@@ -39,7 +39,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import (LOCKS, check, command, explain, file_size, lock as lock_file, note, read_csv,
+from config import (LOCKS, check, command, file_size, lock as lock_file, note, read_csv,
                     read_json, sha256_of, write_json)
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
@@ -670,7 +670,7 @@ def list_(options):
             if training := read_training(folder, step):
                 tokens = f"{training['tokens']:,}"
         except (ValueError, OSError) as error:
-            held.append(explain(error))
+            held.append(str(error))
         held += [name for name in ("optimizer", "tokenizer.json", "manifest.json")
                  if (folder / name).exists()]
         loss = losses.get(str(step)) or "-"  # of the batch that these weights met next

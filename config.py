@@ -55,8 +55,8 @@ def parse(argv, *schemas):
             raise ValueError(f"missing: {', '.join(missing)} (--help explains every setting)")
         built = [schema(**{name: value for name, value in values.items()
                            if name in schema.__dataclass_fields__}) for schema in schemas]
-    except (ValueError, OSError) as error:
-        fail(explain(error))
+    except (ValueError, OSError, OverflowError) as error:
+        fail(error)
     return built[0] if len(built) == 1 else built
 
 
@@ -127,7 +127,7 @@ def command(argv, commands):
 
 
 def fail(message):
-    """Print a mistake that the user can correct as one line on stderr and exit with code 2.
+    """Print a message, or an exception's, as one line on stderr and exit with code 2.
 
     Under torchrun usually all processes meet the same mistake. The others wait, and torchrun ends
     them once the first has exited. One that is still alive then has met a mistake of its own.
@@ -136,7 +136,7 @@ def fail(message):
     if rank != "0":
         time.sleep(2)
         message = f"[rank {rank}] {message}"
-    print(message, file=sys.stderr)
+    print(" ".join(str(message).splitlines()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -155,21 +155,14 @@ def run(function, *arguments):
     except BrokenPipeError:  # the reader of `... | head` has closed it
         os._exit(141)  # exits without the traceback that sys.exit leaves when it flushes stdout
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        fail(explain(error))
+        fail(error)
     except (OverflowError, MemoryError, RuntimeError) as error:
         no_memory = re.search("out of memory|(allocate|enough) memory|ALLOC_FAILED", str(error))
         if isinstance(error, RuntimeError) and not no_memory:
             raise  # a bug
-        fail(f"a setting is too large, such as the (micro-)batch: {explain(error)}")
+        fail(f"a setting is too large, such as the (micro-)batch: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; finished work is kept, and the same command continues it")
-
-
-def explain(error):
-    """Return an exception's message on one line; an OSError's begins with its file."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
 
 
 @contextmanager
@@ -181,7 +174,7 @@ def expecting(path, what):
     try:
         yield
     except (Exception, SystemExit) as error:
-        words = explain(error).removeprefix(f"{path}: ")[:200]
+        words = " ".join(str(error).removeprefix(f"{path}: ").split())[:200]
         raise ValueError(f"{path}: not {what} ({type(error).__name__}: {words})") from None
 
 
@@ -205,7 +198,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or path  # write() does not name it
+        error.filename = error.filename or str(path)  # write() does not name it
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import check, explain
+from config import check
 from model import losses_and_gradient
 
 # ---------------------------------------------------------------------------- processes
@@ -88,7 +88,7 @@ class Processes:
             if self.rank == 0 or not first_alone:
                 result = act()
         except (ValueError, OSError) as error:
-            problem = explain(error)
+            problem = str(error)
         self.refuse(problem)
         return result
 

@@ -94,7 +94,7 @@ def test_a_full_disk_is_named(tmp_path, capsys):
             raise OSError(28, "No space left on device")
     with pytest.raises(SystemExit):
         run(write)
-    assert capsys.readouterr().err == f"{tmp_path}/out.csv: No space left on device\n"
+    assert capsys.readouterr().err == f"[Errno 28] No space left on device: '{tmp_path}/out.csv'\n"
     assert not os.listdir(tmp_path)
 
 
