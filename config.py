@@ -153,7 +153,7 @@ def run(function, *arguments):
         sys.stdout.flush()
         return result
     except BrokenPipeError:  # the reader of `... | head` has closed it
-        os._exit(141)  # exits without the traceback that sys.exit leaves when it flushes stdout
+        os._exit(141)  # sys.exit would flush stdout again, and print that error
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         fail(error)
     except (OverflowError, MemoryError, RuntimeError) as error:
@@ -296,9 +296,9 @@ def csv_lines(rows):
 class Table:
     """A CSV file that one process at a time appends rows to; `rows` are those it had.
 
-    A kill or a full disk can cut only the last line short: it is removed, and its step or
-    evaluation runs again. So are rows for which keep(row) is false. Raises ValueError if another
-    line is damaged, keep(row) raises it, or the first line does not name the columns.
+    Opening it removes rows for which keep(row) is false, and a last line that was cut short by a
+    kill or a full disk: that step or evaluation runs again. Raises ValueError if another line is
+    damaged, or the first one does not name the columns, or keep(row) raises it.
     """
 
     def __init__(self, path, columns, keep=lambda row: True):
