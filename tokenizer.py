@@ -54,6 +54,7 @@ class Tokenizer:
 
     def __init__(self, path):
         """Read a 20B_tokenizer.json (or the same tokenizer saved by transformers)."""
+        self.path = path
         with expecting(path, "the GPT-NeoX-20B tokenizer, which `make tokenizer` downloads"):
             spec = read_json(path)
             if _digest(spec) != DIGEST:
