@@ -167,11 +167,11 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, tokenizer, refused):
     losses = write_texts(tmp_path, TEXTS, tokenizer)
     what = json.loads((tmp_path / "a.json").read_text())
     for values, note, words in (
-            (losses[:2], what, r"a.npy: float32 \(2, 4, .*, expected float32 \(3, 4, "),
-            (-losses, what, "a.npy: holds losses below 0, or above 10,000 nats"),
-            (losses * np.inf, what, "a.npy: holds losses below 0, or above 10,000 nats"),
-            (losses, what | {"sha256": "0"}, "a.npy: losses of other tokens than"),
-            (losses, {"sha256": "0"}, "a.json: not written by `eval.py losses`")):
+            (losses[:2], what, r"float32 \(2, 4, .*, expected float32 \(3, 4, "),
+            (-losses, what, "from 0 to 10,000 nats"),
+            (losses * np.inf, what, "from 0 to 10,000 nats"),
+            (losses, what | {"sha256": "0"}, "the tokenizer is not the same as then"),
+            (losses, {"sha256": "0"}, "a.npy: not finished losses of .* its .json describes")):
         np.save(tmp_path / "a.npy", values)
         (tmp_path / "a.json").write_text(json.dumps(note))
         assert re.search(words, refused("plots.py", "window", f"--losses={tmp_path}/a.npy",
