@@ -14,7 +14,6 @@ import itertools
 import json
 import re
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,37 +51,34 @@ def finish(figure, output):
     return figure
 
 
-def select(rows, sort_by="step", /, **cells):
-    """Return the rows of a CSV that have these cells, sorted by the number in column `sort_by`."""
+def columns(rows, /, *names, **cells):
+    """Return columns of the CSV rows that have these cells, as arrays sorted by the first column.
+
+    An empty cell is nan, which is not drawn.
+    """
     chosen = [row for row in rows if all(row[name] == cell for name, cell in cells.items())]
-    return sorted(chosen, key=lambda row: float(row[sort_by]))
-
-
-def numbers(rows, *names):
-    """Return each of these columns as an array; an empty cell is nan, which is not drawn."""
-    return [np.array([float(row[name] or "nan") for row in rows]) for name in names]
+    table = sorted([float(row[name] or "nan") for name in names] for row in chosen)
+    return np.array(table).reshape(-1, len(names)).T
 
 
 def shades(names):
     """Return {name: colour}, from dark to light in the order of the names (viridis up to green)."""
     from matplotlib import colormaps
-    last = max(1, len(names) - 1)
-    return {name: colormaps["viridis"](0.85 * i / last) for i, name in enumerate(names)}
+    return dict(zip(names, colormaps["viridis"](np.linspace(0, 0.85, len(names)))))
 
 
-def errorbars(axes, rows, column, colours, x, *names, **cells):
+def errorbars(axes, rows, column, colours, *names, **cells):
     """Draw a line with error bars for each value of `column` in colours, {value: colour}.
 
-    names: the columns of y and its standard error, or of y and its interval's low and high ends.
-    cells: what the rows have in other columns.
+    names: the columns of x, y and its standard error, or of x, y and its interval's low and high
+    ends. cells: what the rows have in other columns.
     """
     for value, colour in colours.items():
-        curve = select(rows, x, **cells, **{column: value})
-        y, *error = numbers(curve, *names)
+        x, y, *error = columns(rows, *names, **cells, **{column: value})
         if len(error) == 2:
             low, high = error
             error = [(y - low, high - y)]
-        axes.errorbar(*numbers(curve, x), y, *error, marker="o", color=colour, label=value)
+        axes.errorbar(x, y, *error, marker="o", color=colour, label=value)
 
 
 @dataclass(frozen=True)
@@ -98,10 +94,11 @@ def training(options):
     figure, (left, right) = grid(2, 2, 5, 4)
     with expecting(f"{options.run}, {options.results}", "a run and what eval.py wrote about it"):
         steps = read_csv(Path(options.run) / "metrics.csv")
-        rows = select(read_csv(options.results), model=name, metric="bits_per_byte")
+        rows = [row for row in read_csv(options.results)
+                if row["model"] == name and row["metric"] == "bits_per_byte"]
         if not rows:
             raise ValueError(f"no bits_per_byte of {name}; run eval.py --tasks=heldout first")
-        left.plot(*numbers(steps, "tokens", "loss"))
+        left.plot(*columns(steps, "tokens", "loss"))
         colours = shades(sorted({row["task"] for row in rows})) | {"heldout": "black"}
         errorbars(right, rows, "task", colours, "tokens", "value", "stderr")
     right.legend(loc="lower left")
@@ -193,9 +190,10 @@ def evaluations(paths):
                                  f"in {before}; draw them in two figures")
             if tokens > 0 and "MtokBS" not in model:  # was trained with another batch size
                 points[*curve, tokens] = point
-    curves = defaultdict(lambda: defaultdict(list))
+    curves = {}
     for panel, model, tokens in sorted(points, key=lambda key: (by_size(key[1]), key[2])):
-        curves[panel][model].append(points[panel, model, tokens])
+        models = curves.setdefault(panel, {})
+        models.setdefault(model, []).append(points[panel, model, tokens])
     return curves
 
 
@@ -236,9 +234,10 @@ def term_frequency(options):
     labels = {"acc": "accuracy", "logprob": "log-probability of the right answer (nats)"}
     with expecting(options.bins, "OUTPUT_bins.csv of studies/term_frequency.py"):
         rows = read_csv(options.bins)
-        rows = select(rows, shots=max((row["shots"] for row in rows), key=int))
+        shots = max((row["shots"] for row in rows), key=int)
+        rows = [row for row in rows if row["shots"] == shots]
         kinds = sorted({(row["model"], row["task"]) for row in rows})
-        steps = shades(list(dict.fromkeys(row["step"] for row in rows)))
+        steps = shades(sorted({row["step"] for row in rows}, key=float))
         figure, grid_axes = grid(2 * len(kinds), 2, 5, 4)
         panels = itertools.product(kinds, labels.items())
         for axes, ((model, task), (metric, label)) in zip(grid_axes, panels):
@@ -246,7 +245,7 @@ def term_frequency(options):
                       model=model, task=task)
             axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
             axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
-                     ylabel=label, title=f"{model}, {task}, {rows[0]['shots']}-shot")
+                     ylabel=label, title=f"{model}, {task}, {shots}-shot")
     grid_axes[0].legend(title="step")
     return finish(figure, options.output)
 
@@ -263,11 +262,11 @@ def memorization(folder, output):
     for model, top, bottom in zip(models, axes, axes[len(models):]):
         errorbars(top, rates, "rows", colours, "step", "mean_length", model=model)
         top.set(title=model, xlabel="step")
-        last = select(windows, model=model)[-1]
-        memorized, times = numbers(select(windows, model=model, step=last["step"]),
-                                   "memorized", "windows")
-        counts = np.sort(memorized.repeat(times.astype(int)))  # of each window
-        bottom.set(title=f"step {last['step']}, {len(counts):,} windows of {last['window']} rows")
+        step, size = max(((row["step"], row["window"]) for row in windows
+                          if row["model"] == model), key=lambda pair: float(pair[0]))
+        memorized, times = columns(windows, "memorized", "windows", model=model, step=step)
+        counts = memorized.repeat(times.astype(int))  # of each window, sorted
+        bottom.set(title=f"step {step}, {len(counts):,} windows of {size} rows")
         if len(counts):
             x = poisson_quantiles(len(counts), counts.mean())
             bottom.plot(x, counts, ".")
@@ -292,11 +291,11 @@ def differences(path, output):
     measures = list(dict.fromkeys(row["measure"] for row in rows))
     figure, grid_axes = grid(len(measures), min(3, len(measures)), 4.2, 3.4)
     for axes, measure in zip(grid_axes, measures):
-        mine = select(rows, measure=measure)
+        first = next(row for row in rows if row["measure"] == measure)
         axes.axhline(0, color="grey")
-        errorbars(axes, mine, "measure", {measure: "C0"}, "step", "difference", "low", "high")
+        errorbars(axes, rows, "measure", {measure: "C0"}, "step", "difference", "low", "high")
         axes.set(xlabel="step", ylabel="branch - twin (nats; of cost bits per byte)",
-                 title=f"{measure}, {int(mine[0]['items']):,} item(s), {mine[0]['seeds']} seed(s)")
+                 title=f"{measure}, {int(first['items']):,} item(s), {first['seeds']} seed(s)")
     return finish(figure, output)
 
 
@@ -368,11 +367,11 @@ def window(options):
         first = first_rows.setdefault(digest, len(rows))
         if first == len(rows):
             rows += its_rows
+        _, n, T = losses.shape
         for run in dict.fromkeys(run for run, _ in checkpoints):
-            steps, at = zip(*sorted((step, i) for i, (other, step) in enumerate(checkpoints)
-                                    if other == run))
-            series.append({"run": run, "first": first, "n": losses.shape[1], "T": losses.shape[2],
-                           "steps": steps, "levels": losses[list(at)]})
+            at = [i for i, (other, _) in enumerate(checkpoints) if other == run]
+            series.append({"run": run, "first": first, "n": n, "T": T,
+                           "steps": [checkpoints[i][1] for i in at], "levels": losses[at]})
     scale = max(float(np.nanmax(one["levels"], initial=1)) for one in series) / (ABSENT - 1)
     for one in series:
         levels = np.rint(np.nan_to_num(one["levels"] / scale, nan=ABSENT)).astype(np.uint8)
@@ -398,8 +397,8 @@ def read_losses(path, tokenizer):
             raise ValueError("the data, the text or the tokenizer is not the same as then")
         checkpoints = [(str(run), int(step or 0)) for run, step in what["checkpoints"]]
         expected = len(checkpoints), *tokens[:, 1:].shape
-        wrong = np.any(losses < -1e-3) or np.any(losses > 1e4)  # rounding makes losses of -1e-6
-        if wrong or losses.dtype != np.float32 or losses.shape != expected:
+        wrong = (losses < -1e-3) | (losses > 1e4)  # rounding makes losses of -1e-6
+        if wrong.any() or losses.dtype != np.float32 or losses.shape != expected:
             raise ValueError(f"{losses.dtype} {losses.shape}, expected float32 {expected} from 0 "
                              "to 10,000 nats")
         first_run = checkpoints[0][0]
