@@ -107,9 +107,7 @@ def baked_from(data):
 class View(InterventionConfig, Order):
     step: str = "0"  # 0-based: the update of step 0 makes checkpoint step1; 3:5 is steps 3, 4 and 5
     rows: str = ""  # which rows of each step, first:last+1; default: the first four
-    # a new BATCH.npy for all rows of the steps, (steps * batch_size, seq_length + 1) uint16, or
-    # int32 after an intervention
-    save: str = ""
+    save: str = ""  # a new BATCH.npy for all rows of the steps: uint16, int32 with an intervention
     tokenizer: str = "20B_tokenizer.json"
 
     def __post_init__(self):
@@ -273,17 +271,17 @@ def search_range(start, stop, block=1 << 16):
         ids = tokens.slice(first, min(first + block, stop))
         for anchor in (first + np.flatnonzero(is_anchor[ids])).tolist():
             left, right = max(anchor - len(text), 0), anchor + len(text) + 1
-            ids = tokens.slice(left, min(right, tokens.n_tokens)).tolist()
-            pieces = [spelled[id_] for id_ in ids]
+            around = tokens.slice(left, min(right, tokens.n_tokens))
+            pieces = [spelled[id_] for id_ in around.tolist()]
             joined = text[:0].join(pieces)
             begin = joined.find(text)
             while begin >= 0:
                 ends = list(accumulate(map(len, pieces)))
-                place = left + bisect_right(ends, begin)
-                length = left + bisect_right(ends, begin + len(text) - 1) + 1 - place
+                place, last = (left + bisect_right(ends, byte)
+                               for byte in (begin, begin + len(text) - 1))
                 document, offset = document_at(tokens, place)
-                if offset + length <= tokens.sizes[document]:
-                    found.append((place, length))
+                if offset + last - place < tokens.sizes[document]:
+                    found.append((place, last - place + 1))
                 begin = joined.find(text, begin + 1)
     return found
 
