@@ -39,7 +39,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import (LOCKS, check, command, file_size, lock as lock_file, note, read_csv,
+from config import (LOCKS, check, command, expecting, file_size, lock as lock_file, note, read_csv,
                     read_json, sha256_of, write_json)
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
@@ -181,60 +181,60 @@ def read_training(folder, step):
 
 
 def read_manifest(folder):
-    """Return the object in a checkpoint's manifest, {} without one."""
-    path = folder / "manifest.json"
-    return read_json(path) if os.path.lexists(path) else {}
+    """Return a checkpoint's {file: {"bytes", "sha256"}}, digest and hash of all its tensors.
 
-
-def manifest_of(folder):
-    """Return {file: its entry} of a manifest; moments only if they are there."""
-    return {name: entry for name, entry in read_manifest(folder).items()
-            if name != "chain" and (folder / name).parent.exists()}
-
-
-def chain_of(folder):
-    """Return {"digest", "state_sha256"} of a manifest; without them, as before the first step."""
-    chain = read_manifest(folder).get("chain")
-    valid = type(chain) is dict and all(type(value) is str for value in chain.values())
-    return {"digest": FIRST_DIGEST, "state_sha256": None} | (chain if valid else {})
-
-
-def describe_file(path):
-    """Return a file's entry in a manifest; ValueError if it is no file."""
-    return {"bytes": file_size(path), "sha256": sha256_of(path)}
-
-
-def write_manifest(folder, digest=None, known={}):
-    """Write folder/manifest.json. digest: the last step's. known: entries made already."""
-    entries = {name: known.get(name) or describe_file(path)
-               for name, path in sorted(files_of(folder).items()) if name != "manifest.json"}
-    if digest:
-        tensors = "".join(entry["sha256"] for name, entry in entries.items()
-                          if name.endswith(".safetensors"))
-        entries["chain"] = {"digest": digest,
-                            "state_sha256": hashlib.sha256(tensors.encode()).hexdigest()}
-    write_json(folder / "manifest.json", entries)
-
-
-def check_hashes(folder):
-    """Raise ValueError unless a checkpoint's files have the hashes in its manifest, if any.
-
-    A changed bit would spread to every later checkpoint. The processes of a run share the files.
+    Moments are left out if --state_every has removed them. Without a manifest there are no files;
+    without a chain the digest is that before the first step, and the hash is None.
     """
-    entries, (rank, count) = manifest_of(folder), process_place()
-    read = {name for name in files_of(folder)
-            if re.match(r"model|optimizer/|(training|config)\.json", name)}
-    for name in sorted(entries.keys() | read)[rank::count] if entries else ():
-        if describe_file(folder / name) != entries.get(name):
-            raise ValueError(f"{folder / name}: damaged, its SHA-256 is not in manifest.json; "
-                             f"move {folder.name} away to go on from the checkpoint before it")
+    path = folder / "manifest.json"
+    entries = read_json(path) if path.exists() else {}
+    with expecting(path, "a checkpoint's manifest"):
+        chain = {"digest": FIRST_DIGEST, "state_sha256": None} | entries.pop("chain", {})
+    there = {name: entry for name, entry in entries.items()
+             if not name.startswith("optimizer/") or (folder / "optimizer").exists()}
+    return there, chain["digest"], chain["state_sha256"]
 
 
-def files_of(folder):
-    """Return {name in a manifest: path} of a checkpoint's files, but for hidden ones."""
-    return {str(path.relative_to(folder)): path
-            for path in (*folder.glob("*"), *folder.glob("optimizer/*"))
-            if path.name[0] != "." and path.is_file()}
+def write_manifest(folder, digest=None):
+    """Write folder/manifest.json and return {file: entry}. digest: the last step's."""
+    entries = describe(folder)
+    tensors = "".join(entry["sha256"] for name, entry in entries.items()
+                      if name.endswith(".safetensors"))
+    state = hashlib.sha256(tensors.encode()).hexdigest()
+    chain = {"chain": {"digest": digest, "state_sha256": state}} if digest else {}
+    write_json(folder / "manifest.json", entries | chain)
+    return entries
+
+
+def describe(folder):
+    """Return {file: {"bytes", "sha256"}} of what lies in a checkpoint, but for hidden files."""
+    names = sorted(str(path.relative_to(folder))
+                   for path in (*folder.glob("*"), *folder.glob("optimizer/*"))
+                   if path.is_file() and path.name[0] != "." and path.name != "manifest.json")
+    with ThreadPoolExecutor() as threads:
+        hashes = threads.map(sha256_of, (folder / name for name in names))
+        return {name: {"bytes": file_size(folder / name), "sha256": sha256}
+                for name, sha256 in zip(names, hashes)}
+
+
+def compare_with_manifest(folder):
+    """Return how many files are as in the manifest, and a line for each that is not.
+
+    Without a manifest: None and no lines.
+    """
+    if not (folder / "manifest.json").exists():
+        return None, []
+    expected, found, problems = read_manifest(folder)[0], describe(folder), []
+    names = sorted(expected.keys() | found.keys())
+    for name in names:
+        shown = f"{name!a:.200}".strip("'")
+        if name not in found:
+            problems.append(f"{shown}: no such file")
+        elif name not in expected:
+            problems.append(f"{shown}: not in the manifest")
+        elif expected[name] != found[name]:
+            problems.append(f"{shown}: its SHA-256 is not the manifest's")
+    return len(names) - len(problems), problems
 
 
 def is_whole(folder):
@@ -242,7 +242,7 @@ def is_whole(folder):
     try:
         if not (folder / "manifest.json").exists():
             return bool(weight_files(folder))
-        entries = manifest_of(folder)
+        entries = read_manifest(folder)[0]
         return bool(entries) and all(file_size(folder / name) == entry["bytes"]
                                      for name, entry in entries.items())
     except (ValueError, KeyError, TypeError, OSError):
@@ -275,7 +275,10 @@ def load_training(run, step, model, optimizer):
     """
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
-    check_hashes(folder)
+    if process_place()[0] == 0:  # a flipped bit would spread to every later checkpoint
+        for problem in compare_with_manifest(folder)[1]:
+            raise ValueError(f"{folder}/{problem}; move {folder.name} away to go on from the "
+                             "checkpoint before it")
     parameters = dict(model.named_parameters())
     found, weights = open_any(folder)
     if found.n_heads != model.config.n_heads:
@@ -390,31 +393,24 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
     files: (name, {name: tensor}) one by one. notes: {name: object}, config.json among them. What
     has the name already is kept as NAME.broken, unless it is the same but for its moments.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, aside = folder.with_name(f".{folder.name}.tmp"), Path(f"{folder}.broken")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
     temporary.mkdir()  # but no parent: it is gone if a disk was unmounted
     try:
-        with ThreadPoolExecutor() as threads:  # a file is hashed beside what follows
-            entries = {}
-            for file, tensors in files:
-                write_file(temporary / file, tensors)
-                entries[file] = threads.submit(describe_file, temporary / file)
-            write_notes(temporary, notes, tokenizer)
-            for path in temporary.rglob("*"):
-                sync(path)
-        write_manifest(temporary, digest, {file: entry.result() for file, entry in entries.items()})
-        sync(temporary)
-        before = None
+        for file, tensors in files:
+            write_file(temporary / file, tensors)
+        write_notes(temporary, notes, tokenizer)
+        entries = write_manifest(temporary, digest)
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        while os.path.lexists(aside):
+            aside = Path(f"{aside}1")
         if os.path.lexists(folder):  # damaged, or without its moments
-            before = Path(f"{folder}.broken")
-            while os.path.lexists(before):
-                before = Path(f"{before}1")
-            os.rename(folder, before)
+            os.rename(folder, aside)
         os.rename(temporary, folder)
         sync(folder.parent)
-        if (before and is_whole(before) and files_of(before).keys() <= files_of(folder).keys()
-                and read_manifest(before) == read_manifest(folder)):
-            shutil.rmtree(before, ignore_errors=True)
+        if aside.exists() and describe(aside).items() <= entries.items():
+            shutil.rmtree(aside, ignore_errors=True)
     finally:  # after an error, such as a full disk, the room is free again
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -674,7 +670,7 @@ def list_(options):
         held += [name for name in ("optimizer", "tokenizer.json", "manifest.json")
                  if (folder / name).exists()]
         loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
-        size = sum(path.stat().st_size for path in files_of(folder).values()) / 1e6
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(held)}")
 
 

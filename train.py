@@ -522,7 +522,7 @@ def train(model_config, config, intervention, launch, processes):
     without_moments = processes.together(lambda: load_start(training, source, start))
     tokens_per_step = config.batch_size * model_config.seq_length
     peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
-    digest = checkpoints.chain_of(source)["digest"] if source else checkpoints.FIRST_DIGEST
+    digest = checkpoints.read_manifest(source)[1] if source else checkpoints.FIRST_DIGEST
     log = processes.together(
         lambda: Log(config, intervention, start, tokens_per_step, peak, digest, processes))
     log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "

@@ -36,9 +36,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import (chain_of, checkpoint_steps, describe_file, files_of, identify, is_whole,
-                         manifest_of, moments_of, one_line, open_any, open_file, read_training,
-                         saved_steps, step_folders, weight_files)
+from checkpoints import (checkpoint_steps, compare_with_manifest, identify, is_whole, moments_of,
+                         one_line, open_any, open_file, read_manifest, read_training, saved_steps,
+                         step_folders, weight_files)
 from config import check, command, file_size, read_csv, read_json, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
@@ -93,18 +93,10 @@ def noting(found, name=""):
 def check_files(found):
     """Compare every file with the manifest, and torch.save's archives with their own checksums."""
     with noting(found, "manifest.json"):
-        there = files_of(found.folder)
-        if "manifest.json" in there:
-            entries, found.hashed = manifest_of(found.folder), 0
-            for name, entry in entries.items():
-                with noting(found, name):
-                    if describe_file(found.folder / name) != entry:
-                        raise ValueError(f"{name}: its SHA-256 is not the manifest's")
-                    found.hashed += 1
-            for name in sorted(there.keys() - entries.keys() - {"manifest.json"}):
-                found.problems.append(f"{ascii(name)[1:-1]}: not in the manifest")
-        elif "training.json" in there:
-            found.problems.append("manifest.json is not there")
+        found.hashed, problems = compare_with_manifest(found.folder)
+        found.problems += problems
+    if found.hashed is None and (found.folder / "training.json").exists():
+        found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
         with noting(found, path.name):
             check_archive(path)
@@ -393,9 +385,9 @@ def read_chain(run, first=None, last=None):
         if row["step"].isdecimal():
             rows[int(row["step"])] = row
     for step, folder in step_folders(run):
-        chain = chain_of(folder)
-        if chain["state_sha256"]:
-            saved[step] = chain["digest"]  # of the step before
+        _, digest, state = read_manifest(folder)
+        if state:
+            saved[step] = digest  # of the step before
     if first is None and rows:
         first, last = min(rows), max([max(rows) + 1, *saved])
     for step in range(first or 0, last or 0):
@@ -419,7 +411,7 @@ def first_tensor(a, b):
         if name in theirs and not torch.equal(ours[name].view(torch.uint8),
                                               theirs[name].view(torch.uint8)):
             return name
-    hashes = {chain_of(folder)["state_sha256"] for folder in (a, b)}
+    hashes = {read_manifest(folder)[2] for folder in (a, b)}
     return "the moments, by their hash" if len(hashes - {None}) > 1 else None
 
 

@@ -22,7 +22,7 @@ import torch
 
 import checkpoints
 import config
-from checkpoints import (is_whole, load_model, load_training, lock, manifest_of, saved_steps,
+from checkpoints import (is_whole, load_model, load_training, lock, read_manifest, saved_steps,
                          sha256_of, step_folders)
 from conftest import ROOT, table
 from launch import Launched
@@ -107,7 +107,7 @@ def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(run, save, c
             assert load_training(run, there[-1], save.model, save.optimizer)
         for _, folder in step_folders(run):
             assert is_whole(folder), folder
-            for file, entry in manifest_of(folder).items():
+            for file, entry in read_manifest(folder)[0].items():
                 assert sha256_of(folder / file) == entry["sha256"], (folder, file)
         # Scheduled ones stay, and so does the last: an unscheduled one gives way to the next.
         assert {step for step in range(max(there, default=0)) if step % 3} <= set(there)
