@@ -1,4 +1,4 @@
-"""Checkpoints of a run, in Hugging Face's layout, never half-written; published ones in and out.
+"""Checkpoints in Hugging Face's layout: save, load, list; import, export and fetch published ones.
 
     python checkpoints.py list runs/mini
     python checkpoints.py fetch pythia-70m-deduped --steps=0,1,512,143000
@@ -6,23 +6,24 @@
     python checkpoints.py export runs/mini/step512 OUT --dtype=float16 --shard_size=5e9 --push
 
     RUN/step64/model.safetensors    float32 weights under the published names
-               optimizer/moments.safetensors   Adam's: exp_avg.NAME and exp_avg_sq.NAME, float32;
-                                    apart, since most readers take every *.safetensors of a folder
-               training.json        the step, its place in the data, the loss scaler
-               config.json          GPTNeoXForCausalLM's, naming the GELU the run is trained with
+               optimizer/moments.safetensors   Adam's exp_avg.NAME and exp_avg_sq.NAME, float32; in
+                                    a folder of their own, since most programs that read a
+                                    checkpoint load every *.safetensors beside config.json
+               training.json        step, tokens, updates, the state of the loss scaler
+               config.json          of transformers' GPTNeoXForCausalLM
                generation_config.json, tokenizer.json, tokenizer_config.json
-               manifest.json        bytes and SHA-256 of every file above, written last; "chain":
-                                    the digest of the step before (metrics.csv), one of all tensors
+               manifest.json        bytes and SHA-256 of each file above; "chain": the digest of
+                                    the step before (see metrics.csv) and one hash of all tensors
 
-A checkpoint is written in a folder .stepN.tmp, brought to the disk and then renamed: a kill leaves
-the whole of stepN or nothing by that name. Afterwards only optimizer/ may go (--state_every).
+A checkpoint is written into .step64.tmp, flushed to the disk and then renamed. Whenever the process
+is killed or the power fails, step64 is therefore either complete or absent. Nothing in it changes
+later, except that --state_every may remove optimizer/.
 
-Files come from strangers: tensors are read by the safetensors library, or by torch.load with
-weights_only, so that nothing in a file runs. Sources: transformers' GPTNeoXForCausalLM, 4.24 to 5;
-gpt-neox v1.0, tools/convert_to_hf.py, for its layer_XX-model_YY-model_states.pt files.
+Published files are not trusted: tensors are read by the safetensors library, or by torch.load with
+weights_only, so that no code in a file is executed. Sources: transformers' GPTNeoXForCausalLM, 4.24
+to 5; tools/convert_to_hf.py of gpt-neox v1.0 for its layer_XX-model_YY-model_states.pt files.
 """
 
-import errno
 import functools
 import hashlib
 import os
@@ -36,30 +37,30 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from config import (LOCKS, check, command, expecting, file_size, lock as lock_file, note, read_csv,
-                    read_json, sha256_of, write_json)
+from config import (LOCKS, check, command, expecting, file_size, lock as lock_file, note,
+                    read_csv, read_json, sha256_of, write_json)
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
-FIRST_DIGEST = "0" * 64  # before any step
-SHARD_BYTES = 5_000_000_000  # of a tensor file at most, unless one tensor is larger
-_WRITER, _WRITING = ThreadPoolExecutor(1), []  # a thread, and what it does: see save
+FIRST_DIGEST = "0" * 64  # the digest before the first step
+SHARD_BYTES = 5_000_000_000  # largest tensor file, unless a single tensor is larger
+_WRITER, _WRITING = ThreadPoolExecutor(1), []  # the background thread and its unfinished save
+_group = functools.cache(lambda: dist.new_group(backend="gloo"))  # of processes, for this thread
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of each parameter
-# What weights are stored as.
 FLOATS = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-# The forms of published weights, the preferred first, gpt-neox's last. Shards' index says no more
-# than they do.
+# File names of published weights in order of preference; gpt-neox's own come last. An index of
+# shards is not needed, since each shard lists its tensors.
 FORMS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin",
          "pytorch_model-*-of-*.bin", "layer_[0-9][0-9]-model_[0-9][0-9]-model_states.pt")
-# Files of 2023 also hold the causal mask, its value and rotary frequencies, which are not needed.
+# Uploads of 2023 also contain the causal mask, its fill value and the rotary frequencies.
 LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
 
 
 def checkpoint_steps(steps, every=1000):
-    """Return 0, 1, 2, 4, ..., 512, the multiples of `every`, `steps`: of 143000, Pythia's 154."""
+    """Return 0, 1, 2, 4, ..., 512, the multiples of `every` and `steps`: Pythia's 154 of 143000."""
     scheduled = {0, steps} | {2**i for i in range(10)} | set(range(0, steps, every))
     return sorted(step for step in scheduled if step <= steps)
 
@@ -68,9 +69,9 @@ def checkpoint_steps(steps, every=1000):
 
 
 def open_file(path):
-    """Return {name: tensor} of a safetensors or torch.save file, mapped and not read until used."""
-    file_size(path)  # refuses what is no file
-    try:
+    """Return {name: tensor} of a safetensors or torch.save file; mapped, so read only when used."""
+    file_size(path)  # refuses a pipe
+    with expecting(path, "a whole file of tensors alone"):
         if path.suffix in (".bin", ".pt"):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
@@ -80,21 +81,14 @@ def open_file(path):
             if not (name.isprintable() and tensor.layout is torch.strided and not tensor.is_nested
                     and tensor.device.type == "cpu" and tensor.is_contiguous()):
                 raise ValueError(f"{name!r:.50} is not a plain tensor")
-    except Exception as error:  # a broken or hostile file raises whatever it likes
-        raise ValueError(f"{path}: not a whole file of tensors alone: {one_line(error)}") from None
     return tensors
 
 
-def one_line(error):
-    """Return the beginning of an error's words, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
 def weight_files(folder):
-    """Return the files of a checkpoint's weights, or raise ValueError unless all are there."""
+    """Return the files of a checkpoint's weights; ValueError if there are none or one is absent."""
     for form in FORMS:
         if paths := sorted(folder.glob(form)):
-            count = re.search(r"-of-(\d+)\.", paths[-1].name)
+            count = re.search(r"-of-(\d+)", paths[0].name)  # of shards
             if count and len(paths) != int(count[1]):
                 raise ValueError(f"{folder}: {len(paths)} of {int(count[1])} files {form}")
             return paths
@@ -102,7 +96,7 @@ def weight_files(folder):
 
 
 def check_tensors(where, tensors, shapes):
-    """Raise ValueError naming 20 tensors at most that are missing, extra, misshapen, no floats."""
+    """Raise ValueError naming up to 20 missing or unexpected tensors, wrong shapes and dtypes."""
     problems = [f"missing {name}" for name in shapes if name not in tensors]
     for name, tensor in tensors.items():
         if name not in shapes:
@@ -116,9 +110,10 @@ def check_tensors(where, tensors, shapes):
 
 
 def split(stem, tensors, shard_size):
-    """Return {file name: {name: tensor}} and {index name: object}, as Hugging Face names them.
+    """Return {file name: {name: tensor}} and {index name: index}, as Hugging Face names them.
 
-    One file and no index, or shards of at most shard_size bytes, but for tensors larger than that.
+    If all tensors fit into shard_size bytes, that is one file and no index; else each shard holds
+    at most shard_size bytes, or one tensor that is larger.
     """
     shards, room = [{}], shard_size
     for name, tensor in tensors.items():
@@ -137,34 +132,31 @@ def split(stem, tensors, shard_size):
 
 
 def write_file(path, tensors):
-    """Write a safetensors file; sync brings it to the disk."""
+    """Write a safetensors file."""
     path.parent.mkdir(exist_ok=True)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path,
-                  metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for instance
-        raise OSError(errno.EIO, one_line(error), str(path)) from None
-    path.chmod(0o644)  # the library lets nobody else read it
+    with expecting(path, "written"):  # a full disk is an error of the library's own kind
+        save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library makes it readable by its owner only
 
 
 def sync(path):
-    """Bring a file or a folder's list of names to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------- what is in a run
+# ---------------------------------------------------------------------------- files of a run
 
 
 def step_folders(run):
-    """Return [(step, folder)] of all in a run folder that is named like a checkpoint, in order."""
+    """Return [(step, folder)] of the folders named step0, step1, ... in a run folder, in order."""
     return sorted((int(path.name[4:]), path) for path in Path(run).glob("step*")
                   if re.fullmatch(r"step(0|[1-9]\d*)", path.name) and path.is_dir())
 
 
 def saved_steps(run, state=False):
-    """Return a run's steps with a whole checkpoint, in order; `state`: those to go on from."""
+    """Return the steps of all complete checkpoints; state=True: of those with Adam's moments."""
     return [step for step, folder in step_folders(run)
             if is_whole(folder) and ((folder / "optimizer").exists() or not state)]
 
@@ -172,7 +164,7 @@ def saved_steps(run, state=False):
 def read_training(folder, step):
     """Return the object in training.json, {} without one; ValueError if it is of another step."""
     path = folder / "training.json"
-    training = read_json(path) if os.path.lexists(path) else {}
+    training = read_json(path) if path.exists() else {}
     kinds = [type(training.get(name)) for name in ("updates", "tokens", "scaler")]
     if training and (training.get("step") != step or kinds != [int, int, dict]):
         raise ValueError(f"{path}: is not what a run saves at step {step}; was {folder.name} "
@@ -181,10 +173,9 @@ def read_training(folder, step):
 
 
 def read_manifest(folder):
-    """Return a checkpoint's {file: {"bytes", "sha256"}}, digest and hash of all its tensors.
+    """Return {file: {"bytes", "sha256"}}, the digest of the step before, one hash of all tensors.
 
-    Moments are left out if --state_every has removed them. Without a manifest there are no files;
-    without a chain the digest is that before the first step, and the hash is None.
+    Moments that --state_every has removed are left out. Without a manifest: {}, FIRST_DIGEST, None.
     """
     path = folder / "manifest.json"
     entries = read_json(path) if path.exists() else {}
@@ -196,7 +187,7 @@ def read_manifest(folder):
 
 
 def write_manifest(folder, digest=None):
-    """Write folder/manifest.json and return {file: entry}. digest: the last step's."""
+    """Write and return the manifest of the files in a folder. digest: of the step before."""
     entries = describe(folder)
     tensors = "".join(entry["sha256"] for name, entry in entries.items()
                       if name.endswith(".safetensors"))
@@ -207,7 +198,7 @@ def write_manifest(folder, digest=None):
 
 
 def describe(folder):
-    """Return {file: {"bytes", "sha256"}} of what lies in a checkpoint, but for hidden files."""
+    """Return {file: {"bytes", "sha256"}} of all files in a checkpoint that are not hidden."""
     names = sorted(str(path.relative_to(folder))
                    for path in (*folder.glob("*"), *folder.glob("optimizer/*"))
                    if path.is_file() and path.name[0] != "." and path.name != "manifest.json")
@@ -218,27 +209,23 @@ def describe(folder):
 
 
 def compare_with_manifest(folder):
-    """Return how many files are as in the manifest, and a line for each that is not.
+    """Return the number of files that agree with the manifest, and a line for each that does not.
 
-    Without a manifest: None and no lines.
+    The number is None if there is no manifest.
     """
     if not (folder / "manifest.json").exists():
         return None, []
     expected, found, problems = read_manifest(folder)[0], describe(folder), []
-    names = sorted(expected.keys() | found.keys())
-    for name in names:
-        shown = f"{name!a:.200}".strip("'")
+    for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            problems.append(f"{shown}: no such file")
-        elif name not in expected:
-            problems.append(f"{shown}: not in the manifest")
-        elif expected[name] != found[name]:
-            problems.append(f"{shown}: its SHA-256 is not the manifest's")
-    return len(names) - len(problems), problems
+            problems.append(f"{ascii(name)[1:-1]:.200}: no such file")
+        elif found[name] != expected.get(name):
+            problems.append(f"{ascii(name)[1:-1]:.200}: its SHA-256 is not in the manifest")
+    return len(expected.keys() | found.keys()) - len(problems), problems
 
 
 def is_whole(folder):
-    """Tell whether all files are there: a manifest's with their bytes, or those of a download."""
+    """Tell whether all files in the manifest have their size; without one, if weights are there."""
     try:
         if not (folder / "manifest.json").exists():
             return bool(weight_files(folder))
@@ -253,7 +240,7 @@ def is_whole(folder):
 
 
 def load_model(folder, device="cpu"):
-    """Return the Pythia of a folder (ours, or a published one in any form), in float32."""
+    """Return the Pythia in a checkpoint folder (ours, or any published form), in float32."""
     config, tensors = open_any(folder)
     with torch.device("meta"):
         model = Pythia(config)
@@ -263,15 +250,15 @@ def load_model(folder, device="cpu"):
 
 
 def moments_of(folder):
-    """Return {exp_avg.NAME or exp_avg_sq.NAME: tensor} of what lies in a checkpoint."""
+    """Return {exp_avg.NAME or exp_avg_sq.NAME: tensor} of a checkpoint, {} if it has no moments."""
     return {name: tensor for path in folder.glob("optimizer/*.safetensors")
             for name, tensor in open_file(path).items()}
 
 
 def load_training(run, step, model, optimizer):
-    """Fill model and optimizer from RUN/step{N}, every bit as it was, however either is sharded.
+    """Load RUN/step{N} into a model and optimizer, bit for bit, however they are sharded.
 
-    Return the saved training object; None, with the weights alone filled, if no moments lie there.
+    Returns the object in training.json, or None if the checkpoint has weights only.
     """
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
@@ -279,17 +266,17 @@ def load_training(run, step, model, optimizer):
         for problem in compare_with_manifest(folder)[1]:
             raise ValueError(f"{folder}/{problem}; move {folder.name} away to go on from the "
                              "checkpoint before it")
+    config, weights = open_any(folder)
+    if config.n_heads != model.config.n_heads:  # which no shape depends on
+        raise ValueError(f"{folder}: n_heads is {config.n_heads}, the run's {model.config.n_heads}")
     parameters = dict(model.named_parameters())
-    found, weights = open_any(folder)
-    if found.n_heads != model.config.n_heads:
-        raise ValueError(f"{folder}: n_heads is {found.n_heads}, the run's {model.config.n_heads}")
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
     for name, parameter in parameters.items():
         fill(parameter, weights[hf_name(name)])
     if not training or not (folder / "optimizer").exists():
         return None
     if not training["updates"]:
-        return training  # there are no moments yet
+        return training  # Adam has no moments yet
     moments = moments_of(folder)
     check_tensors(folder / "optimizer", moments, {
         f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in MOMENTS})
@@ -303,14 +290,14 @@ def load_training(run, step, model, optimizer):
 
 
 def is_shard(tensor):
-    """Return whether a tensor is a DTensor, a process's shard of a whole one."""
-    return hasattr(tensor, "full_tensor")  # importing DTensor takes a second
+    """Tell whether a tensor is a DTensor, of which each process holds a shard."""
+    return hasattr(tensor, "full_tensor")  # importing DTensor to ask takes a second
 
 
 @torch.no_grad()
 def fill(tensor, whole):
-    """Copy a whole tensor into `tensor`, which may be a process's shard of it."""
-    if is_shard(tensor):  # every process has the whole, so none is sent
+    """Copy a whole tensor into `tensor`, or this process's shard of it."""
+    if is_shard(tensor):  # every process has the whole tensor, so nothing is sent
         from torch.distributed.tensor import distribute_tensor
         whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements,
                                   src_data_rank=None)
@@ -319,46 +306,45 @@ def fill(tensor, whole):
 
 def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, asynchronous=False,
          state_every=None, digest=None):
-    """Write RUN/step{N} whole or not at all. Every process calls; the first one writes.
+    """Write RUN/step{N}, complete or not at all. All processes call it; the first one writes.
 
-    training: the object that load_training gives back. scheduled: if not (an interrupted run's), it
-    goes when the next is saved. asynchronous: return once the tensors are in host memory; the next
-    call or finish_writing waits for the rest. state_every: moments stay only in checkpoints of its
-    multiples and in the newest. digest: the last step's. What is there with its moments is kept.
+    training: the object for load_training to return. scheduled: False for the checkpoint of an
+    interrupted run, which is removed when the next one is saved. asynchronous: return as soon as
+    the tensors are copied to host memory; a thread writes them, and the next call or finish_writing
+    waits for it. state_every: keep moments only at multiples of this step and in the newest
+    checkpoint. digest: of the step before.
     """
     finish_writing()
-    folder = Path(run) / f"step{step}"
     parameters = dict(model.named_parameters())
     moments = {f"{kind}.{name}": optimizer.state[p][kind] for name, p in parameters.items()
-               for kind in MOMENTS if optimizer.state}  # there are none before the first update
+               for kind in MOMENTS if optimizer.state}  # empty before the first update
     weights = {hf_name(name): p.detach() for name, p in parameters.items()}
     files, notes = split("model", weights, SHARD_BYTES)
-    files |= split("optimizer/moments", moments, SHARD_BYTES)[0]  # they are read without an index
+    files |= split("optimizer/moments", moments, SHARD_BYTES)[0]
     notes |= {"training.json": {"step": step, "scheduled": scheduled, **training},
               "config.json": hf_config(model.config)}
     whole = gathered(files, copy=asynchronous)
     if asynchronous:
         whole = list(whole)
+    group = _group() if dist.is_initialized() else None  # not to be made in the thread
 
     def write():
-        if process_place()[0] == 0 and not (is_whole(folder) and (folder / "optimizer").exists()):
-            write_checkpoint(folder, whole, notes, tokenizer, digest)
+        if process_place()[0] == 0:
+            write_checkpoint(Path(run) / f"step{step}", whole, notes, tokenizer, digest)
             make_room(run, step, state_every)
         for _ in whole:  # every process takes part in gathering
             pass
-        if dist.is_initialized():  # no process ends, or reads the folder, before it is written
-            dist.barrier(_group())
+        if group:  # no process ends, or reads the folder, before it is written
+            dist.barrier(group)
 
     if asynchronous:
-        if dist.is_initialized():
-            _group()  # made here, since the thread must not while this one trains
         _WRITING.append(_WRITER.submit(write))
     else:
         write()
 
 
 def finish_writing():
-    """Wait for the checkpoint that is being written in the background; raise what went wrong."""
+    """Wait for the checkpoint being written in the background; raise the error if it failed."""
     while _WRITING:
         _WRITING.pop().result()
 
@@ -368,15 +354,10 @@ def process_place():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-@functools.cache
-def _group():
-    return dist.new_group(backend="gloo")  # another than training's, for a thread
-
-
 def gathered(files, copy):
-    """Yield (file name, {name: whole tensor}) one by one; the tensors to the first process only.
+    """Yield (file name, {name: whole tensor in host memory}); outside the first process {}.
 
-    Every process takes part in gathering the shards of a tensor, so each must take all files.
+    All processes must iterate to the end, since all take part in gathering a sharded tensor.
     """
     for file, tensors in files.items():
         whole = {}
@@ -388,35 +369,39 @@ def gathered(files, copy):
 
 
 def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
-    """Write a folder that takes the name `folder` only once all of it is on the disk.
+    """Write a checkpoint folder; a kill at any moment leaves it complete or absent.
 
-    files: (name, {name: tensor}) one by one. notes: {name: object}, config.json among them. What
-    has the name already is kept as NAME.broken, unless it is the same but for its moments.
+    files: iterator of (file name, {name: tensor}); notes: {file name: JSON object}, with
+    config.json. A folder that is there already (damaged, or without its moments) is kept as
+    NAME.broken, unless the new one has all its files bit for bit.
     """
     temporary, aside = folder.with_name(f".{folder.name}.tmp"), Path(f"{folder}.broken")
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
-    temporary.mkdir()  # but no parent: it is gone if a disk was unmounted
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+    temporary.mkdir()  # without parents: the run folder is absent if its disk was unmounted
     try:
+        # 1. Write everything under a name that no reader looks for, and flush it to the disk.
         for file, tensors in files:
             write_file(temporary / file, tensors)
         write_notes(temporary, notes, tokenizer)
         entries = write_manifest(temporary, digest)
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
+        # 2. Give it its name in one rename, which the file system does entirely or not at all.
         while os.path.lexists(aside):
             aside = Path(f"{aside}1")
-        if os.path.lexists(folder):  # damaged, or without its moments
+        if os.path.lexists(folder):
             os.rename(folder, aside)
         os.rename(temporary, folder)
         sync(folder.parent)
+        # 3. Only now remove anything.
         if aside.exists() and describe(aside).items() <= entries.items():
             shutil.rmtree(aside, ignore_errors=True)
-    finally:  # after an error, such as a full disk, the room is free again
+    finally:  # after an error such as a full disk, free the space
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_notes(folder, notes, tokenizer):
-    """Write what lies beside the tensors, {name: object}, and the tokenizer with its settings."""
+    """Write {file name: JSON object}, and the tokenizer (a path or None) with its settings."""
     notes = notes | {"generation_config.json": {
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}}
     if tokenizer:
@@ -431,9 +416,9 @@ def write_notes(folder, notes, tokenizer):
 
 
 def make_room(run, step, state_every):
-    """Remove what no later step needs: unscheduled checkpoints before `step`, moments off the grid.
+    """Remove unscheduled checkpoints before `step`, and moments that state_every does not keep.
 
-    Links, which lead to another run, and damaged or published checkpoints are left alone.
+    Links (to another run's checkpoint) and damaged or published checkpoints are left alone.
     """
     for other, folder in step_folders(run):
         if other >= step or folder.is_symlink() or not is_whole(folder):
@@ -444,14 +429,14 @@ def make_room(run, step, state_every):
             continue
         off_grid = scheduled and state_every and other % state_every
         if scheduled is False or off_grid and (folder / "optimizer").exists():
-            # Renamed before it is removed, so that nothing half has its name at any moment.
+            # Renamed first, so that a kill while files are removed leaves no half checkpoint.
             temporary = folder.with_name(f".{folder.name}.tmp")
             os.rename(folder / "optimizer" if off_grid else folder, temporary)
             shutil.rmtree(temporary)
 
 
 def lock(run):
-    """Make a run folder, locked until this process ends; remove what a killed one left."""
+    """Create a run folder, lock it until this process ends, remove what a killed one left."""
     Path(run).mkdir(parents=True, exist_ok=True)
     LOCKS.append(lock_file(Path(run) / ".lock"))
     for path in Path(run).glob(".step*.tmp"):
@@ -462,17 +447,15 @@ def lock(run):
 
 
 def open_any(source):
-    """Return the ModelConfig and {published name: tensor} of a checkpoint in any published form."""
+    """Return the ModelConfig and {published name: tensor} of a checkpoint, ours or published."""
     paths = weight_files(Path(source))
     if paths[0].suffix == ".pt":
-        try:
+        with expecting(source, "gpt-neox's layer files of one checkpoint"):
             config, tensors = open_neox(Path(source), paths)
-        except (KeyError, IndexError, RuntimeError) as error:  # parts are missing or do not fit
-            raise ValueError(f"{source}: {one_line(error)}") from None
     else:
         config = read_config(source)
         tensors = {name: tensor for path in paths for name, tensor in open_file(path).items()}
-    # accelerate and huggingface_hub write the head under the name it has in transformers 5.
+    # transformers 5, and so accelerate and huggingface_hub, call the output layer lm_head.
     tensors = {"embed_out.weight" if name == "lm_head.weight" else name: tensor
                for name, tensor in tensors.items() if not name.endswith(LEGACY_BUFFERS)}
     check_tensors(source, tensors, parameter_shapes(config))
@@ -480,9 +463,10 @@ def open_any(source):
 
 
 def open_neox(folder, paths):
-    """Return the ModelConfig, {published name: tensor} of gpt-neox's layer files, ranks merged.
+    """Return the ModelConfig and {published name: tensor} of gpt-neox's layer files, ranks merged.
 
-    Layer 0 is the embedding, 2 to L + 1 are the blocks, L + 3 is the last norm, L + 4 the head.
+    Of a model of L blocks, file 0 holds the embedding, 2 to L + 1 the blocks, L + 3 the final
+    LayerNorm and L + 4 the output layer.
     """
     ends = {"word_embeddings.weight": "gpt_neox.embed_in.weight",
             "norm.weight": "gpt_neox.final_layer_norm.weight",
@@ -497,18 +481,18 @@ def open_neox(folder, paths):
             published = ends.get(name, f"gpt_neox.layers.{int(layer) - 2}.{name}")
             tensors[published] = merged(published, [part[name] for part in parts])
     vocab_size, d_model = tensors["gpt_neox.embed_in.weight"].shape
-    # Each frequency turns two dims, and a quarter of a head's dims are turned.
+    # Each rotary frequency rotates two of a head's dimensions, and a quarter of them are rotated.
     frequencies = tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"].numel()
     n_heads = d_model // (8 * max(1, frequencies))
     return ModelConfig(int(layer) - 4, d_model, n_heads, vocab_size, gelu="tanh"), tensors
 
 
 def merged(name, parts):
-    """Return the whole of a tensor of which each tensor-parallel rank has a part.
+    """Return a whole tensor from the parts that tensor-parallel ranks saved.
 
-    Row parallel layers are split over inputs, others over outputs (whole heads, or rows of the
-    vocabulary). As in gpt-neox, row parallel layers' biases add up, and LayerNorms, of which each
-    rank has a copy that rounding has changed, are averaged, in their own dtype.
+    Weights of row-parallel layers are split along inputs, all others along outputs (whole heads,
+    or rows of the vocabulary). As in gpt-neox, biases of row-parallel layers are summed, and
+    LayerNorms, of which each rank has a slightly different copy, are averaged, in their own dtype.
     """
     if len(parts) == 1 or name.endswith(LEGACY_BUFFERS):
         return parts[0]
@@ -522,7 +506,7 @@ def merged(name, parts):
 
 EARLY = {0, *(2**i for i in range(10))}
 FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), *range(70000, 140001, 10000), 103000}
-# Repositories (a regular expression), steps (None: any), what is wrong, EleutherAI/pythia's issue.
+# (regular expression of repositories, steps or None for all, defect and EleutherAI/pythia's issue)
 KNOWN_BAD = (
     ("pythia-2.8b", FINAL_2_8B, "serves weights of the end of training (#205, #195)"),
     ("pythia-2.8b(-deduped)?", EARLY | {1000}, "one is a copy: their published scores are equal"),
@@ -536,23 +520,23 @@ KNOWN_BAD = (
 
 
 def known_bad(name, step):
-    """Return a line for everything known to be wrong with a published checkpoint."""
+    """Return a warning for each known defect of a published checkpoint."""
     return [f"warning: {name} step {step}: {words}" for repository, steps, words in KNOWN_BAD
             if re.fullmatch(repository, name) and (steps is None or step in steps)]
 
 
 def identify(source):
-    """Return the published name and step that a path speaks of, as pythia-12b/step50000 does."""
+    """Return the published name ("" if none) and step (or None) in a path: pythia-12b/step50000."""
     name = re.search(r"(?:^|/)((?:neox-ckpt-)?pythia-[\w.-]+)(?=/|$)", str(source))
     step = re.search(r"(?:^|/)(?:global_)?step(\d+)/?$", str(source))
     return name[1] if name else "", int(step[1]) if step else None
 
 
 def folder_tokenizer(folder, named=None):
-    """Return `named`, or a folder's own tokenizer.json if it is the 20B's, or this folder's."""
+    """Return the tokenizer to use: `named`, else the checkpoint's own, else 20B_tokenizer.json."""
     own = Path(folder) / "tokenizer.json"
     if named is None and os.path.lexists(own):
-        load_tokenizer(own)  # or refuse it
+        load_tokenizer(own)  # raises ValueError unless it is GPT-NeoX-20B's
         named = own
     size = open_any(folder)[0].vocab_size
     if size < N_TOKENS:
@@ -565,18 +549,19 @@ def folder_tokenizer(folder, named=None):
 
 @dataclass(frozen=True)
 class Import:
-    source: str  # folder of a checkpoint: ours, or a published one as it was downloaded
+    source: str  # checkpoint folder: ours, or a published one as downloaded
     output: str  # folder to write, e.g. runs/pythia-70m/step512
     dtype: str | None = None  # float32, float16 or bfloat16; default: as stored
-    shard_size: int = SHARD_BYTES  # bytes of a file at most, e.g. 5e8
-    push: bool = False  # print the command that uploads the output
+    shard_size: int = SHARD_BYTES  # largest file, in bytes, e.g. 5e8
+    push: bool = False  # also print the command that uploads the output
 
     def __post_init__(self):
         check(self, "float32, float16 or bfloat16", FLOATS.__contains__, "dtype")
+        check(self, "at least 1", lambda value: value >= 1, "shard_size")
 
 
 def import_(options):
-    """Copy a checkpoint of any form, and its tokenizer, into a folder that everything reads."""
+    """Copy a checkpoint of any form, with its tokenizer, into a folder in Hugging Face's layout."""
     source, output = Path(options.source), Path(options.output)
     for line in known_bad(*identify(source)):
         note(line)
@@ -585,7 +570,7 @@ def import_(options):
         raise ValueError(f"{output}: is there already; nothing was written")
     tokenizer = source / "tokenizer.json" if os.path.lexists(source / "tokenizer.json") else None
     if tokenizer:
-        load_tokenizer(tokenizer)  # a stranger's may be a link to any file of this machine
+        load_tokenizer(tokenizer)  # a published folder's may be a link to a private file
     for name, tensor in tensors.items() if options.dtype else ():
         tensors[name] = tensor.to(FLOATS[options.dtype])
         if tensors[name].isinf().sum() > tensor.isinf().sum():
@@ -605,12 +590,14 @@ def import_(options):
 @dataclass(frozen=True)
 class Fetch:
     name: str  # a published repository: pythia-70m-deduped, pythia-160m-seed3, or OWNER/NAME
-    steps: str = "143000"  # numbers with commas, or all: Pythia's 154
-    out_dir: str | None = None  # run folder to fill with step0, step1, ...; default: NAME here
+    steps: str = "143000"  # numbers separated by commas, or all: Pythia's 154
+    out_dir: str | None = None  # run folder for step0, step1, ...; default: NAME
 
 
 def fetch(options):
-    """Download published checkpoints; what is already whole is not downloaded again."""
+    """Download published checkpoints; those that are complete are not downloaded again."""
+    # Not snapshot_download: offline it returns a folder that is half filled as if it were complete.
+    from huggingface_hub import HfApi, hf_hub_download
     steps = checkpoint_steps(143000) if options.steps == "all" else options.steps.split(",")
     repository = options.name if "/" in options.name else f"EleutherAI/{options.name}"
     name = repository.split("/")[1]
@@ -621,30 +608,20 @@ def fetch(options):
             note(line)
         if (folder / "manifest.json").exists() and is_whole(folder):
             continue
-        try:
-            download(repository, folder)
-        except Exception as error:  # whatever the network and its client raise, if it is installed
-            raise ValueError(f"{repository} step{step}: {one_line(error)}; the same command goes "
-                             "on where it stopped") from None
+        with expecting(f"{repository} step{step}", "downloaded; the same command goes on"):
+            info = HfApi().model_info(repository, revision=folder.name, files_metadata=True)
+            files = {file.rfilename: file.lfs for file in info.siblings}
+            weights = r"model[^/]*\.safetensors.*"
+            if not any(re.fullmatch(weights, file) for file in files):
+                weights = r"pytorch_model[^/]*\.bin.*"
+            for file, lfs in files.items():
+                if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
+                    # By commit: all files belong together even if one is uploaded meanwhile.
+                    path = hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
+                    if lfs and lfs.sha256 != sha256_of(path):
+                        raise ValueError(f"{path}: its SHA-256 is not the Hub's; remove it")
         write_manifest(folder)
     print(f"{run}: {len(steps)} checkpoints; python verify.py verify {run} compares them")
-
-
-def download(repository, folder):
-    """Fill RUN/stepN with weights, config and tokenizer of the revision stepN."""
-    import huggingface_hub
-    info = huggingface_hub.HfApi().model_info(repository, revision=folder.name, files_metadata=True)
-    files = {file.rfilename: file.lfs for file in info.siblings}
-    weights = r"model[\w.-]*\.safetensors[\w.]*"
-    if not any(re.fullmatch(weights, file) for file in files):
-        weights = r"pytorch_model[\w.-]*\.bin[\w.]*"
-    for file, lfs in files.items():
-        if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
-            # By commit: all files are of one upload, whatever is pushed meanwhile.
-            path = huggingface_hub.hf_hub_download(repository, file, revision=info.sha,
-                                                   local_dir=folder)
-            if lfs and lfs.sha256 != sha256_of(path):
-                raise ValueError(f"{path}: its SHA-256 is not the Hub's; remove it and fetch again")
 
 
 @dataclass(frozen=True)
@@ -653,7 +630,7 @@ class List:
 
 
 def list_(options):
-    """List a run's checkpoints: step, tokens, loss there, size, what is in them."""
+    """List a run's checkpoints: step, tokens seen, loss, size, contents."""
     folders, metrics = step_folders(options.run), Path(options.run) / "metrics.csv"
     if not folders:
         raise ValueError(f"{options.run}: no step0, step1, ... in it")
@@ -661,17 +638,17 @@ def list_(options):
     losses = {row.get("step"): row.get("loss") for row in rows}
     print(f"{'step':>7} {'tokens':>15} {'loss':>8} {'size':>11}  contents")
     for step, folder in folders:
-        tokens, held = "-", [] if is_whole(folder) else ["NOT WHOLE"]
+        tokens, contents = "-", [] if is_whole(folder) else ["NOT WHOLE"]
         try:
             if training := read_training(folder, step):
                 tokens = f"{training['tokens']:,}"
         except (ValueError, OSError) as error:
-            held.append(str(error))
-        held += [name for name in ("optimizer", "tokenizer.json", "manifest.json")
-                 if (folder / name).exists()]
-        loss = losses.get(str(step)) or "-"  # of the batch that these weights met next
+            contents.append(str(error))
+        contents += [name for name in ("optimizer", "tokenizer.json", "manifest.json")
+                     if (folder / name).exists()]
+        loss = losses.get(str(step)) or "-"  # of the next batch, before the update
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(held)}")
+        print(f"{step:7} {tokens:>15} {loss[:7]:>8} {size:8,.1f} MB  {', '.join(contents)}")
 
 
 if __name__ == "__main__":

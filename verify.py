@@ -37,9 +37,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import (checkpoint_steps, compare_with_manifest, identify, is_whole, moments_of,
-                         one_line, open_any, open_file, read_manifest, read_training, saved_steps,
+                         open_any, open_file, read_manifest, read_training, saved_steps,
                          step_folders, weight_files)
-from config import check, command, file_size, read_csv, read_json, write_json
+from config import check, command, expecting, file_size, read_csv, read_json, write_json
 
 ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side that no matrix of random numbers has
@@ -105,14 +105,11 @@ def check_files(found):
 def check_archive(path):
     """Raise ValueError unless a torch.save file's records are intact by their own checksums."""
     file_size(path)  # refuses a pipe, from which reading would wait for ever
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.save never compresses; a stranger's record could swell without end.
-            swollen = [record.filename for record in archive.infolist() if record.compress_type]
-            if damaged := swollen or archive.testzip():
-                raise ValueError(f"wrong checksum, or compressed: {damaged}")
-    except Exception as error:  # a broken archive raises whatever it likes
-        raise ValueError(f"{path}: {one_line(error)}") from None
+    with expecting(path, "an intact archive"), zipfile.ZipFile(path) as archive:
+        # torch.save never compresses; a stranger's record could swell without end.
+        swollen = [record.filename for record in archive.infolist() if record.compress_type]
+        if damaged := swollen or archive.testzip():
+            raise ValueError(f"wrong checksum, or compressed: {damaged}")
 
 
 def measure(found, name, tensor):

@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, traine
     data[-5] ^= 1  # of training.json: a space
     (tmp_path / "step2" / file).write_bytes(data)
     assert saved_steps(tmp_path, state=True) == [2]  # by its size it is whole
-    with pytest.raises(ValueError, match=f"{file}: (its SHA-256 is not|not JSON)"):
+    with pytest.raises(ValueError, match=f"{file}: (its SHA-256 is not in the manifest|not JSON)"):
         load_training(tmp_path, 2, *trained)
 
 

@@ -62,8 +62,8 @@ def fill_disk(save):
     for step in range(100):
         try:
             save(step)
-        except OSError as error:
-            print(error.strerror)
+        except (OSError, ValueError) as error:
+            print(error)
             break
     assert step > 2 and saved_steps(save.run) == list(range(step))
     assert sorted(os.listdir(save.run)) == sorted(f"step{s}" for s in range(step))

@@ -314,6 +314,8 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
     assert "runs: is there already" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
+    assert "shard_size = -1, expected at least 1" in refused(
+        "checkpoints.py", "export", "runs/x/step7", "new", "--shard_size=-1")
 
 
 def test_known_bad_uploads_warn_and_good_ones_do_not():

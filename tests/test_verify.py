@@ -181,9 +181,9 @@ def set_value(value, run, other=None):
     (damage_the_first, {0: "model.safetensors", 48: ""}),
     (use_a_shard_of_another_step, {48: "of model-00001-of-0000", 128: "equal to step 48's"}),
     (lambda run, _: os.truncate(run / "step64/model.safetensors", 1000),
-     {64: "model.safetensors: its SHA-256 is not the manifest's"}),
+     {64: "model.safetensors: its SHA-256 is not in the manifest"}),
     (lambda run, _: os.remove(run / "step64/model.safetensors"), {64: "no such file"}),
-    *((partial(flip_a_bit, file), {64: f"{file}: its SHA-256 is not the manifest's"})
+    *((partial(flip_a_bit, file), {64: f"{file}: its SHA-256 is not in the manifest"})
       for file in ("model.safetensors", "optimizer/moments.safetensors", "training.json")),
     *((partial(set_value, value), {48: "dense_h_to_4h.weight: 1 values are NaN or infinite"})
       for value in (float("nan"), float("inf")))])
@@ -291,7 +291,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_checked(run, command, verify):
     assert found.keys() == {8, 16, 32, 48, 64, 128}, text
     assert "is not what a run saves at step 8" in text and "training.json: not JSON" in text
     assert "manifest.json: not JSON" in text
-    assert "model.safetensors: not in the manifest" in found[64]
+    assert "model.safetensors: its SHA-256 is not in the manifest" in found[64]
     code, text, _ = command("checkpoints.py", "list", run)
     assert code == 0 and text.count("NOT WHOLE") == 5 and "training.json: not JSON" in text
 
