@@ -281,11 +281,9 @@ def load_training(run, step, model, optimizer):
     check_tensors(folder / "optimizer", moments, {
         f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in MOMENTS})
     for name, parameter in parameters.items():
-        state = {"step": torch.tensor(float(training["updates"]), device=parameter.device)}
-        for kind in MOMENTS:
-            state[kind] = torch.empty_like(parameter)
-            fill(state[kind], moments[f"{kind}.{name}"])
-        optimizer.state[parameter] = state
+        updates = torch.tensor(float(training["updates"]), device=parameter.device)
+        optimizer.state[parameter] = {"step": updates} | {
+            kind: fill(torch.empty_like(parameter), moments[f"{kind}.{name}"]) for kind in MOMENTS}
     return training
 
 
@@ -296,12 +294,12 @@ def is_shard(tensor):
 
 @torch.no_grad()
 def fill(tensor, whole):
-    """Copy a whole tensor into `tensor`, or this process's shard of it."""
+    """Copy a whole tensor into `tensor`, which may be this process's shard of it; return that."""
     if is_shard(tensor):  # every process has the whole tensor, so nothing is sent
         from torch.distributed.tensor import distribute_tensor
         whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements,
                                   src_data_rank=None)
-    tensor.copy_(whole)
+    return tensor.copy_(whole)
 
 
 def save(run, step, model, optimizer, training, tokenizer=None, scheduled=True, asynchronous=False,
@@ -451,7 +449,7 @@ def open_any(source):
     paths = weight_files(Path(source))
     if paths[0].suffix == ".pt":
         with expecting(source, "gpt-neox's layer files of one checkpoint"):
-            config, tensors = open_neox(Path(source), paths)
+            config, tensors = open_neox(paths)
     else:
         config = read_config(source)
         tensors = {name: tensor for path in paths for name, tensor in open_file(path).items()}
@@ -462,7 +460,7 @@ def open_any(source):
     return config, tensors
 
 
-def open_neox(folder, paths):
+def open_neox(paths):
     """Return the ModelConfig and {published name: tensor} of gpt-neox's layer files, ranks merged.
 
     Of a model of L blocks, file 0 holds the embedding, 2 to L + 1 the blocks, L + 3 the final
@@ -475,7 +473,7 @@ def open_neox(folder, paths):
     ranks = sorted({path.name[15:17] for path in paths})  # of layer_XX-model_YY-model_states.pt
     tensors = {}
     for layer in sorted({path.name[6:8] for path in paths}):
-        parts = [open_file(folder / f"layer_{layer}-model_{rank}-model_states.pt")
+        parts = [open_file(paths[0].with_name(f"layer_{layer}-model_{rank}-model_states.pt"))
                  for rank in ranks]
         for name in parts[0]:
             published = ends.get(name, f"gpt_neox.layers.{int(layer) - 2}.{name}")
@@ -611,9 +609,8 @@ def fetch(options):
         with expecting(f"{repository} step{step}", "downloaded; the same command goes on"):
             info = HfApi().model_info(repository, revision=folder.name, files_metadata=True)
             files = {file.rfilename: file.lfs for file in info.siblings}
-            weights = r"model[^/]*\.safetensors.*"
-            if not any(re.fullmatch(weights, file) for file in files):
-                weights = r"pytorch_model[^/]*\.bin.*"
+            safe = any(file.endswith(".safetensors") for file in files)
+            weights = r"model.*\.safetensors.*" if safe else r"pytorch_model.*\.bin.*"
             for file, lfs in files.items():
                 if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
                     # By commit: all files belong together even if one is uploaded meanwhile.
