@@ -95,8 +95,8 @@ def check_files(found):
     with noting(found, "manifest.json"):
         found.hashed, problems = compare_with_manifest(found.folder)
         found.problems += problems
-    if found.hashed is None and (found.folder / "training.json").exists():
-        found.problems.append("manifest.json is not there")
+        if found.hashed is None and (found.folder / "training.json").exists():
+            found.problems.append("manifest.json is not there")
     for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
         with noting(found, path.name):
             check_archive(path)
