@@ -40,8 +40,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from config import (LOCKS, check, command, expecting, file_size, lock as lock_file, note,
-                    read_csv, read_json, sha256_of, write_json)
+from config import (LOCKS, check, command, expecting, file_size, lock as lock_file, note, read_csv,
+                    read_json, sha256_of, write_json)
 from model import ModelConfig, Pythia, hf_config, hf_name, parameter_shapes, read_config
 from tokenizer import N_TOKENS, load_tokenizer
 
@@ -71,7 +71,7 @@ def checkpoint_steps(steps, every=1000):
 def open_file(path):
     """Return {name: tensor} of a safetensors or torch.save file; mapped, so read only when used."""
     file_size(path)  # refuses a pipe
-    with expecting(path, "a whole file of tensors alone"):
+    with expecting(path, "a complete file of plain tensors"):
         if path.suffix in (".bin", ".pt"):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
@@ -264,8 +264,8 @@ def load_training(run, step, model, optimizer):
     training = read_training(folder, step)
     if process_place()[0] == 0:  # a flipped bit would spread to every later checkpoint
         for problem in compare_with_manifest(folder)[1]:
-            raise ValueError(f"{folder}/{problem}; move {folder.name} away to go on from the "
-                             "checkpoint before it")
+            raise ValueError(f"{folder}/{problem}; restore or remove this file, or move "
+                             f"{folder.name} away to go on from the checkpoint before it")
     config, weights = open_any(folder)
     if config.n_heads != model.config.n_heads:  # which no shape depends on
         raise ValueError(f"{folder}: n_heads is {config.n_heads}, the run's {model.config.n_heads}")
@@ -507,14 +507,15 @@ FINAL_2_8B = EARLY | {*range(1000, 65001, 1000), *range(70000, 140001, 10000), 1
 # (regular expression of repositories, steps or None for all, defect and EleutherAI/pythia's issue)
 KNOWN_BAD = (
     ("pythia-2.8b", FINAL_2_8B, "serves weights of the end of training (#205, #195)"),
-    ("pythia-2.8b(-deduped)?", EARLY | {1000}, "one is a copy: their published scores are equal"),
+    ("pythia-2.8b(-deduped)?", EARLY | {1000},
+     "this step of 2.8b or of 2.8b-deduped is a copy: their published scores are equal"),
     ("pythia-12b", {50000, 58000}, "its first shard is the final checkpoint's (#206)"),
     ("pythia-12b-deduped", {32000}, "was the final model until June 2023: is yours older? (#108)"),
     ("neox-ckpt-pythia-6.9b-deduped.*", None, "several steps may hold the same weights (#195)"),
     ("pythia-160m-weight-seed[12]", None, "later steps do not descend from its step 0 (#203)"),
     ("pythia-410m-seed(9|6|2)", {40000, 88000, 111000},
-     "of seeds 9, 6, 2 weights are reported missing at step 40000, 88000, 111000 (#202)"),
-    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (#83); float16 hides most of 2 (#198)"))
+     "weights of seeds 9, 6, 2 are reported missing at steps 40000, 88000, 111000 (#202)"),
+    ("pythia-.*", {0, 1, 2}, "steps 0 and 1 are equal (#83); float16 hides most of step 2 (#198)"))
 
 
 def known_bad(name, step):
@@ -565,7 +566,7 @@ def import_(options):
         note(line)
     model_config, tensors = open_any(source)
     if output.exists():
-        raise ValueError(f"{output}: is there already; nothing was written")
+        raise ValueError(f"{output}: already exists; nothing was written")
     tokenizer = source / "tokenizer.json" if os.path.lexists(source / "tokenizer.json") else None
     if tokenizer:
         load_tokenizer(tokenizer)  # a published folder's may be a link to a private file

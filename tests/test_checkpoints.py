@@ -166,7 +166,7 @@ def entry(dtype="F32", shape=(2,)):
 def test_a_file_that_lies_is_named(tmp_path, header, data):
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + data)
-    assert "not a whole file of tensors alone" in refused(tmp_path / "x")
+    assert "not a complete file of plain tensors" in refused(tmp_path / "x")
 
 
 def test_what_is_no_file_is_named(tmp_path):
@@ -189,7 +189,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     run, path = Run(tmp_path / "ran"), tmp_path / "x.bin"
     for value, zipped in itertools.product((run, {"a": torch.ones(2), "b": [run]}), (True, False)):
         torch.save(value, path, _use_new_zipfile_serialization=zipped)
-        assert "not a whole file of tensors alone" in refused(path)
+        assert "not a complete file of plain tensors" in refused(path)
     assert not (tmp_path / "ran").exists()
 
 

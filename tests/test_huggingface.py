@@ -225,8 +225,7 @@ def test_neox_ranks_merge_to_the_same_bits(tmp_path, ranks, dtype):
     # Sums are exact.
     expected = {name: (tensor * 64).round() / 64 for name, tensor in weights(dtype).items()}
     source = neox(tmp_path / "global_step8", neox_layers(expected, ranks))
-    # Optimizer and arguments: left alone.
-    torch.save({"args": object}, source / "mp_rank_00_model_states.pt")
+    torch.save({"args": object}, source / "mp_rank_00_model_states.pt")  # is not opened
     import_(Import(str(source), str(tmp_path / "step8")))
     model = load_model(tmp_path / "step8")
     assert_equal(bits(model), expected)
@@ -313,7 +312,7 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
                             "--dtype=bfloat16")
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
-    assert "runs: is there already" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
+    assert "runs: already exists" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
     assert "shard_size = -1, expected at least 1" in refused(
         "checkpoints.py", "export", "runs/x/step7", "new", "--shard_size=-1")
 
