@@ -101,10 +101,9 @@ def check_tensors(where, tensors, shapes):
     for name, tensor in tensors.items():
         if name not in shapes:
             problems.append(f"unexpected {name:.200}")
-        elif tensor.shape != shapes[name]:
-            problems.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(shapes[name])}")
-        elif tensor.dtype not in FLOATS.values():
-            problems.append(f"{name} is {tensor.dtype}, expected float32, float16 or bfloat16")
+        elif tensor.shape != shapes[name] or tensor.dtype not in FLOATS.values():
+            problems.append(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected "
+                            f"{tuple(shapes[name])} in float32, float16 or bfloat16")
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems[:20])}")
 

@@ -153,8 +153,8 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path, form):
         import_(Import(str(published(tmp_path / "source", tensors, form)), str(tmp_path / "out")))
     for words in ("missing gpt_neox.layers.1.mlp.dense_h_to_4h.bias",
                   "unexpected gpt_neox.layers.2.attention.dense.bias",
-                  "embed_in.weight is torch.float64, expected float32",
-                  "embed_out.weight is (250, 64), expected (256, 64)"):
+                  "embed_in.weight is (256, 64) torch.float64, expected (256, 64) in float32",
+                  "embed_out.weight is (250, 64) torch.float32, expected (256, 64) in"):
         assert words in str(error.value)
     assert os.listdir(tmp_path) == ["source"]
 
