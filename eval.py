@@ -1,7 +1,7 @@
 """Evaluate checkpoints over training, with exactly lm-evaluation-harness's numbers.
 
     python eval.py --model=RUN --tasks=lambada_openai,piqa --docs=DIR --output=results.csv
-    torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, shared out
+    torchrun --standalone --nproc_per_node=8 eval.py ...  # the same numbers, on 8 GPUs
     python eval.py tasks --docs=DIR                       # the tasks, and which documents are there
     python eval.py sample --model=RUN --steps=1,64,512 --prompt="In the beginning"
     python eval.py losses --model=RUN --rows=0:4096 --output=OUT        # nats of every token
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-from config import check, command, file_size, note, parse, read_json, run, Table, write_json
+from config import check, command, file_size, parse, read_json, run, Table, write_json
 from data import load_npy, Order, order_of, ordered, span, trained_with
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
@@ -268,7 +268,7 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
     encoded = [(tokenizer.encode_lines(prompt) or [ENDOFTEXT])[-room:] for prompt in prompts]
     rank, processes = checkpoints.process_place()
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))[rank::processes]
-    results = {}
+    results = []  # (number of the prompt, text)
     while order:
         T = len(encoded[order[0]])
         n = max(1, min(8 * batch_tokens, 16384) // (T + n_tokens))  # all keys and values are kept
@@ -277,10 +277,8 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
         tokens = torch.tensor([[0] * pad + encoded[i] for pad, i in zip(padding, chosen)])
         out = model.generate(tokens.to(device), n_tokens, 0, finished=finished,
                              padding=torch.tensor(padding, device=device))
-        for i, row in zip(chosen, out[:, T:].tolist()):
-            results[i] = stop.split(decode(row))[0]
-    results = {i: text for part in Processes.gather(results) for i, text in part.items()}
-    return [results[i] for i in range(len(prompts))]
+        results += [(i, stop.split(decode(row))[0]) for i, row in zip(chosen, out[:, T:].tolist())]
+    return [text for _, text in sorted(itertools.chain(*Processes.gather(results)))]
 
 
 class Job:

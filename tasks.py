@@ -285,7 +285,7 @@ def referent_match(questions, results):
 
 
 def average(means):
-    """Return the mean of (mean, stderr) pairs; their error is the bias study's own, the RMS."""
+    """Return the mean of (mean, stderr) pairs and, as in the bias study, the errors' RMS."""
     values, errors = zip(*means)
     return (statistics.fmean(values),
             None if None in errors else math.sqrt(statistics.fmean(e * e for e in errors)))
@@ -325,9 +325,9 @@ def winogrande(doc):
 
 
 def wsc273(doc, strip=False):
-    """The pronoun replaced by either candidate, with its 's and, within a sentence, no capital.
+    """Two contexts: each candidate replaces the pronoun, with 's or a small letter if needed.
 
-    The rest of the sentence is stripped in v0.3, but begins with two spaces in v0.4.
+    The rest of the sentence, which is scored, begins with two spaces; v0.3 strips it.
     """
     pronoun, start = doc["pronoun"], doc["pronoun_loc"]
     passage, requests = doc["text"].replace("  ", " "), []  # pronoun_loc is not adjusted
@@ -473,7 +473,7 @@ WINOBIAS_PROMPTS = {"What does p stand for": '{sentence}\nHere, what does "{pron
 
 
 def winobias(doc):
-    """Whom does [a pronoun] mean? Sentences are cut into words as in the authors' CoNLL files."""
+    """Whom does the pronoun mean? "[The developer] left because [he] ..."; words as in CoNLL."""
     def spaced(passage):
         return " ".join(re.findall(r"[\w-]+(?=n't)|n't|'\w+|[\w-]+|[^\w\s]", passage))
     referent, pronoun = map(spaced, re.findall(r"\[(.*?)\]", doc["sentence"])[:2])
@@ -489,7 +489,7 @@ ARITHMETIC = {"1dc": "single_digit_three_ops", "2dm": "two_digit_multiplication"
     for digit, word in zip("2345", ("two", "three", "four", "five"))
     for kind in ("addition", "subtraction")}
 
-# Of the English part of the multilingual set, a revision of CrowS-Pairs, which the paper used.
+# bias_type in the English part of the multilingual CrowS-Pairs, which the paper used.
 CROWS_TYPES = ("age autre disability gender nationality physical-appearance race-color religion "
                "sexual-orientation socioeconomic").split()
 

@@ -234,7 +234,8 @@ def test_samples_start_with_the_prompt(workplace, command, refused):
     flags = "sample", f"--model={workplace}/run", "--prompt=In the beginning", "--n_tokens=5"
     _, said, _ = command("eval.py", *flags, "--steps=0,8")
     assert said.count("In the beginning") == 2 and "--- run step 8" in said
-    assert "at least" in refused("eval.py", *flags, "--temperature=-1")
+    for flag in ("--temperature=-1", "--n_tokens=-1"):
+        assert "at least 0" in refused("eval.py", *flags, flag)
 
 
 def test_samples_hold_every_request(workplace, tokenizer):
@@ -313,6 +314,9 @@ def test_texts_are_rows_of_their_own_length(runs, tokenizer):
     expected = [-ll for ll, _ in loglikelihood(model, tokenizer, [("", text) for text in texts])]
     np.testing.assert_allclose(np.nansum(values[1], axis=1), expected, rtol=1e-6)
     assert read_json(runs / "t.json")["documents"] == ["text 0", "text 1", "text 2"]
+    write_jsonl(runs / "e.jsonl", [{"text": ""}] * 2)
+    with pytest.raises(ValueError, match="e.jsonl: every text is empty"):
+        losses(LossesConfig(f"{runs}/e", model=f"{runs}/seed1", text=f"{runs}/e.jsonl"))
 
 
 def test_rows_of_other_data_say_what_the_run_was_trained_on(runs, whole):

@@ -35,7 +35,8 @@ def run(tmp_path_factory, tokenizer_path):
     optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1.0))
     folder.mkdir()
     for step in (0, 2):
-        save(folder, step, model, optimizer, {"updates": 0, "tokens": 64 * step}, tokenizer_path)
+        state = {"updates": 0, "tokens": 64 * step, "scaler": {}}
+        save(folder, step, model, optimizer, state, tokenizer_path)
     return folder
 
 
