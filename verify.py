@@ -342,11 +342,12 @@ def print_table(scans):
 
 # ---------------------------------------------------------------------------- the proof of a run
 
-# Columns of metrics.csv that a repetition must have equal, and what they are of, causes first.
+# Columns of metrics.csv that must be equal when a step is repeated, and their names in messages.
 PROVED = {"batch_sha256": "data", "learning_rate": "rate", "loss_scale": "loss scale",
-          "loss": "loss", "grad_norm": "gradient"}
-TOLERANCE = 0.01  # of the loss, where other hardware or versions give other bits
-NOT_COMPUTED = {"started", "command", "host", "device", "check_data", "git_commit"}  # of a launch
+          "loss": "loss", "grad_norm": "gradient"}  # causes before their effects
+TOLERANCE = 0.01  # of the loss, relative, where hardware or versions differ
+# Of launches.jsonl: what cannot change the numbers.
+NOT_COMPUTED = {"started", "command", "host", "device", "check_data", "git_commit"}
 
 
 def row_digests(batch):
@@ -355,52 +356,49 @@ def row_digests(batch):
 
 
 def batch_sha256(digests):
-    """Return the SHA-256 of a whole batch from every process's row_digests, by rank.
+    """Return the SHA-256 of a step's rows in order, from the row_digests of every process, by rank.
 
-    Each process has a part of every micro-batch, so that this is the order of the rows.
+    Every process has a part of each micro-batch.
     """
     in_order = itertools.chain.from_iterable(zip(*digests))
     return hashlib.sha256(b"".join(in_order)).hexdigest()
 
 
 def link(before, row):
-    """Return a step's digest: SHA-256 of the digest before it and of what is proved of the step."""
+    """Return a step's digest: SHA-256 of the digest before it, its number and PROVED columns."""
     cells = [before, row["step"], *(row[name] for name in PROVED)]
     return hashlib.sha256(",".join(map(str, cells)).encode()).hexdigest()
 
 
 def read_chain(run, first=None, last=None):
-    """Return {step: row} of the steps first to last - 1 in RUN/metrics.csv, or of all.
+    """Return {step: row} of the steps first to last - 1 in RUN/metrics.csv, by default of all.
 
-    Raises ValueError at the first step that is not there, that does not follow from the one before
-    it, or that is not the one that the manifest of the checkpoint after it ends with.
+    Raises ValueError at the first step that is missing, whose digest is not that of its line and
+    the digest before it, or that contradicts the digest saved with the checkpoint after it.
     """
-    path, rows, saved = Path(run) / "metrics.csv", {}, {}
-    for row in read_csv(path, torn=True):
-        if not {"step", "digest", *PROVED} <= row.keys():
-            raise ValueError(f"{path}: has no digests, {', '.join(row)} alone")
-        if row["step"].isdecimal():
-            rows[int(row["step"])] = row
+    path, saved = Path(run) / "metrics.csv", {}  # {step: digest of the steps before it}
     for step, folder in step_folders(run):
         _, digest, state = read_manifest(folder)
         if state:
-            saved[step] = digest  # of the step before
-    if first is None and rows:
-        first, last = min(rows), max([max(rows) + 1, *saved])
-    for step in range(first or 0, last or 0):
-        before = rows[step - 1]["digest"] if step - 1 in rows else saved.get(step)
-        digest = rows[step]["digest"] if step in rows else None
-        if (not digest or before and link(before, rows[step]) != digest
-                or saved.get(step + 1, digest) != digest):
-            raise ValueError(f"{path}: step {step} is not there, or does not follow from the line "
-                             "before it, or not to the next checkpoint")
-    return {step: row for step, row in rows.items() if first <= step < last}
+            saved[step] = digest
+    with expecting(path, "a table of all steps and their digests"):
+        rows = {int(row["step"]): row for row in read_csv(path, torn=True)}
+        digests = {step + 1: row["digest"] for step, row in rows.items()} | saved
+        if first is None:
+            first, last = min(rows, default=0), max(digests, default=0)
+        for step in range(first, last):
+            row, before = rows.get(step), digests.get(step)  # none before a branch's first step
+            if not row or row["digest"] != digests[step + 1] or before and (
+                    link(before, row) != row["digest"]):
+                raise ValueError(f"step {step} is not there, or does not follow from the line "
+                                 "before it, or not to the next checkpoint")
+    return {step: rows[step] for step in range(first, last)}
 
 
 def first_tensor(a, b):
-    """Return the first tensor of two checkpoints of ours that differs; None if none does.
+    """Return the name of the first tensor that differs in two checkpoints of ours, or None.
 
-    Moments that --state_every has removed are compared by the hash of all tensors.
+    Moments that --state_every has removed are compared by the manifests' hash of all tensors.
     """
     ours, theirs = (open_any(folder)[1] | moments_of(folder) for folder in (a, b))
     for name in ours:
@@ -413,7 +411,7 @@ def first_tensor(a, b):
 
 
 def launches(run):
-    """Return the objects in RUN/launches.jsonl but for those that a full disk has cut."""
+    """Return the objects in RUN/launches.jsonl, without lines that a full disk cut short."""
     found = []
     for line in open(Path(run) / "launches.jsonl", errors="replace"):
         with suppress(ValueError, TypeError, RecursionError):
@@ -424,46 +422,45 @@ def launches(run):
 
 
 def differences(before, now, but):
-    """Say, in a list, what two objects have both and differently, except for some names."""
+    """Return a line for each name, except `but`, that both objects have with different values."""
     return [f"{name} was {before[name]!r}, is {value!r}" for name, value in now.items()
             if name not in but and before.get(name, value) != value]
 
 
 @dataclass(frozen=True)
 class ProofConfig:
-    replay: str | None = None  # RUN/stepA:B: take steps A to B of a run again and compare them
-    restore: str | None = None  # RUN/stepN: make any step again, from the full state before it
+    replay: str | None = None  # RUN/stepA:B: repeat steps A to B of a run and compare them
+    restore: str | None = None  # RUN/stepN: make step N again from the full state before it
 
 
 def last_settings(run, schemas):
-    """Return {setting: value} of these dataclasses, as a run was launched with them last."""
+    """Return {setting: value} of these dataclasses at the last launch of a run."""
     settings = read_json(Path(run) / "config.json") | launches(run)[-1]
     known = {field.name for schema in schemas for field in fields(schema)}
     return {name: value for name, value in settings.items() if name in known - NOT_COMPUTED}
 
 
 def repeat_command(argv, schemas):
-    """Return the command line that takes steps of a run again, and (run, first, last); or None.
+    """Return the command line that repeats steps of a run and (run, first, last); or argv, None.
 
-    argv: the user's, which may also say how to compute. Steps first to last - 1 will be taken, from
-    the nearest full state before those that were asked for. schemas: train.py's.
+    argv: the user's --replay or --restore, and settings of how to compute. Steps first to last - 1
+    will be repeated, from the last full state before those asked for. schemas: train.py's.
     """
     asked = [word for word in argv if re.match("--(replay|restore)=", word)]
     if not asked:
         return argv, None
-    found = re.fullmatch(r"--(replay|restore)=(.+)/step(\d{1,15})(?::(\d{1,15}))?", asked[0])
-    if len(asked) > 1 or not found or (found[1] == "replay") != bool(found[4]):
+    found = re.fullmatch(r"--(replay|restore)=(.+)/step(?:(\d{1,15}):)?(\d{1,15})", asked[-1])
+    if len(asked) > 1 or not found or (found[1] == "replay") != bool(found[3]):
         raise ValueError(f"{' '.join(asked)}: expected one --replay=RUN/stepA:B or "
                          "--restore=RUN/stepN")
-    run, last = Path(found[2]), int(found[4] or found[3])
-    wanted = int(found[3]) if found[4] else last - 1
+    run, last = Path(found[2]), int(found[4])
+    wanted = int(found[3] or last - 1)
     settings = last_settings(run, schemas)
-    states = [branch_step(settings) or 0, *saved_steps(run, state=True)]
+    states = [identify(settings.get("branch_from"))[1] or 0, *saved_steps(run, state=True)]
     first = max([step for step in states if step <= wanted], default=last)
-    if first >= last or wanted >= last:
-        raise ValueError(f"{asked[0]}: expected steps in order, from {states[0]} on"
-                         + (f"; what came before is in {settings['branch_from']}"
-                            if states[0] else ""))
+    if not first <= wanted < last:
+        raise ValueError(f"{asked[0]}: expected steps in order, from {states[0]} on" + (
+            f"; what came before is in {settings['branch_from']}" if states[0] else ""))
     read_chain(run, first, last)
     settings |= {"out_dir": f"{run}_{found[1]}_{asked[0].rpartition('/')[2].replace(':', '_')}",
                  "twin": False}
@@ -472,69 +469,58 @@ def repeat_command(argv, schemas):
 
 
 def begin_again(out_dir, proof):
-    """Make the folder of a repetition: the run's settings and a link to the step it begins from."""
+    """Make the folder of a repetition, with the run's settings and a link to where it begins."""
     (run, first, last), folder = proof, Path(out_dir)
     if folder.resolve() == run.resolve() or last in saved_steps(folder):
         raise ValueError(f"{folder}: has these steps already; move it away or name another "
                          "--out_dir")
     if (folder / "config.json").exists():
-        return  # it was interrupted
+        return  # the repetition was interrupted and goes on
     folder.mkdir(parents=True, exist_ok=True)
-    # Step 0 is made again, and a branch begins from its parent's.
     state, ours = run / f"step{first}", folder / f"step{first}"
-    if first and state.exists() and not ours.exists():
+    if first and state.exists() and not ours.exists():  # not a branch's first, which its parent has
         ours.symlink_to(state.resolve())
-    # Without the data's hashes: where the data are others now, the steps that read them differ.
+    # Without the data's hashes: if the data changed, the replay names the step that read it.
     write_json(folder / "config.json", {
         name: value for name, value in read_json(run / "config.json").items()
         if name not in ("data_tokens", "data_sha256", "order_sha256")})
 
 
 def prove(proof, repetition):
-    """Compare a run's steps, repeat_command's (run, first, last), with those taken again, in order.
+    """Compare steps of a run, repeat_command's (run, first, last), with their repetition.
 
-    repetition: their run folder. Lines of metrics.csv are compared, at checkpoints all tensors.
-    Prints what was proved, or ends with exit code 1 naming the first step that differs and what of
-    it. Where losses or gradients differ and the environment does, data and rates must be the same
-    and losses near. Raises ValueError if a checkpoint among the steps is damaged.
+    repetition: the run folder of the repeated steps. Prints that they are proved, or ends with exit
+    code 1 and the first difference. On other hardware or versions losses may differ by TOLERANCE,
+    and all but data and learning rates at will. Raises ValueError if a checkpoint is damaged.
     """
     run, first, last = proof
     ours, theirs = read_chain(run, first, last), read_chain(repetition, first, last)
+    found = []  # (column of PROVED or "tensors", the line that says it), in order
     for step in range(first, last + 1):
-        if found := first_difference(step, run, repetition, ours.get(step), theirs.get(step)):
-            break
-    else:
+        saved, again = run / f"step{step}", repetition / f"step{step}"
+        if saved.exists() and not is_whole(saved):
+            raise ValueError(f"{saved}: damaged, a file is missing or cut")
+        if saved.exists() and is_whole(again) and not again.is_symlink():
+            if tensor := first_tensor(saved, again):
+                found.append(("tensors", f"step{step}: weights or moments differ, first {tensor}"))
+        for name, what in PROVED.items() if step < last else ():
+            before, now = ours[step][name], theirs[step][name]
+            if before != now:
+                found.append((name, f"step {step}: {what} differs, {before}, again {now}"))
+    if not found:
         print(f"steps {first} to {last} proved: {last - first} equal to the bit")
         return
     launched = itertools.product(launches(run), launches(repetition))
     others = {words for before, now in launched for words in differences(before, now, NOT_COMPUTED)}
-    differing = {name for name in PROVED for step in ours if ours[step][name] != theirs[step][name]}
+    differing = {name for name, _ in found}
     apart = max(abs(float(theirs[step]["loss"]) / float(ours[step]["loss"]) - 1) for step in ours)
-    if (others and differing and not differing & {"batch_sha256", "learning_rate"}
-            and apart <= TOLERANCE):
-        print(f"steps {first} to {last}: the same data and rates, losses within {apart:.2g} of "
-              f"them (at most {TOLERANCE} is allowed). Bits differ, as they may with "
-              f"{', '.join(sorted(others))}; {found}")
-        return
-    print(found)
-    sys.exit(1)
-
-
-def first_difference(step, run, repetition, row, other):
-    """Return the words for what differs first at a step: its checkpoints, then its rows; or None.
-
-    row and other: the step's lines of metrics.csv, None after the last step.
-    """
-    saved, again = run / f"step{step}", repetition / f"step{step}"
-    if saved.exists() and not is_whole(saved):
-        raise ValueError(f"{saved}: damaged, a file is missing or cut")
-    if saved.exists() and is_whole(again) and not again.is_symlink():
-        if tensor := first_tensor(saved, again):
-            return f"step{step}: weights or moments differ, first {tensor}"
-    for name, kind in PROVED.items() if row else ():
-        if row[name] != other[name]:
-            return f"step {step}: {kind} differs, {row[name]}, again {other[name]}"
-    return None
+    if (not others or differing == {"tensors"} or differing & {"batch_sha256", "learning_rate"}
+            or not apart <= TOLERANCE):
+        print(found[0][1])
+        sys.exit(1)
+    print(f"steps {first} to {last}: the same data and learning rates, losses within {apart:.2g} "
+          f"of them (at most {TOLERANCE} is allowed). Bits differ, as they may with "
+          f"{', '.join(sorted(others))}; {found[0][1]}")
 
 
 # ---------------------------------------------------------------------------- diff
