@@ -1,16 +1,15 @@
-"""Which checkpoint is this really? Hashes, duplicates, breaks in the weights' path; a run's proof.
+"""Check a run's checkpoints: hashes, duplicates, weights of another step. Prove a run by replay.
 
     python verify.py verify runs/mini             # or several folders, of any published form
     python verify.py diff runs/mini/step512 OTHER
 
-`train.py --replay` and `--restore` take steps of a run again; what they compare is here too.
+`train.py --replay` and `--restore` repeat steps of a run; the comparison of the two is here.
 
-No model is run; one tensor at a time is in memory. Hashes are compared with the manifest and norms
-are exact. Distances and cosines come from the same 2,048 random entries of a tensor in every
-checkpoint (within about 2 %), and no distance is less than the difference of norms.
+No model is run, and only one tensor at a time is in memory. Norms are exact. Distances come from
+the same 2,048 random values of a tensor in every checkpoint (accurate to about 2 %).
 
 Training moves through weight space in small steps, so a checkpoint lies between its neighbours. Its
-"way" is the sum of its squared distances from both, over the square of theirs from each other:
+detour is the sum of its squared distances from both, over the square of their distance:
 
     step 64 ----- step 128 ----- step 256        1/2 on a straight line, 1 on a random walk, 2 if
                                                  there is nothing but noise
@@ -28,92 +27,84 @@ import math
 import re
 import sys
 import zipfile
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import mode
 
 import torch
+from torch.nn.functional import max_pool1d, pad
 from tqdm import tqdm
 
 from checkpoints import (checkpoint_steps, compare_with_manifest, identify, is_whole, moments_of,
                          open_any, open_file, read_manifest, read_training, saved_steps,
                          step_folders, weight_files)
-from config import check, command, expecting, file_size, read_csv, read_json, write_json
+from config import (check, command, expecting, explain, file_size, read_csv, read_json,
+                    write_json)
 
-ENTRIES = 2048  # of every tensor at most; 154 checkpoints of a 12B take 550 MB
-BLOCK = 16  # zeros side by side that no matrix of random numbers has
-MATRIX_WAY = 2.5  # the longest way of a matrix; of honest runs 1.5 was seen
-VECTOR_WAY = 18.0  # of a bias or LayerNorm, which are noisier; 4.6 was seen
-MIDDLE_WAY = 1.25  # of half a checkpoint's matrices; 1.0 was seen
-END = 6  # first and last may lie this many times as far from the next as the step behind suggests
-SAME_RUN = 0.05  # cosine of neighbours, mean of matrices; unrelated ones have less than 0.01
+SAMPLED = 2048  # values of a tensor, at most; 154 checkpoints of a 12B take 550 MB
+BLOCK = 16  # zeros side by side, which a matrix of random numbers does not have
+# The longest detour allowed, and the longest seen in honest runs.
+MATRIX_DETOUR = 2.5  # 1.5
+VECTOR_DETOUR = 18.0  # 4.6; biases and LayerNorms are noisier
+MIDDLE_DETOUR = 1.25  # 1.0; the median of a checkpoint's matrices
+FLOOR = 1e-3  # of a tensor's norm: shorter distances may be the rounding of float16
+END = 6  # the first may be so many times as far from the second as that from the third
+SAME_RUN = 0.05  # least cosine of neighbours, mean of matrices; unrelated ones have below 0.01
 
 
 class Scan:
-    """What is known of a checkpoint after its bytes have been read."""
+    """What is known of a checkpoint after its files have been read."""
 
     def __init__(self, step, folder):
         self.step, self.folder = step, folder
-        self.updates = step  # successful ones; the first has learning rate 0
-        self.config = None  # the ModelConfig; None: the tensors are not those of any Pythia
+        self.updates = max(1, step)  # successful ones; the first has learning rate 0
+        self.config = None  # the ModelConfig; None: the weights could not be read
         self.hashed = None  # files that agree with the manifest; None: there is no manifest
-        self.norms, self.samples = {}, {}  # of each tensor; some of its entries in float32
+        self.norms, self.samples = {}, {}  # of each tensor; some of its values in float32
         self.shapes, self.bytes = {}, 0
-        # Distance from the first checkpoint, cosine with the one before, middle way: check_path's.
+        # Distance from the first checkpoint, cosine with the one before, detour: see check_path.
         self.place = (math.nan,) * 3
         self.problems = []
 
 
 def scan(step, folder):
-    """Return the Scan of a checkpoint: files against the manifest, then every tensor."""
+    """Return the Scan of a checkpoint, after reading all its files."""
     found = Scan(step, folder)
-    with noting(found, "training.json"):
-        found.updates = read_training(folder, step).get("updates", step)
-    check_files(found)
-    with noting(found):
-        found.config, tensors = open_any(folder)
+    with noting(found.problems, folder):
+        found.updates = max(1, read_training(folder, step).get("updates", step))
+    with noting(found.problems, folder):
+        found.hashed, problems = compare_with_manifest(folder)
+        found.problems += problems
+        if found.hashed is None and (folder / "training.json").exists():
+            found.problems.append("manifest.json is not there")
+    for path in (*folder.glob("*.bin"), *folder.glob("*.pt")):
+        with noting(found.problems, folder), expecting(path, "an intact archive"):
+            file_size(path)  # refuses a pipe, from which reading would wait for ever
+            with zipfile.ZipFile(path) as archive:
+                # torch.save never compresses; a stranger's record could swell without end.
+                swollen = [record.filename for record in archive.infolist() if record.compress_type]
+                if damaged := swollen or archive.testzip():
+                    raise ValueError(f"wrong checksum, or compressed: {damaged}")
+    with noting(found.problems, folder):
+        config, tensors = open_any(folder)
         for name, tensor in tensors.items():
             measure(found, name, tensor)
+        found.config = config
     return found
 
 
 @contextmanager
-def noting(found, name=""):
-    """Note an error of a file as a problem of its checkpoint and go on behind the block."""
+def noting(problems, folder):
+    """Add an error in this block to a checkpoint folder's problems, and go on behind the block."""
     try:
         yield
-    except OSError as error:  # a broken disk, a name too long, no permission
-        name = name or Path(error.filename or ".").name or found.folder.name
-        found.problems.append(f"{name:.50}: {error.strerror}")
-    except ValueError as error:
-        found.problems.append(str(error).removeprefix(f"{found.folder}/"))
-
-
-def check_files(found):
-    """Compare every file with the manifest, and torch.save's archives with their own checksums."""
-    with noting(found, "manifest.json"):
-        found.hashed, problems = compare_with_manifest(found.folder)
-        found.problems += problems
-        if found.hashed is None and (found.folder / "training.json").exists():
-            found.problems.append("manifest.json is not there")
-    for path in (*found.folder.glob("*.bin"), *found.folder.glob("*.pt")):
-        with noting(found, path.name):
-            check_archive(path)
-
-
-def check_archive(path):
-    """Raise ValueError unless a torch.save file's records are intact by their own checksums."""
-    file_size(path)  # refuses a pipe, from which reading would wait for ever
-    with expecting(path, "an intact archive"), zipfile.ZipFile(path) as archive:
-        # torch.save never compresses; a stranger's record could swell without end.
-        swollen = [record.filename for record in archive.infolist() if record.compress_type]
-        if damaged := swollen or archive.testzip():
-            raise ValueError(f"wrong checksum, or compressed: {damaged}")
+    except (OSError, ValueError) as error:
+        problems.append(explain(error).removeprefix(f"{folder}/"))
 
 
 def measure(found, name, tensor):
-    """Read a tensor; note its norm, some entries and whether it is finite and no part is empty."""
+    """Note a tensor's norm, some of its values, and whether any are NaN, infinite or zero pages."""
     found.shapes[name], found.bytes = tensor.shape, found.bytes + tensor.nbytes
     tensor = tensor.reshape(-1)
     # The square of any finite float32 fits float64, so a norm that is not finite means NaN or inf.
@@ -125,130 +116,106 @@ def measure(found, name, tensor):
         blocks = tensor[:len(tensor) // BLOCK * BLOCK].view(-1, BLOCK)
         if zeros := BLOCK * (~blocks.any(1)).sum().item():  # pages that never reached the disk
             found.problems.append(f"{name}: {zeros:,} values side by side are 0")
-    if (count := len(tensor)) > ENTRIES:
+    if (count := len(tensor)) > SAMPLED:
         generator = torch.Generator().manual_seed(count)
-        tensor = tensor[torch.randint(count, (ENTRIES,), generator=generator)]
+        tensor = tensor[torch.randint(count, (SAMPLED,), generator=generator)]
     found.norms[name], found.samples[name] = norm, tensor.float()
 
 
 def one_model(scans):
-    """Return the scans of the commonest model that were read to the end; note those of another."""
-    kinds = Counter((here.config, frozenset(here.samples)) for here in scans if here.config)
-    if not kinds:
-        return []
-    (usual, names), _ = kinds.most_common(1)[0]
-    for here in scans:
-        if here.config not in (None, usual):
+    """Return the scans of the most common model, without those that could not be read."""
+    read = [here for here in scans if here.config]
+    usual = mode([here.config for here in read] or [None])
+    for here in read:
+        if here.config != usual:
             other = asdict(here.config).items() - asdict(usual).items()
             here.problems.append(f"another model than the others: {dict(other)}")
-    return [here for here in scans if here.config == usual and here.samples.keys() == names]
+    return [here for here in read if here.config == usual]
 
 
 # ---------------------------------------------------------------------------- the path
 
 
-class Trajectory:
-    """How far n checkpoints of one model, in order, are apart, for each of its M tensors."""
-
-    def __init__(self, scans):
-        self.scans, self.names = scans, list(scans[0].samples)
-        sizes, self.apart = map(torch.stack, zip(*map(self.distances, self.names)))
-        self.matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in self.names])
-        self.smallest = sizes.nan_to_num(math.inf).amin(1)  # the least norm that each tensor has
-        # float16 rounds early steps away, so that distances below these floors mean nothing.
-        self.floors = (1e-3 * self.smallest).clamp_min(1e-30)
-
-    def distances(self, name):
-        """Return a tensor's norms, (n,), and distances between any two checkpoints, (n, n)."""
-        norms = torch.tensor([here.norms[name] for here in self.scans], dtype=torch.float64)
-        stack = torch.stack([here.samples[name] for here in self.scans]).double()
-        apart = torch.cdist(stack, stack, compute_mode="donot_use_mm_for_euclid_dist")
-        count = self.scans[0].shapes[name].numel()
-        whole = apart * math.sqrt(count / stack.shape[1])
-        # A value that was not sampled still moves the norm: the distance is at least that much.
-        return norms, whole.maximum((norms[:, None] - norms).abs())
-
-    def compare(self, i, j):
-        """Return checkpoint i's relative distance from j and cosine with it, means of matrices."""
-        pairs = [(self.scans[i].samples[name], self.scans[j].samples[name])
-                 for name, is_matrix in zip(self.names, self.matrix) if is_matrix]
-        distances = [(a - b).norm() / b.norm() for a, b in pairs]
-        cosines = [torch.cosine_similarity(a, b, dim=0) for a, b in pairs]
-        return float(sum(distances) / len(pairs)), float(sum(cosines) / len(pairs))
-
-    def note(self, i, which, words):
-        """Note a problem of checkpoint i's tensors `which`, (M,) bool, if they are any."""
-        here, far = self.scans[i], [name for name, is_far in zip(self.names, which) if is_far]
-        if far:
-            files = weight_files(here.folder)
-            of = [path.name for path in files if open_file(path).keys() & set(far)]
-            where = f" of {', '.join(of)}" if 0 < len(of) < len(files) else ""
-            here.problems.append(f"{len(far)} of {len(self.names)} tensors{where} ({min(far)}"
-                                 f"{', ...' * (len(far) > 1)}) are {words}")
-
-    def note_copies(self, i):
-        """Note which tensors of checkpoint i are equal to an earlier one's, once each."""
-        here, left = self.scans[i], torch.ones(len(self.names), dtype=torch.bool)
-        for j, other in enumerate(self.scans[:i]):
-            # The first update has learning rate 0, so that only the second changes anything.
-            if here.updates == other.updates or max(here.updates, other.updates) < 2:
-                continue
-            equal = left & (self.apart[:, i, j] == 0)
-            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
-            # they moved away and came back, or if all matrices are equal too.
-            away = self.apart[:, i, j:i].amax(1) > 2 * self.floors
-            equal &= self.matrix | away | equal[self.matrix].all()
-            left &= ~equal
-            self.note(i, equal, f"equal to step {other.step}'s")
-
-    def note_strays(self):
-        """Note the tensors that are off the path; return each checkpoint's middle way of matrices.
-
-        Ways are those of the module's docstring. The first and last checkpoint have one neighbour:
-        there it is the squared distance to it, over END**2 times the squared step behind it, scaled
-        to the number of training steps between.
-        """
-        next_to, beyond = (self.apart.diagonal(k, 1, 2).square() for k in (1, 2))
-        through = torch.cat((next_to[:, :1], next_to[:, :-1] + next_to[:, 1:], next_to[:, -1:]), 1)
-        steps = torch.tensor([float(here.step) for here in self.scans]).diff().clamp_min(1)
-        first, last = (END * max(1, gap) for gap in (steps[0] / steps[1], steps[-1] / steps[-2]))
-        past = torch.cat((first**2 * next_to[:, 1:2], beyond, last**2 * next_to[:, -2:-1]), 1)
-        way = torch.where(past > self.floors[:, None].square(), through / past, 0)
-        # One that is out of place makes the way through its neighbours longer too, but by less.
-        detour = through - past
-        far = (way > torch.where(self.matrix, MATRIX_WAY, VECTOR_WAY)[:, None]) & peaks(detour)
-        middle = way[self.matrix].nanmedian(0).values
-        relative = detour / self.smallest[:, None].square()
-        far |= (middle > MIDDLE_WAY) & peaks(relative[self.matrix].nansum(0)[None])
-        for i in range(len(self.scans)):
-            self.note(i, far[:, i], "off the path between their neighbours")
-        return middle.tolist()
+def distances(scans, name):
+    """Return a tensor's norms (n,) and its distances between any two of n checkpoints, (n, n)."""
+    norms = torch.tensor([here.norms[name] for here in scans], dtype=torch.float64)
+    samples = torch.stack([here.samples[name] for here in scans]).double()
+    apart = torch.cdist(samples, samples, compute_mode="donot_use_mm_for_euclid_dist")
+    whole = apart * math.sqrt(scans[0].shapes[name].numel() / samples.shape[1])
+    # A value that was not sampled still changes the norm: the distance is at least that much.
+    return norms, whole.maximum((norms[:, None] - norms).abs())
 
 
-def peaks(values):
-    """Return where (M, n) values are no smaller than the two beside them."""
-    return values == torch.nn.functional.max_pool1d(values, 3, stride=1, padding=1)
+def strays(apart, floors, matrix, steps):
+    """Return where tensors are off the path, (M, n) bool, and the median detour of matrices, (n,).
+
+    apart: distances (M, n, n). The detour is drawn in the module's docstring. The first and last
+    checkpoint have one neighbour. Theirs is its squared distance over END**2 times that of the
+    pair behind it, which counts more if the first pair is more training steps apart.
+    """
+    if len(steps) < 3:
+        return torch.zeros(apart.shape[:2], dtype=torch.bool), [math.nan] * len(steps)
+    near, past = (apart.diagonal(k, 1, 2).square() for k in (1, 2))
+    gaps = steps.diff().clamp_min(1)
+    first, last = (END * ratio.clamp_min(1) for ratio in (gaps[0] / gaps[1], gaps[-1] / gaps[-2]))
+    via = pad(near, (1, 0)) + pad(near, (0, 1))
+    direct = torch.cat((first**2 * near[:, 1:2], past, last**2 * near[:, -2:-1]), 1)
+    rounding = floors[:, None].square()
+    detour, excess = torch.where(direct > rounding, via / direct, 0), (via - direct) / rounding
+    middle = detour[matrix].nanmedian(0).values
+
+    def long(detour, limit, excess):
+        # A stray lengthens the way through its neighbours too, but by less.
+        return (detour > limit) & (excess == max_pool1d(excess, 3, stride=1, padding=1))
+
+    limits = torch.where(matrix, MATRIX_DETOUR, VECTOR_DETOUR)[:, None]
+    together = long(middle, MIDDLE_DETOUR, excess[matrix].nansum(0)[None])
+    return long(detour, limits, excess) | together, middle
 
 
 def check_path(scans):
-    """Note every checkpoint whose tensors do not belong where it stands, and its place in the path.
+    """Note the tensors that do not belong to their step, and each checkpoint's place in the path.
 
     scans: of one model, in order.
     """
     if len(scans) < 2:
         return
-    path, cosines = Trajectory(scans), []
-    middle = path.note_strays() if len(scans) > 2 else [math.nan] * 2
+    names, steps = list(scans[0].samples), torch.tensor([float(here.step) for here in scans])
+    matrix = torch.tensor([len(scans[0].shapes[name]) == 2 for name in names])
+    norms, apart = map(torch.stack, zip(*(distances(scans, name) for name in names)))
+    floors = (FLOOR * norms.nan_to_num(math.inf).amin(1)).clamp_min(1e-30)
+    off, middle = strays(apart, floors, matrix, steps)
+    from_first = (apart[matrix, 0] / norms[matrix, :1]).nanmean(0)
+    before, after = norms[matrix, :-1], norms[matrix, 1:]
+    between = apart[matrix].diagonal(1, 1, 2)
+    cosines = ((before**2 + after**2 - between**2) / (2 * before * after)).nanmean(0)
     for i, here in enumerate(scans):
-        path.note_copies(i)
-        cosines.append(path.compare(i, max(i - 1, 0))[1])
-        here.place = path.compare(i, 0)[0], cosines[i], middle[i]
-    for i, here in enumerate(scans):
-        beside = [cosines[k] for k in (i, i + 1) if 0 < k < len(scans)
-                  and scans[k].step - scans[k - 1].step <= 2000]
-        if beside and max(beside) < SAME_RUN:
+        here.place = from_first[i], cosines[i - 1] if i else math.nan, middle[i]
+        note_tensors(here, names, off[:, i], "off the path between their neighbours")
+        for j, other in enumerate(scans[:i]):
+            equal = apart[:, i, j] == 0
+            # In float16 LayerNorms stay exactly 1 for many steps. Equal vectors are copies only if
+            # they moved away and came back, or if all matrices are equal too.
+            returned = apart[:, i, j:i].amax(1) > 2 * floors
+            equal &= matrix | returned | equal[matrix].all()
+            if equal.any() and here.updates != other.updates:
+                note_tensors(here, names, equal, f"equal to step {other.step}'s")
+                break
+        close = [cosines[k] for k in (i - 1, i)
+                 if 0 <= k < len(cosines) and steps[k + 1] - steps[k] <= 2000]
+        if close and max(close) < SAME_RUN:
             here.problems.append("unrelated to the checkpoints beside it: their cosine is "
-                                 f"{max(beside):.3f}")
+                                 f"{max(close):.3f}")
+
+
+def note_tensors(here, names, which, words):
+    """Note a problem of the tensors `which`, (M,) bool, of a checkpoint, if there are any."""
+    if some := list(itertools.compress(names, which)):
+        files = weight_files(here.folder)
+        of = [path.name for path in files if open_file(path).keys() & set(some)]
+        where = f" of {', '.join(of)}" if 0 < len(of) < len(files) else ""
+        here.problems.append(f"{len(some)} of {len(names)} tensors{where} ({min(some)}"
+                             f"{', ...' * (len(some) > 1)}) are {words}")
 
 
 # ---------------------------------------------------------------------------- verify
@@ -264,7 +231,7 @@ class Verify:
 
 
 def find(folders):
-    """Return the run folder or None, and [(step, folder)] in order, of what the user named."""
+    """Return the run folder, or None for single checkpoints, and [(step, folder)] in order."""
     paths = [Path(folder) for folder in folders.split(",")]
     if len(paths) == 1 and step_folders(paths[0]):
         return paths[0], step_folders(paths[0])
@@ -273,12 +240,6 @@ def find(folders):
         raise ValueError(f"{bad[0]}: neither a run (step0, step1, ... in it, named alone) nor a "
                          "checkpoint called stepN, by which name they are told apart")
     return None, sorted(found)
-
-
-def branch_step(settings):
-    """Return the step that a run of these settings branched from; None if it did not."""
-    parent = re.search(r"step(\d{1,9})/*$", str(settings.get("branch_from")))
-    return parent and int(parent[1])
 
 
 def missing_steps(run, expected, there):
@@ -290,19 +251,17 @@ def missing_steps(run, expected, there):
     elif not (run / "config.json").exists():  # a download
         wanted = checkpoint_steps(143000)
     else:
-        settings = read_json(run / "config.json")
-        every, last = settings.get("checkpoint_every"), there[-1]
-        if type(every) is not int or not 1 <= every or last > 100_000 * every:
-            raise ValueError(f"{run}/config.json: checkpoint_every = {every!r}, expected at most "
-                             f"100,000 checkpoints up to step {last}; --steps=any asks for none")
-        # A branch does not have the checkpoint that it began from, and a run may be under way.
-        parent = branch_step(settings)
-        wanted = [step for step in checkpoint_steps(last, every) if parent is None or step > parent]
+        settings, last = read_json(run / "config.json"), there[-1]  # a run may be under way
+        with expecting(run / "config.json", "the settings of a run"):
+            every = max(settings["checkpoint_every"], last // 100_000)  # 100,000 steps at most
+            wanted = checkpoint_steps(last, every)
+        parent = identify(settings.get("branch_from"))[1]  # None: it is no branch
+        wanted = [step for step in wanted if parent is None or step > parent]
     return [step for step in wanted if step not in there]
 
 
 def verify(options):
-    """Check a run: hashes, steps, duplicates, NaN, weights that do not belong where they stand."""
+    """Check a run: hashes, missing steps, copies, NaN, weights that belong to another step."""
     run, found = find(options.folders)
     problems, there = [], [step for step, _ in found]
     if missing := missing_steps(run, options.steps, there):
@@ -310,14 +269,20 @@ def verify(options):
         problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
                         "they are meant to be)")
     if run and there[-1] > 0 and (run / "metrics.csv").exists():
-        try:
+        with noting(problems, run):
             read_chain(run)
-        except ValueError as error:
-            problems.append(str(error))
     scans = [scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
     check_path(one_model(scans))
-    print_table(scans)
-    problems += [f"step {here.step}: {problem}" for here in scans for problem in here.problems]
+    print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
+          f"{'to previous':>11} {'detour':>7}  problems")
+    for here in scans:
+        problems += [f"step {here.step}: {problem}" for problem in here.problems]
+        hashed = "-" if here.hashed is None else f"{here.hashed} ok"
+        norm = math.sqrt(sum(norm**2 for norm in here.norms.values()))
+        distance, cosine, detour = here.place
+        line = (f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {norm:9,.3f} "
+                f"{distance:10.4f} {cosine:11.5f} {detour:7.2f}  {len(here.problems) or '-'}")
+        print(line.replace("nan", "  -"))
     for problem in problems:
         print(problem)
     if bare := sum(here.hashed is None for here in scans):
@@ -325,19 +290,6 @@ def verify(options):
     print(f"{len(scans)} checkpoints up to step {there[-1]}, {len(problems)} problems")
     if problems:
         sys.exit(1)
-
-
-def print_table(scans):
-    """Print a line a checkpoint: how large it is, what was hashed, and its place in the path."""
-    print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
-          f"{'to previous':>11} {'between':>7}  problems")
-    for here in scans:
-        hashed = "-" if here.hashed is None else f"{here.hashed} ok"
-        norm = math.sqrt(sum(norm**2 for norm in here.norms.values()))
-        first, previous, between = here.place
-        line = (f"{here.step:7} {here.bytes / 1e6:7,.1f} MB {hashed:>7} {norm:9,.3f} {first:10.4f} "
-                f"{previous:11.5f} {between:7.2f}  {len(here.problems) or '-'}")
-        print(line.replace("nan", "  -"))
 
 
 # ---------------------------------------------------------------------------- the proof of a run
