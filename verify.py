@@ -39,8 +39,7 @@ from tqdm import tqdm
 from checkpoints import (checkpoint_steps, compare_with_manifest, identify, is_whole, moments_of,
                          open_any, open_file, read_manifest, read_training, saved_steps,
                          step_folders, weight_files)
-from config import (check, command, expecting, explain, file_size, read_csv, read_json,
-                    write_json)
+from config import check, command, expecting, file_size, read_csv, read_json, write_json
 
 SAMPLED = 2048  # values of a tensor, at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side, which a matrix of random numbers does not have
@@ -100,7 +99,7 @@ def noting(problems, folder):
     try:
         yield
     except (OSError, ValueError) as error:
-        problems.append(explain(error).removeprefix(f"{folder}/"))
+        problems.append(" ".join(str(error).split()).removeprefix(f"{folder}/"))
 
 
 def measure(found, name, tensor):
@@ -149,28 +148,27 @@ def distances(scans, name):
 def strays(apart, floors, matrix, steps):
     """Return where tensors are off the path, (M, n) bool, and the median detour of matrices, (n,).
 
-    apart: distances (M, n, n). The detour is drawn in the module's docstring. The first and last
-    checkpoint have one neighbour. Theirs is its squared distance over END**2 times that of the
-    pair behind it, which counts more if the first pair is more training steps apart.
+    apart: distances (M, n, n). The detour is drawn in the module's docstring. For the first and the
+    last checkpoint it is the squared distance from the only neighbour, over END**2 times that of
+    the next pair (more if the next pair is fewer training steps apart).
     """
     if len(steps) < 3:
         return torch.zeros(apart.shape[:2], dtype=torch.bool), [math.nan] * len(steps)
-    near, past = (apart.diagonal(k, 1, 2).square() for k in (1, 2))
+    near, across = (apart.diagonal(k, 1, 2).square() for k in (1, 2))  # (M, n - 1), (M, n - 2)
     gaps = steps.diff().clamp_min(1)
     first, last = (END * ratio.clamp_min(1) for ratio in (gaps[0] / gaps[1], gaps[-1] / gaps[-2]))
     via = pad(near, (1, 0)) + pad(near, (0, 1))
-    direct = torch.cat((first**2 * near[:, 1:2], past, last**2 * near[:, -2:-1]), 1)
+    direct = torch.cat((first**2 * near[:, 1:2], across, last**2 * near[:, -2:-1]), 1)
     rounding = floors[:, None].square()
     detour, excess = torch.where(direct > rounding, via / direct, 0), (via - direct) / rounding
+    # All matrices together, as one more tensor, show neighbours that were exchanged.
     middle = detour[matrix].nanmedian(0).values
-
-    def long(detour, limit, excess):
-        # A stray lengthens the way through its neighbours too, but by less.
-        return (detour > limit) & (excess == max_pool1d(excess, 3, stride=1, padding=1))
-
-    limits = torch.where(matrix, MATRIX_DETOUR, VECTOR_DETOUR)[:, None]
-    together = long(middle, MIDDLE_DETOUR, excess[matrix].nansum(0)[None])
-    return long(detour, limits, excess) | together, middle
+    detour = torch.cat((detour, middle[None]))
+    excess = torch.cat((excess, excess[matrix].nansum(0)[None]))
+    limits = pad(torch.where(matrix, MATRIX_DETOUR, VECTOR_DETOUR), (0, 1), value=MIDDLE_DETOUR)
+    # A stray lengthens the way through its neighbours too, but by less.
+    off = (detour > limits[:, None]) & (excess == max_pool1d(excess, 3, stride=1, padding=1))
+    return off[:-1] | off[-1], middle
 
 
 def check_path(scans):
