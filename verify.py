@@ -263,9 +263,8 @@ def verify(options):
     run, found = find(options.folders)
     problems, there = [], [step for step, _ in found]
     if missing := missing_steps(run, options.steps, there):
-        listed = ", ".join(map(str, missing[:20])) + ", ..." * (len(missing) > 20)
-        problems.append(f"missing {len(missing)} scheduled checkpoints: {listed} (--steps=any if "
-                        "they are meant to be)")
+        problems.append(f"missing {len(missing)} scheduled checkpoints: {str(missing[:20])[1:-1]} "
+                        "(--steps=any if they are meant to be)")
     if run and there[-1] > 0 and (run / "metrics.csv").exists():
         with noting(problems, run):
             read_chain(run)
