@@ -48,7 +48,8 @@ MATRIX_DETOUR = 2.5  # 1.5
 VECTOR_DETOUR = 18.0  # 4.6; biases and LayerNorms are noisier
 MIDDLE_DETOUR = 1.25  # 1.0; the median of a checkpoint's matrices
 FLOOR = 1e-3  # of a tensor's norm: shorter distances may be the rounding of float16
-END = 6  # the first may be so many times as far from the second as that from the third
+# The first checkpoint may be END times as far from the second as that from the third; so the last.
+END = 6
 SAME_RUN = 0.05  # least cosine of neighbours, mean of matrices; unrelated ones have below 0.01
 
 
