@@ -42,7 +42,6 @@ proofs: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pytest -q tests -m proof
 	$(PY) bench.py train --size=14m
 	$(PY) bench.py train --size=70m
-	$(PY) bench.py checkpoints --size=160m
 
 parity: .venv/requirements-dev 20B_tokenizer.json
 	$(PY) -m pip install --quiet --disable-pip-version-check lm_eval==0.4.13 accelerate==1.15.0
