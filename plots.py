@@ -52,9 +52,9 @@ def finish(figure, output):
 
 
 def columns(rows, /, *names, **cells):
-    """Return columns of the CSV rows that have these cells, as arrays sorted by the first column.
+    """Return columns of those rows that have these cells, as arrays sorted by the first column.
 
-    An empty cell is nan, which is not drawn.
+    An empty cell becomes nan, which is not drawn.
     """
     chosen = [row for row in rows if all(row[name] == cell for name, cell in cells.items())]
     table = sorted([float(row[name] or "nan") for name in names] for row in chosen)
@@ -70,8 +70,8 @@ def shades(names):
 def errorbars(axes, rows, column, colours, *names, **cells):
     """Draw a line with error bars for each value of `column` in colours, {value: colour}.
 
-    names: the columns of x, y and its standard error, or of x, y and its interval's low and high
-    ends. cells: what the rows have in other columns.
+    names: the columns of x, y and either the standard error or an interval's low and high ends.
+    cells: which rows to draw, as for `columns`.
     """
     for value, colour in colours.items():
         x, y, *error = columns(rows, *names, **cells, **{column: value})
@@ -244,14 +244,14 @@ def term_frequency(options):
             errorbars(axes, rows, "step", steps, "frequency", metric, f"{metric}_stderr",
                       model=model, task=task)
             axes.set_xscale("symlog", linthresh=1)  # some terms were never seen
-            axes.set(xlabel="times seen before the checkpoint (tenths of the terms)",
+            axes.set(xlabel="times seen before the checkpoint (deciles of the terms)",
                      ylabel=label, title=f"{model}, {task}, {shots}-shot")
     grid_axes[0].legend(title="step")
     return finish(figure, options.output)
 
 
 def memorization(folder, output):
-    """Draw matched lengths over training, and memorized rows per window against a Poisson's.
+    """Draw matched lengths over steps, and memorized rows per window against Poisson quantiles.
 
     folder: where `analyse` of studies/memorization.py wrote rates.csv and windows.csv.
     """
@@ -272,8 +272,8 @@ def memorization(folder, output):
             bottom.plot(x, counts, ".")
             bottom.plot([0, max(x)], [0, max(x)], "--", color="grey")
             bottom.set(xlabel=f"Poisson, rate {counts.mean():.2f}")
-    axes[0].set(ylabel="tokens right before the first miss")
-    axes[len(models)].set(ylabel="memorized rows of a window")
+    axes[0].set(ylabel="correct tokens before the first wrong one")
+    axes[len(models)].set(ylabel="memorized rows per window")
     axes[0].legend()
     return finish(figure, output)
 
@@ -294,7 +294,7 @@ def differences(path, output):
         first = next(row for row in rows if row["measure"] == measure)
         axes.axhline(0, color="grey")
         errorbars(axes, rows, "measure", {measure: "C0"}, "step", "difference", "low", "high")
-        axes.set(xlabel="step", ylabel="branch - twin (nats; of cost bits per byte)",
+        axes.set(xlabel="step", ylabel="branch - twin (nats; cost: bits per byte)",
                  title=f"{measure}, {int(first['items']):,} item(s), {first['seeds']} seed(s)")
     return finish(figure, output)
 
@@ -313,14 +313,14 @@ def doses(path, output):
 
 
 def places(pairs, output):
-    """Draw the gain of each burst over its step, [(step, gain)], and 16 means along the way."""
+    """Draw each burst's gain over its step, from (step, gain) pairs, and means of neighbours."""
     figure, [axes] = grid(1, 1, 6, 3.6)
     pairs = np.array(sorted(pairs))
     means = np.array([part.mean(axis=0) for part in np.array_split(pairs, min(16, len(pairs)))])
     axes.plot(*pairs.T, ".", color="grey")
     axes.plot(*means.T, marker="o")
-    axes.set(xlabel="step of the burst", ylabel="nats a token better than the mean",
-             title="what is left of 12 exposures within 48 steps")
+    axes.set(xlabel="step of the burst", ylabel="nats per token better than the mean",
+             title="what remains of 12 exposures within 48 steps")
     return finish(figure, output)
 
 
@@ -387,7 +387,7 @@ def window(options):
 def read_losses(path, tokenizer):
     """Return the rows' SHA-256, [{name, seen, tokens}] of them, [(run, step)] and the losses.
 
-    seen: the step in which the first run was trained on a row, if it has come so far.
+    seen: the step in which the first run was trained on a row, if its checkpoints reach that far.
     losses: (checkpoints, rows, T) float32, memory-mapped; NaN where a row has no token.
     """
     with expecting(f"{path}.npy", "finished losses of the rows that its .json describes"):
