@@ -60,7 +60,7 @@ LEGACY_BUFFERS = ("attention.bias", "attention.masked_bias", "attention.rotary_e
 
 
 def checkpoint_steps(steps, every=1000):
-    """Return 0, 1, 2, 4, ..., 512, the multiples of `every` and `steps`: Pythia's 154 of 143000."""
+    """Return 0, 1, 2, 4, ..., 512, the multiples of `every`, and `steps`: for Pythia, 154 steps."""
     scheduled = {0, steps} | {2**i for i in range(10)} | set(range(0, steps, every))
     return sorted(step for step in scheduled if step <= steps)
 
@@ -224,7 +224,7 @@ def compare_with_manifest(folder):
 
 
 def is_whole(folder):
-    """Tell whether all files in the manifest have their size; without one, if weights are there."""
+    """Tell whether a checkpoint is complete, by its manifest's sizes or by its weight files."""
     try:
         if not (folder / "manifest.json").exists():
             return bool(weight_files(folder))
@@ -610,7 +610,7 @@ def fetch(options):
             info = HfApi().model_info(repository, revision=folder.name, files_metadata=True)
             files = {file.rfilename: file.lfs for file in info.siblings}
             safe = any(file.endswith(".safetensors") for file in files)
-            weights = r"model.*\.safetensors.*" if safe else r"pytorch_model.*\.bin.*"
+            weights = r"model[^/]*\.safetensors.*" if safe else r"pytorch_model[^/]*\.bin.*"
             for file, lfs in files.items():
                 if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
                     # By commit: all files belong together even if one is uploaded meanwhile.

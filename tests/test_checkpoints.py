@@ -1,7 +1,7 @@
 """pytest tests/test_checkpoints.py
 
-Tensor files of strangers are read bit for bit, or refused in one line that names them. Nothing in
-them runs.
+Tensor files are read bit for bit, or refused in one line that names the file. No code in them is
+executed.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def test_transformers_reads_a_checkpoint_as_it_lies(tmp_path, tokenizer_path, ge
 
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 5_000_000])
 def test_huggingface_hub_loads_a_checkpoint_as_it_lies(tmp_path, trained, monkeypatch, shard_bytes):
-    """From the index, or from the folder's only *.safetensors: the moments lie elsewhere."""
+    """By the index, or as the only *.safetensors of the folder, since moments have their own."""
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", shard_bytes)
     save(tmp_path, 2, *trained, STATE)
     theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(CONFIG)))
@@ -205,7 +205,7 @@ def test_what_is_no_state_dict_is_named(tmp_path, value, words):
 @given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
        cut=st.integers(0, 10**6) | st.none(), pickled=st.booleans())
 def test_random_corruption_is_an_error_or_other_numbers(tmp_path_factory, edits, cut, pickled):
-    """Whatever happens to a file, it is refused with a ValueError or read as what it says."""
+    """A damaged file is refused with a ValueError, or read as the tensors that it now describes."""
     path = tmp_path_factory.getbasetemp() / ("x.bin" if pickled else "x.safetensors")
     (torch.save if pickled else save_file)(TENSORS, path)
     data = bytearray(path.read_bytes())

@@ -1,7 +1,7 @@
 """pytest tests/test_faults.py; pytest tests/test_faults.py -m proof -s prints the table of faults.
 
-Real processes and real file systems: after every fault each listed checkpoint is whole to the hash,
-the newest whole one can be gone on from, and nothing else was touched. The tests themselves start
+Real processes and real file systems: after every fault each listed checkpoint agrees with its
+hashes, training can resume from the newest, and nothing else was changed. The tests start
 
     python tests/test_faults.py without_pause RUN      # saves until it is killed
     python tests/test_faults.py fill_disk RUN          # until the disk RUN is full
@@ -48,7 +48,7 @@ class Saver:
 
 
 def without_pause(save):
-    """Save for ever: every third as of an interrupted run, and the moments stay on every fifth."""
+    """Save without end, every third step as an interrupted run; keep the moments of every fifth."""
     lock(save.run)
     step = max(saved_steps(save.run), default=-1) + 1
     while True:
@@ -148,7 +148,7 @@ def test_two_processes_cannot_write_one_run(run):
 
 
 def test_links_lead_nowhere(tmp_path, run, save):
-    """Neither another run's checkpoint linked into this one is emptied, nor what .step9.tmp is."""
+    """Files of another run whose checkpoint is linked here stay, and .step9.tmp's target, too."""
     for name in ("other", "precious"):
         (tmp_path / name).mkdir()
     (tmp_path / "precious/file").write_text("mine")
@@ -186,7 +186,7 @@ def test_a_damaged_manifest_of_an_earlier_step_is_left_alone(run, save):
 
 
 def test_moments_stay_on_the_grid_and_in_the_newest_even_of_a_run_that_goes_back(run, save):
-    """Its newest is damaged, so it passes checkpoints again that have given up their moments."""
+    """The newest is damaged, so the run saves steps again of which the moments were removed."""
     for step in range(11):
         save(step, state_every=4)
     assert saved_steps(run) == list(range(11)) and saved_steps(run, state=True) == [0, 4, 8, 10]
@@ -215,10 +215,10 @@ def test_a_checkpoint_of_other_bits_stays_beside_what_replaces_it(run, save):
 
 
 class Disk:
-    """What would be left without power: bytes as they were when their file was last synced.
+    """A disk after a power failure: a file has the bytes that it had at its last os.fsync.
 
-    It learns that from this process's os.fsync. When a checkpoint has got its name, the whole run
-    folder is copied as it would be found then: every name there is, with the synced bytes alone.
+    Whenever a checkpoint is renamed to stepN, the run folder is copied as it would be found if the
+    power failed then: with all its names, but only the bytes that were synced.
     """
 
     def __init__(self, run, images, monkeypatch):
@@ -244,7 +244,7 @@ class Disk:
 
 
 def test_a_run_goes_on_to_the_same_bits_after_a_power_failure(data, tmp_path, monkeypatch):
-    """Whenever a checkpoint has got its name, all of it and of the tables is on the disk."""
+    """When a checkpoint is renamed, all its bytes and those of the tables are on the disk."""
     settings = dict(intervention="term_drop", terms="e,t,a")
     run, images = tmp_path / "run", tmp_path / "images"
     with monkeypatch.context() as patch:
@@ -257,7 +257,7 @@ def test_a_run_goes_on_to_the_same_bits_after_a_power_failure(data, tmp_path, mo
         for name in ("metrics", "interventions"):
             assert table(image / f"{name}.csv") == [
                 row for row in table(run / f"{name}.csv") if int(row["step"]) < step]
-        # The name itself is on the disk before training goes on.
+        # The new name, too, is synced before training continues.
         assert disk.events[disk.events.index(folder) + 1] == run
     assert table(run / "interventions.csv")
     shutil.copytree(images / "step8", tmp_path / "again")

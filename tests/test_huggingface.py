@@ -1,6 +1,6 @@
 """pytest tests/test_huggingface.py
 
-Published checkpoints of every form in, ours out, and the Hub.
+Import of every published form, export, and downloads from the Hub.
 """
 
 import functools
@@ -36,7 +36,7 @@ def weights(dtype=torch.float16, config=CONFIG):
 
 
 def legacy_buffers():
-    """What files of 2023 carry besides the weights."""
+    """Return the buffers that uploads of 2023 contain besides the weights."""
     return {f"gpt_neox.layers.{i}.attention.{name}": tensor for i in range(2) for name, tensor in {
         "bias": torch.ones(32, 32, dtype=torch.uint8).tril()[None, None],
         "masked_bias": torch.tensor(-1e9).half(),
@@ -54,7 +54,7 @@ CONFIG_2022 = {
 
 
 def published(folder, tensors, form="model.safetensors", config=CONFIG_2022):
-    """Write a checkpoint as it lies on disk after a download."""
+    """Write a checkpoint folder as a download of this form leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     write = save_file if "safetensors" in form else torch.save
@@ -291,7 +291,7 @@ def test_an_overflow_of_float16_is_named_and_leaves_nothing(tmp_path):
 
 
 def test_a_tokenizer_that_is_none_is_not_published(tmp_path):
-    """A stranger's folder may have a link to any file."""
+    """A published folder may contain a link to a private file."""
     source = published(tmp_path / "step8", weights())
     (tmp_path / "secret").write_text('{"token": "secret"}')
     for target in ("secret", "/dev/zero"):
@@ -333,7 +333,7 @@ def test_known_bad_uploads_warn_and_good_ones_do_not():
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):
-    """The Hub, as far as huggingface_hub asks for it here: files of a folder, with its headers."""
+    """A local Hub for huggingface_hub: the files of a folder, with the headers that it expects."""
 
     def end_headers(self):
         self.send_header("X-Repo-Commit", "0" * 40)
@@ -345,7 +345,7 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
 
 def upload(hub, step, claimed=None):
-    """Write a revision of pythia-70m: weights, and what the Hub's interface says of them."""
+    """Write a revision of pythia-70m: weights, and the Hub's description of its files."""
     commit = f"{step:040}"
     folder = published(hub / f"EleutherAI/pythia-70m/resolve/{commit}",
                        weights() | legacy_buffers())
@@ -378,7 +378,7 @@ def test_fetch_downloads_checks_and_goes_on(tmp_path):
     assert "pythia-70m step 0: steps 0 and 1 are equal" in fetch("--steps=0,512", expect=0)[0]
     assert saved_steps(run) == [0, 512] and not (run / "step0/pytorch_model.bin").exists()
     assert_equal(bits(load_model(run / "step512")), weights())
-    shutil.rmtree(hub / "api")  # what is there is not asked for again
+    shutil.rmtree(hub / "api")  # complete checkpoints need no Hub
     assert "EleutherAI/pythia-70m step7: " in fetch("--steps=512,7", expect=2)[-1]
     upload(hub, 512, claimed="0" * 64)
     said = fetch("--steps=512", "--out_dir=other", expect=2)
