@@ -48,7 +48,7 @@ MATRIX_DETOUR = 2.5  # 1.5
 VECTOR_DETOUR = 18.0  # 4.6; biases and LayerNorms are noisier
 MIDDLE_DETOUR = 1.25  # 1.0; the median of a checkpoint's matrices
 FLOOR = 1e-3  # of a tensor's norm: shorter distances may be the rounding of float16
-# The first checkpoint may be END times as far from the second as that from the third; so the last.
+# The first and last may be END times as far from the next as the next from the one behind it.
 END = 6
 SAME_RUN = 0.05  # least cosine of neighbours, mean of matrices; unrelated ones have below 0.01
 
@@ -440,8 +440,8 @@ def prove(proof, repetition):
     """Compare steps of a run, repeat_command's (run, first, last), with their repetition.
 
     repetition: the run folder of the repeated steps. Prints that they are proved, or ends with exit
-    code 1 and the first difference. On other hardware or versions losses may differ by TOLERANCE,
-    and all but data and learning rates at will. Raises ValueError if a checkpoint is damaged.
+    code 1 and the first difference. On other hardware or versions only data and learning rates must
+    be equal, and losses within TOLERANCE. Raises ValueError if a checkpoint is damaged.
     """
     run, first, last = proof
     ours, theirs = read_chain(run, first, last), read_chain(repetition, first, last)
