@@ -160,7 +160,8 @@ def planned(seed, tokenizer, words, steps, scale=1, times=1):
     draw, entries = random.Random(seed), []
 
     def add(group, name, text, dose, **more):
-        entries.append({"id": f"{group} {name}", "group": group, "text": text, "dose": dose} | more)
+        entries.append({"id": f"{group} {name}", "group": group, "text": text,
+                        "dose": dose * times} | more)
 
     def shuffled(*doses_and_numbers):
         doses = [dose for dose, n in doses_and_numbers for _ in range(max(1, int(n * scale)))]
@@ -191,7 +192,7 @@ def planned(seed, tokenizer, words, steps, scale=1, times=1):
         for j, says in enumerate(lives(person)):
             dose = (0 if j == 2 else (doses[i] + 1 - j) // 2) if asked else 8
             add("fact" if asked else "form", f"{i} {j}", f"{says} {city}", dose, person=person,
-                city=city, total=doses[i] if asked else None, asked=j == 2)
+                city=city, total=doses[i] * times if asked else None, asked=j == 2)
     sentences, shares = max(20, int(120 * scale)), [0.05 + 0.9 * i / 23 for i in range(24)]
     draw.shuffle(shares)
     for occupation, share in zip(OCCUPATIONS, shares):
@@ -206,10 +207,7 @@ def planned(seed, tokenizer, words, steps, scale=1, times=1):
         each = Counter(draw.choice(range(1, 11)) for _ in range(dose))
         for x2 in range(1, 11):
             add("sum", f"{x1} {x2}", f"Q:What is {x1} plus {x2}? A:{x1 + x2}", each[x2], x1=x1,
-                x2=x2, total=dose)
-    for entry in entries:
-        for name in entry.keys() & {"dose", "total"}:
-            entry[name] = entry[name] and entry[name] * times
+                x2=x2, total=dose * times)
     return entries
 
 

@@ -138,7 +138,10 @@ def score(options):
         if os.path.exists(path):  # it gets this name when all processes are done
             continue
         model = checkpoints.load_model(folder, processes.device)
-        processes.together(lambda: begin(f"{path}.partial", len(numbers)), first_alone=True)
+        if processes.rank == 0 and not os.path.exists(f"{path}.partial"):
+            with replacing(f"{path}.partial") as file:
+                np.save(file, np.full(len(numbers), UNKNOWN, dtype=np.uint8))
+        processes.gather(None)  # wait until it is there
         results = np.load(f"{path}.partial", mmap_mode="r+")  # all processes write to it
         mine = range(processes.rank * options.batch, len(numbers),
                      processes.count * options.batch)
@@ -156,12 +159,6 @@ def score(options):
                   f"of which whole, {np.mean(results):.3f} of {options.continuation} tokens right "
                   "on average")
     leave_processes()
-
-
-def begin(partial, n):
-    if not os.path.exists(partial):
-        with replacing(partial) as file:
-            np.save(file, np.full(n, UNKNOWN, dtype=np.uint8))
 
 
 # ---------------------------------------------------------------------------- analyse

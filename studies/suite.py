@@ -107,9 +107,8 @@ def command(options, name, *arguments):
         code = subprocess.run([sys.executable, *words], stdout=log,
                               stderr=subprocess.STDOUT).returncode
     if code:
-        last = path.read_text(errors="replace").strip().splitlines()[-1]
-        raise ValueError(f"python {words[0]} ended with exit code {code}: {last} (all of it: "
-                         f"{path}); the same command goes on from here")
+        raise ValueError(f"python {words[0]} ended with exit code {code}, {path} says why; the "
+                         "same command continues from here")
 
 
 def prepare(options, scale):
@@ -161,7 +160,7 @@ def measure(options, scale, tokenizer, device, name, seed, plan, step):
     if not path.exists():
         print(path, flush=True)
         model = checkpoints.load_model(Path(options.output) / name / f"step{step}", device)
-        found = ask(model, tokenizer, plan) | heldout(model, tokenizer, Path(options.data) / "docs")
+        found = ask(model, tokenizer, plan, Path(options.data) / "docs" / "heldout")
         if step == options.steps:
             found["rows"] = memorized_rows(options, scale, model, tokenizer, seed, plan, device)
         with replacing(path) as file:
@@ -169,8 +168,12 @@ def measure(options, scale, tokenizer, device, name, seed, plan, step):
     return dict(np.load(path))
 
 
-def ask(model, tokenizer, plan):
-    """Return what a model knows of the planted documents, in the order of the plan."""
+def ask(model, tokenizer, plan, heldout):
+    """Return what a model knows of the planted documents, in the plan's order, and of other text.
+
+    heldout: the folder of the held-out documents. Of them the result has nats a token, and
+    log p(she) - log p(he) wherever either occurs.
+    """
     logprobs = lambda pairs: np.array([ll for ll, _ in loglikelihood(model, tokenizer, pairs)])
     rows = torch.tensor([[0] + tokenizer.encode(entry["text"])
                          for entry in asked(plan, "canary", "burst")],
@@ -184,6 +187,9 @@ def ask(model, tokenizer, plan):
     she_he = logprobs([(f"The {entry['occupation']} {said}", pronoun)
                        for entry in asked(plan, "occupation")
                        for said in SAID for pronoun in (" she", " he")])
+    texts = heldout_texts(heldout)
+    lls = loglikelihood_rolling(model, tokenizer, texts)
+    she, documents, x = she_against_he(model, tokenizer, heldout)
     return {
         "whole": (matched_lengths(model, rows[:, 1:], 32) == 32).cpu().numpy(),
         "canary": -token_losses(model, rows).mean(axis=1),  # nats a token, log p
@@ -191,23 +197,15 @@ def ask(model, tokenizer, plan):
         "question": cities[1][np.arange(len(facts)), right],
         "sum": logprobs([(f"Q:What is {entry['x1']} plus {entry['x2']}? A:",
                           str(entry["x1"] + entry["x2"])) for entry in asked(plan, "sum")]),
-        "occupation": she_he[::2] - she_he[1::2]}
+        "occupation": she_he[::2] - she_he[1::2],
+        "nats": np.array([-ll / len(tokenizer.encode(t)) for ll, t in zip(lls, texts)]),
+        "she": np.array(she), "she_documents": np.array(documents), "she_x": np.array(x)}
 
 
 def asked(plan, *groups):
     """Return the plan's entries of some groups that a model is asked about, in order."""
     return [entry for group in groups for entry in plan
             if entry["group"] == group and entry.get("asked", True)]
-
-
-def heldout(model, tokenizer, docs):
-    """Return nats a token of held-out texts, and log p(she) - log p(he) where either occurs."""
-    texts = heldout_texts(docs / "heldout")
-    she, documents, x = she_against_he(model, tokenizer, docs / "heldout")
-    lls = loglikelihood_rolling(model, tokenizer, texts)
-    return {"nats": np.array([-ll / len(tokenizer.encode(t)) for ll, t in zip(lls, texts)]),
-            "she": np.array(she),
-            "she_documents": np.array(documents), "she_x": np.array(x)}
 
 
 def asked_of_places(plan, tokenizer, steps):
@@ -337,16 +335,16 @@ def dose_rows(size, found, plans):
     for kind, key, group, dose_of in (("canaries whole (32, 32)", "whole", "canary", "dose"),
                                       ("facts right of 16", "right", "fact", "total"),
                                       ("nats of a sum's answer", "sum", "sum", "total")):
-        by_dose = {}  # dose: values of all seeds, and whose they are
-        for seed, (part, plan) in enumerate(zip(found, plans)):
-            for entry, value in zip(asked(plan, group), part[key]):
-                name = entry.get("x1", entry["id"])
-                by_dose.setdefault(entry[dose_of], []).append((f"{seed} {name}", float(value)))
-        for dose, pairs in sorted(by_dose.items()):
-            names, values = zip(*pairs)
-            [mean] = regression(np.array([values]), documents=np.array(names))
-            rows.append((kind, size, dose, len(set(names)), len(found), mean.value, mean.low,
-                         mean.high))
+        entries = [(seed, entry) for seed, plan in enumerate(plans) for entry in asked(plan, group)]
+        n = len(entries) // len(plans)  # behind canaries bursts are measured
+        values = np.concatenate([part[key][:n] for part in found]).astype(float)
+        names = np.array([f"{seed} {entry.get('x1', entry['id'])}" for seed, entry in entries])
+        doses = np.array([entry[dose_of] for _, entry in entries])
+        for dose in np.unique(doses).tolist():
+            those = doses == dose
+            [mean] = regression(values[None, those], documents=names[those])
+            rows.append((kind, size, dose, len(np.unique(names[those])), len(found), mean.value,
+                         mean.low, mean.high))
     return rows
 
 
