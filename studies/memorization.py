@@ -13,9 +13,8 @@ With a published model and its data, checkpoint folders are named step13000, ste
         --model=pythia-12b-deduped/step143000 --data=data/pile-deduped/document --output=OUT
 
 Cost (`python bench.py memorization`, float32): with a 70m, two CPU cores score 187 rows/s that are
-wrong at once and 49 rows/s that are right to the end; an H100 25,157 of the former, with a 410m
-2,152. All 146,432,000 rows of Pythia take 9 to 35 days a checkpoint on the cores, --rows=0:1000000
-1.5 to 6 hours. The 12B takes at least 1.1e20 FLOPs, 7.6e11 a row.
+wrong at once and 49 rows/s that are right to the end, an H100 25,157 of the former. The 146,432,000
+rows of Pythia take the cores 9 to 35 days a checkpoint, --rows=0:1000000 1.5 to 6 hours.
 
 `score` writes OUT/NAME_stepN.npy, uint8 (rows,): how many of the l tokens are right before the
 first mistake. `analyse` writes three tables of them, where a model has the name of its folder:
@@ -35,8 +34,6 @@ is learnt of it is tested on losses, minus those of a run that saw the rows in a
 
     python eval.py losses --model=RUN,OTHER --steps=last --rows=0:4096 --output=OUT/losses
     python -m studies.memorization position --losses=OUT/losses --model=RUN --reference=OTHER
-
-With --text=PLAN.jsonl, a plan of planted documents (interventions.py), each group is tested too.
 """
 
 import math
@@ -55,7 +52,6 @@ import plots
 from config import check, command, expecting, read_json, replacing
 from data import load_npy, order_of, ordered, span
 from eval import find_all, Models
-from interventions import read_plan
 from model import Cache, head_blocks
 from parallel import Processes, leave_processes
 from studies.results import open_results, permutation_p, student_p, write_csv, write_table
@@ -127,8 +123,7 @@ def score(options):
     [order], folders = orders, find_all(options.model, options.steps)
     data, width = ordered(order), options.context + options.continuation
     if width > data.seq_length + 1:
-        raise ValueError(f"context + continuation = {width}, but a row has {data.seq_length + 1} "
-                         "tokens")
+        raise ValueError(f"context + continuation = {width}: a row has {data.seq_length + 1}")
     numbers = span("rows", options.rows or f"0:{len(data)}", len(data))
     open_results(f"{options.output}/memorization.json", {
         "first_row": numbers[0], "last_row": numbers[-1], "context": options.context,
@@ -156,8 +151,7 @@ def score(options):
         if processes.rank == 0:
             os.replace(f"{path}.partial", path)
             print(f"{path}: {len(results):,} rows, {np.mean(results == options.continuation):.3%} "
-                  f"of which whole, {np.mean(results):.3f} of {options.continuation} tokens right "
-                  "on average")
+                  f"memorized, {np.mean(results):.3f} of {options.continuation} tokens right")
     leave_processes()
 
 
@@ -176,18 +170,16 @@ class Analyse:
 
 def analyse(options):
     """Write tables of how many rows are memorized, and of the tests on counts per window."""
-    folder, window, files = Path(options.results), options.window, []
-    for path in folder.glob("*_step*.npy"):
-        name, _, step = path.stem.rpartition("_step")
-        if step.isdigit():
-            files.append((name, int(step), path))
+    folder, window = Path(options.results), options.window
+    files = [(*path.stem.rpartition("_step")[::2], path) for path in folder.glob("*_step*.npy")]
     if not files:
         raise ValueError(f"{folder}: no NAME_stepN.npy there; `score` makes them")
     settings, rates, tests, windows = read_json(folder / "memorization.json"), [], [], []
     with expecting(folder / "memorization.json", "written by `score`"):
         first, whole = int(settings["first_row"]), int(settings["continuation"])
         batch_size = int(settings["order"]["batch_size"])
-    for name, step, path in sorted(files):
+        files = sorted((name, int(step), path) for name, step, path in files)
+    for name, step, path in files:
         lengths, n_seen = load_npy(path), max(0, step * batch_size - first)
         if lengths.ndim != 1 or lengths.dtype != np.uint8:
             raise ValueError(f"{path}: not written by `score`; move it away")
@@ -197,8 +189,7 @@ def analyse(options):
                 rates.append((name, step, which, len(part), int(memorized.sum()),
                               float(memorized.mean()), float(part.mean())))
         counts = window_counts(lengths[:n_seen] == whole, window)
-        mean = counts.mean() if len(counts) else None
-        share = mean / window if len(counts) else None
+        mean, share = (counts.mean(), counts.mean() / window) if len(counts) else (None, None)
         tests += [(name, step, window, len(counts), mean, share, test, *found)
                   for test, found in poisson_tests(counts, window).items()]
         windows += [(name, step, window, count, int((counts == count).sum()))
@@ -260,31 +251,17 @@ class Position:
 
 
 def position(options):
-    """Test whether what is learnt of a row or planted document depends on its place in training."""
+    """Test whether what is learnt of a row depends on its place in training."""
     prefix = options.losses.removesuffix(".npy")
     what, values = read_json(f"{prefix}.json"), load_npy(f"{prefix}.npy")
-    groups = {}  # name: which of the texts are of it
-    with expecting(f"{prefix}.json", "written by `eval.py losses`"):
+    with expecting(f"{prefix}.json", f"losses of rows of {options.model} and {options.reference}, "
+                                     "written by `eval.py losses`"):
         last = {name: i for i, (name, _) in enumerate(what["checkpoints"])}
-        if "text" in what:  # the plan of planted documents
-            plan = read_plan(what["text"])
-            place = np.array([np.mean(entry["steps"] or np.nan) for entry in plan])
-            names = np.array([str(entry.get("group", "")) for entry in plan])
-            groups = {name: names == name for name in np.unique(names)}
-        else:
-            place = np.arange(*what["rows"])
-    if missing := {options.model, options.reference} - last.keys():
-        raise ValueError(f"{prefix}.json: no {', '.join(missing)} among {', '.join(last)}")
-    gain = np.nanmean(values[last[options.reference]] - values[last[options.model]], axis=1)
-    if len(gain) != len(place):
-        raise ValueError(f"{prefix}.npy: {len(gain)} texts, {prefix}.json has {len(place)}")
-    rows = []
-    for name, mine in ({"all": np.isfinite(place)} | groups).items():
-        mine = mine & np.isfinite(place)  # a document that never came has no place
-        rows += [(options.model, options.reference, name, int(mine.sum()), *found)
-                 for found in position_test(place[mine], gain[mine])]
-    write_table(options.output, ("model", "reference", "subset", "n", "term", "value", "stderr",
-                                 "p", "permutation_p"), rows)
+        gain = (values[last[options.reference]] - values[last[options.model]]).mean(axis=1)
+        tests = position_test(np.arange(*what["rows"]), gain)
+    write_table(options.output, ("model", "reference", "n", "term", "value", "stderr", "p",
+                                 "permutation_p"),
+                [(options.model, options.reference, len(gain), *test) for test in tests])
 
 
 def position_test(place, values, draws=999):

@@ -9,8 +9,7 @@ file (studies/corpus.py). The largest size has five seeds of order, initialisati
 middle one three. One run has every planted document once at most, as if deduplicated. Branches of
 the largest model swap pronouns in the last quarter, one of them as the code pushed to gpt-neox. A
 branch is compared with its parent's own continuation, which is what a control twin would be, bit
-for bit. On a CPU runs go side by side, one on each core. After an interruption the same command
-continues.
+for bit. On a CPU one run goes on each core. After an interruption the same command continues.
 
 The primary outcomes, of the largest size (the p-values of all others are adjusted by Holm):
 
@@ -211,10 +210,10 @@ def asked(plan, *groups):
 def asked_of_places(plan, tokenizer, steps):
     """Return the steps whose rows count for dispersion and trend, and the canaries that do not.
 
-    Two rules keep the planting itself from looking like an effect. A step with a burst has less
-    room for canaries, so its rows do not count. Rows of unequal rates are nearly Poisson only if
-    few are memorized (studies/memorization.py), so only every fourth canary counts. Without these
-    rules a test at 5 % rejects in half of all plans, with them in 2.5 % (tests/test_suite.py).
+    Two rules keep the planting itself from looking like an effect: a step with a burst has less
+    room for canaries, so its rows do not count; and counts are nearly Poisson only if few rows are
+    memorized, so every fourth canary counts. Without them a test at 5 % rejects in half of all
+    plans, with them in 2.5 % (tests/test_suite.py).
     """
     of_bursts = {step for entry in plan if entry["group"] == "burst" for step in entry["steps"]}
     left_out = {tuple(tokenizer.encode(entry["text"]))
@@ -385,11 +384,8 @@ STUDIES = {  # title: figure, what the paper found
                           "cost."),
     "Term frequency": ("doses", "what was seen more often is answered better; this shows from 2.8B "
                        "parameters on, so it grows with size.")}
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 45rem; margin: 0 auto; padding: 1rem; }
-img { max-width: 100%; height: auto; background: white; }
-"""
+STYLE = """body { font: 16px/1.5 system-ui; max-width: 45rem; margin: 0 auto; padding: 1rem; }
+img { max-width: 100%; height: auto; }"""
 
 
 def sentence(claim, size, seeds, value, _, low, high, p):

@@ -2,8 +2,7 @@
 
 Biderman et al. 2023, section 3.3, compare accuracy on arithmetic with how often the operand x1 has
 occurred in the training data so far. They find a correlation from 2.8B parameters and about step
-65,000 on, and a gap between frequent and rare operands that grows during training. With the paper's
-models and data:
+65,000 on, and a gap between frequent and rare operands that grows. With the paper's models:
 
     python -m studies.term_frequency count --data=data/pile-deduped/document --output=counts \\
         --at=13000,39000,65000,91000,117000,143000
@@ -328,10 +327,8 @@ def compare(options):
         answers = [groups.get((name, *where)) for name in names]
         if None in answers:
             continue
-        if len(set(map(frozenset, answers))) > 1:
-            raise ValueError(f"{options.results}: not the same prompts for all of "
-                             f"{', '.join(names)} at step {where[0]}; run `evaluate` again")
-        logprobs = np.array([[found[prompt][1] for prompt in answers[0]] for found in answers])
+        with expecting(options.results, f"answers of {', '.join(names)} to the same prompts"):
+            logprobs = np.array([[found[prompt][1] for prompt in answers[0]] for found in answers])
         gains = logprobs[::2] - logprobs[1::2]  # (seeds, prompts)
         terms = np.array([term for term, _ in answers[0]])  # terms were treated, not prompts
         mine = np.isin(terms, chosen)

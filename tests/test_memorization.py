@@ -137,26 +137,20 @@ def test_runs_of_different_orders_are_refused(tmp_path):
         score(Score(model=f"{tmp_path}/a,{tmp_path}/b", output=f"{tmp_path}/out"))
 
 
-def test_position_is_tested_on_rows_and_on_planted_documents(scored, tmp_path):
+def test_position_is_tested_on_losses_of_rows(scored, tmp_path):
     """With losses made by hand: what the run learnt late in training it knows better."""
     generator = np.random.default_rng(0)
     order = asdict(order_of(scored.model))
-    plan = [{"id": str(i), "group": "early" if i < 20 else "late", "text": "x", "steps": [i]}
-            for i in range(40)] + [{"id": "never", "text": "x", "steps": []}]
-    write_jsonl(tmp_path / "plan", plan)
-    for name, what, n in (("rows", {"order": order, "rows": [0, 40]}, 40),
-                          ("plan", {"text": f"{tmp_path}/plan"}, 41)):
-        values = generator.standard_normal((3, n, 5)).astype(np.float32)
-        values[1] -= 9  # an earlier checkpoint, which is not the last
-        values[2] = values[0] - np.linspace(0, 3, n)[:, None] + 0.1 * values[2]
-        values[:, :3, 3:] = np.nan
-        np.save(tmp_path / f"{name}.npy", values)
-        write_json(tmp_path / f"{name}.json", what | {
-            "checkpoints": [["other", "8"], ["run", "4"], ["run", "8"]]})
-        position(Position(f"{tmp_path}/{name}", "run", "other", f"{tmp_path}/{name}.csv"))
-        line, hump, *rest = table(tmp_path / f"{name}.csv")
-        assert (line["subset"], line["n"]) == ("all", "40") and float(line["permutation_p"]) < 0.01
-        assert float(line["value"]) == pytest.approx(3, abs=0.2) and abs(float(hump["value"])) < 0.2
-        assert {row["subset"] for row in rest} == (set() if name == "rows" else {"early", "late"})
-    with pytest.raises(ValueError, match="no third among other, run"):
-        position(Position(f"{tmp_path}/plan", "run", "third"))
+    values = generator.standard_normal((3, 40, 5)).astype(np.float32)
+    values[1] -= 9  # an earlier checkpoint, which is not the last
+    values[2] = values[0] - np.linspace(0, 3, 40)[:, None] + 0.1 * values[2]
+    np.save(tmp_path / "rows.npy", values)
+    write_json(tmp_path / "rows.json", {
+        "order": order, "rows": [0, 40],
+        "checkpoints": [["other", "8"], ["run", "4"], ["run", "8"]]})
+    position(Position(f"{tmp_path}/rows", "run", "other", f"{tmp_path}/rows.csv"))
+    line, hump = table(tmp_path / "rows.csv")
+    assert line["n"] == "40" and float(line["permutation_p"]) < 0.01
+    assert float(line["value"]) == pytest.approx(3, abs=0.2) and abs(float(hump["value"])) < 0.2
+    with pytest.raises(ValueError, match="not losses of rows of run and third, .*'third'"):
+        position(Position(f"{tmp_path}/rows", "run", "third"))
