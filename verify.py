@@ -187,7 +187,8 @@ def check_path(scans):
     from_first = (apart[matrix, 0] / norms[matrix, :1]).nanmean(0)
     before, after = norms[matrix, :-1], norms[matrix, 1:]
     between = apart[matrix].diagonal(1, 1, 2)
-    cosines = ((before**2 + after**2 - between**2) / (2 * before * after)).nanmean(0)
+    cosines = (before**2 + after**2 - between**2) / (2 * before * after)
+    cosines = cosines.clamp(-1, 1).nanmean(0)  # rounding errors exceed 1 if one norm is 1e38
     for i, here in enumerate(scans):
         here.place = from_first[i], cosines[i - 1] if i else math.nan, middle[i]
         note_tensors(here, names, off[:, i], "off the path between their neighbours")
