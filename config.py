@@ -162,7 +162,8 @@ def run(function, *arguments):
             raise  # a bug
         fail(f"a setting is too large, such as the (micro-)batch: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; finished work is kept, and the same command continues it")
+        print("interrupted; finished work is kept, the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager

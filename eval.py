@@ -443,7 +443,8 @@ def record(config, table, done, entry, job, results):
     table.append(*(row.values() for row in new))
     done.update(map(identity, new))
     print(f"{name} step {step:>6} | {job.name} |", " | ".join(
-        f"{row['metric']} {row['value']:.4f}" for row in rows if row["task"] == job.name))
+        f"{row['metric']} {row['value']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")
+        for row in rows if row["task"] == job.name))
 
 
 def find_all(models, steps):
