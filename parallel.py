@@ -2,9 +2,8 @@
 
     python train.py configs/pythia_12b.py --plan=True --gpus=64 --gpu_memory=80
 
---plan prints FLOPs, days, disk and memory before they are paid for, and the torchrun line that
-keeps the batches as they are. It reads no data. Source of the loss scale: DeeperSpeed,
-fp16/loss_scaler.py.
+--plan reads no data. It prints FLOPs, days, disk space and memory, and the torchrun line that keeps
+the batch size. Source of the loss scale: DeeperSpeed, fp16/loss_scaler.py.
 """
 
 import functools
@@ -15,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+import timeit
 from dataclasses import dataclass
 
 import torch
@@ -29,49 +29,50 @@ from model import losses_and_gradient
 
 
 class Processes:
-    """This process among those that torchrun started; alone, it is rank 0 of 1.
+    """This process's place among those that torchrun started: rank 0 of 1 without torchrun.
 
-    device: "auto", "cpu" or "cuda". timeout: a timedelta, how long a process may wait for another;
-    None is torch's default. threads: of a process on a CPU; None shares out the cores.
+    device: "auto", "cpu" or "cuda". timeout: a timedelta, how long a process waits for the others;
+    None is torch's default. threads: of each process on a CPU; None shares out the cores.
     """
 
-    signal = 0  # the last that this process got; see listen
+    signal = 0  # the last one received, see listen
 
     def __init__(self, device="auto", timeout=None, threads=None):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.first_on_node = local_rank == 0
         if device not in ("auto", "cpu") and not torch.cuda.is_available():
             raise ValueError(f"device = {device!r}, but this torch sees no GPU; "
                              "--device=cpu computes without")
         if device != "cpu" and torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
             if threads or on_this_node > 1:  # torchrun leaves one thread to each
                 torch.set_num_threads(threads or max(1, os.cpu_count() // on_this_node))
         if self.count > 1:
-            # Hosts exchange their messages over gloo, so that GPUs need not stop for them.
+            # The hosts' own messages go over gloo, so that no GPU has to wait for them.
             backend = "gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=timeout)
 
     def mean(self, values):
-        """Return the mean over processes of a tensor's values, as a list; waits for the device."""
+        """Return the mean over processes of a tensor, as numbers; wait until they are computed."""
         values = values.double()
         if self.count > 1:
             dist.all_reduce(values)
         return (values / self.count).tolist()
 
     def any(self, flag):
-        """Return whether the flag is true on one process at least."""
-        if self.count == 1:
-            return bool(flag)
-        return self.mean(torch.tensor(float(flag))) > 0  # on the host: over gloo
+        """Return whether the flag is true on at least one process."""
+        # A tensor on the host, hence over gloo.
+        return bool(flag) if self.count == 1 else self.mean(torch.tensor(float(flag))) > 0
 
     @staticmethod
     def gather(value):
-        """Return a list of every process's value, any picklable object, by rank."""
+        """Return every process's value, any picklable object, in a list by rank."""
         if not dist.is_initialized():
             return [value]
         values = [None] * dist.get_world_size()
@@ -79,9 +80,9 @@ class Processes:
         return values
 
     def together(self, act, first_alone=False):
-        """Return act() of this process, once all have done it; first_alone: the others only wait.
+        """Return act() once all processes have called it, or only the first (first_alone).
 
-        A user's mistake in one process ends all of them, and the first one tells it.
+        A user's mistake on any process ends all of them with one line.
         """
         result = problem = None
         try:
@@ -93,14 +94,14 @@ class Processes:
         return result
 
     def agree(self, settings):
-        """Raise ValueError naming every setting {name: value} that a process has otherwise."""
+        """Raise ValueError naming every setting {name: value} that differs between processes."""
         first = self.gather(settings)[0]
         self.refuse("; ".join(
             f"rank {self.rank}: {name} is {settings.get(name)!r}, but {first.get(name)!r} on rank 0"
             for name in first | settings if settings.get(name) != first.get(name)))
 
     def refuse(self, problem):
-        """Raise ValueError on the first process if any has a problem; the others end."""
+        """If any process has a problem, raise ValueError on the first one and end the others."""
         problems = dict.fromkeys(filter(None, self.gather(problem)))
         if problems and self.rank > 0:
             sys.exit(2)
@@ -108,38 +109,31 @@ class Processes:
             raise ValueError("; ".join(problems))
 
     def listen(self):
-        """From now on note a SIGINT or SIGTERM, on which the loop acts between steps."""
-        def note(number, frame):
-            self.signal = number
-
+        """From now on only note SIGINT and SIGTERM; the training loop ends after its step."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, note)
-
-    def exit(self):
-        """End with the signal's exit code, or SIGTERM's if only another process got one."""
-        sys.exit(128 + (self.signal or signal.SIGTERM))
+            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
 
 
 def leave_processes():
-    """End what Processes began."""
+    """Leave the process group that Processes joined."""
     if dist.is_initialized():
-        # gloo's thread needs Python's lock to release its last message. A group that is destroyed
-        # earlier waits for that thread while it holds the lock: both would wait for ever.
+        # gloo's thread needs Python's lock to release its last message. Destroying the group waits
+        # for that thread while holding the lock, so without this pause both could wait for ever.
         time.sleep(0.2)
         dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch computes a run. It may differ at every resume; only rounding changes."""
-    device: str = "auto"  # cuda where there is one, else cpu
+    """How one launch computes a run. All of it may change at a resume; only rounding differs."""
+    device: str = "auto"  # auto (cuda if there is a GPU), cpu or cuda
     micro_batch_size: int = 32  # sequences per forward pass of one process
     sharding: str = "ddp"  # or fsdp: weights, gradients and moments spread over the processes
-    activation_checkpointing: bool = False  # keep each block's input only, compute the rest again
+    activation_checkpointing: bool = False  # keep only each block's input and recompute the rest
     compile: bool = False  # torch.compile each block, and on a GPU the loss
-    deterministic: bool = False  # equal bits on every rerun on a GPU too (a CPU's are equal anyway)
+    deterministic: bool = False  # same bits in every rerun on a GPU too (a CPU always has them)
     threads: int | None = None  # of each process on a CPU; default: the cores are shared out
-    check_data: bool = False  # compare every byte of the data with the SHA-256 that tokenize noted
+    check_data: bool = False  # first compare every byte of the data with the SHA-256 in PREFIX.json
 
     def __post_init__(self):
         check(self, "auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__, "device")
@@ -148,32 +142,32 @@ class LaunchConfig:
 
 
 def parallelize(model, launch, dtype, processes, exact_sums=False):
-    """Return the module that training calls, whose every process takes its part.
+    """Return the module that training calls: the model, or DDP or FSDP around it.
 
-    model: a Pythia on the meta device. It gets its memory here, unfilled, on the processes' device.
-    DDP keeps every weight on every process and averages gradients. FSDP2 keeps 1/n of weights,
-    gradients and moments on each of n processes and gathers one block at a time. In float32 both
-    take the same steps (tests/test_parallel.py: 1e-6). At 16 bits FSDP rounds the blocks' LayerNorm
-    weights too, as Pythia's own fp16 weights were; autocast leaves them in float32. exact_sums:
-    gradients are not averaged here (ExactSums does).
+    model: a Pythia on the meta device. It is allocated here, uninitialised, on the processes'
+    device. DDP keeps all weights on every process and averages gradients. FSDP2 keeps 1/n of
+    weights, gradients and moments on each of n processes and gathers one block at a time. In
+    float32 both take the same steps (tests/test_parallel.py: 1e-6). At 16 bits FSDP also rounds the
+    blocks' LayerNorm weights, as in Pythia's own fp16 training; autocast keeps them in float32.
+    With exact_sums, gradients are summed by ExactSums instead of being averaged here.
     """
     if launch.compile and processes.device.type == "cuda" and dtype != torch.float32:
         model.fused_loss = torch.compile(losses_and_gradient)
     for layer in model.layers:
-        # The forward function is replaced, not the module, so that no wrapper's prefix reaches a
-        # parameter's name. FSDP's hooks come outermost, then recomputation, the compiled block.
+        # Replacing forward, not the module, keeps wrappers' prefixes out of parameter names. The
+        # order from inside out: compiled block, recomputation, FSDP's hooks.
         if launch.compile:
             layer.forward = torch.compile(layer.forward)
-        if launch.activation_checkpointing:  # there is no dropout, hence no random state to keep
+        if launch.activation_checkpointing:  # no dropout, so no random state
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False,
                                               preserve_rng_state=False)
     if processes.count > 1 and launch.sharding == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh  # takes a second
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(processes.device.type, (processes.count,))
-        # Blocks travel in the dtype of their matmuls, half the bytes (a CPU's LayerNorm wants its
-        # weights in float32). The root, embeddings and last norm, stays float32, and with it the
-        # residual stream, as under DDP and autocast.
+        # Blocks are gathered in the dtype of their matmuls, which halves the bytes (a CPU's
+        # LayerNorm needs float32 weights). The root module, embeddings and last norm, stays in
+        # float32, and so does the residual stream, as under DDP and autocast.
         travel = dtype if processes.device.type == "cuda" else torch.float32
         policy = MixedPrecisionPolicy(param_dtype=travel, reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
@@ -182,57 +176,57 @@ def parallelize(model, launch, dtype, processes, exact_sums=False):
         fully_shard(model, mesh=mesh)
     model.to_empty(device=processes.device)
     if processes.count > 1 and launch.sharding == "ddp" and not exact_sums:
-        # Every process fills in the same weights, so there is nothing to broadcast.
+        # Every process initialises or loads the same weights, so none are broadcast.
         return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
     return model
 
 
 def communicate(wrapped, last):
-    """Let the next backward pass send gradients only if it is its step's last."""
+    """Exchange gradients in the next backward pass only if it is the last of its step."""
     if isinstance(wrapped, DistributedDataParallel):
-        wrapped.require_backward_grad_sync = last  # what its no_sync() sets
+        wrapped.require_backward_grad_sync = last  # as no_sync() does
     elif hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP's
         wrapped.set_requires_gradient_sync(last)
 
 
 def forget_gradients(wrapped, optimizer):
-    """Give the gradients' memory back; under DDP set them to zero instead.
+    """Free the gradients; under DDP set them to zero instead.
 
-    DDP's gradients are views of its message buffers, which stay anyway. Set to None, the next
-    step's gradients would lie beside the buffers until the last micro-batch.
+    DDP's gradients are views of its message buffers, which stay allocated. If they were None, new
+    gradients would be allocated beside the buffers until the last micro-batch.
     """
     optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
 
 
 class ExactSums:
-    """The mean of micro-batches' gradients, with equal bits however many processes share them.
+    """The mean of micro-batches' gradients, bit for bit the same on any number of processes.
 
-    A sum of floats rounds at every addition, so its bits depend on the order. Here each gradient is
-    rounded once, to a whole multiple of 2**-k, and whole numbers (int64) have one sum in any order.
-    With n micro-batches a step, k = 58 - ceil(log2(n)): entries up to 16 are at most 2**(k + 4), n
-    of them at most 2**62, so no sum can overflow. An entry that is larger, or not finite, makes the
-    norm infinite: training stops, in float16 the update is skipped. (Clipping allows a norm of 1,
-    so entries up to 1.) The mean is off by 2**-(k + 1) at most. With 32 micro-batches that is
-    2**-54, less than float32's own rounding of any entry above 2**-30. Smaller entries matter to
-    Adam only beside its eps of 1e-8, of which 2**-54 is 6e-9.
+    Sums of floats round at every addition, so their bits depend on the order. Here each gradient is
+    rounded once, to a multiple of 2**-k, and added up as int64, which is exact in any order.
+    With n micro-batches per step, k = 58 - ceil(log2(n)): an entry up to 16 becomes at most
+    2**(k + 4), and n of them at most 2**62, which cannot overflow. A larger or non-finite entry
+    makes the norm infinite: training stops, or in float16 the update is skipped. (Clipping leaves a
+    norm of 1 at most.) The mean is off by at most 2**-(k + 1). With 32 micro-batches that is
+    2**-54, less than float32 itself rounds any entry above 2**-30. Adam adds 1e-8 (eps) to smaller
+    entries, of which 2**-54 is 6e-9.
     """
 
-    LOSS_UNIT = 64  # losses up to 16 * 64 fit where gradients up to 16 do
-    BLOCK = 1 << 22  # entries at a time, as temporary tensors of a whole embedding would be slow
+    LOSS_UNIT = 64  # losses are divided by it: they may reach 16 * 64, gradients 16
+    BLOCK = 1 << 22  # entries at a time, since temporary tensors of a whole embedding are slow
 
     def __init__(self, parameters, micro_batches, processes):
-        """micro_batches: of one step on all processes together."""
+        """micro_batches: per step, over all processes."""
         self.parameters, self.n, self.processes = list(parameters), micro_batches, processes
         self.unit = 2.0**(58 - math.ceil(math.log2(micro_batches)))
-        loss = torch.zeros((), device=processes.device)
-        self.sums = [torch.zeros_like(t, dtype=torch.int64) for t in (*self.parameters, loss)]
-        self.largest = loss
+        loss = too_large = torch.zeros((), device=processes.device)
+        self.sums = [torch.zeros_like(tensor, dtype=torch.int64)
+                     for tensor in (*self.parameters, loss, too_large)]
 
     def add(self, loss, loss_scale):
-        """Add the gradients, which are loss_scale too large, and the loss of one micro-batch."""
+        """Add one micro-batch's loss and gradients, which are still multiplied by loss_scale."""
         values = [p.grad for p in self.parameters] + [loss.detach() * (loss_scale / self.LOSS_UNIT)]
         largest = torch.stack(torch._foreach_norm(values, math.inf)).max() / loss_scale
-        self.largest = torch.maximum(self.largest, largest)
+        self.sums[-1] += ~(largest <= 16)  # true for nan as well
         for total, value in zip(self.sums, values):
             for a, b in zip(self.blocks(total), self.blocks(value)):
                 a += (b * (self.unit / loss_scale)).round_().long()
@@ -240,21 +234,18 @@ class ExactSums:
             p.grad = None
 
     def mean(self):
-        """Make every gradient the mean over all processes; return the mean loss; begin again."""
-        too_large = (~(self.largest <= 16)).float()
+        """Set every gradient to its mean over all processes; return the mean loss; start anew."""
         if self.processes.count > 1:
-            dist.all_reduce(too_large, dist.ReduceOp.MAX)
             for total in self.sums:
                 dist.all_reduce(total)
         for p, total in zip(self.parameters, self.sums):
             p.grad = torch.empty_like(p)
             for gradient, a in zip(self.blocks(p.grad), self.blocks(total)):
                 gradient.copy_(a.double() / (self.n * self.unit))
-        overflow = torch.where(too_large > 0, math.inf, 0.0)
+        overflow = torch.where(self.sums[-1] > 0, math.inf, 0.0)
         self.parameters[0].grad += overflow
-        loss = (self.sums[-1].double() * self.LOSS_UNIT / (self.n * self.unit)).float() + overflow
+        loss = (self.sums[-2].double() * self.LOSS_UNIT / (self.n * self.unit)).float() + overflow
         torch._foreach_zero_(self.sums)
-        self.largest = torch.zeros_like(self.largest)
         return loss
 
     def blocks(self, tensor):
@@ -262,39 +253,36 @@ class ExactSums:
 
 
 def rehearse(training, micro_batch_size, seq_length):
-    """Take two passes of a train.Training over rows of zeros and forget their gradients.
+    """Run two passes of a train.Training on zeros and discard their gradients.
 
-    DDP notes in its first pass in which order gradients come and lays out its messages in that
-    order from the second on. The layout decides how sums round. Without a rehearsal, a resumed run
-    would take its first pass at a step that an unbroken run took with the second layout.
+    In its first pass DDP records the order in which gradients come, and from the second pass on it
+    groups them into messages in that order. The grouping decides how sums round. Without a
+    rehearsal, a resumed run would take its first step with other groups than an uninterrupted one.
     """
     communicate(training.wrapped, last=True)
     for _ in range(2):
-        training.optimizer.zero_grad(set_to_none=True)  # the first layout goes before the second
+        training.optimizer.zero_grad(set_to_none=True)  # before the groups change
         training.loss(torch.zeros(micro_batch_size, seq_length + 1, dtype=torch.int64)).backward()
     forget_gradients(training.wrapped, training.optimizer)
 
 
 def compute_dtype(name, device):
-    """Return the dtype of the matmuls: the named one, but on a CPU float32 for float16.
-
-    Raises ValueError for bfloat16 on a CPU that cannot multiply its matrices (AMX).
-    """
+    """Return the dtype of the matmuls: the named one, but float32 instead of float16 on a CPU."""
     if device.type == "cpu" and name == "float16":
         return torch.float32
     if device.type == "cpu" and name == "bfloat16" and not torch.cpu._is_amx_tile_supported():
-        raise ValueError("dtype = 'bfloat16': this CPU has no AMX, where it would be slower than "
-                         "float32; --dtype=float32")
+        raise ValueError("dtype = 'bfloat16' would be slower than float32, as this CPU has no AMX; "
+                         "--dtype=float32")
     return getattr(torch, name)
 
 
 class LossScaler:
-    """DeepSpeed's dynamic loss scale with Pythia's settings; its memory is `state`, a JSON object.
+    """DeepSpeed's dynamic loss scale with Pythia's settings; `state` is saved in checkpoints.
 
-    Only float16 needs one; otherwise the scale is 1 and the state does not change. On an overflow
-    the update is skipped and the learning rate does not advance, but the data does. The first
-    overflow is forgiven (hysteresis 2, restored only when the scale grows), later ones halve the
-    scale, down to 1, at which an overflow ends the run. 1000 iterations without one double it.
+    Only float16 uses one; otherwise the scale is 1. After an overflow the update is skipped: the
+    learning rate does not advance, the data does. The first overflow leaves the scale as it is
+    (hysteresis 2, restored when the scale grows), later ones halve it, down to 1, where an overflow
+    ends the run. 1000 iterations without an overflow double it.
     """
 
     def __init__(self, enabled):
@@ -310,36 +298,35 @@ class LossScaler:
         state = self.state
         if not self.enabled:
             return
-        if overflow and state["hysteresis"] > 1:
-            state["hysteresis"] -= 1
-        elif overflow:
-            state["scale"] = max(state["scale"] / 2, 1.0)
+        if overflow:
+            state["last_overflow"] = state["iteration"]
+            if state["hysteresis"] > 1:
+                state["hysteresis"] -= 1
+            else:
+                state["scale"] = max(state["scale"] / 2, 1.0)
         elif (state["iteration"] - state["last_overflow"]) % 1000 == 0:
             state["scale"] *= 2
             state["hysteresis"] = 2
-        if overflow:
-            state["last_overflow"] = state["iteration"]
         state["iteration"] += 1
 
 
 # ---------------------------------------------------------------------------- what it costs
 
-# Dense peak of the tensor cores in FLOP/s at 16 bits, from the makers' data sheets; where one gives
-# it with sparsity only, half of that.
+# Dense 16-bit peak of the tensor cores in FLOP/s, from data sheets (half of one with sparsity).
 GPU_PEAKS = {"V100": 125e12, "A100": 312e12, "A100 PCIe": 312e12, "A40": 150e12, "A6000": 155e12,
              "L4": 121e12, "L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
              "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
              "H200 NVL": 835e12, "GH200": 990e12, "B200": 2250e12}
-USABLE = 0.92  # of a GPU's memory; the rest is the CUDA context, NCCL's buffers and fragments
+USABLE = 0.92  # of a GPU's memory; CUDA, NCCL and fragmentation take the rest
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    plan: bool = False  # print what the run needs and how to launch it, and end
+    plan: bool = False  # print what the run needs and how to launch it; do not train
     gpus: int = 1
     gpu: str = "A100"  # one of GPU_PEAKS
-    gpu_memory: float = 80.0  # GB (10^9 bytes) of each
-    mfu: float = 0.4  # fraction of the peak that the run will reach: measure yours on one GPU first
+    gpu_memory: float = 80.0  # GB (10^9 bytes) per GPU
+    mfu: float = 0.4  # fraction of the peak that is reached; measure yours on one GPU first
 
     def __post_init__(self):
         check(self, f"one of {', '.join(GPU_PEAKS)}", lambda value: value in GPU_PEAKS, "gpu")
@@ -348,53 +335,42 @@ class PlanConfig:
 
 
 def flops_per_token(config):
-    """Return the matmul FLOPs of one token's forward and backward pass, attention causal."""
+    """Return the matmul FLOPs per token, forward and backward, with causal attention."""
     matrices = config.n_layers * 12 * config.d_model**2 + config.vocab_size * config.d_model
     return 6 * matrices + 6 * config.n_layers * config.d_model * config.seq_length
 
 
 @functools.cache
 def peak_flops(device):
-    """Return the device's peak in FLOP/s: known for a GPU (else nan), measured once for a CPU."""
+    """Return a device's peak in FLOP/s: measured for a CPU, known for a GPU or nan."""
     if device.type == "cpu":
         return matmul_flops()
-    return gpu_peak(torch.cuda.get_device_name(device))
-
-
-def gpu_peak(name):
-    """Return the peak of a GPU in FLOP/s; nan for one that is not in the table, or a part of one.
-
-    Its name without maker, socket and memory is in the table: "NVIDIA A100-SXM4-80GB" is an A100.
-    """
-    model = re.sub(r"NVIDIA |Tesla |GeForce |RTX (?=A)|[ -](SXM\d|\d+GB?|HBM3e?)\b", "", name)
+    # "NVIDIA A100-SXM4-80GB" is an A100. A part of a GPU (MIG) is not in the table.
+    model = re.sub(r"NVIDIA |Tesla |GeForce |RTX (?=A)|[ -](SXM\d|\d+GB?|HBM3e?)\b", "",
+                   torch.cuda.get_device_name(device))
     peaks = {key.upper(): peak for key, peak in GPU_PEAKS.items()}
     return peaks.get(model.replace("-", " ").upper(), math.nan)
 
 
 def matmul_flops():
-    """Return the FLOP/s of the CPU's fastest matmul of five, float32."""
-    a, seconds = torch.randn(2048, 2048), []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * len(a)**3 / min(seconds)
+    """Return the FLOP/s of the fastest of five float32 matmuls on the CPU."""
+    a = torch.randn(2048, 2048)
+    return 2 * len(a)**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def parameter_counts(config):
-    """Return how many parameters a block has, and how many the embeddings and the last norm."""
+    """Return the numbers of parameters of one block, and of the embeddings with the last norm."""
     D = config.d_model
     return 12 * D**2 + 13 * D, 2 * (config.vocab_size + 1) * D
 
 
 def memory_per_process(config, launch, processes, micro_batch_size, accumulates, itemsize=2,
                        head_rows=2048):
-    """Return {what: bytes} of one process, and under "peak" the most of it that is there at once.
+    """Return {what: bytes} that one process needs, with the largest total at one time as "peak".
 
-    itemsize: bytes of the matmuls' dtype, 4 or 2; head_rows: rows of logits in a block of the loss.
-    Counted from the tensors that autograd keeps; held to measured peaks at 14m and 70m in float32
-    on a CPU (tests/test_parallel.py, tests/test_model.py); on an H100 bf16 peaks from 70m to 1b
-    were within 2 % (python bench.py gpu).
+    itemsize: bytes of the matmuls' dtype, 4 or 2. head_rows: rows of logits in a block of the loss.
+    Counted from the tensors that autograd keeps. Tests compare it with measured peaks of 14m and
+    70m in float32 on a CPU; bf16 peaks on an H100, 70m to 1b, were within 2 % (bench.py gpu).
     """
     D, V, L = config.d_model, config.vocab_size, config.n_layers
     N = micro_batch_size * config.seq_length
@@ -402,29 +378,29 @@ def memory_per_process(config, launch, processes, micro_batch_size, accumulates,
     sharded, cast = launch.sharding == "fsdp" and processes > 1, itemsize if itemsize < 4 else 0
     own = (L * block + embeddings) / (processes if sharded else 1)
     weights, gradients, moments = 4 * own, 4 * own, 8 * own
-    if sharded:  # gathered: the root for the whole pass, blocks by twos
+    if sharded:  # gathered: the root for the whole pass, and two blocks at a time
         weights += 4 * embeddings + 2 * itemsize * block
         gradients += 4 * embeddings + (4 + itemsize) * block
-        if accumulates:  # whole until the last micro-batch, which alone communicates
+        if accumulates:  # unsharded until the last micro-batch, the only one that communicates
             gradients += 4 * L * block
-    else:  # autograd keeps cast weights for the backward pass; what is computed again is cast again
+    else:  # autograd keeps cast weights for the backward pass, unless the block is recomputed
         weights += cast * block * (1 if launch.activation_checkpointing else L)
     # A block keeps the residual stream (float32), both norms' outputs, q k v, rotated q and k,
     # attention's output (2 + 3 + 2 + 1), and the MLP's hidden layer before and after GELU (4 + 4).
     kept = N * D * (4 + 16 * itemsize)
     activations = L * 4 * N * D + kept if launch.activation_checkpointing else L * kept
     activations += 8 * N * D  # the last norm's input and the gradient of its output
-    # Cast: what comes from a matmul, and what goes into one. Or one block's backward pass is more.
+    # Cast: input and output of the head's matmul. A block's backward pass may need more than both.
     logits = min(head_rows, N) * V * (4 + 2 * cast)
     loss = 4 * V * D + max(logits + 2 * cast * V * D, 9 * itemsize * N * D)
-    passing = activations + loss  # without other micro-batches they go while gradients come
+    passing = activations + loss  # with one micro-batch, freed while gradients are allocated
     both = gradients + passing if processes > 1 or accumulates else max(gradients, passing)
     return {"weights": weights, "gradients": gradients, "moments": moments,
             "activations": activations, "loss blocks": loss, "peak": weights + moments + both}
 
 
 def plan(config, training, launch, options, n_checkpoints):
-    """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batches."""
+    """Print what a run needs on `options.gpus` GPUs, and the command that keeps its batch size."""
     block, embeddings = parameter_counts(config)
     parameters = config.n_layers * block + embeddings
     tokens, peak = training.batch_size * config.seq_length, GPU_PEAKS[options.gpu]
@@ -439,14 +415,13 @@ def plan(config, training, launch, options, n_checkpoints):
     print(f"{n_checkpoints} checkpoints: {n_checkpoints * gigabytes:,.0f} GB of weights, "
           f"{n_checkpoints * 3 * gigabytes:,.0f} GB with the optimizer's state; "
           f"{3 * gigabytes:,.1f} GB to go on from the newest")
-    if training.batch_size % options.gpus:
-        raise ValueError(f"gpus = {options.gpus} does not divide batch_size = "
-                         f"{training.batch_size}: the batch would change")
     share, room = training.batch_size // options.gpus, options.gpu_memory * 1e9 * USABLE
     itemsize, fits = getattr(torch, training.dtype).itemsize, 0
-    print(f"\nGB a GPU with sharding={launch.sharding}, "
+    print(f"\nGB per GPU with sharding={launch.sharding}, "
           f"activation_checkpointing={launch.activation_checkpointing}, of {room / 1e9:.0f}:")
-    for size in [size for size in range(1, share + 1) if share % size == 0]:
+    for size in range(1, share + 1):
+        if training.batch_size % (size * options.gpus):
+            continue
         row = memory_per_process(config, launch, options.gpus, size, size < share, itemsize)
         print(f"micro-batch {size:3}: "
               + ", ".join(f"{what} {amount / 1e9:.2f}" for what, amount in row.items()))
@@ -454,7 +429,8 @@ def plan(config, training, launch, options, n_checkpoints):
             fits = size
     if not fits:
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB: try "
-                         "--sharding=fsdp, --activation_checkpointing=True, more or larger GPUs")
+                         "--sharding=fsdp, --activation_checkpointing=True, larger GPUs, or more, "
+                         f"as many as divide batch_size = {training.batch_size}")
     per_node = max(n for n in range(1, 9) if options.gpus % n == 0)
     nodes = options.gpus // per_node
     meeting = "--standalone" if nodes == 1 else "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
@@ -463,4 +439,4 @@ def plan(config, training, launch, options, n_checkpoints):
           f"--shutdown-timeout=600 train.py {shlex.join(given)} --micro_batch_size={fits}"
           + ("" if training.out_dir else " --out_dir=RUN"))
     print(f"{share // fits} micro-batch(es) of {fits} on each of {options.gpus} GPUs: "
-          f"{training.batch_size} sequences a step, as ever")
+          f"{training.batch_size} sequences a step")

@@ -6,24 +6,24 @@
     python train.py configs/mini.py --branch_from=runs/mini/step256 --out_dir=runs/child \\
         --intervention=NAME --twin=True
     python train.py configs/pythia_12b.py --plan=True --gpus=64   # the torchrun line for many nodes
-    python train.py --replay=runs/mini/step256:300  # takes steps again and compares
-    python train.py --restore=runs/mini/step300     # any step, from the state saved before it
+    python train.py --replay=runs/mini/step256:300  # repeat these steps and compare
+    python train.py --restore=runs/mini/step300     # recompute any step from an earlier checkpoint
 
-Checkpoint N is the weights after N updates, so step 0 is the initialisation. Step s is the update
-that makes checkpoint s + 1 from the rows s * batch_size to (s + 1) * batch_size - 1 of the order.
-The same command, given again, goes on where the run stopped, to the same bits as if it had never
-stopped. (torchrun kills its processes 30 s after a SIGTERM. Where a step and a save take longer,
-give it --shutdown-timeout.)
+Checkpoint N holds the weights after N updates, so step 0 is the initialisation. Step s is the
+update that makes checkpoint s + 1 from rows s * batch_size to (s + 1) * batch_size - 1 of the
+order. The same command, given again, resumes the run, and the result has the same bits as that of
+an uninterrupted run. (torchrun kills its processes 30 s after a SIGTERM. If a step and a save take
+longer, start it with --shutdown-timeout.)
 
-The run folder explains itself:
+The run folder:
 
     config.json        every setting that decides what is computed, and hashes of the data
-    launches.jsonl     one line a launch: command, git commit, package versions, hardware
+    launches.jsonl     one line per launch: command, git commit, package versions, hardware
     log.txt            what was printed
-    metrics.csv        one line a step; its digest is SHA-256 of the digest before and of the step's
-                       token ids, rate, loss scale, loss and gradient norm
+    metrics.csv        one line per step; its digest is the SHA-256 of the previous digest and the
+                       step's token ids, learning rate, loss scale, loss and gradient norm
     interventions.csv  the rows that an intervention changed
-    stepN/             a checkpoint: checkpoints.py
+    stepN/             a checkpoint, see checkpoints.py
 
 Sources: gpt-neox v1.0, megatron/{training,learning_rates}.py.
 """
@@ -36,11 +36,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -48,7 +50,8 @@ from pathlib import Path
 import torch
 
 import checkpoints
-from config import Table, check, fail, file_size, note, parse, read_json, run, write_json
+from checkpoints import FIRST_DIGEST
+from config import Table, check, fail, lock, note, parse, read_json, run, write_json
 from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
@@ -64,32 +67,32 @@ from verify import (ProofConfig, batch_sha256, begin_again, differences, launche
 class TrainConfig:
     """What a run computes."""
     data: str  # PREFIX of a token file (python prepare.py tokenize)
-    learning_rate: float  # the highest, reached after the warmup
-    out_dir: str | None = None  # run folder; a run that is there already goes on
-    min_lr_ratio: float = 0.1  # floor of the learning rate, as a fraction of learning_rate
-    warmup: float = 0.01  # fraction of steps
+    learning_rate: float  # the peak, reached at the end of the warmup
+    out_dir: str | None = None  # run folder; a run that is already there is resumed
+    min_lr_ratio: float = 0.1  # lowest learning rate, as a fraction of learning_rate
+    warmup: float = 0.01  # fraction of the steps
     steps: int = 143000
-    batch_size: int = 1024  # sequences per optimizer step, all processes together
+    batch_size: int = 1024  # sequences per optimizer step, over all processes
     weight_decay: float = 0.1  # of matrices and embeddings; biases and LayerNorms have none
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    clip_norm: float = 1.0  # of the gradient of all parameters
+    clip_norm: float = 1.0  # largest norm of the whole gradient
     seed: int = 1234  # of the initialisation
     data_seed: int | None = None  # of the order of the data; default: seed
-    exact_sums: bool = False  # equal bits on any number of processes, with --threads=N
-    # Of the matmuls: float32, bfloat16 or float16. For float16 a CPU computes in float32. For
-    # bfloat16, the 1B's, it needs AMX; without, give --dtype=float32.
+    exact_sums: bool = False  # same bits on any number of processes; needs --threads=N
+    # Dtype of the matmuls: float32, bfloat16 or float16. On a CPU, float32 takes the place of
+    # float16, and bfloat16 (the 1B's) needs AMX; on a CPU without it give --dtype=float32.
     dtype: str = "float16"
     checkpoint_every: int = 1000  # besides steps 0, 1, 2, 4, ..., 512
-    state_every: int | None = None  # keep Adam's moments (2/3 of it) only here and in the newest
-    tokenizer: str = "20B_tokenizer.json"  # goes into every checkpoint
+    state_every: int | None = None  # keep Adam's moments only at its multiples and in the newest
+    tokenizer: str = "20B_tokenizer.json"  # copied into every checkpoint
     log_every: int = 10  # steps between printed lines; metrics.csv has every step
-    async_save: bool = False  # train on while a checkpoint is written, from a copy in host memory
-    stop_at: int | None = None  # save and stop after this step; without it the command goes on
-    branch_from: str | None = None  # RUN/stepN: begin with its weights, moments, place in the order
-    warm_moments: int = 0  # if it has weights only: Adam's moments from the K batches before it
-    twin: bool = False  # then train the same without its intervention too, in OUT_DIR_twin
+    async_save: bool = False  # write checkpoints in the background, from a copy in host memory
+    stop_at: int | None = None  # save and stop after this step; without the flag the run goes on
+    branch_from: str | None = None  # RUN/stepN: start with its weights, moments, place in the order
+    warm_moments: int = 0  # if it has only weights: Adam's moments from the K batches before it
+    twin: bool = False  # then train the same without the intervention too, in OUT_DIR_twin
 
     def __post_init__(self):
         check(self, "float32, bfloat16 or float16", checkpoints.FLOATS.__contains__, "dtype")
@@ -106,11 +109,11 @@ class TrainConfig:
 
 
 def learning_rate_at(k, config):
-    """Return the rate of the update after k successful ones (megatron/learning_rates.py, v1.0).
+    """Return the learning rate after k updates, as megatron/learning_rates.py in gpt-neox v1.0.
 
-    Two surprises, both as in the original. The first update has rate 0, so checkpoints 0 and 1 are
-    equal. The cosine aims at about 0 and is cut off at the floor: Pythia's rate is constant from
-    update 115,139 on.
+    The original has two surprises. The first update has learning rate 0, so checkpoints 0 and 1 are
+    equal. The cosine would end near 0 but is cut off at the floor, so that Pythia's learning rate
+    is constant from update 115,139 on.
     """
     highest, lowest = config.learning_rate, config.learning_rate * config.min_lr_ratio
     warmup = config.warmup * config.steps
@@ -121,7 +124,7 @@ def learning_rate_at(k, config):
 
 
 def make_optimizer(model, config):
-    """Return AdamW: decay on matrices, embedding and head too, none on biases and LayerNorms."""
+    """Return AdamW with weight decay on matrices and embeddings, not on biases and LayerNorms."""
     parameters = list(model.parameters())
     matrices, vectors = ([p for p in parameters if p.dim() == n] for n in (2, 1))
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
@@ -131,10 +134,10 @@ def make_optimizer(model, config):
 
 
 class Training:
-    """What changes as training goes on: weights, moments, loss scale, the count of updates.
+    """The state of training: weights, moments, loss scale, number of updates.
 
-    model is the plain Pythia, whose names and weights are saved; wrapped is what computes, the same
-    weights behind DDP's or FSDP's exchange of gradients.
+    model is the plain Pythia, whose names and weights are saved. wrapped shares its weights and is
+    what training calls: model itself, or DDP's or FSDP's module around it.
     """
 
     def __init__(self, model_config, config, launch, processes):
@@ -148,39 +151,35 @@ class Training:
                      if config.exact_sums else None)
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = LossScaler(enabled=self.dtype == torch.float16)
-        self.updates = 0  # that were not skipped: the learning rate goes by them
+        self.updates = 0  # without those skipped; the learning rate depends on it
 
     def loss(self, rows):
-        """Return the mean loss of rows (B, T + 1) on the host, a tensor on the device."""
-        if self.device.type == "cuda":  # pinned, so that the host does not wait for the copy
+        """Return the mean loss, a scalar on the device, of rows (B, T + 1) on the host."""
+        if self.device.type == "cuda":  # pinned: the host does not wait for the copy
             rows = rows.pin_memory().to(self.device, non_blocking=True)
-        # Each weight is used once a pass, so a cache of cast weights would only cost memory.
+        # Each weight is used once per pass, so caching cast weights would only cost memory.
         with torch.autocast(self.device.type, self.dtype, cache_enabled=False,
                             enabled=self.dtype != torch.float32):
-            # A negative id is padding that an intervention made. It is no target, and as an input
-            # any token does in its place.
+            # A negative id is padding made by an intervention. As a target it is ignored; as an
+            # input any token can stand in for it.
             return self.wrapped(rows[:, :-1].clamp(min=0), rows[:, 1:])
 
     def gradients(self, batch):
         """Add up the gradients of micro-batches (A, B, T + 1) on the host; return the mean loss."""
-        if self.sums:
-            for rows in batch:
-                loss = self.loss(rows)
-                (loss * self.scaler.scale).backward()
-                self.sums.add(loss, self.scaler.scale)
-            return self.sums.mean()
-        total = 0.0
+        total, n = 0.0, 1 if self.sums else len(batch)  # exact sums are divided at the end
         for i, rows in enumerate(batch):
             communicate(self.wrapped, last=i == len(batch) - 1)
-            loss = self.loss(rows) / len(batch)
+            loss = self.loss(rows) / n
             (loss * self.scaler.scale).backward()
             total += loss.detach()
-        return total
+            if self.sums:
+                self.sums.add(loss, self.scaler.scale)
+        return self.sums.mean() if self.sums else total
 
     def clip(self):
-        """Undo the loss scale, clip the whole gradient's norm; return the norm it had before.
+        """Undo the loss scale and clip the gradient; return the norm that the gradient had.
 
-        The norm is a tensor on the device, the same on every process: the host does not wait.
+        The norm is a tensor on the device and the same on all processes. The host does not wait.
         """
         if self.scaler.scale != 1:
             torch._foreach_div_([p.grad for p in self.model.parameters()], self.scaler.scale)
@@ -188,9 +187,9 @@ class Training:
         return norm.full_tensor() if checkpoints.is_shard(norm) else norm
 
     def update(self, rate, norm):
-        """Take Adam's step at this rate, unless float16 overflowed; forget the gradients."""
-        # In float16 a skipped update does not advance the rate, so here the host has to know the
-        # norm and waits for it, once a step, as DeepSpeed does.
+        """Take Adam's step, or skip it after a float16 overflow; then clear the gradients."""
+        # A skipped update does not advance the learning rate, so in float16 the host has to wait
+        # for the norm once per step, as in DeepSpeed.
         overflow = self.scaler.enabled and not math.isfinite(norm)
         if not overflow:
             for group in self.optimizer.param_groups:
@@ -200,41 +199,37 @@ class Training:
         forget_gradients(self.wrapped, self.optimizer)
         self.scaler.update(overflow)
 
-    @torch.no_grad()
     def is_finite(self):
         """Return whether all weights and moments of this process are finite."""
         moments = [t for state in self.optimizer.state.values() for t in state.values()]
-        tensors = [t.to_local() if checkpoints.is_shard(t) else t
-                   for t in (*self.model.parameters(), *moments)]
-        largest = torch._foreach_norm([t for t in tensors if t.numel()], math.inf)
-        return bool(torch.stack(largest).isfinite().all())
+        return all((t.to_local() if checkpoints.is_shard(t) else t).isfinite().all()
+                   for t in (*self.model.parameters(), *moments))
 
 
-# ---------------------------------------------------------------------------- what a run reads
+# ---------------------------------------------------------------------------- batches
 
 
 class Batches:
-    """This process's micro-batches of every step of a run; all processes make one together.
+    """Reads this process's micro-batches; all processes create one together.
 
-    order: the run's OrderedData; data: that, or an IntervenedData of it.
+    order is the run's OrderedData. data is the same, or an IntervenedData that changes its rows.
     """
 
     def __init__(self, model_config, config, intervention, launch, processes):
         self.config, self.model_config, self.intervention = config, model_config, intervention
         self.share = dict(batch_size=config.batch_size, rank=processes.rank,
                           world_size=processes.count, micro_batch_size=launch.micro_batch_size)
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of a node, which builds the order alone
-        processes.together(lambda: first and self.open())
+        processes.together(lambda: processes.first_on_node and self.open())  # builds the order
         processes.together(self.open)
 
     def open(self):
-        """Open the order and read a step, so that a mistake shows before anything is computed."""
-        config, wanted = self.config, self.config.steps * self.config.batch_size
+        """Open the data and read one step, so that mistakes show before anything is computed."""
+        config = self.config
         tokenizer = load_tokenizer(config.tokenizer)
         seed = config.seed if config.data_seed is None else config.data_seed
         self.data = self.order = OrderedData(config.data, self.model_config.seq_length,
                                              samples_needed(config.steps, config.batch_size), seed)
-        if wanted > len(self.order):
+        if config.steps * config.batch_size > len(self.order):
             raise ValueError(f"{config.data} holds {len(self.order):,} rows, too few for "
                              f"{config.steps:,} batches of {config.batch_size:,}")
         self.read(0)
@@ -242,7 +237,7 @@ class Batches:
             self.data = IntervenedData(self.order, tokenizer, self.intervention)
 
     def read(self, step):
-        """Return micro-batches (A, B, T + 1) int64 on the host; changed rows and row digests."""
+        """Return micro-batches (A, B, T + 1) int64 on the host, and (changed rows, row digests)."""
         batch, vocab_size = self.data.batch(step, **self.share), self.model_config.vocab_size
         if batch.max() >= vocab_size:
             raise ValueError(f"{self.config.data}: token {batch.max()} in step {step}, but "
@@ -250,50 +245,54 @@ class Batches:
         return torch.from_numpy(batch), (getattr(self.data, "changed", []), row_digests(batch))
 
 
-# ---------------------------------------------------------------------------- is it the same run?
+# ---------------------------------------------------------------------------- start and resume
 
-# What may lie elsewhere on another node, if it holds the same there.
+# Paths, which may differ between nodes and launches; what the files hold is hashed instead.
 PATHS = ("data", "tokenizer", "planted")
-# What may differ when a run goes on: it does not decide what is computed.
+# Settings that do not decide what is computed. They may change when a run is resumed.
 MAY_CHANGE = {*PATHS, "out_dir", "log_every", "async_save", "state_every", "stop_at", "twin"}
-# What a branch shares with its parent: model, order of the data, schedule. The highest rate may
-# differ, since a run that overflows is advised to branch with a lower one.
+# What a branch shares with its parent: model, order of the data, schedule. The peak learning rate
+# may differ, since the advice after an overflow is to branch with a lower one.
 SHARED = {"n_layers", "d_model", "n_heads", "vocab_size", "seq_length", "gelu", "steps",
           "batch_size", "warmup", "min_lr_ratio", "data_tokens", "data_sha256", "order_sha256"}
 
 
-def identity(model_config, config, intervention, launch, order):
-    """Return what decides a run's numbers: every setting, and what its files hold."""
-    settings = asdict(model_config) | asdict(config) | asdict(intervention) | {
-        "branch_from": config.branch_from and str(Path(config.branch_from)),  # without a last slash
+def identity(batches, launch, processes):
+    """Return all settings that decide what a run computes, and the hashes of its files.
+
+    Raises ValueError if processes have different ones, or are launched differently.
+    """
+    config, order = batches.config, batches.order
+    settings = asdict(batches.model_config) | asdict(config) | asdict(batches.intervention) | {
+        "branch_from": config.branch_from and str(Path(config.branch_from)),  # no slash at the end
         "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths),
         "order_sha256": None if order.preshuffled else fingerprint(order.paths),
-        "planted_sha256": intervention.plan_sha256()}
-    if config.exact_sums:  # then these alone decide how its sums round
-        settings |= {name: getattr(launch, name)
-                     for name in ("micro_batch_size", "threads", "compile")}
+        "planted_sha256": batches.intervention.plan_sha256()}
+    processes.agree({name: value for name, value in (settings | asdict(launch)).items()
+                     if name not in PATHS})
     return settings
 
 
 def surroundings(launch, processes):
-    """Return what else may change a run's bits: how it is launched, versions, hardware."""
-    commit, cpu = None, platform.machine()
+    """Return what launches.jsonl says of this launch: its settings, versions, hardware."""
+    commit, cpuinfo = None, Path("/proc/cpuinfo")
     if shutil.which("git"):
         git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
                              cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = git.stdout.strip() or None
-    if os.path.exists("/proc/cpuinfo"):
-        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
+    cpu = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text() if cpuinfo.exists() else "")[1]
     gpu = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else None
     packages = ("torch", "numpy", "safetensors", "tiktoken", "tqdm")
-    return asdict(launch) | {name: importlib.metadata.version(name) for name in packages} | {
-        "python": platform.python_version(), "git_commit": commit, "cpu": cpu, "gpu": gpu,
-        "cuda": torch.version.cuda, "processes": processes.count,
-        "threads": torch.get_num_threads()}
+    return {"started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": [sys.executable, *sys.argv], "host": platform.node(), **asdict(launch),
+            **{name: importlib.metadata.version(name) for name in packages},
+            "python": platform.python_version(), "git_commit": commit,
+            "cpu": cpu or platform.machine(), "gpu": gpu, "cuda": torch.version.cuda,
+            "processes": processes.count, "threads": torch.get_num_threads()}
 
 
 def find_start(config):
-    """Return (folder, step) of the checkpoint to begin from, (None, 0) for the initialisation."""
+    """Return (folder, step) of the checkpoint to start from, (None, 0) for the initialisation."""
     run, saved = Path(config.out_dir), checkpoints.saved_steps(config.out_dir, state=True)
     for step, folder in checkpoints.step_folders(run):
         if not saved:
@@ -306,153 +305,160 @@ def find_start(config):
     if config.branch_from is None:
         return None, 0
     source = Path(config.branch_from)
-    name = re.fullmatch(r"step(0|[1-9]\d*)", source.name)
-    if not name or not checkpoints.is_whole(source) or int(name[1]) >= config.steps:
+    _, step = checkpoints.identify(source)
+    if step is None or step >= config.steps or not checkpoints.is_whole(source):
         raise ValueError(f"branch_from = {source}, expected a whole checkpoint RUN/stepN of a step "
                          f"before {config.steps:,} (python verify.py verify says more)")
-    step = int(name[1])
     if step and not (source / "optimizer").exists() and not 1 <= config.warm_moments <= step:
         raise ValueError(f"{source} holds weights only and warm_moments = {config.warm_moments}: "
                          f"expected --warm_moments=K (--help), K from 1 to {step}")
     return source, step
 
 
-def claim(settings, here, config):
-    """Lock the run folder and write what explains the run; only the first process does.
+def claim(settings, config, launch, processes):
+    """Lock the run folder, note this launch in it and return where to start.
 
-    settings: its identity, which has to be that of the run that is there, or of the parent in what
-    they share; here: its surroundings, which may be others than at the last launch. Returns
-    find_start's folder and step, and words for what is other.
+    settings (see identity) must be those of the run that is there, or share with a branch's parent
+    what SHARED lists. Returns folder and step of find_start, and what has changed since the last
+    launch, in words. Only the first process calls this.
     """
-    run, known = Path(config.out_dir), None
-    if not run.exists():
-        find_start(config)  # a mistake in --branch_from leaves no folder
+    run, last = Path(config.out_dir), {}
     checkpoints.lock(run)
-    for path in filter(os.path.lexists, (run / "launches.jsonl", run / "log.txt")):
-        file_size(path)  # refuses a pipe
-    source, start = find_start(config)
-    parent = source and source.parent / "config.json"
-    if (run / "config.json").exists() or checkpoints.step_folders(run):
-        known, but = run / "config.json", MAY_CHANGE
-    elif source and (parent.exists() or (source / "training.json").exists()):  # not published
-        known, but = parent, settings.keys() - SHARED
-    if known and (different := differences(read_json(known), settings, but)):
-        raise ValueError(f"{known} says otherwise: {'; '.join(different)}. Go back to that, or "
-                         "begin a run of its own in another --out_dir")
-    if not (run / "config.json").exists():
-        write_json(run / "config.json", settings)
-    try:
+    file = lock(run / "launches.jsonl")
+    with suppress(ValueError):  # it is empty at the first launch
         last = launches(run)[-1]
-    except (OSError, ValueError):
-        last = {}  # this is the first launch
-    with open(run / "launches.jsonl", "a") as file:
-        file.write("\n")  # the last line may be torn
-        print(json.dumps({"started": datetime.now().astimezone().isoformat(timespec="seconds"),
-                          "command": [sys.executable, *sys.argv], "host": platform.node(),
-                          **here}), file=file)
-    same_bits = {"check_data"} | ({"processes"} if config.exact_sums else set())
-    return source, start, differences(last, here, same_bits)
+    source, start = find_start(config)
+    ours, known, but = run / "config.json", None, MAY_CHANGE
+    if ours.exists() or checkpoints.step_folders(run):
+        known = ours
+    elif source and (source / "training.json").exists():  # it is not a published one
+        known, but = source.parent / "config.json", settings.keys() - SHARED
+    if known and (different := differences(read_json(known), settings, but)):
+        raise ValueError(f"{known} says otherwise: {'; '.join(different)}. Use those settings, or "
+                         "another --out_dir for a new run")
+    if known != ours:
+        write_json(ours, settings)
+    here = surroundings(launch, processes)
+    file.write(f"\n{json.dumps(here)}\n".encode())  # the line before it may have been cut
+    harmless = {"started", "command", "host", "check_data"}
+    harmless |= {"processes"} if config.exact_sums else set()
+    return source, start, differences(last, here, harmless)
 
 
 def load_start(training, source, start):
-    """Fill in what `find_start` found: weights, moments, loss scale, number of updates.
+    """Fill in weights, moments, loss scale and number of updates, from what `find_start` found.
 
-    Returns whether there are no moments where there should be (see rebuild_moments). A published
-    checkpoint has no training.json: no update was skipped, as far as is known.
+    A published checkpoint has no moments (see rebuild_moments) and no training.json: the number of
+    updates is taken to be its step, as if none had been skipped.
     """
     if source is None:
         training.model.init_weights(training.config.seed, checkpoints.fill)
-        return False
-    saved = checkpoints.load_training(source.parent, start, training.model, training.optimizer)
-    notes = saved or checkpoints.read_training(source, start)
+        return
+    checkpoints.load_training(source.parent, start, training.model, training.optimizer)
+    notes = checkpoints.read_training(source, start)
     training.scaler.state |= notes.get("scaler", {})
     training.updates = notes.get("updates", start)
-    return start > 0 and not saved
 
 
-def rebuild_moments(training, batches, source, start, log):
-    """Rebuild Adam's moments for checkpoint `start` from the `warm_moments` batches before it.
+def rebuild_moments(training, batches, source, start):
+    """Rebuild Adam's moments at checkpoint `start` from the `warm_moments` batches before it.
 
-    They are replayed as the parent saw them, at rate 0, which moves nothing but the moments. Those
-    are sums whose weights come to 1 - beta**updates: what they are now is scaled up to that total.
+    The batches are replayed as the parent saw them, at learning rate 0, which changes nothing but
+    the moments. A moment is a sum of gradients with weights that add up to 1 - beta**updates. After
+    a few replayed updates that total is too small, so moments are scaled up to the right one.
     """
     config, updates = training.config, training.updates
     for step in range(start - config.warm_moments, start):
         training.gradients(torch.from_numpy(batches.order.batch(step, **batches.share)))
         training.update(rate=0.0, norm=training.clip())
-        if log.processes.any(log.processes.signal):
-            log.say("interrupted: the same command begins the replay again")
-            log.processes.exit()
     if not training.optimizer.state:
-        raise FloatingPointError("the loss scale fell at every replayed batch: "
-                                 "give more of them, --warm_moments=K")
+        raise FloatingPointError("every replayed batch overflowed and lowered the loss scale; "
+                                 "replay more batches with --warm_moments=K")
     for state in training.optimizer.state.values():
         replayed = float(state["step"])
         for beta, name in ((config.beta1, "exp_avg"), (config.beta2, "exp_avg_sq")):
             state[name].mul_((1 - beta**updates) / (1 - beta**replayed))
         state["step"].fill_(updates)
     training.updates = updates
-    # The loss scale is again the parent's; of a published checkpoint it is not known.
+    # Back to the parent's loss scale; a published checkpoint does not tell it.
     training.scaler.state |= checkpoints.read_training(source, start).get("scaler", {})
 
 
-# ---------------------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------------------- logging and saving
 
 METRICS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "loss_scale", "seconds",
            "batch_sha256", "digest")
 
 
 class Log:
-    """The CSV files, log.txt and the printed lines; the first process alone writes.
+    """Prints, and writes log.txt, metrics.csv and interventions.csv, in the first process.
 
-    A step's loss and norm are noted while they are still on the device. Only `flush` waits for
-    them, every log_every steps and before anything is saved, so that a GPU rarely has to wait.
-    peak: what all processes could do at most, in tokens/s; digest: that of the step before.
+    A step's loss and norm are noted before they are computed. Only `flush` waits for them, every
+    log_every steps and before a save, so that a GPU rarely has to wait for the host.
     """
 
-    def __init__(self, config, intervention, start, tokens_per_step, peak, digest, processes):
-        self.config, self.processes, self.digest = config, processes, digest
-        self.tokens_per_step, self.peak, self.tables = tokens_per_step, peak, {}
-        self.pending, self.recent = [], deque(maxlen=128)  # steps not yet written, last losses
+    def __init__(self, model_config, config, intervention, source, start, processes):
+        """source and start: the checkpoint that the run starts from, as find_start returns them."""
+        self.config, self.processes, self.start, self.tables = config, processes, start, {}
+        self.digest = checkpoints.read_manifest(source)[1] if source else FIRST_DIGEST
+        self.tokens_per_step = config.batch_size * model_config.seq_length
+        # Tokens per second at most.
+        self.peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
+        self.pending, self.recent = [], deque(maxlen=128)  # steps to write, last finite losses
         self.began = time.perf_counter()
         if processes.rank > 0:
             return
-        self.text = open(Path(config.out_dir) / "log.txt", "a", buffering=1)
+        self.text = lock(Path(config.out_dir) / "log.txt")
         columns = {"metrics": METRICS}
         if intervention.intervention:
             columns["interventions"] = ("step", "row")
-        for name in columns:  # without what a killed launch wrote of later steps
+        for name in columns:  # the steps that a killed launch wrote later are taken again
             self.tables[name] = Table(Path(config.out_dir) / f"{name}.csv", columns[name],
                                       lambda row: int(row["step"]) < start)
         losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
-        self.recent.extend(filter(math.isfinite, losses))  # a float16 overflow's may be nan
+        self.recent.extend(filter(math.isfinite, losses))  # not an overflow's
 
     def say(self, line):
         if self.tables:
             print(line, flush=True)
-            print(line, file=self.text)
+            self.text.write(f"{line}\n".encode())
+
+    def introduce(self, training, launch, order, changed):
+        """Print what is about to be computed, and `changed`, why its bits may differ."""
+        config, count = self.config, self.processes.count
+        lines = [f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
+                 f"{self.tokens_per_step:,} tokens a step, {config.steps:,} steps, {count} "
+                 f"process(es) on {training.device.type} in {str(training.dtype)[6:]}, "
+                 f"{config.batch_size // (launch.micro_batch_size * count)} micro-batch(es) "
+                 f"of {launch.micro_batch_size}, peak {self.peak:,.0f} tokens/s"
+                 + (f"; going on from step {self.start:,}" if self.start else ""),
+                 *order.describe()]
+        if changed and self.start:
+            lines.append(f"bits can differ from step {self.start:,} on: since the last launch "
+                         + "; ".join(changed))
+        self.say("\n".join(lines))
 
     def note(self, step, loss, norm, rate, scale, seen):
-        """Note a step; loss and norm are tensors, `seen` is Batches.read's."""
-        self.pending.append((step, loss, norm, rate, scale, seen))
+        """Note a step: loss and norm are tensors, `seen` comes from Batches.read."""
+        self.pending.append((step, loss, norm, rate, scale, *seen))
 
     def flush(self):
-        """Write the noted steps, if any, and say where the run is: one line, fixed columns.
+        """Write the noted steps and print one line on where the run is.
 
-        Raises FloatingPointError at the first whose loss or gradient is not finite, if it is not an
-        overflow that a smaller loss scale answers. Nothing is saved after it.
+        Raises FloatingPointError at the first step whose loss or gradient norm is not finite,
+        unless a smaller loss scale can mend it. Nothing is saved after such a step.
         """
         if not self.pending:
             return
-        steps, losses, norms, rates, scales, seen = zip(*self.pending)
+        steps, losses, norms, rates, scales, changes, digests = zip(*self.pending)
         losses, norms = self.processes.mean(torch.stack(losses)), torch.stack(norms).tolist()
-        of_processes = self.processes.gather([digests for _, digests in seen])
+        batches = map(batch_sha256, zip(*self.processes.gather(digests)))
         seconds = (time.perf_counter() - self.began) / len(steps)
         self.pending = []
-        for step, loss, norm, rate, scale, (changed, _), *digests in zip(
-                steps, losses, norms, rates, scales, seen, *of_processes):
+        for step, loss, norm, rate, scale, changed, batch in zip(
+                steps, losses, norms, rates, scales, changes, batches):
             row = dict(zip(METRICS, (step, step * self.tokens_per_step, loss, rate, norm,
-                                     f"{scale:.0f}", f"{seconds:.4f}", batch_sha256(digests))))
+                                     f"{scale:.0f}", f"{seconds:.4f}", batch)))
             self.digest = link(self.digest, row)
             if self.tables:
                 self.tables["metrics"].append((*row.values(), self.digest))
@@ -463,8 +469,8 @@ class Log:
             if scale == 1 and not math.isfinite(loss + norm):
                 raise FloatingPointError(
                     f"{where}: loss {loss}, gradient norm {norm} at loss scale 1. Nothing was "
-                    "saved after it. Branch from an earlier checkpoint with a lower rate, or from "
-                    "float16 with --dtype=bfloat16")
+                    "saved after it. Branch from an earlier checkpoint with a lower learning rate, "
+                    "or from a float16 run with --dtype=bfloat16")
             self.watch(where, loss)
         speed, steps_left = self.tokens_per_step / seconds, self.config.steps - step - 1
         mfu = "-" if math.isnan(self.peak) else f"{speed / self.peak:.1%}"
@@ -474,25 +480,25 @@ class Log:
         self.began = time.perf_counter()
 
     def watch(self, where, loss):
-        """Say when a loss is 6 standard deviations above the last 128's mean; changes nothing."""
+        """Report a loss 6 standard deviations above the mean of the last 128; change nothing."""
         if len(self.recent) == self.recent.maxlen:
             mean, deviation = statistics.fmean(self.recent), statistics.stdev(self.recent)
             if loss > mean + 6 * deviation:
                 self.say(f"spike at {where}: loss {loss:.4f}, {(loss - mean) / deviation:.1f} "
                          f"standard deviations above {mean:.4f}, the mean of the 128 steps before")
-        if math.isfinite(loss):  # else it is a float16 overflow
+        if math.isfinite(loss):  # not an overflow's
             self.recent.append(loss)
 
 
 def save(training, step, scheduled, log):
-    """Write checkpoint `step`, once every step before it is known to be finite and on the disk."""
+    """Write checkpoint `step`, after every step before it is known to be finite and on the disk."""
     config = training.config
-    log.flush()  # raises if one of them was not finite
+    log.flush()
     if log.processes.any(not training.is_finite()):
         raise FloatingPointError(f"step {step - 1}: the update left weights or moments that are "
                                  f"not finite; step{step} was not saved. Branch from an earlier "
-                                 "checkpoint with a lower rate")
-    # After a power failure the lines of all steps before a saved checkpoint must be there.
+                                 "checkpoint with a lower learning rate")
+    # Even after a power failure, the lines of all steps before a saved checkpoint are there.
     for table in log.tables.values():
         os.fsync(table.file.fileno())
     checkpoints.save(config.out_dir, step, training.model, training.optimizer, {
@@ -506,52 +512,33 @@ def save(training, step, scheduled, log):
 
 
 def train(model_config, config, intervention, launch, processes):
-    """Take the steps that the run folder does not have yet; leave there what comes of them."""
-    # Data, run folder, checkpoint to begin from: a mistake ends here, before any computing.
+    """Take the steps that the run folder does not have yet."""
     batches = Batches(model_config, config, intervention, launch, processes)
-    settings = processes.together(
-        lambda: identity(model_config, config, intervention, launch, batches.order))
-    processes.agree({name: value for name, value in (settings | asdict(launch)).items()
-                     if name not in PATHS})
-    claimed = processes.together(
-        lambda: claim(settings, surroundings(launch, processes), config), first_alone=True)
-    source, start, changed = processes.gather(claimed)[0]
-
-    # Model, optimizer, and what the checkpoint has of them.
+    settings = identity(batches, launch, processes)
     training = Training(model_config, config, launch, processes)
-    without_moments = processes.together(lambda: load_start(training, source, start))
-    tokens_per_step = config.batch_size * model_config.seq_length
-    peak = processes.count * peak_flops(processes.device) / flops_per_token(model_config)
-    digest = checkpoints.read_manifest(source)[1] if source else checkpoints.FIRST_DIGEST
-    log = processes.together(
-        lambda: Log(config, intervention, start, tokens_per_step, peak, digest, processes))
-    log.say(f"{sum(p.numel() for p in training.model.parameters()):,} parameters, "
-            f"{tokens_per_step:,} tokens a step, {config.steps:,} steps, {processes.count} "
-            f"process(es) on {processes.device.type} in {str(training.dtype)[6:]}, "
-            f"{config.batch_size // (launch.micro_batch_size * processes.count)} micro-batch(es) "
-            f"of {launch.micro_batch_size}, peak {peak:,.0f} tokens/s"
-            + (f"; going on from step {start:,}" if source else ""))
-    for line in batches.order.describe() if processes.rank == 0 else ():
-        log.say(line)
-    if source and changed:
-        log.say(f"bits can differ from step {start:,} on: since the last launch "
-                + "; ".join(changed))
+    claimed = processes.together(lambda: claim(settings, config, launch, processes),
+                                 first_alone=True)
+    source, start, changed = processes.gather(claimed)[0]
+    processes.together(lambda: load_start(training, source, start))
+    log = processes.together(lambda: Log(model_config, config, intervention, source, start,
+                                         processes))
+    log.introduce(training, launch, batches.order, changed)
     if source is None:
         save(training, 0, True, log)
-    processes.listen()
     if processes.count > 1:
         rehearse(training, launch.micro_batch_size, model_config.seq_length)
-    if without_moments:
-        rebuild_moments(training, batches, source, start, log)
+    if training.updates and not training.optimizer.state:
+        rebuild_moments(training, batches, source, start)
 
     schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
     end, stop = min(config.steps, config.stop_at or config.steps), False
     if start < end:
         batch, seen = batches.read(start)
+    processes.listen()  # a signal up to here ends the process at once: no step is lost
     log.began = time.perf_counter()
     for step in range(start, end):
         rate = learning_rate_at(training.updates, config)
-        loss = training.gradients(batch)
+        loss = training.gradients(batch)  # forward and backward passes of all micro-batches
         norm = training.clip()
         log.note(step, loss, norm, rate, training.scaler.scale, seen)
         if step + 1 < end:  # read the next batch while a GPU is still computing this one
@@ -567,7 +554,7 @@ def train(model_config, config, intervention, launch, processes):
     checkpoints.finish_writing()
     if stop:
         log.say(f"interrupted: saved step{step + 1}; the same command goes on from there")
-        processes.exit()
+        sys.exit(128 + (processes.signal or signal.SIGTERM))  # another process may have got it
     log.say(f"done: step {max(start, end):,} of {config.steps:,}, "
             f"{len(checkpoints.saved_steps(config.out_dir))} checkpoints in {config.out_dir}")
 
@@ -577,36 +564,30 @@ SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig
 
 def main(model_config, config, intervention, launch, options, proof=None):
     if intervention.intervention and intervention.intervention_from >= config.steps:
-        fail(f"intervention_from = {intervention.intervention_from:,}, but the last step is "
-             f"{config.steps - 1:,}")
+        raise ValueError(f"intervention_from = {intervention.intervention_from:,}, but the last "
+                         f"step is {config.steps - 1:,}")
     if options.plan:
         schedule = checkpoints.checkpoint_steps(config.steps, config.checkpoint_every)
         return plan(model_config, config, launch, options, len(schedule))
     if not config.out_dir:
-        fail("missing: --out_dir, the run folder (--help explains every setting)")
+        raise ValueError("missing: --out_dir, the run folder (--help explains every setting)")
     if config.exact_sums and (launch.sharding == "fsdp" or launch.threads is None):
-        fail("exact_sums = True: expected --sharding=ddp and --threads=N, since the bits of a "
-             "matmul depend on the number of threads")
+        raise ValueError("exact_sums = True: expected --sharding=ddp and --threads=N, since the "
+                         "bits of a matmul depend on the number of threads")
     # Hashing 600 GB takes longer than the 30 minutes for which processes wait for each other.
     patience = timedelta(days=1) if launch.check_data else None
     processes = Processes(launch.device, patience, launch.threads)
-
-    def prepare():
-        compute_dtype(config.dtype, processes.device)  # may refuse it
-        if proof and processes.rank == 0:
-            begin_again(config.out_dir, proof)
-        if launch.check_data and os.environ.get("LOCAL_RANK", "0") == "0":  # once a node
-            check_whole(config.data)
-
-    processes.together(prepare)
-    if launch.deterministic:  # or raise where an operation cannot be
+    check_here = launch.check_data and processes.first_on_node
+    processes.together(lambda: check_here and check_whole(config.data))
+    processes.together(lambda: proof and begin_again(config.out_dir, proof), first_alone=True)
+    if launch.deterministic:  # an operation that cannot be deterministic raises an error
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # only a debugging aid
     train(model_config, config, intervention, launch, processes)
     if config.twin:
-        # The first run's blocks lie in cycles of references (a replaced forward refers to its
-        # block): without this their weights could still be in memory beside the twin's.
+        # The first run's blocks are in reference cycles, since a replaced forward refers to its
+        # block. Without this, their weights could stay in memory beside the twin's.
         gc.collect()
         control = replace(config, out_dir=f"{config.out_dir.rstrip('/')}_twin", twin=False)
         train(model_config, control, InterventionConfig(), launch, processes)

@@ -63,7 +63,7 @@ def train(data, out_dir, processes=1, /, expect=0, **changes):
 
 
 def refused(data, out_dir, /, *words, processes=1, **changes):
-    """Give a command that ends with one line, which has these words, and exit code 2."""
+    """Give a command that must end in one line with these words and exit code 2."""
     error = train(data, out_dir, processes, expect=2, **changes).stderr
     assert error.count("\n") == 1 and all(some in error for some in words), error
     return error
@@ -71,7 +71,7 @@ def refused(data, out_dir, /, *words, processes=1, **changes):
 
 @contextmanager
 def as_a_process():
-    """Undo what a process's end would: signal handlers, the run folder's lock."""
+    """Undo what ends with a process: signal handlers, the lock of the run folder."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -98,7 +98,7 @@ def losses(out_dir):
 
 
 def assert_same_bits(first, second, start=0):
-    """Of two runs, of which the second may have begun at step `start` as a branch."""
+    """Compare two runs, of which the second may be a branch that began at step `start`."""
     steps = [step for step in saved_steps(first) if step > start or start == 0]
     assert saved_steps(second) == steps
     for step in steps:
@@ -211,7 +211,7 @@ def test_a_token_outside_the_vocabulary_stops(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------- only as it began
+# ---------------------------------------------------------------------------- what a resume refuses
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def run(begun, tmp_path):
 
 
 def copy_of(data, folder, edit=lambda prefix: None):
-    """Return the prefix of a copy of a token file and its order, as edit(prefix) changes it."""
+    """Return the prefix of a copy of the data and its order, changed by edit(prefix)."""
     prefix = shutil.copytree(data.parent, folder) / data.name
     edit(prefix)
     return prefix
@@ -240,7 +240,7 @@ def flip_one(prefix):
 
 
 def exchange_rows(prefix):
-    """The .npy files may be another program's: their names do not prove what they hold."""
+    """The .npy files may come from elsewhere: their names do not prove what they contain."""
     for path in prefix.parent.glob("*_shuffle_idx.npy"):
         array = np.load(path)
         array[[80, 81]] = array[[81, 80]]
@@ -301,17 +301,17 @@ def test_a_run_or_branch_that_nothing_explains_is_refused(data, run, tmp_path):
 
 
 def test_a_spike_is_named_after_overflows_and_a_resume(tmp_path):
-    """float16: a loss that is not finite is none of the 128 that the next are held against."""
+    """In float16, losses that are not finite do not enter the mean of the last 128."""
     config = TrainConfig(data="", learning_rate=1e-3, out_dir=str(tmp_path), steps=400,
                          batch_size=8)
     noise = torch.randn(200, generator=torch.Generator().manual_seed(0)) / 100
     losses = [loss * (math.nan if i % 3 == 1 else 1) for i, loss in enumerate(4 + noise)]
     for start, noted in ((0, losses), (200, [torch.tensor(5.0)])):
-        log = Log(config, InterventionConfig(), start, 256, math.nan, "0" * 64, Processes("cpu"))
+        log = Log(ModelConfig(**SHAPE), config, InterventionConfig(), None, start, Processes("cpu"))
         for step, loss in enumerate(noted, start):
             log.note(step, loss, torch.tensor(1.0), 1e-3, 2.0, ((), [b"ids"]))
         log.flush()
-        log.tables["metrics"].file.close()
+        log.text.close(), log.tables["metrics"].file.close()
     line = (tmp_path / "log.txt").read_text().splitlines()[1]
     assert line.startswith("spike at step 200 (rows 1,600 to 1,607): loss 5.0000")
 
@@ -324,7 +324,7 @@ def test_a_branch_departs_and_its_twin_is_the_parents_own_continuation(data, tmp
              terms="e,t,a", intervention_from=7, twin=True, activation_checkpointing=True)
     child, whole = losses(tmp_path / "child"), losses(parent)
     assert_same_bits(parent, tmp_path / "child_twin", start=6)
-    # Every changed row is noted under its own step, although the next batch is read before.
+    # Changed rows are listed under their own step, although the next batch is read earlier.
     config = InterventionConfig("term_drop", intervention_from=7, terms="e,t,a")
     rows = IntervenedData(OrderedData(data, 32, samples_needed(12, 8), 1234),
                           load_tokenizer(ROOT / "20B_tokenizer.json"), config)
@@ -345,7 +345,7 @@ def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path, parent):
     swap = dict(intervention="pronouns_to_feminine", intervention_from=2)
     run_here(data, tmp_path / "run", stop_at=4, **swap)
     run_here(data, tmp_path / "child", stop_at=5, branch_from=tmp_path / "run/step4", **swap)
-    run_here(data, tmp_path / "child", branch_from=f"{tmp_path}/run/step4/", **swap)  # spelt so
+    run_here(data, tmp_path / "child", branch_from=f"{tmp_path}/run/step4/", **swap)  # with a slash
     run_here(data, tmp_path / "run", **swap)
     assert losses(tmp_path / "child") == losses(tmp_path / "run")[4:]
     refused_here(data, tmp_path / "other", "expected a whole checkpoint", warm_moments=2,
@@ -373,11 +373,11 @@ def test_replayed_batches_are_those_that_the_parent_saw(data, tmp_path, parent):
     assert [row[0] for row in child] == list(range(6, 12)) and child[:2] == twin[:2]
 
 
-# ---------------------------------------------------------------------------- looked into
+# ---------------------------------------------------------------------------- inside a step
 
 
 class Watch(TorchFunctionMode):
-    """Notes every call, outside these functions, that reads a tensor's value: the host waits."""
+    """Notes each call that reads a tensor's value, so that the host waits, except in `may_wait`."""
 
     waits = {"item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__",
              "__index__"}
@@ -396,7 +396,7 @@ class Watch(TorchFunctionMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_makes_the_host_wait_in_float16_alone(data, tmp_path, monkeypatch, dtype):
-    """There once, whether the gradient is finite, when the next batch has been read."""
+    """It waits once, for whether the gradient is finite, after the next batch has been read."""
     events, read = [], OrderedData.batch
 
     def batch(self, step, *arguments, **settings):
@@ -437,7 +437,7 @@ def float16(monkeypatch):
 
 
 def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch, float16):
-    """A branch without moments, which --state_every took, keeps its place in the schedule."""
+    """A branch whose moments --state_every has removed keeps its place in the schedule."""
     def overflowing(enabled):
         scaler = LossScaler(enabled)
         scaler.state["scale"] = 2.0**26
@@ -465,7 +465,7 @@ def test_overflows_skip_the_update_and_hold_the_rate(data, tmp_path, monkeypatch
 
 
 def test_endless_overflow_stops_with_advice(data, tmp_path, float16):
-    """Weights overflow float16 in the forward pass: no step is taken, until the scale is 1."""
+    """Weights overflow float16 in the forward pass: no update is made, until the scale is 1."""
     run_here(data, tmp_path / "run", steps=40, stop_at=1)
     source = published(tmp_path / "run", 0, tmp_path / "published")
     weights = load_file(source / "model.safetensors")
@@ -480,7 +480,7 @@ def test_endless_overflow_stops_with_advice(data, tmp_path, float16):
 
 
 def test_replayed_moments_come_near_the_parents(data, tmp_path):
-    """From published weights alone: the more batches are replayed, the nearer the next steps."""
+    """Weights only, as published: the more batches are replayed, the smaller is the error."""
     settings = dict(steps=40, learning_rate=1e-3, checkpoint_every=32, log_every=100)
     run_here(data, tmp_path / "run", **settings)
     source = published(tmp_path / "run", 32, tmp_path / "published")
