@@ -31,7 +31,7 @@ RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
 
 @pytest.fixture(scope="module")
 def single(data, tmp_path_factory):
-    """A run of one process that takes each batch whole."""
+    """A run of one process with one micro-batch per step."""
     folder = tmp_path_factory.mktemp("single")
     train(data, folder, **RUN, micro_batch_size=8)
     return folder
@@ -58,7 +58,7 @@ def assert_same_steps(first, second, step=10):
     (2, dict(sharding="fsdp", compile=True, activation_checkpointing=True))])
 def test_micro_batches_and_processes_take_the_same_steps(data, tmp_path, single, processes,
                                                          changes):
-    """The gradients of all micro-batches travel together."""
+    """The gradients of all micro-batches are exchanged at once."""
     train(data, tmp_path, processes, **RUN, micro_batch_size=2, **changes)
     assert_same_steps(single, tmp_path)
     config = tmp_path / "step10/config.json"
@@ -94,7 +94,7 @@ def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, 
 
 
 def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single):
-    """Files of 20 kB from 2 processes of torchrun hold the bits of one; transformers reads them."""
+    """Files of 20 kB, written by 2 processes under torchrun, have one process's bits."""
     flags = command(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
                     async_save=True)[1:]
     run(*TORCHRUN, "tests/launch.py", "small_files", *flags)
@@ -140,10 +140,10 @@ def test_gradients_are_sent_after_the_last_micro_batch_alone(request, sharding, 
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """Return a function of a number of processes: settings and folder of a run never stopped."""
+    """Return a function: number of processes -> settings and folder of an uninterrupted run."""
     @functools.cache
     def unbroken(processes):
-        # A save takes as long as a step. Of three processes DDP's sums round in messages' order.
+        # A save takes as long as a step. With three processes, sums depend on how DDP groups them.
         settings = dict(vocab_size=20000, steps=12, checkpoint_every=4, learning_rate=1e-3,
                         batch_size=12, micro_batch_size=2)
         settings |= {2: dict(sharding="fsdp"), 3: dict(compile=True, deterministic=True)}.get(
@@ -161,7 +161,7 @@ def unbroken(data, tmp_path_factory):
         (1, signal.SIGKILL, {}), (3, signal.SIGTERM, {}), (3, signal.SIGKILL, {})))])
 def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken, processes, number,
                                                        changes):
-    """One of several processes gets SIGTERM before a save of all, or SIGKILL in it."""
+    """One of several processes gets SIGTERM just before a save, or SIGKILL during it."""
     settings, whole = unbroken(processes)
     run = Launched(command(data, tmp_path, **settings, **changes), processes)
     run.wait_until(run.printed("step      7/"))  # the save comes next
@@ -185,7 +185,7 @@ PUBLISHED = {"14m": (32, 32), "31m": (32, 32), "70m": (32, 32), "160m": (32, 32)
 
 @pytest.fixture
 def plan(capsys, monkeypatch):
-    """Return a function of flags: what --plan prints for them."""
+    """Return a function: flags -> what --plan prints."""
     def plan(*flags):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
@@ -196,7 +196,7 @@ def plan(capsys, monkeypatch):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, plan):
-    """With activation checkpointing where the published YAML has it: all but 14m and 31m."""
+    """With activation checkpointing as in the published YAML files: for all but 14m and 31m."""
     gpus, sequences = PUBLISHED[size]
     printed = plan(f"configs/pythia_{size}.py", f"--gpus={gpus}", "--gpu_memory=40",
                    f"--activation_checkpointing={size not in ('14m', '31m')}")
@@ -219,7 +219,7 @@ def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
     pytest.param("70m", 1, [], marks=pytest.mark.proof),
     pytest.param("70m", 2, [], marks=pytest.mark.proof)])
 def test_planned_memory_is_the_tensors_peak(monkeypatch, size, accumulation, flags):
-    """Of a step, and of the backward passes of a second one, then beside Adam's moments."""
+    """The peak of a step and of the next one's backward pass, beside Adam's moments."""
     monkeypatch.chdir(ROOT)
     shape, config, launch = parse(
         [f"configs/pythia_{size}.py", "--seq_length=256", "--micro_batch_size=4", *flags],
@@ -228,7 +228,7 @@ def test_planned_memory_is_the_tensors_peak(monkeypatch, size, accumulation, fla
     training.model.init_weights(0)
     rows, tracker = torch.randint(500, (accumulation, 4, 257)), MemTracker()
     tracker.track_external(training.model, training.optimizer)
-    loss = training.loss  # the tracker's notes of modules are of one pass
+    loss = training.loss  # the tracker tracks modules for one pass only
     monkeypatch.setattr(training, "loss", lambda rows: tracker.reset_mod_stats() or loss(rows))
     with tracker:
         training.gradients(rows)

@@ -1,4 +1,4 @@
-"""pytest tests/test_proof.py: a run's digests, what replays prove and find, sums without order.
+"""pytest tests/test_proof.py: digests of a run, what replays prove and find, exact sums.
 
 pytest tests/test_proof.py -m proof plants 200 faults, stops 50 honest runs, restores 50 steps.
 """
@@ -30,7 +30,7 @@ EVERY = dict(checkpoint_every=1, steps=12)
 
 
 def again(flag):
-    """Give --replay or --restore as a user does; return the last line."""
+    """Run --replay or --restore as a user does; return the last line printed."""
     done = Launched(["train.py", flag]).finish()
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip().splitlines()[-1]
@@ -70,7 +70,7 @@ def test_digests_are_sha256_of_what_the_docstring_says(data, tmp_path):
                 "digest": before, "state_sha256": hashlib.sha256(hashes.encode()).hexdigest()}
 
 
-# ---------------------------------------------------------------------------- faults are named
+# ---------------------------------------------------------------------------- replays find faults
 
 
 
@@ -78,7 +78,7 @@ def test_digests_are_sha256_of_what_the_docstring_says(data, tmp_path):
 
 
 def shifted(monkeypatch, step_of):
-    """Let a run read the batch of step_of(step) at every step, or change it in place."""
+    """Make a run take step_of(step, read) instead of read(step) as the batch of each step."""
     batch = OrderedData.batch
     monkeypatch.setattr(OrderedData, "batch", lambda self, step, **share: step_of(
         step, lambda other: batch(self, other, **share)))
@@ -152,7 +152,7 @@ FAULTS = [token, skipped_step, doubled_step, rate, weight, moment, another_seed,
 
 
 def check_fault(data, folder, monkeypatch, capsys, fault, number):
-    """Train a run with a fault that nothing in its folder says; a replay has to name it."""
+    """Train a run with a fault that its folder does not show; a replay has to name it."""
     draw, run = random.Random(number), folder / f"run{number}"
     k = draw.randrange(1, 10)
     changes, expected = fault(monkeypatch, draw, k)
@@ -242,7 +242,7 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
 
 
 def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, capsys):
-    """Not even the sign of a zero, and not on other hardware either."""
+    """Even if only the sign of a zero was changed, and also on other hardware."""
     run = tmp_path / "run"
     shutil.copytree(sparse / "run", run)
     path = run / "step20/optimizer/moments.safetensors"
@@ -287,7 +287,7 @@ def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
     assert f"torch was '1.0.0', is '{torch.__version__}'" in done.stdout
 
 
-# ---------------------------------------------------------------------------- sums without order
+# ---------------------------------------------------------------------------- exact sums
 
 
 def test_sums_are_the_means_of_float64(monkeypatch):
@@ -311,7 +311,7 @@ def test_sums_are_the_means_of_float64(monkeypatch):
         assert add(order, scale) == losses.double().mean().float()
         for p, each in zip(parameters, zip(*gradients)):
             expected = torch.stack(each).double().mean(0).float()
-            # A multiple of 2**-54 in float32 lies beside the mean of reals at the worst.
+            # Rounding to a multiple of 2**-54 may end at the float32 next to the exact mean.
             assert torch.allclose(p.grad, expected, rtol=2**-23, atol=2**-53)
     for wrong in (17.0, math.nan, -math.inf):
         gradients[5][1][7] = wrong
