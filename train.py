@@ -268,6 +268,9 @@ def identity(batches, launch, processes):
         "data_tokens": order.tokens.n_tokens, "data_sha256": fingerprint(order.tokens.paths),
         "order_sha256": None if order.preshuffled else fingerprint(order.paths),
         "planted_sha256": batches.intervention.plan_sha256()}
+    if config.exact_sums:  # then only these can still change how sums are rounded
+        settings |= {"micro_batch_size": launch.micro_batch_size, "threads": launch.threads,
+                     "compile": launch.compile}
     processes.agree({name: value for name, value in (settings | asdict(launch)).items()
                      if name not in PATHS})
     return settings

@@ -337,6 +337,8 @@ def test_bits_do_not_depend_on_the_number_of_processes(data, tmp_path):
         for step in saved_steps(tmp_path / "one"):
             first, second = (tmp_path / f"{run}/step{step}/manifest.json" for run in ("one", other))
             assert first.read_bytes() == second.read_bytes()  # the hashes of all files
+    done = Launched(command(data, tmp_path / "one", **EXACT | {"threads": 2})).finish()
+    assert done.returncode == 2 and "threads was 1, is 2" in done.stderr
     train(data, tmp_path / "plain", **EXACT | {"exact_sums": False})
     exact, plain = (table(tmp_path / f"{name}/metrics.csv") for name in ("one", "plain"))
     assert [float(row["loss"]) for row in exact] == pytest.approx(
