@@ -132,11 +132,13 @@ def fail(message):
     Under torchrun usually all processes meet the same mistake. The others wait, and torchrun ends
     them once the first has exited. One that is still alive then has met a mistake of its own.
     """
-    rank = os.environ.get("LOCAL_RANK", "0")
+    rank, message = os.environ.get("LOCAL_RANK", "0"), str(message)
     if rank != "0":
         time.sleep(2)
         message = f"[rank {rank}] {message}"
-    print(" ".join(str(message).splitlines()), file=sys.stderr)
+    # Python's words, "[Errno 28] No space left on device: 'path'", name the file last.
+    message = re.sub(r"\[Errno \S+\] (.+): '([^']+)'$", r"\2: \1", message)
+    print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(2)
 
 
@@ -198,9 +200,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # write() does not name it
-        raise
+    except OSError as error:  # write() does not name the file, and np.save gives no errno
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path))
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -88,13 +88,15 @@ def test_only_a_regular_file_is_replaced(tmp_path):
         undo()
 
 
-def test_a_full_disk_is_named(tmp_path, capsys):
+@pytest.mark.parametrize("error", [(28, "No space left on device"), ("9 requested and 0 written",)])
+def test_a_full_disk_is_named(tmp_path, capsys, error):
+    """As file.write says it, and as np.save does."""
     def write():
         with replacing(tmp_path / "out.csv"):
-            raise OSError(28, "No space left on device")
+            raise OSError(*error)
     with pytest.raises(SystemExit):
         run(write)
-    assert capsys.readouterr().err == f"[Errno 28] No space left on device: '{tmp_path}/out.csv'\n"
+    assert capsys.readouterr().err == f"{tmp_path}/out.csv: {error[-1]}\n"
     assert not os.listdir(tmp_path)
 
 
