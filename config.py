@@ -102,7 +102,7 @@ def command(argv, commands):
     """Run commands[argv[0]] = (schema, function) on the rest: `prepare.py tokenize --input=a.txt`.
 
     A third entry names settings that may be given without a flag: with "source output", `import A
-    B` is `import --source=A --output=B`. The last one takes all words that are left, with commas.
+    B` is `import --source=A --output=B`. If it names only one, that takes all words, with commas.
     """
     name, *arguments = argv or ["nothing"]
     if name in ("--help", "-h"):
@@ -114,12 +114,13 @@ def command(argv, commands):
         fail(f"found {name}, expected --help or a command: {', '.join(commands)}")
     schema, function, *names = commands[name]
     if names:
-        *firsts, last = names[0].split()
+        names = names[0].split()
         words = [argument for argument in arguments if not argument.startswith("-")]
+        if len(names) == 1 and words:
+            words = [",".join(words)]
         arguments = [argument for argument in arguments if argument.startswith("-")]
-        arguments += [f"--{name}={word}" for name, word in zip(firsts, words)]
-        if len(words) > len(firsts):
-            arguments.append(f"--{last}={','.join(words[len(firsts):])}")
+        arguments += [f"--{name}={word}" for name, word in zip(names, words)]
+        arguments += words[len(names):]  # too many: parse refuses them
     run(function, parse(arguments, schema))
 
 

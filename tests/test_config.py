@@ -63,6 +63,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, argument, words
     ("prepare.py tokenize --input=*.nothing --output=o", "*.nothing: no .jsonl"),
     ("plots.py curves --results=plots.py", "plots.py, line "),
     ("verify.py verify nowhere", "nowhere: neither a run"), ("verify.py diff a b", "a: no checkp"),
+    ("verify.py diff a b c", "found c, expected --name=value"),
     ("checkpoints.py list nowhere", "nowhere: no step0"),
     ("studies/term_frequency.py analyse --counts=c --results=/nowhere", "/nowhere: holds no ans")])
 def test_a_mistake_in_any_command_is_one_line(refused, argv, words):
