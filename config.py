@@ -45,9 +45,8 @@ def parse(argv, *schemas):
         for argument in argv:
             for name, value in _read(argument).items():
                 if name not in fields:
-                    near = difflib.get_close_matches(name, fields, n=1) or ["--help"]
-                    raise ValueError(f"{argument}: no setting called {name}, did you mean "
-                                     f"{near[0]}?")
+                    near = (difflib.get_close_matches(name, fields, n=1) or ["--help"])[0]
+                    raise ValueError(f"{argument}: no setting called {name}, did you mean {near}?")
                 values[name] = _typed(f"{argument}: {name}", value, fields[name].type)
         missing = [f"--{name}" for name, field in fields.items()
                    if name not in values and field.default is dataclasses.MISSING]
@@ -55,7 +54,7 @@ def parse(argv, *schemas):
             raise ValueError(f"missing: {', '.join(missing)} (--help explains every setting)")
         built = [schema(**{name: value for name, value in values.items()
                            if name in schema.__dataclass_fields__}) for schema in schemas]
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OSError) as error:
         fail(error)
     return built[0] if len(built) == 1 else built
 
@@ -75,18 +74,19 @@ def _read(argument):
 
 
 def _typed(name, value, hint):
-    """Return a value, or what its text says, as a type that `hint` allows: 3e11 fills an int."""
+    """Return a value, parsed if it is text, as a type that `hint` allows: 3e11 becomes an int."""
     kinds = typing.get_args(hint) or (hint,)  # str | None has two
-    if type(value) is str and (str not in kinds or value == "None" and hint is not str):
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    with suppress(Exception):  # what cannot be converted is refused below
+        if type(value) is str and (str not in kinds or value == "None" and hint is not str):
             value = ast.literal_eval(value)
-    if type(value) is float and int in kinds and value.is_integer():
-        value = int(value)
-    elif type(value) is int and float in kinds:
-        value = float(value)
+        if type(value) is float and int in kinds and value.is_integer():
+            value = int(value)
+        elif type(value) is int and float in kinds:
+            value = float(value)
     if type(value) not in kinds or type(value) is float and not math.isfinite(value):
-        words = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} = {value!r} is not {words}; write --name=value")
+        words = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+        raise ValueError(f"{name} = {value!r} is not {words}; write --name=value"
+                         + (", True or False" if bool in kinds else ""))
     return value
 
 
@@ -173,7 +173,7 @@ def run(function, *arguments):
 def expecting(path, what):
     """Raise ValueError saying that `path` is not `what` if anything goes wrong in this block.
 
-    For reading files from strangers: a damaged or hostile one raises anything, or calls sys.exit.
+    For reading files from strangers: a damaged or hostile one may raise anything, even SystemExit.
     """
     try:
         yield
@@ -308,8 +308,8 @@ class Table:
         self.file, header = lock(path), csv_lines([columns])
         before = Path(path).read_bytes()
         if not header.startswith(before[:len(header)]):  # a kill may have cut it short
-            raise ValueError(f"{path}, line 1: expected {','.join(columns)}; mend it or move the "
-                             "file away")
+            raise ValueError(f"{path}, line 1: found {before[:len(header)]!r}, expected "
+                             f"{','.join(columns)}; mend it or move the file away")
         self.rows = read_csv(path, torn=True, keep=keep)
         text = header + csv_lines(row.values() for row in self.rows)
         if text != before:

@@ -39,7 +39,8 @@ def test_values_take_the_declared_type():
 @pytest.mark.parametrize("argument, words", [
     ("--stepz=3", "no setting called stepz, did you mean steps?"),
     ("--steps=abc", "steps = 'abc' is not int"), ("--steps=True", "steps = True is not int"),
-    ("--compile=false", "compile = 'false' is not bool"), ("--rate=inf", "rate = 'inf' is not"),
+    ("--compile=false", "compile = 'false' is not bool; write --name=value, True or False"),
+    ("--rate=inf", "rate = 'inf' is not"), ("--rate=1" + 400 * "0", "rate = 1000"),
     ("--steps", "steps = True is not int"), ("nowhere.py", "nowhere.py: no such file"),
     ("--steps=3", "missing: --name"), ("steps = (", "SyntaxError")])
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, argument, words):
