@@ -77,10 +77,12 @@ class TokenFile:
         some_differ = (self.sizes[::n // 1000 + 1] != length).any()
         self.equal_length = 0 if some_differ or self.n_tokens != n * length else length
         shards = [f"{self.prefix}.bin"]
-        if not os.path.exists(shards[0]):
-            shards = sorted(glob(f"{escape(self.prefix)}-?????-of-?????.bin")) or shards
+        some = glob(f"{escape(self.prefix)}-?????-of-{5 * '[0-9]'}.bin")
+        if some and not os.path.exists(shards[0]):
+            last = max(some)[-9:-4]  # every shard from 00000 to this one must be there
+            shards = [f"{self.prefix}-{i:05}-of-{last}.bin" for i in range(int(last) + 1)]
         n_bytes = sum(map(file_size, shards))
-        if n_bytes != 2 * self.n_tokens:
+        if not 0 < n_bytes == 2 * self.n_tokens:
             raise ValueError(f"{shards[-1]}: {n_bytes:,} bytes up to its end, but {idx} describes "
                              f"{2 * self.n_tokens:,}: truncated, incomplete or of another index")
         # Plain arrays over the memory maps: slicing a np.memmap takes ten times as long.
@@ -186,7 +188,7 @@ class TokenWriter:
         self.commit()
 
     def digest(self, ends):
-        """Return the SHA-256 by which a progress note proves to be whole and of this job."""
+        """Return the SHA-256 that progress.json has if it is undamaged and of this job."""
         return hashlib.sha256(json.dumps([self.job, self.position, ends]).encode()).hexdigest()
 
     def append(self, tokens, sizes, documents=np.empty(0, PROVENANCE), position=None):
@@ -214,7 +216,6 @@ class TokenWriter:
         """Write the index and move all files into place; the .idx, last, makes it a token file."""
         self.commit()
         sizes = np.fromfile(self.folder / "sizes", dtype="<i4")
-        documents = np.fromfile(self.folder / "documents", dtype=PROVENANCE)
         if not len(sizes):
             raise ValueError(f"{self.prefix}.bin: nothing to write, the input holds no documents")
         with replacing(self.folder / "idx") as file:
@@ -226,6 +227,7 @@ class TokenWriter:
         for path in [f"{self.prefix}.idx", *stale]:
             Path(path).unlink(missing_ok=True)
         write_json(f"{self.prefix}.json", summary)  # first: it marks the other files as ours
+        documents = np.fromfile(self.folder / "documents", dtype=PROVENANCE)
         if len(documents):
             with replacing(f"{self.prefix}_documents.npy") as file:
                 np.save(file, documents)
@@ -489,9 +491,8 @@ def order_of(model, data=None):
     settings = trained_with(model)
     if settings.get("data_seed") is not None:
         settings["seed"] = settings["data_seed"]
-    if data:
-        settings["data"] = data
-    if not settings.get("data"):
+    settings["data"] = data or settings.get("data")
+    if not settings["data"]:
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")
     return Order(**{field.name: settings[field.name] for field in fields(Order)

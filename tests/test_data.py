@@ -122,13 +122,13 @@ def test_a_file_is_in_training_order_only_if_something_says_so(tmp_path):
     raw = (tmp_path / "d.bin").read_bytes()
     (tmp_path / "d.bin").rename(tmp_path / "whole")
     (tmp_path / "d.json").unlink()
-    for i, part in enumerate((raw[:1000], raw[1000:])):  # as published: no .json, pieces
+    for i, part in enumerate((raw[:1000], raw[1000:])):  # as published: no .json, shards
         (tmp_path / f"d-{i:05}-of-00001.bin").write_bytes(part)
     data = OrderedData(tmp_path / "d", 8, 20, 1234)
     assert data.preshuffled and data.rows(range(100)).tobytes() == raw
-    for i in (0, 1):
+    for i, words in ((1, "d-00001-of-00001.bin: no such file"), (0, "d-00000-.*: no such file")):
         (tmp_path / f"d-{i:05}-of-00001.bin").rename(tmp_path / "aside")
-        with pytest.raises(ValueError, match=f"d-0000{1 - i}-of-00001.bin: .* incomplete"):
+        with pytest.raises(ValueError, match=words):
             TokenFile(tmp_path / "d")
         (tmp_path / "aside").rename(tmp_path / f"d-{i:05}-of-00001.bin")
 
@@ -196,6 +196,9 @@ def test_a_damaged_file_is_named(tmp_path):
         (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
         with pytest.raises(ValueError, match=name):
             TokenFile(tmp_path / "d")
+    write(tmp_path / "d", [[]])
+    with pytest.raises(ValueError, match="d.bin: 0 bytes"):
+        TokenFile(tmp_path / "d")
 
 
 def test_beyond_four_gigabytes(tmp_path):
