@@ -38,7 +38,7 @@ class ModelConfig:
     init: str = "small"
 
     def __post_init__(self):
-        check(self, "at least 1", lambda value: value >= 1,
+        check(self, "an integer of at least 1", lambda value: type(value) is int and value >= 1,
               "n_layers", "d_model", "n_heads", "vocab_size", "seq_length")
         check(self, "'tanh' (as trained) or 'erf' (as published)", ("tanh", "erf").__contains__,
               "gelu")
@@ -412,7 +412,7 @@ def read_config(folder):
 
     with expecting(path, "the config.json of a Pythia"):
         expect(spec, {"model_type": ["gpt_neox"], "hidden_act": list(GELUS), **SIZES})
-        config = ModelConfig(*(int(spec[name]) for name in SIZES), gelu=GELUS[spec["hidden_act"]])
+        config = ModelConfig(*map(spec.get, SIZES), gelu=GELUS[spec["hidden_act"]])
         fixed = PYTHIAS | OTHERS | {"intermediate_size": 4 * config.d_model,
                                     "head_dim": config.d_head,
                                     "num_key_value_heads": config.n_heads}

@@ -134,7 +134,7 @@ def test_config_json_of_every_age_means_the_same_numbers(tmp_path, changes):
     ({"hidden_act": "relu"}, "hidden_act is 'relu'"), ({"hidden_size": "32"}, "hidden_size is"),
     ({"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 10000}}, "'linear'"),
     ({"num_key_value_heads": 2}, "heads is 2"), ({"vocab_size": 512}, r"\(512, 64\)"),
-    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"),
+    ({"num_hidden_layers": 3}, "missing gpt_neox.layers.2"), ({"vocab_size": True}, "size = True"),
     ({"num_hidden_layers": 1}, "unexpected gpt_neox.layers.1")])
 def test_another_architecture_is_refused_not_loaded(tmp_path, changes, words):
     folder = published(tmp_path, weights(), config=aged(**changes))
