@@ -125,7 +125,8 @@ def documents(lines, skip_malformed=False):
                 continue
             if not skip_malformed:
                 raise ValueError(f"{path}, line {number}: expected UTF-8, and in .jsonl an object "
-                                 f'with a string "text" ({error})') from None
+                                 f'with a string "text" ({error}); tokenize leaves it out with '
+                                 "--skip_malformed=True") from None
             record = None
         yield file, path, number, record
 
@@ -290,7 +291,7 @@ def dedup(options):
     paths, report = input_files(options.input), f"{options.output}.removed.csv"
     if not options.output.endswith(".jsonl") or any(map(os.path.lexists, (options.output, report))):
         raise ValueError(f"output = {options.output}, expected a .jsonl that does not exist yet, "
-                         f"and no {report}")
+                         f"nor {report}; move what is there away or name another")
     kept, counts = Kept(options.threshold), Counter()
     with replacing(options.output) as output, replacing(report) as file:
         file.write(b"removed,stands_for_it,kind,similarity\n")

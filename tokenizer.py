@@ -119,7 +119,7 @@ class Tokenizer:
         return self.encoding.decode([id_ for id_ in ids if 0 <= id_ < N_TOKENS])
 
     def token_bytes(self):
-        """Return the bytes of each uint16 id; b"\xff", found in no text, if it stands for none."""
+        """Return the bytes of each uint16 id; for ids without text, 0xFF, which no text has."""
         return [b"\xff" if id_ in (0, 1) or id_ >= N_TOKENS
                 else self.encoding.decode_single_token_bytes(id_) for id_ in range(1 << 16)]
 
