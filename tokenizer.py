@@ -137,7 +137,12 @@ class Tokenizer:
 
 
 encode_piece = lru_cache(maxsize=1 << 16)(Tokenizer.encode)
-load_tokenizer = lru_cache(Tokenizer)  # reads each file once per process
+
+
+@lru_cache
+def load_tokenizer(path):  # lru_cache(Tokenizer) could not be sent to worker processes
+    """Return the Tokenizer at a path, which is read once per process."""
+    return Tokenizer(path)
 
 
 def _digest(spec):
