@@ -91,7 +91,7 @@ class TrainConfig:
     async_save: bool = False  # write checkpoints in the background, from a copy in host memory
     stop_at: int | None = None  # save and stop after this step; without the flag the run goes on
     branch_from: str | None = None  # RUN/stepN: start with its weights, moments, place in the order
-    warm_moments: int = 0  # if it has only weights: Adam's moments from the K batches before it
+    warm_moments: int = 0  # K: rebuild Adam's moments, if it has none, from K batches before it
     twin: bool = False  # then train the same without the intervention too, in OUT_DIR_twin
 
     def __post_init__(self):
@@ -309,7 +309,7 @@ def find_start(config):
         return None, 0
     source = Path(config.branch_from)
     _, step = checkpoints.identify(source)
-    if step is None or step >= config.steps or not checkpoints.is_whole(source):
+    if source.name != f"step{step}" or step >= config.steps or not checkpoints.is_whole(source):
         raise ValueError(f"branch_from = {source}, expected a whole checkpoint RUN/stepN of a step "
                          f"before {config.steps:,} (python verify.py verify says more)")
     if step and not (source / "optimizer").exists() and not 1 <= config.warm_moments <= step:
@@ -325,11 +325,10 @@ def claim(settings, config, launch, processes):
     what SHARED lists. Returns folder and step of find_start, and what has changed since the last
     launch, in words. Only the first process calls this.
     """
-    run, last = Path(config.out_dir), {}
+    run = Path(config.out_dir)
+    if not run.exists():
+        find_start(config)  # a mistake in --branch_from leaves no folder
     checkpoints.lock(run)
-    file = lock(run / "launches.jsonl")
-    with suppress(ValueError):  # it is empty at the first launch
-        last = launches(run)[-1]
     source, start = find_start(config)
     ours, known, but = run / "config.json", None, MAY_CHANGE
     if ours.exists() or checkpoints.step_folders(run):
@@ -338,10 +337,13 @@ def claim(settings, config, launch, processes):
         known, but = source.parent / "config.json", settings.keys() - SHARED
     if known and (different := differences(read_json(known), settings, but)):
         raise ValueError(f"{known} says otherwise: {'; '.join(different)}. Use those settings, or "
-                         "another --out_dir for a new run")
+                         "start a new run in another --out_dir")
     if known != ours:
         write_json(ours, settings)
-    here = surroundings(launch, processes)
+    here, last = surroundings(launch, processes), {}
+    file = lock(run / "launches.jsonl")
+    with suppress(ValueError):  # it is empty at the first launch
+        last = launches(run)[-1]
     file.write(f"\n{json.dumps(here)}\n".encode())  # the line before it may have been cut
     harmless = {"started", "command", "host", "check_data"}
     harmless |= {"processes"} if config.exact_sums else set()
@@ -473,7 +475,7 @@ class Log:
                 raise FloatingPointError(
                     f"{where}: loss {loss}, gradient norm {norm} at loss scale 1. Nothing was "
                     "saved after it. Branch from an earlier checkpoint with a lower learning rate, "
-                    "or from a float16 run with --dtype=bfloat16")
+                    "or with --dtype=bfloat16 if this run is in float16")
             self.watch(where, loss)
         speed, steps_left = self.tokens_per_step / seconds, self.config.steps - step - 1
         mfu = "-" if math.isnan(self.peak) else f"{speed / self.peak:.1%}"

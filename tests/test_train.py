@@ -108,7 +108,7 @@ def assert_same_bits(first, second, start=0):
     assert losses(first)[start:] == losses(second)
 
 
-@pytest.mark.parametrize("k, rate", [  # pythia.md section 2, from gpt-neox v1.0's own function
+@pytest.mark.parametrize("k, rate", [  # of gpt-neox v1.0's own function
     (0, 0.0), (1, 6.993007e-7), (715, 5e-4), (1430, 1e-3), (10000, 9.9116420e-4),
     (50000, 7.4135799e-4), (71500, 5.1570538e-4), (100000, 2.1986750e-4), (115138, 1.0000603e-4),
     (115139, 1e-4), (142999, 1e-4)])
@@ -350,6 +350,7 @@ def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path, parent):
     assert losses(tmp_path / "child") == losses(tmp_path / "run")[4:]
     refused_here(data, tmp_path / "other", "expected a whole checkpoint", warm_moments=2,
                  branch_from=parent / "step12")
+    assert not (tmp_path / "other").exists()
 
 
 def published(run, step, folder):
