@@ -125,7 +125,7 @@ def leave_processes():
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch computes a run. All of it may change at a resume; only rounding differs."""
+    """How one launch computes a run. It may change at a resume, which changes rounding only."""
     device: str = "auto"  # auto (cuda if there is a GPU), cpu or cuda
     micro_batch_size: int = 32  # sequences per forward pass of one process
     sharding: str = "ddp"  # or fsdp: weights, gradients and moments spread over the processes
@@ -207,8 +207,8 @@ class ExactSums:
     2**(k + 4), and n of them at most 2**62, which cannot overflow. A larger or non-finite entry
     makes the norm infinite: training stops, or in float16 the update is skipped. (Clipping leaves a
     norm of 1 at most.) The mean is off by at most 2**-(k + 1). With 32 micro-batches that is
-    2**-54, less than float32 itself rounds any entry above 2**-30. Adam adds 1e-8 (eps) to smaller
-    entries, of which 2**-54 is 6e-9.
+    2**-54, less than float32 itself rounds any entry above 2**-30. For smaller entries it hardly
+    matters: Adam divides by at least eps = 1e-8, of which 2**-54 is 6e-9.
     """
 
     LOSS_UNIT = 64  # losses are divided by it: they may reach 16 * 64, gradients 16
@@ -415,13 +415,14 @@ def plan(config, training, launch, options, n_checkpoints):
     print(f"{n_checkpoints} checkpoints: {n_checkpoints * gigabytes:,.0f} GB of weights, "
           f"{n_checkpoints * 3 * gigabytes:,.0f} GB with the optimizer's state; "
           f"{3 * gigabytes:,.1f} GB to go on from the newest")
+    if training.batch_size % options.gpus:
+        raise ValueError(f"gpus = {options.gpus} does not divide batch_size = "
+                         f"{training.batch_size}")
     share, room = training.batch_size // options.gpus, options.gpu_memory * 1e9 * USABLE
     itemsize, fits = getattr(torch, training.dtype).itemsize, 0
     print(f"\nGB per GPU with sharding={launch.sharding}, "
           f"activation_checkpointing={launch.activation_checkpointing}, of {room / 1e9:.0f}:")
-    for size in range(1, share + 1):
-        if training.batch_size % (size * options.gpus):
-            continue
+    for size in [size for size in range(1, share + 1) if share % size == 0]:
         row = memory_per_process(config, launch, options.gpus, size, size < share, itemsize)
         print(f"micro-batch {size:3}: "
               + ", ".join(f"{what} {amount / 1e9:.2f}" for what, amount in row.items()))
@@ -429,8 +430,7 @@ def plan(config, training, launch, options, n_checkpoints):
             fits = size
     if not fits:
         raise ValueError(f"no micro-batch fits into {USABLE:.0%} of {options.gpu_memory:g} GB: try "
-                         "--sharding=fsdp, --activation_checkpointing=True, larger GPUs, or more, "
-                         f"as many as divide batch_size = {training.batch_size}")
+                         "--sharding=fsdp, --activation_checkpointing=True, more or larger GPUs")
     per_node = max(n for n in range(1, 9) if options.gpus % n == 0)
     nodes = options.gpus // per_node
     meeting = "--standalone" if nodes == 1 else "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500"

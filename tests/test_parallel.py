@@ -45,8 +45,8 @@ def assert_same_steps(first, second, step=10):
                     for folder in (first, second))
     for name, tensor in ours.items():
         if name.endswith("query_key_value.bias"):
-            # A key's bias adds the same to all logits of a query, so but for rotary dims its
-            # gradient is zero, and Adam makes steps of what rounding leaves of it.
+            # Except in rotary dimensions, a key's bias adds the same to all scores of a query:
+            # its gradient is 0 but for rounding, which Adam scales up to whole steps.
             tensor, theirs[name] = (t.view(2, 3, 16)[:, [0, 2]] for t in (tensor, theirs[name]))
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6,
                                    msg=lambda m: f"{name}: {m}")
@@ -106,7 +106,7 @@ def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single)
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
     _, stored = checkpoints.open_any(tmp_path / "run/step1")
     for name, tensor in load_file(single / "step1/model.safetensors").items():
-        assert torch.equal(stored[name], tensor)  # step 1: rate 0 moved nothing
+        assert torch.equal(stored[name], tensor)  # step 1 had learning rate 0
     model = Pythia(ModelConfig(**SHAPE))
     optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1e-3))
     assert load_training(tmp_path / "run", 1, model, optimizer)["updates"] == 1
@@ -178,7 +178,7 @@ def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken,
 # ---------------------------------------------------------------------------- the plan
 
 
-# A100s of 40 GB, sequences a GPU
+# number of 40 GB A100s, sequences per GPU
 PUBLISHED = {"14m": (32, 32), "31m": (32, 32), "70m": (32, 32), "160m": (32, 32), "410m": (32, 32),
              "1b": (64, 16), "1_4b": (64, 16), "2_8b": (64, 16), "6_9b": (128, 8), "12b": (256, 4)}
 
@@ -209,8 +209,10 @@ def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
     [line] = [line for line in printed.splitlines() if line.startswith("torchrun ")]
     assert "--nnodes=8 --nproc_per_node=8 " in line and line.endswith(
         "train.py configs/pythia_12b.py --gpus=64 --micro_batch_size=16 --out_dir=RUN")
-    with pytest.raises(ValueError, match="no micro-batch fits"):
-        plan("configs/pythia_12b.py", "--sharding=ddp")
+    for flag, words in (("--sharding=ddp", "no micro-batch fits"),
+                        ("--gpus=3", "gpus = 3 does not divide batch_size = 1024")):
+        with pytest.raises(ValueError, match=words):
+            plan("configs/pythia_12b.py", flag)
 
 
 @pytest.mark.parametrize("size, accumulation, flags", [
