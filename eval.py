@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-from config import check, command, file_size, parse, read_json, run, Table, write_json
+from config import check, command, file_size, note, parse, read_json, run, Table, write_json
 from data import load_npy, Order, order_of, ordered, span, trained_with
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
@@ -90,7 +90,7 @@ def plan(rows, L, batch_tokens=BATCH_TOKENS, name="request {}".format):
     for index, tokens, n in rows:
         if not 0 < n <= min(L, len(tokens) - 1):
             raise ValueError(f"{name(index)}: a continuation of {max(n, 0)} tokens behind "
-                             f"{len(tokens) - max(n, 0)} does not fit in {L} tokens of context")
+                             f"{len(tokens) - max(n, 0)}, expected 1 to {L} behind at least 1")
         cut.append((index, tokens[-(L + 1):], n))
     # Sorted, rows that share much are neighbours; bytes are compared faster than lists.
     cut.sort(key=lambda row: np.array(row[1], ">u4").tobytes())
@@ -258,7 +258,7 @@ def generate_until(model, tokenizer, prompts, stops=("\n",), n_tokens=256,
     def decode(tokens):
         return tokenizer.decode([token for token in tokens if token != 1])  # 1 is <|padding|>
 
-    # A stop just generated is in so many last tokens; 3 more for a character that is cut in two.
+    # Tokens that can hold a stop, if each is one byte; 3 more for a character that is cut in two.
     window = max((len(words.encode()) for words in stops), default=0) + 3
 
     def finished(new):
@@ -373,6 +373,12 @@ def main(config):
     processes = Processes(config.device, timeout=timedelta(days=30))
     jobs = [Job(name, config.docs, config.shots, config.style, config.limit)
             for name in named_tasks(config.tasks, config.style)]
+    for job in [job for job in jobs if not all(job.members.values())]:
+        problem = f"{config.docs}/{job.task.folder}: holds no documents of {job.name}"
+        if job.name in config.tasks.split(","):
+            raise ValueError(problem)
+        note(f"{problem}; left out")  # the original CrowS-Pairs has no bias_type "autre"
+        jobs.remove(job)
     entries = find_all(config.model, config.steps)
     processes.agree(asdict(config) | {"device": processes.device.type,
                                       "documents": [job.hashes for job in jobs]})
@@ -443,7 +449,8 @@ def record(config, table, done, entry, job, results):
     table.append(*(row.values() for row in new))
     done.update(map(identity, new))
     print(f"{name} step {step:>6} | {job.name} |", " | ".join(
-        f"{row['metric']} {row['value']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] else "")
+        f"{row['metric']} {row['value']:.4f}" + (
+            "" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
         for row in rows if row["task"] == job.name))
 
 
@@ -452,20 +459,20 @@ def find_all(models, steps):
     found = {}
     for model in models.split(","):
         path = Path(os.path.abspath(model))  # gives "." a name
-        folders = {str(step): folder for step, folder in checkpoints.step_folders(path)}
-        name = path.name
-        if not folders:  # the folder of a single checkpoint
+        there = {str(step): folder for step, folder in checkpoints.step_folders(path)}
+        name, folders = path.name, there
+        if not there:  # the folder of a single checkpoint
             match = re.fullmatch(r"step(\d+)", name)
             name, step = (path.parent.name, match[1]) if match else (name, "")
             folders = {step: path}
         elif steps == "last":
-            folders = dict([folders.popitem()])
+            folders = dict([*there.items()][-1:])
         elif steps != "all":
             folders = {step: path / f"step{step}" for step in steps.split(",")}
         for step, folder in folders.items():
             if not checkpoints.is_whole(folder):
-                raise ValueError(f"{folder}: no whole checkpoint (`checkpoints.py list {model}` "
-                                 "shows those that are there)")
+                raise ValueError(f"{folder}: no whole checkpoint (missing or damaged); steps in "
+                                 f"{model}: {', '.join(there) or 'none'}")
             if found.setdefault((name, step), folder) != folder:
                 raise ValueError(f"two folders would be called {name} step {step}; rename one")
     return [(name, step, tokens_seen(folder), folder) for (name, step), folder in found.items()]
@@ -554,10 +561,10 @@ def losses(config):
     # What the JSON file says after each checkpoint.
     at = [what | {"checkpoints": names[:n]} for n in range(len(entries) + 1)]
     if os.path.exists(path) or os.path.exists(arrays):
-        before = read_json(path)  # an array without a JSON file is not ours
+        before = os.path.exists(path) and read_json(path)  # an array alone is not ours
         done = at.index(before) if before in at else None
         if done is None or (done and load_npy(arrays).shape != shape):
-            raise ValueError(f"{path}: of other checkpoints or rows; name another --output")
+            raise ValueError(f"{arrays}: of other checkpoints or rows; name another --output")
     processes.agree({"the rows": what, "what is there already": done})
     if processes.rank == 0:
         write_json(path, at[done])

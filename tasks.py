@@ -80,8 +80,8 @@ def read_jsonl(path):
     return tuple(documents)
 
 
-def read_split(docs, task, split):
-    """Return the task's Documents of a split.
+def read_split(docs, task, split, required=True):
+    """Return the task's Documents of a split; raise ValueError if they are `required` but absent.
 
     They are in SPLIT.jsonl, or in the only file with such a name (val.jsonl, xl_validation.jsonl),
     or in a file named as by the authors of CrowS-Pairs.
@@ -92,7 +92,7 @@ def read_split(docs, task, split):
         path = alike[0] if len(alike) == 1 else path
     prepare = task.prepare_pool if split != task.split and task.prepare_pool else task.prepare
     documents = prepare(read_jsonl(path))
-    if not documents:
+    if required and not documents:
         raise ValueError(f"{path}: holds no documents of this task")
     return documents
 
@@ -111,7 +111,7 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
     v0.4 draws with one Random(1234) per task, in the file's order. v0.3 draws with one Random(42)
     that has shuffled the documents first, so with a `limit` it takes a random sample.
     """
-    documents = list(read_split(docs, task, task.split))
+    documents = list(read_split(docs, task, task.split, required=False))
     rng = random.Random(1234 if style == "v0.4" else 42)
     if style == "v0.3":
         rng.shuffle(documents)
@@ -121,8 +121,8 @@ def prompts(task, docs, shots=0, style="v0.4", limit=None):
     leaves_out = task.split == "validation" if style == "v0.4" else task.pool != "train"
     drawn = shots and shots + leaves_out
     if len(pool) < drawn:
-        raise ValueError(f"{task.folder}: {shots} shots need {drawn} documents of {task.pool}, "
-                         f"there are {len(pool)}")
+        raise ValueError(f"{task.folder}: shots = {shots}, but there are only {len(pool)} "
+                         f"documents to draw {drawn} from")
     questions = []
     for document in documents:
         examples = pool[:shots] if task.pool == "dev" else rng.sample(pool, drawn)

@@ -48,7 +48,7 @@ def twin(model):
 
 @torch.no_grad()
 def reference(twin, context, continuation, L=L):
-    """Log-likelihood and greedy flag by rules 4 and 5 of the harness, one request at a time."""
+    """Return log-likelihood and greedy flag of one request by the harness's rules."""
     inputs = (context + continuation)[-(L + 1):][:-1]
     logits = twin(torch.tensor([inputs])).logits[0, -len(continuation):]
     logprobs = logits.log_softmax(-1)
@@ -57,7 +57,7 @@ def reference(twin, context, continuation, L=L):
 
 
 def check_scores(model, twin, rows, batch_tokens=evaluation.BATCH_TOKENS):
-    """Hold score's results of rows equal to the reference's."""
+    """Compare score's results with the reference's."""
     for (tokens, n), (logprob, greedy) in zip(
             rows, score(model, rows, batch_tokens), strict=True):
         expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
@@ -72,7 +72,7 @@ def check_scores(model, twin, rows, batch_tokens=evaluation.BATCH_TOKENS):
        st.randoms(use_true_random=False))
 def test_scores_depend_on_no_batching_order_or_shared_beginning(
         model, twin, shapes, n_ids, batch_tokens, rng):
-    # Of few ids, much is shared by chance too.
+    # With few ids, rows also share tokens by chance.
     texts = [[rng.randrange(n_ids) for _ in range(2 * L)] for _ in range(4)]
     rows = [(texts[which][:kept] + [rng.randrange(n_ids) for _ in range(more)],
              rng.randrange(1, more)) for which, kept, more in shapes]
@@ -81,7 +81,7 @@ def test_scores_depend_on_no_batching_order_or_shared_beginning(
 
 @pytest.mark.parametrize("n_words", [0, 1, L, L + 1, 5 * L + 3])
 def test_rolling_windows_predict_every_token_once(model, twin, tokenizer, n_words):
-    """Of L tokens; the context is <|endoftext|> and all before, as far as it fits."""
+    """In windows of L tokens; the context is <|endoftext|> and all text before that fits."""
     text = " word" * n_words
     [total] = evaluation.loglikelihood_rolling(model, tokenizer, [text])
     tokens = tokenizer.encode(text)
@@ -128,6 +128,7 @@ def workplace(tmp_path_factory, tokenizer_path):
     trivia = {"question": "q", "answer": {"aliases": []}}
     for path, documents in (
             ("heldout/test", [{"text": "one"}, {"text": "two two"}]),
+            ("crows_pairs/test", [{"sent_more": "a", "sent_less": "b", "bias_type": "age"}]),
             ("piqa/validation", [piqa, piqa | {"label": 1}]), ("wsc273/test", [{"options": 3}]),
             ("triviaqa/validation", [trivia | {"question": "why " * i} for i in range(12)])):
         write_jsonl(folder / f"docs/{path}.jsonl", documents)
@@ -159,7 +160,7 @@ def test_all_checkpoints_are_evaluated_once(workplace, capsys):
 
 
 def test_a_torn_csv_is_made_whole_again(workplace, capsys, refused):
-    """By the same command: the evaluation that lacks a row, as after a kill, and nothing else."""
+    """The same command repeats only the evaluation of which a row is missing after a kill."""
     path, flags = workplace / "torn.csv", ("--tasks=heldout,piqa", "--steps=2,8")
     evaluate(workplace, *flags, output=path.name)
     whole = path.read_bytes()
@@ -172,6 +173,13 @@ def test_a_torn_csv_is_made_whole_again(workplace, capsys, refused):
     assert f"{path}, line " in refused("eval.py", *flags_of(workplace, *flags, output=path.name))
 
 
+def test_of_several_tasks_those_without_documents_are_left_out(workplace, capsys):
+    evaluate(workplace, "--tasks=crows_pairs", "--steps=8", output="c.csv")
+    assert {row["task"] for row in table(workplace / "c.csv")} == {
+        "crows_pairs_english", "crows_pairs_english_age"}
+    assert "no documents of crows_pairs_english_autre; left out\n" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path):
     run = shutil.copytree(workplace / "run", tmp_path / "run")
     os.truncate(run / "step8/model.safetensors", 100)
@@ -182,7 +190,7 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path)
 
 
 def test_two_processes_write_the_same_file(workplace):
-    """Of log-likelihoods, whose batches are shared out, and of texts, whose prompts are."""
+    """They share out the batches of log-likelihoods and the prompts of texts."""
     flags = "--tasks=heldout,piqa,triviaqa", "--steps=8", "--batch_tokens=8"
     evaluate(workplace, *flags, output="one.csv")
     run(*TORCHRUN, "eval.py", *flags_of(workplace, *flags, output="two.csv"))
@@ -192,20 +200,21 @@ def test_two_processes_write_the_same_file(workplace):
 
 @pytest.mark.parametrize("flags, words", [
     (["--tasks=wsc273"], "wsc273/test.jsonl, line 1: not a document of this task (ValueError: no"),
-    (["--steps=1,2,3"], "run/step1: no whole checkpoint"),
-    (["--shots=1"], "heldout: 1 shots need 1 documents of None"),
+    (["--steps=1,2,3"], "/run: 0, 2, 8"),
+    (["--tasks=crows_pairs_english_autre"], "crows_pairs: holds no documents of crows_pairs_eng"),
+    (["--shots=1"], "heldout: shots = 1, but there are only 0 documents to draw 1"),
     ([f"--samples={ROOT}/LICENSE"], "LICENSE: holds other lines than samples"),
-    (["--output=/nowhere/r.csv"], "/nowhere/r.csv: No such file")])
+    (["--output=/nowhere/r.csv"], "No such file or directory: '/nowhere/r.csv'")])
 def test_a_mistake_is_one_line(workplace, refused, flags, words):
     assert words in refused("eval.py", *flags_of(workplace, "--tasks=heldout", *flags))
 
 
 def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tmp_path, refused):
-    """lm_eval ends with an assertion, or in its tokenizer."""
+    """In lm_eval an assertion or the tokenizer fails."""
     path = tmp_path / "docs/arithmetic/single_digit_three_ops.jsonl"
     flags = flags_of(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
     for context, completion, words in (
-            ("Answer:", " a" * 265, "a continuation of 265 tokens behind 2 does not fit in 264"),
+            ("Answer:", " a" * 265, "a continuation of 265 tokens behind 2, expected 1 to 264"),
             ("\udc00", "x", "not a JSON object of text")):
         write_jsonl(path, [{"context": context, "completion": completion}])
         read_jsonl.cache_clear()
@@ -213,7 +222,7 @@ def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tm
 
 
 def test_a_stranger_s_folder(workplace, tmp_path, refused, monkeypatch):
-    """Its own tokenizer is used; pytorch_model.bin is read as well."""
+    """The folder's own tokenizer is used, and pytorch_model.bin can be read."""
     folder = shutil.copytree(workplace / "run/step8", tmp_path / "pythia-1/step8")
     flags = "--tasks=heldout", f"--model={folder}"
     monkeypatch.chdir(tmp_path)  # no 20B_tokenizer.json there
@@ -273,7 +282,7 @@ def test_the_list_of_tasks_tells_what_is_missing(workplace, command):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer_path):
-    """Two runs of other orders on the same documents."""
+    """Two runs on the same documents in different orders."""
     folder = tmp_path_factory.mktemp("losses")
     write(folder / "d", random_documents(np.random.RandomState(0).randint(5, 60, 60)))
     for seed in (1, 2):
@@ -297,7 +306,7 @@ def test_losses_are_the_evaluations_loglikelihoods(runs, whole):
     model = load_model(runs / "seed2" / "step4", "cpu")
     expected = [-ll for ll, _ in score(model, [(row, 16) for row in rows])]
     np.testing.assert_allclose(values[8].sum(axis=1), expected, rtol=1e-6)
-    # A token's alone: the last of a row, behind all others.
+    # The loss of a single token, the last of its row.
     alone = [-ll for ll, _ in score(model, [(row[:6], 1) for row in rows])]
     np.testing.assert_allclose(values[8, :, 4], alone, atol=1e-5)
 
@@ -334,7 +343,7 @@ def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "small.npy"), values, atol=1e-5)
     partial = values.copy()
     partial[5:] = 0  # a kill
-    partial[4] += 7  # a number that no model would give: it is there, so it stays
+    partial[4] += 7  # stays, as this checkpoint is done
     np.save(tmp_path / "cut.npy", partial)
     write_json(tmp_path / "cut.json", what | {"checkpoints": what["checkpoints"][:5]})
     run(*TORCHRUN, "eval.py", "losses", f"--model={model}", f"--output={tmp_path}/cut",
@@ -342,5 +351,7 @@ def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path)
     values = values.copy()
     values[4] += 7
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), values, atol=1e-5)
-    with pytest.raises(ValueError, match="of other checkpoints or rows; name another --output"):
-        losses(LossesConfig(f"{tmp_path}/cut", model=model, rows="3:21"))
+    for rows in ("3:21", "3:20"):
+        with pytest.raises(ValueError, match="cut.npy: of other checkpoints or rows; name another"):
+            losses(LossesConfig(f"{tmp_path}/cut", model=model, rows=rows))
+        (tmp_path / "cut.json").unlink(missing_ok=True)

@@ -25,7 +25,7 @@ def test_bootstrap_draws_are_the_harness_draws(monkeypatch):
 
 
 def test_a_diverged_model_is_right_about_nothing():
-    """argmax takes NaN for the largest: the first choice would be the answer to everything."""
+    """argmax picks NaN, so the first choice would be the answer to every question."""
     fine, diverged, lost = (-1.0, True), (math.nan, False), (-1e4, False)
     choices, word = Question([("", " a"), ("", " b")], "one", gold=0), Question([("", " a")], "one")
     for task, question, results in (
@@ -131,12 +131,10 @@ ARC = {"question": "q", "choices": {"text": ["a"], "label": ["A", "B"]}, "answer
 @pytest.mark.parametrize("task, document, words", [
     ("piqa", PIQA | {"label": -1}, "the right choice is -1, expected one of ['0', '1']"),
     ("piqa", [1], "line 1: not a JSON object of text"),
-    ("arc_easy", ARC | {"choices": {"text": ["a"]}}, "KeyError: 'label'"),
-    ("mmlu_anatomy", {"question": "q", "subject": "law", "choices": ["a"], "answer": 0},
-     "no documents of this task")])
+    ("arc_easy", ARC | {"choices": {"text": ["a"]}}, "KeyError: 'label'")])
 def test_a_wrong_document_is_named(tmp_path, task, document, words):
     name = TASKS[task].file or f"{TASKS[task].split}.jsonl"
     write_jsonl(tmp_path / TASKS[task].folder / name, [document])
-    with pytest.raises(ValueError, match="line 1|holds no documents") as error:
+    with pytest.raises(ValueError, match="line 1") as error:
         prompts(TASKS[task], tmp_path)
     assert words in str(error.value)
