@@ -204,7 +204,7 @@ def test_two_processes_write_the_same_file(workplace):
     (["--tasks=crows_pairs_english_autre"], "crows_pairs: holds no documents of crows_pairs_eng"),
     (["--shots=1"], "heldout: shots = 1, but there are only 0 documents to draw 1"),
     ([f"--samples={ROOT}/LICENSE"], "LICENSE: holds other lines than samples"),
-    (["--output=/nowhere/r.csv"], "No such file or directory: '/nowhere/r.csv'")])
+    (["--output=/nowhere/r.csv"], "/nowhere/r.csv: No such file")])
 def test_a_mistake_is_one_line(workplace, refused, flags, words):
     assert words in refused("eval.py", *flags_of(workplace, "--tasks=heldout", *flags))
 
