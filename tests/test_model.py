@@ -19,7 +19,7 @@ from model import HeadLoss, ModelConfig, Pythia, hf_config, hf_name, losses_and_
 from parallel import LaunchConfig
 from train import TrainConfig
 
-# pythia.md's table: layers, d, heads, padded vocabulary, parameters
+# The suite's table (README): layers, d, heads, padded vocabulary, parameters
 SHAPES = {
     "14m": (6, 128, 4, 50304, 14_067_712), "31m": (6, 256, 8, 50304, 30_494_720),
     "70m": (6, 512, 8, 50304, 70_426_624), "160m": (12, 768, 12, 50304, 162_322_944),
@@ -151,7 +151,7 @@ def test_configs_give_the_published_sizes(size, more, monkeypatch):
 
 @pytest.mark.parametrize("init, D, L, std, residual_std", [
     ("small", 128, 6, 0.055902, 0.029463), ("small", 512, 6, 0.027951, 0.014731),
-    ("normal", 256, 32, 0.02, 0.0025)])  # pythia.md 1.3: 14m, 70m, and 6.9b's 0.02 and 0.0025
+    ("normal", 256, 32, 0.02, 0.0025)])  # 14m, 70m, 6.9b
 def test_initialisation_has_gpt_neox_standard_deviations(init, D, L, std, residual_std):
     config = ModelConfig(L, D, D // 32, vocab_size=4096, init=init)
     for name, parameter in Pythia(config).named_parameters():

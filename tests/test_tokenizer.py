@@ -20,7 +20,7 @@ def original(tokenizer_path):
     return tokenizers.Tokenizer.from_file(str(tokenizer_path))
 
 
-@pytest.mark.parametrize("text, ids", [  # pythia.md 3.4
+@pytest.mark.parametrize("text, ids", [  # by the original tokenizer
     ("Hello, I am", [12092, 13, 309, 717]),
     ("Hello world\n\n  foo   bar", [12092, 1533, 535, 50276, 12110, 50275, 2009]),
     ("        x", [50270, 89]), ("a<|endoftext|>b", [66, 0, 67]),
