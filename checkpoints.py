@@ -201,25 +201,30 @@ def describe(folder):
     names = sorted(str(path.relative_to(folder))
                    for path in (*folder.glob("*"), *folder.glob("optimizer/*"))
                    if path.is_file() and path.name[0] != "." and path.name != "manifest.json")
+
+    def entry(name):
+        with expecting(folder / name, "readable"):  # an error of a broken disk does not name it
+            return {"bytes": file_size(folder / name), "sha256": sha256_of(folder / name)}
+
     with ThreadPoolExecutor() as threads:
-        hashes = threads.map(sha256_of, (folder / name for name in names))
-        return {name: {"bytes": file_size(folder / name), "sha256": sha256}
-                for name, sha256 in zip(names, hashes)}
+        return dict(zip(names, threads.map(entry, names)))
 
 
 def compare_with_manifest(folder):
-    """Return the number of files that agree with the manifest, and a line for each that does not.
+    """Return the number of files that agree with the manifest, and {file: what is wrong with it}.
 
     The number is None if there is no manifest.
     """
     if not (folder / "manifest.json").exists():
-        return None, []
-    expected, found, problems = read_manifest(folder)[0], describe(folder), []
+        return None, {}
+    expected, found, problems = read_manifest(folder)[0], describe(folder), {}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            problems.append(f"{ascii(name)[1:-1]:.200}: no such file")
-        elif found[name] != expected.get(name):
-            problems.append(f"{ascii(name)[1:-1]:.200}: its SHA-256 is not in the manifest")
+            problems[name] = "no such file"
+        elif name not in expected:
+            problems[name] = "not in the manifest"
+        elif found[name] != expected[name]:
+            problems[name] = "its SHA-256 is not the manifest's"
     return len(expected.keys() | found.keys()) - len(problems), problems
 
 
@@ -262,9 +267,11 @@ def load_training(run, step, model, optimizer):
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
     if process_place()[0] == 0:  # a flipped bit would spread to every later checkpoint
-        for problem in compare_with_manifest(folder)[1]:
-            raise ValueError(f"{folder}/{problem}; restore or remove this file, or move "
-                             f"{folder.name} away to go on from the checkpoint before it")
+        saved = read_manifest(folder)[0]
+        for name, problem in compare_with_manifest(folder)[1].items():
+            if name in saved or re.match("model|optimizer/", name):  # other files do no harm
+                raise ValueError(f"{folder / name}: {problem}; restore or remove it, or move "
+                                 f"{folder.name} away to go on from the checkpoint before it")
     config, weights = open_any(folder)
     if config.n_heads != model.config.n_heads:  # which no shape depends on
         raise ValueError(f"{folder}: n_heads is {config.n_heads}, the run's {model.config.n_heads}")

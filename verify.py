@@ -75,7 +75,8 @@ def scan(step, folder):
         found.updates = max(1, read_training(folder, step).get("updates", step))
     with noting(found.problems, folder):
         found.hashed, problems = compare_with_manifest(folder)
-        found.problems += problems
+        found.problems += [f"{ascii(name)[1:-1]:.200}: {problem}"
+                           for name, problem in problems.items()]
         if found.hashed is None and (folder / "training.json").exists():
             found.problems.append("manifest.json is not there")
     for path in (*folder.glob("*.bin"), *folder.glob("*.pt")):
@@ -284,7 +285,7 @@ def verify(options):
         print(line.replace("nan", "  -"))
     for problem in problems:
         print(problem)
-    if bare := sum(here.hashed is None for here in scans):
+    if bare := sum(not (folder / "manifest.json").exists() for _, folder in found):
         print(f"{bare} have no manifest: their files cannot be compared with what was saved")
     print(f"{len(scans)} checkpoints up to step {there[-1]}, {len(problems)} problems")
     if problems:

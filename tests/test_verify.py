@@ -181,9 +181,9 @@ def set_value(value, run, other=None):
     (damage_the_first, {0: "model.safetensors", 48: ""}),
     (use_a_shard_of_another_step, {48: "of model-00001-of-0000", 128: "equal to step 48's"}),
     (lambda run, _: os.truncate(run / "step64/model.safetensors", 1000),
-     {64: "model.safetensors: its SHA-256 is not in the manifest"}),
+     {64: "model.safetensors: its SHA-256 is not the manifest's"}),
     (lambda run, _: os.remove(run / "step64/model.safetensors"), {64: "no such file"}),
-    *((partial(flip_a_bit, file), {64: f"{file}: its SHA-256 is not in the manifest"})
+    *((partial(flip_a_bit, file), {64: f"{file}: its SHA-256 is not the manifest's"})
       for file in ("model.safetensors", "optimizer/moments.safetensors", "training.json")),
     *((partial(set_value, value), {48: "dense_h_to_4h.weight: 1 values are NaN or infinite"})
       for value in (float("nan"), float("inf")))])
@@ -286,12 +286,14 @@ def test_what_is_damaged_is_named_and_the_rest_is_checked(run, command, verify):
     (run / "step16/training.json").write_text("[[[[")
     for step, text in ((32, '{"../../x": {"bytes": 1}, "a": 3}'), (48, "5 {"), (64, "{}")):
         (run / f"step{step}/manifest.json").write_text(text)
+    (run / "step80/notes").symlink_to("/proc/self/mem")  # an error without a file name
     put({112: 128})(run, None)
     found, text = verify(run)
-    assert found.keys() == {8, 16, 32, 48, 64, 128}, text
+    assert found.keys() == {8, 16, 32, 48, 64, 80, 128}, text
+    assert "notes: not readable (OSError: [Errno 5]" in found[80][0]
     assert "is not what a run saves at step 8" in text and "training.json: not JSON" in text
     assert "manifest.json: not JSON" in text
-    assert "model.safetensors: its SHA-256 is not in the manifest" in found[64]
+    assert "model.safetensors: not in the manifest" in found[64]
     code, text, _ = command("checkpoints.py", "list", run)
     assert code == 0 and text.count("NOT WHOLE") == 5 and "training.json: not JSON" in text
 
