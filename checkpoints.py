@@ -598,6 +598,9 @@ class Fetch:
     steps: str = "143000"  # numbers separated by commas, or all: Pythia's 154
     out_dir: str | None = None  # run folder for step0, step1, ...; default: NAME
 
+    def __post_init__(self):
+        check(self, "all, or numbers with commas", re.compile(r"all|\d+(,\d+)*").fullmatch, "steps")
+
 
 def fetch(options):
     """Download published checkpoints; those that are complete are not downloaded again."""
@@ -613,17 +616,19 @@ def fetch(options):
             note(line)
         if (folder / "manifest.json").exists() and is_whole(folder):
             continue
-        with expecting(f"{repository} step{step}", "downloaded; the same command goes on"):
+        with expecting(f"{repository} step{step}", "complete; the same command resumes"):
             info = HfApi().model_info(repository, revision=folder.name, files_metadata=True)
             files = {file.rfilename: file.lfs for file in info.siblings}
-            safe = any(file.endswith(".safetensors") for file in files)
-            weights = r"model[^/]*\.safetensors.*" if safe else r"pytorch_model[^/]*\.bin.*"
+            weights = r"model[^/]*\.safetensors[^/]*"
+            if not any(re.fullmatch(weights, file) for file in files):
+                weights = r"pytorch_model[^/]*\.bin[^/]*"
             for file, lfs in files.items():
                 if re.fullmatch(rf"{weights}|(config|tokenizer|tokenizer_config)\.json", file):
                     # By commit: all files belong together even if one is uploaded meanwhile.
                     path = hf_hub_download(repository, file, revision=info.sha, local_dir=folder)
                     if lfs and lfs.sha256 != sha256_of(path):
                         raise ValueError(f"{path}: its SHA-256 is not the Hub's; remove it")
+            weight_files(folder)  # the Hub may lack some or all
         write_manifest(folder)
     print(f"{run}: {len(steps)} checkpoints; python verify.py verify {run} compares them")
 

@@ -315,6 +315,8 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
     assert "runs: already exists" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
     assert "shard_size = -1, expected at least 1" in refused(
         "checkpoints.py", "export", "runs/x/step7", "new", "--shard_size=-1")
+    assert "steps = 'last', expected all, or numbers" in refused(
+        "checkpoints.py", "fetch", "pythia-70m", "--steps=last")
 
 
 def test_known_bad_uploads_warn_and_good_ones_do_not():
@@ -344,15 +346,15 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def upload(hub, step, claimed=None):
-    """Write a revision of pythia-70m: weights, and the Hub's description of its files."""
+def upload(hub, step, claimed=None, named="*"):
+    """Write a revision of pythia-70m: weights, and the Hub's description of the files `named`."""
     commit = f"{step:040}"
     folder = published(hub / f"EleutherAI/pythia-70m/resolve/{commit}",
                        weights() | legacy_buffers())
     shutil.copy(folder / "model.safetensors", folder / "pytorch_model.bin")  # not wanted twice
     files = [{"rfilename": path.name, "size": path.stat().st_size, "blobId": "0" * 40, "lfs": {
         "sha256": claimed or sha256_of(path), "size": path.stat().st_size, "pointerSize": 1}}
-        for path in sorted(folder.iterdir())]
+        for path in sorted(folder.glob(named))]
     interface = hub / "api/models/EleutherAI/pythia-70m/revision"
     interface.mkdir(parents=True, exist_ok=True)
     (interface / f"step{step}").write_text(json.dumps(
@@ -374,10 +376,12 @@ def test_fetch_downloads_checks_and_goes_on(tmp_path):
         assert done.returncode == expect, done.stderr
         return done.stderr.splitlines()
 
-    upload(hub, 0), upload(hub, 512)
+    upload(hub, 0), upload(hub, 512), upload(hub, 8, named="[cp]*"), upload(hub, 9, named="c*")
     assert "pythia-70m step 0: steps 0 and 1 are equal" in fetch("--steps=0,512", expect=0)[0]
     assert saved_steps(run) == [0, 512] and not (run / "step0/pytorch_model.bin").exists()
     assert_equal(bits(load_model(run / "step512")), weights())
+    assert "step9: no checkpoint; expected model.saf" in fetch("--steps=8,9", expect=2)[-1]
+    assert saved_steps(run) == [0, 8, 512] and (run / "step8/pytorch_model.bin").exists()
     shutil.rmtree(hub / "api")  # complete checkpoints need no Hub
     assert "EleutherAI/pythia-70m step7: " in fetch("--steps=512,7", expect=2)[-1]
     upload(hub, 512, claimed="0" * 64)
