@@ -32,6 +32,7 @@ import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from tokenizer import N_TOKENS, load_tokenizer
 FIRST_DIGEST = "0" * 64  # the digest before the first step
 SHARD_BYTES = 5_000_000_000  # largest tensor file, unless a single tensor is larger
 _WRITER, _WRITING = ThreadPoolExecutor(1), []  # the background thread and its unfinished save
-_group = functools.cache(lambda: dist.new_group(backend="gloo"))  # of processes, for this thread
+_group = functools.cache(lambda: dist.new_group(backend="gloo"))  # used by that thread
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, of each parameter
 FLOATS = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 # File names of published weights in order of preference; gpt-neox's own come last. An index of
@@ -90,7 +91,7 @@ def weight_files(folder):
         if paths := sorted(folder.glob(form)):
             count = re.search(r"-of-(\d+)", paths[0].name)  # of shards
             if count and len(paths) != int(count[1]):
-                raise ValueError(f"{folder}: {len(paths)} of {int(count[1])} files {form}")
+                raise ValueError(f"{folder}: found {len(paths)} of {int(count[1])} files {form}")
             return paths
     raise ValueError(f"{folder}: no checkpoint; expected {', '.join(FORMS)}")
 
@@ -398,8 +399,9 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
         os.rename(temporary, folder)
         sync(folder.parent)
         # 3. Only now remove anything.
-        if aside.exists() and describe(aside).items() <= entries.items():
-            shutil.rmtree(aside, ignore_errors=True)
+        with suppress(ValueError):  # a file on a broken disk may be unreadable
+            if describe(aside).items() <= entries.items():
+                shutil.rmtree(aside, ignore_errors=True)
     finally:  # after an error such as a full disk, free the space
         shutil.rmtree(temporary, ignore_errors=True)
 

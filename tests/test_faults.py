@@ -167,6 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept_aside(run, save):
     moments = "optimizer/moments.safetensors"
     save(0), save(1), save(2)
     (run / "step5").mkdir()  # empty
+    (run / "step2/unreadable").symlink_to("/proc/self/mem")
     for size, broken in ((100, "step2.broken"), (50, "step2.broken1")):
         os.truncate(run / "step2" / moments, size)
         assert saved_steps(run) == [0, 1]
