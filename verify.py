@@ -3,18 +3,25 @@
     python verify.py verify runs/mini             # or several folders, of any published form
     python verify.py diff runs/mini/step512 OTHER
 
-`train.py --replay` and `--restore` repeat steps of a run; the comparison of the two is here.
+`train.py --replay` and `--restore` repeat steps of a run; `prove` compares them with the original.
 
 No model is run, and only one tensor at a time is in memory. Norms are exact. Distances come from
-the same 2,048 random values of a tensor in every checkpoint (accurate to about 2 %).
+the same 2,048 random values of a tensor in every checkpoint (accurate to about 2 %). The table has
+a checkpoint's relative distance from the first one and its cosine with the previous one, means of
+its matrices, and the median of their detours.
 
-Training moves through weight space in small steps, so a checkpoint lies between its neighbours. Its
-detour is the sum of its squared distances from both, over the square of their distance:
+Training moves through weight space in small steps, so a checkpoint lies between its neighbours. The
+detour of a tensor is the sum of its squared distances from both neighbours, over the square of the
+neighbours' distance from each other:
 
     step 64 ----- step 128 ----- step 256        1/2 on a straight line, 1 on a random walk, 2 if
                                                  there is nothing but noise
     step 64 ------------------- step 256         far more for weights that belong elsewhere, and at
               step 128, of another run           least 1.4 where two neighbours were exchanged
+
+A tensor is reported if its detour exceeds MATRIX_DETOUR or VECTOR_DETOUR; all of a checkpoint's
+tensors are if the median of its matrices exceeds MIDDLE_DETOUR. A stray lengthens its neighbours'
+detours too, so of these only the one with the largest numerator minus denominator is reported.
 
 Without a manifest two defects stay hidden: a few values that changed by less than their tensor
 moves between two checkpoints, and biases and LayerNorms of a neighbouring checkpoint.
@@ -43,12 +50,13 @@ from config import check, command, expecting, file_size, read_csv, read_json, wr
 
 SAMPLED = 2048  # values of a tensor, at most; 154 checkpoints of a 12B take 550 MB
 BLOCK = 16  # zeros side by side, which a matrix of random numbers does not have
-# The longest detour allowed, and the longest seen in honest runs.
-MATRIX_DETOUR = 2.5  # 1.5
-VECTOR_DETOUR = 18.0  # 4.6; biases and LayerNorms are noisier
-MIDDLE_DETOUR = 1.25  # 1.0; the median of a checkpoint's matrices
+# The longest detours allowed. In honest runs the longest were 1.5, 4.6 and 1.0.
+MATRIX_DETOUR = 2.5
+VECTOR_DETOUR = 18.0  # of biases and LayerNorms, which are noisier
+MIDDLE_DETOUR = 1.25  # of the median of a checkpoint's matrices
 FLOOR = 1e-3  # of a tensor's norm: shorter distances may be the rounding of float16
-# The first and last may be END times as far from the next as the next from the one behind it.
+# The first checkpoint may be END times as far from the second as this from the third; likewise at
+# the end.
 END = 6
 SAME_RUN = 0.05  # least cosine of neighbours, mean of matrices; unrelated ones have below 0.01
 
@@ -238,8 +246,8 @@ def find(folders):
         return paths[0], step_folders(paths[0])
     found = [(identify(path.resolve())[1], path) for path in paths]
     if bad := [path for step, path in found if step is None]:
-        raise ValueError(f"{bad[0]}: neither a run (step0, step1, ... in it, named alone) nor a "
-                         "checkpoint called stepN, by which name they are told apart")
+        raise ValueError(f"{bad[0]}: neither a run (a folder with step0, step1, ... in it, given "
+                         "alone) nor a checkpoint folder named stepN")
     return None, sorted(found)
 
 
@@ -267,7 +275,7 @@ def verify(options):
     problems, there = [], [step for step, _ in found]
     if missing := missing_steps(run, options.steps, there):
         problems.append(f"missing {len(missing)} scheduled checkpoints: {str(missing[:20])[1:-1]} "
-                        "(--steps=any if they are meant to be)")
+                        "(--steps=any if that is intended)")
     if run and there[-1] > 0 and (run / "metrics.csv").exists():
         with noting(problems, run):
             read_chain(run)
@@ -343,7 +351,7 @@ def read_chain(run, first=None, last=None):
             if not row or row["digest"] != digests[step + 1] or before and (
                     link(before, row) != row["digest"]):
                 raise ValueError(f"step {step} is not there, or does not follow from the line "
-                                 "before it, or not to the next checkpoint")
+                                 "before it, or contradicts the next checkpoint")
     return {step: rows[step] for step in range(first, last)}
 
 
@@ -398,7 +406,7 @@ def repeat_command(argv, schemas):
     argv: the user's --replay or --restore, and settings of how to compute. Steps first to last - 1
     will be repeated, from the last full state before those asked for. schemas: train.py's.
     """
-    asked = [word for word in argv if re.match("--(replay|restore)=", word)]
+    asked = [word.rstrip("/") for word in argv if re.match("--(replay|restore)=", word)]
     if not asked:
         return argv, None
     found = re.fullmatch(r"--(replay|restore)=(.+)/step(?:(\d{1,15}):)?(\d{1,15})", asked[-1])
@@ -424,8 +432,8 @@ def begin_again(out_dir, proof):
     """Make the folder of a repetition, with the run's settings and a link to where it begins."""
     (run, first, last), folder = proof, Path(out_dir)
     if folder.resolve() == run.resolve() or last in saved_steps(folder):
-        raise ValueError(f"{folder}: has these steps already; move it away or name another "
-                         "--out_dir")
+        raise ValueError(f"{folder}: already has step{last}; name another --out_dir, or, if it is "
+                         "an earlier repetition, move it away")
     if (folder / "config.json").exists():
         return  # the repetition was interrupted and goes on
     folder.mkdir(parents=True, exist_ok=True)
