@@ -204,7 +204,7 @@ def describe(folder):
                    if path.is_file() and path.name[0] != "." and path.name != "manifest.json")
 
     def entry(name):
-        with expecting(folder / name, "readable"):  # an error of a broken disk does not name it
+        with expecting(folder / name, "readable"):  # an I/O error does not name its file
             return {"bytes": file_size(folder / name), "sha256": sha256_of(folder / name)}
 
     with ThreadPoolExecutor() as threads:

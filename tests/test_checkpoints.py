@@ -1,8 +1,4 @@
-"""pytest tests/test_checkpoints.py
-
-Tensor files are read bit for bit, or refused in one line that names the file. No code in them is
-executed.
-"""
+"""pytest tests/test_checkpoints.py: files are read bit for bit or refused; no code in them runs."""
 
 import itertools
 import json

@@ -1,7 +1,4 @@
-"""pytest tests/test_huggingface.py
-
-Import of every published form, export, and downloads from the Hub.
-"""
+"""pytest tests/test_huggingface.py: import of every published form, export, and downloads."""
 
 import functools
 import hashlib
@@ -312,11 +309,10 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
                             "--dtype=bfloat16")
     assert code == 0 and shlex.split(said.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
-    assert "runs: already exists" in refused("checkpoints.py", "import", "runs/x/step7", "runs")
-    assert "shard_size = -1, expected at least 1" in refused(
-        "checkpoints.py", "export", "runs/x/step7", "new", "--shard_size=-1")
-    assert "steps = 'last', expected all, or numbers" in refused(
-        "checkpoints.py", "fetch", "pythia-70m", "--steps=last")
+    for words, line in (("runs: already exists", "import runs/x/step7 runs"),
+                        ("-1, expected at least 1", "export runs/x/step7 new --shard_size=-1"),
+                        ("steps = 'last', expected all, or", "fetch pythia-70m --steps=last")):
+        assert words in refused("checkpoints.py", *line.split())
 
 
 def test_known_bad_uploads_warn_and_good_ones_do_not():

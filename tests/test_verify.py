@@ -1,7 +1,4 @@
-"""pytest tests/test_verify.py
-
-What went wrong in published uploads is planted in a run that was really trained, and found.
-"""
+"""pytest tests/test_verify.py: defects of published uploads are planted in a real run and found."""
 
 import copy
 import json
