@@ -37,7 +37,7 @@ import numpy as np
 
 from config import check, expecting, file_size, sha256_of
 from data import batch_rows, MASKED
-from tokenizer import ENDOFTEXT
+from tokenizer import encode_piece, ENDOFTEXT
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class PronounSwap:
             if first >= done:  # otherwise it was cut off: it begins before the row
                 new = (word[1] + self.forms[word[2]]).encode(*UTF8)
                 anew = raw[edges[first]:start] + new + raw[stop:edges[last]]
-                out += tokens[done:first] + self.tokenizer.encode(anew.decode(*UTF8))
+                out += tokens[done:first] + encode_piece(self.tokenizer, anew.decode(*UTF8))
                 done = last
         return out + tokens[done:]
 
@@ -225,7 +225,8 @@ def term_duplicate(has, data, config, step, rows):
 def read_plan(path):
     """Return the entries of a file of planted documents, each with its steps, or raise ValueError.
 
-    No step of a dose is drawn again before all others were; each id draws its own.
+    A dose's steps are drawn without replacement, all again if it is larger than their number. Each
+    document draws its own, since its id is part of the seed.
     """
     entries = {}
     file_size(path)  # refuses what is no file
