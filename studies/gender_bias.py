@@ -165,7 +165,7 @@ class Branch:
 
 
 def branch(options):
-    """Train each parent on with the intervention, and without unless it has ended; goes on."""
+    """Continue each parent with the intervention and, unless it was trained to its end, without."""
     pairs = []
     for parent in options.parents.split(","):
         run, begin = Path(parent).parent, Path(parent).name.removeprefix("step")
@@ -198,38 +198,39 @@ class Measure:
 
 
 def measure(options):
-    """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy of each pair of models; goes on if stopped.
+    """Write OUT/PAIR/{branch,twin}_stepN_MEASURE.npy of each pair of models, where missing.
 
     PAIR is the child's name. An array is (3, items): a number, its document's, and what the number
     is regressed on.
     """
     docs, device = Path(options.docs), Processes(options.device).device
-    todo = {}  # {(folder of the results, side, step): checkpoint}
+    todo = {}  # {path of the results up to the measure: checkpoint}
     for pair in options.pairs.split(","):
         with expecting(pair, "CHILD:TWIN"):
             child, twin = pair.split(":")
         twins = {step: (name, folder) for name, step, _, folder in find_all(twin, options.steps)}
         for name, step, _, folder in find_all(child, options.steps):
-            output = Path(options.output) / name
-            if (output, "branch", step) in todo:
-                raise ValueError(f"two children are called {name} step {step}; rename a folder")
+            output, at = f"{options.output}/{name}", step or 0
+            if f"{output}/branch_step{at}" in todo:
+                raise ValueError(f"two children are called {name} step {at}; rename a folder")
             if step in twins:
-                todo[output, "branch", step], todo[output, "twin", step] = folder, twins[step][1]
-                open_results(output / "pair.json", {"docs": options.docs, "twin": twins[step][0]})
+                todo[f"{output}/branch_step{at}"] = folder
+                its, todo[f"{output}/twin_step{at}"] = twins[step]
+                open_results(f"{output}/pair.json", {"docs": options.docs, "twin": its})
     names = [name for name, (_, folder, _) in MEASURES.items() if (docs / folder).is_dir()]
     if not todo or not names:
         raise ValueError(f"{options.pairs}: no child and twin have a step in common, or {docs} has "
                          "none of heldout, winogender, winobias, crows_pairs")
     tokenizer = tokenizer_of(todo.values())
-    for (output, side, step), folder in todo.items():
+    for stem, folder in todo.items():
         model = None
         for name in names:
-            path = output / f"{side}_step{step or 0}_{name}.npy"
+            path = Path(f"{stem}_{name}.npy")
             if not path.exists():
                 model = model or checkpoints.load_model(folder, device)
                 with replacing(path) as file:
                     np.save(file, ask(name, model, tokenizer, docs))
-        print(f"{output}/{side}_step{step}: {', '.join(names)}", flush=True)
+        print(f"{stem}: {', '.join(names)}", flush=True)
 
 
 def ask(name, model, tokenizer, docs):

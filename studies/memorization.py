@@ -171,14 +171,14 @@ class Analyse:
 def analyse(options):
     """Write tables of how many rows are memorized, and of the tests on counts per window."""
     folder, window = Path(options.results), options.window
-    files = [(*path.stem.rpartition("_step")[::2], path) for path in folder.glob("*_step*.npy")]
+    files = sorted((name, int(step), path) for path in folder.glob("*_step*.npy")
+                   for name, _, step in [path.stem.rpartition("_step")] if step.isdigit())
     if not files:
         raise ValueError(f"{folder}: no NAME_stepN.npy there; `score` makes them")
     settings, rates, tests, windows = read_json(folder / "memorization.json"), [], [], []
     with expecting(folder / "memorization.json", "written by `score`"):
         first, whole = int(settings["first_row"]), int(settings["continuation"])
         batch_size = int(settings["order"]["batch_size"])
-        files = sorted((name, int(step), path) for name, step, path in files)
     for name, step, path in files:
         lengths, n_seen = load_npy(path), max(0, step * batch_size - first)
         if lengths.ndim != 1 or lengths.dtype != np.uint8:

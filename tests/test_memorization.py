@@ -116,6 +116,7 @@ def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):
 
 
 def test_analysis_by_hand(scored):
+    np.save(f"{scored.output}/my_step_by_step.npy", 0)  # is not of `score`
     analyse(Analyse(scored.output, window=8, plot=f"{scored.output}/m.png"))
     rates = {(row["step"], row["rows"]): row for row in table(f"{scored.output}/rates.csv")}
     assert rates["64", "seen"]["memorized"] == "128" and rates["64", "seen"]["n"] == "256"
