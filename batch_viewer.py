@@ -48,7 +48,7 @@ class Provenance:
             return "subset not recorded"
         with expecting(self.path, f"the table of {self.data.tokens.prefix}.idx"):
             if len(self.table) != len(self.data.tokens):
-                raise ValueError(f"it has {len(self.table):,} documents")
+                raise ValueError(f"{len(self.table):,} entries, expected {len(self.data.tokens):,}")
             file, line, subset = self.table[document].tolist()
             return f"{self.notes['subsets'][subset]}, {self.notes['files'][file]}:{line}"
 
@@ -154,7 +154,7 @@ def save_steps(options, data, steps):
 def show_row(data, provenance, tokenizer, row, rows_before):
     """Print a row's documents; each says how many of its copies came before row `rows_before`."""
     ids, source = data.rows([row])[0], provenance.data
-    # Of a published file only the text is known; so it is of a baked one whose source has changed.
+    # Documents are unknown in a published file, or in a baked one whose source has changed since.
     if source.preshuffled or not np.array_equal(source.rows([row])[0], ids):
         print(tokenizer.decode(ids.tolist()))
         return

@@ -5,7 +5,9 @@
     python plots.py term_frequency --bins=terms_bins.csv --output=terms.png
     python plots.py window --losses=losses.npy --output=window.html  # every token's loss, by step
 
-matplotlib is needed for these figures only: pip install matplotlib.
+--reference is the published results as one CSV with the columns model, deduped, step, shots, task,
+metric, value and stderr, made from evals/pythia-v1 of EleutherAI/pythia. All but the window need
+matplotlib: pip install matplotlib.
 """
 
 import base64
