@@ -318,7 +318,7 @@ def measure_steps(size, who, options, device):
             break
         except torch.OutOfMemoryError:
             if B == 1:
-                raise
+                raise ValueError(f"{size}, {who}: one sequence does not fit in memory") from None
             act, B = None, B // 2
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan")
     config, _ = configs(size, options.seq_length)
