@@ -133,7 +133,7 @@ def test_a_vanished_folder_is_not_made_again(run, save, capsys):
     gone = run.rename(run.with_name("gone"))
     with pytest.raises(SystemExit, match="2"):
         config.run(save, 1)
-    assert f"No such file or directory: '{run}/.step1.tmp'" in capsys.readouterr().err
+    assert f"{run}/.step1.tmp: No such file or directory" in capsys.readouterr().err
     assert not run.exists() and saved_steps(gone) == [0]
 
 
