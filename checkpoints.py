@@ -166,7 +166,8 @@ def read_training(folder, step):
     path = folder / "training.json"
     training = read_json(path) if path.exists() else {}
     kinds = [type(training.get(name)) for name in ("updates", "tokens", "scaler")]
-    if training and (training.get("step") != step or kinds != [int, int, dict]):
+    if training and (training.get("step") != step or kinds != [int, int, dict]
+                     or not 0 <= training["updates"] <= step or training["tokens"] < 0):
         raise ValueError(f"{path}: is not what a run saves at step {step}; was {folder.name} "
                          "copied or renamed? Move it away")
     return training
@@ -181,6 +182,7 @@ def read_manifest(folder):
     entries = read_json(path) if path.exists() else {}
     with expecting(path, "a checkpoint's manifest"):
         chain = {"digest": FIRST_DIGEST, "state_sha256": None} | entries.pop("chain", {})
+        "".join(filter(None, chain.values()))  # they must be texts
     there = {name: entry for name, entry in entries.items()
              if not name.startswith("optimizer/") or (folder / "optimizer").exists()}
     return there, chain["digest"], chain["state_sha256"]

@@ -43,6 +43,8 @@ def parse(argv, *schemas):
     values = {}
     try:
         for argument in argv:
+            if any("\ud800" <= char <= "\udfff" for char in argument):  # os.fsdecode's surrogates
+                raise ValueError(f"{ascii(argument)}: not UTF-8, which file names have to be")
             for name, value in _read(argument).items():
                 if name not in fields:
                     near = (difflib.get_close_matches(name, fields, n=1) or ["--help"])[0]
@@ -153,7 +155,8 @@ def run(function, *arguments):
     """Call a script's main function; errors that only the user can correct end in one line."""
     try:
         result = function(*arguments)
-        sys.stdout.flush()
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
         return result
     except BrokenPipeError:  # the reader of `... | head` has closed it
         os._exit(141)  # sys.exit would flush stdout again, and print that error

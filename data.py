@@ -169,7 +169,9 @@ class TokenWriter:
         ours = {"documents", "tokens"} <= read_notes(prefix).keys()
         ends = () if ours else (".json", ".bin", ".idx", "_documents.npy")
         taken = [f"{prefix}{end}" for end in ends if os.path.lexists(f"{prefix}{end}")]
-        if any(self.folder.glob("*")) and not any(self.folder.glob("progress.*")):
+        inside = list(self.folder.glob("*"))
+        if (inside and not any(path.name.startswith("progress.") for path in inside)
+                or any(path.is_symlink() for path in inside)):  # a link leads to another file
             taken.append(self.folder)
         if taken:
             raise ValueError(f"{taken[0]}: exists and was not written by this command; move it "
@@ -270,6 +272,8 @@ def build_order(sizes, seq_length, num_samples, seed):
     is here a search in the running sum of sizes. The whole Pile takes about 8 GB of memory.
     """
     total = int(np.sum(sizes, dtype=np.int64))
+    if total < 2:
+        raise ValueError(f"the index's sizes add up to {total} tokens, expected at least 2")
     epochs = -(-(num_samples * seq_length + 1) // total)  # smallest with enough samples
     n_samples = (epochs * total - 1) // seq_length
     rng = np.random.RandomState(seed)
@@ -496,7 +500,7 @@ def order_of(model, data=None):
         raise ValueError(f"{model}: not a run of ours, so --data=PREFIX has to name what it was "
                          "trained on")
     return Order(**{field.name: settings[field.name] for field in fields(Order)
-                    if field.name in settings})
+                    if settings.get(field.name) is not None})
 
 
 def order(options):

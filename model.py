@@ -295,7 +295,9 @@ class Pythia(nn.Module):
         """
         x = self.embed_in(tokens)
         if positions is None:
-            assert tokens.shape[1] <= self.config.seq_length, "more tokens than the context has"
+            if tokens.shape[1] > self.config.seq_length:
+                raise ValueError(f"{tokens.shape[1]} tokens, but the model's context (seq_length) "
+                                 f"has {self.config.seq_length}")
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         cos, sin = rotary_tables(positions, self.config.rotary_dims)
         for i, layer in enumerate(self.layers):

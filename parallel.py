@@ -138,7 +138,8 @@ class LaunchConfig:
     def __post_init__(self):
         check(self, "auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__, "device")
         check(self, "ddp or fsdp", ("ddp", "fsdp").__contains__, "sharding")
-        check(self, "at least 1", lambda value: value >= 1, "micro_batch_size", "threads")
+        check(self, "at least 1", lambda value: value >= 1, "micro_batch_size")
+        check(self, "1 to 1024", lambda value: 1 <= value <= 1024, "threads")
 
 
 def parallelize(model, launch, dtype, processes, exact_sums=False):

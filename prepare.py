@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from config import command, csv_lines, file_size, replacing
+from config import check, command, csv_lines, file_size, replacing
 from data import Order, TokenWriter, fingerprint, ordered
 from tokenizer import ENDOFTEXT, load_tokenizer
 
@@ -284,6 +284,9 @@ class Dedup:
     output: str  # .jsonl of the documents that stay; OUTPUT.removed.csv says what was removed
     # Jaccard similarity of two documents' sets of 5-grams of words; 1: only equal documents
     threshold: float = 0.87
+
+    def __post_init__(self):
+        check(self, "more than 0, at most 1", lambda value: 0 < value <= 1, "threshold")
 
 
 def dedup(options):

@@ -51,7 +51,7 @@ import torch
 
 import checkpoints
 from checkpoints import FIRST_DIGEST
-from config import Table, check, fail, lock, note, parse, read_json, run, write_json
+from config import Table, check, expecting, fail, lock, note, parse, read_json, run, write_json
 from data import OrderedData, check_whole, fingerprint, samples_needed
 from interventions import IntervenedData, InterventionConfig
 from model import ModelConfig, Pythia
@@ -420,7 +420,8 @@ class Log:
         for name in columns:  # the steps that a killed launch wrote later are taken again
             self.tables[name] = Table(Path(config.out_dir) / f"{name}.csv", columns[name],
                                       lambda row: int(row["step"]) < start)
-        losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
+        with expecting(f"{config.out_dir}/metrics.csv", "the metrics of a run"):
+            losses = [float(row["loss"]) for row in self.tables["metrics"].rows]
         self.recent.extend(filter(math.isfinite, losses))  # not an overflow's
 
     def say(self, line):

@@ -372,12 +372,13 @@ def first_tensor(a, b):
 
 def launches(run):
     """Return the objects in RUN/launches.jsonl, without lines that a full disk cut short."""
-    found = []
-    for line in open(Path(run) / "launches.jsonl", errors="replace"):
+    found, path = [], Path(run) / "launches.jsonl"
+    file_size(path)  # refuses a pipe
+    for line in open(path, errors="replace"):
         with suppress(ValueError, TypeError, RecursionError):
             found.append(dict(json.loads(line)))
     if not found:
-        raise ValueError(f"{run}/launches.jsonl: does not say how the run was computed")
+        raise ValueError(f"{path}: does not say how the run was computed")
     return found
 
 
