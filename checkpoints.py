@@ -188,9 +188,9 @@ def read_manifest(folder):
     return there, chain["digest"], chain["state_sha256"]
 
 
-def write_manifest(folder, digest=None):
-    """Write and return the manifest of the files in a folder. digest: of the step before."""
-    entries = describe(folder)
+def write_manifest(folder, digest=None, known={}):
+    """Write and return the manifest of a folder (see describe). digest: of the step before."""
+    entries = describe(folder, known)
     tensors = "".join(entry["sha256"] for name, entry in entries.items()
                       if name.endswith(".safetensors"))
     state = hashlib.sha256(tensors.encode()).hexdigest()
@@ -199,18 +199,20 @@ def write_manifest(folder, digest=None):
     return entries
 
 
-def describe(folder):
-    """Return {file: {"bytes", "sha256"}} of all files in a checkpoint that are not hidden."""
+def entry(path):
+    """Return a file's entry in a manifest, {"bytes", "sha256"}."""
+    with expecting(path, "readable"):  # an I/O error does not name its file
+        return {"bytes": file_size(path), "sha256": sha256_of(path)}
+
+
+def describe(folder, known={}):
+    """Return {file: its entry, from `known` if there} of a checkpoint's files, hidden ones not."""
     names = sorted(str(path.relative_to(folder))
                    for path in (*folder.glob("*"), *folder.glob("optimizer/*"))
                    if path.is_file() and path.name[0] != "." and path.name != "manifest.json")
-
-    def entry(name):
-        with expecting(folder / name, "readable"):  # an I/O error does not name its file
-            return {"bytes": file_size(folder / name), "sha256": sha256_of(folder / name)}
-
     with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(entry, names)))
+        return dict(zip(names, threads.map(lambda name: known.get(name) or entry(folder / name),
+                                           names)))
 
 
 def compare_with_manifest(folder):
@@ -387,12 +389,17 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
     temporary.mkdir()  # without parents: the run folder is absent if its disk was unmounted
     try:
         # 1. Write everything under a name that no reader looks for, and flush it to the disk.
-        for file, tensors in files:
-            write_file(temporary / file, tensors)
-        write_notes(temporary, notes, tokenizer)
-        entries = write_manifest(temporary, digest)
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
+        with ThreadPoolExecutor() as threads:  # which hash a file while the disk is busy
+            hashed = {}
+            for file, tensors in files:
+                write_file(temporary / file, tensors)
+                hashed[file] = threads.submit(entry, temporary / file)
+            write_notes(temporary, notes, tokenizer)
+            for path in temporary.rglob("*"):
+                sync(path)
+        entries = write_manifest(temporary, digest, {file: of.result()
+                                                     for file, of in hashed.items()})
+        sync(temporary)
         # 2. Give it its name in one rename, which the file system does entirely or not at all.
         while os.path.lexists(aside):
             aside = Path(f"{aside}1")
