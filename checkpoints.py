@@ -199,7 +199,7 @@ def write_manifest(folder, digest=None, known={}):
     return entries
 
 
-def entry(path):
+def manifest_entry(path):
     """Return a file's entry in a manifest, {"bytes", "sha256"}."""
     with expecting(path, "readable"):  # an I/O error does not name its file
         return {"bytes": file_size(path), "sha256": sha256_of(path)}
@@ -210,9 +210,12 @@ def describe(folder, known={}):
     names = sorted(str(path.relative_to(folder))
                    for path in (*folder.glob("*"), *folder.glob("optimizer/*"))
                    if path.is_file() and path.name[0] != "." and path.name != "manifest.json")
+
+    def look(name):
+        return known.get(name) or manifest_entry(folder / name)
+
     with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(lambda name: known.get(name) or entry(folder / name),
-                                           names)))
+        return dict(zip(names, threads.map(look, names)))
 
 
 def compare_with_manifest(folder):
@@ -389,11 +392,11 @@ def write_checkpoint(folder, files, notes, tokenizer=None, digest=None):
     temporary.mkdir()  # without parents: the run folder is absent if its disk was unmounted
     try:
         # 1. Write everything under a name that no reader looks for, and flush it to the disk.
-        with ThreadPoolExecutor() as threads:  # which hash a file while the disk is busy
+        with ThreadPoolExecutor() as threads:  # a file is hashed while the next one is written
             hashed = {}
             for file, tensors in files:
                 write_file(temporary / file, tensors)
-                hashed[file] = threads.submit(entry, temporary / file)
+                hashed[file] = threads.submit(manifest_entry, temporary / file)
             write_notes(temporary, notes, tokenizer)
             for path in temporary.rglob("*"):
                 sync(path)
