@@ -171,13 +171,13 @@ def run_plan(model, batches, n):
                 model.hidden(torch.tensor([prefix], device=weight.device), cache=layers)
                 cache = [Prefix(layer) for layer in layers]
         tokens, positions, mask = pack_tensors(packs, P, weight)
-        hidden = model.hidden(tokens, positions, mask, cache).flatten(0, 1)
         which, nodes, targets = np.concatenate([
             scored + [[0], [b * tokens.shape[1]], [0]]
             for b, pack in enumerate(packs) for scored in pack.scored], axis=1)
         # Choices of one token are scored at the same node, whose logits are computed once.
         nodes, at = np.unique(nodes, return_inverse=True)
-        logprobs, greedy = target_logprobs(model, hidden[nodes], at, targets)
+        hidden = model.hidden(tokens, positions, mask, cache, np.divmod(nodes, tokens.shape[1]))
+        logprobs, greedy = target_logprobs(model, hidden, at, targets)
         np.add.at(lls, which, logprobs)
         np.logical_and.at(all_greedy, which, greedy)
     lls, all_greedy = zip(*Processes.gather((lls, all_greedy)))

@@ -96,7 +96,7 @@ def she_against_he(model, tokenizer, folder):
             piece = ids[start:start + L + 1]
             places = torch.isin(piece[1:], torch.tensor([he, she], device=device)).nonzero()[:, 0]
             if len(places):
-                values += (model.hidden(piece[None, :-1])[0, places] @ direction).tolist()
+                values += (model.hidden(piece[None, :-1], wanted=(0, places)) @ direction).tolist()
                 documents += [i] * len(places)
                 x += ((piece[1:][places] == she).double() - 0.5).tolist()
     return values, documents, x

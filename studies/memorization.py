@@ -79,8 +79,8 @@ def matched_lengths(model, rows, context, stages=(1, 4, 16)):
         end = context + stop - 1  # the last token is only predicted
         ahead = torch.zeros(end - read, end, device=device).masked_fill_(
             columns[:end] > columns[read:end, None], -torch.inf)
-        hidden = model.hidden(rows[alive, read:end], columns[read:end], ahead, cache)
-        hidden = hidden[:, context - 1 + done - read:].flatten(0, 1)
+        hidden = model.hidden(rows[alive, read:end], columns[read:end], ahead, cache,
+                              wanted=np.s_[:, context - 1 + done - read:]).flatten(0, 1)
         predicted = torch.cat([logits.argmax(1) for _, logits in
                                head_blocks(hidden, model.embed_out.weight)])
         right = predicted.view(len(alive), -1) == rows[alive, context + done:context + stop]
