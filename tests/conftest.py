@@ -25,11 +25,19 @@ def run(*argv, expect=0, **options):
     return done
 
 
+def launch(*argv, count=1):
+    """Run `python ARGV` in `count` processes that have imported torch already, for a script."""
+    from launch import Launched
+    done = Launched(argv, count).finish()
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def train(*flags):
     """Train a model of one layer for a few steps; a flag given replaces one of these."""
-    return run("train.py", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16",
-               "--steps=8", "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
-               f"--tokenizer={ROOT}/20B_tokenizer.json", *flags)
+    return launch("train.py", "--n_layers=1", "--d_model=16", "--n_heads=2", "--seq_length=16",
+                  "--steps=8", "--batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-2",
+                  f"--tokenizer={ROOT}/20B_tokenizer.json", *flags)
 
 
 def write_jsonl(path, records):

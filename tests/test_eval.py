@@ -21,7 +21,7 @@ import config
 import eval as evaluation
 from checkpoints import load_model, save
 from config import read_json, write_json
-from conftest import ROOT, TORCHRUN, run, table, train, write_jsonl
+from conftest import ROOT, TORCHRUN, launch, run, table, train, write_jsonl
 from data import order_of, ordered
 from eval import LossesConfig, loglikelihood, losses, score
 from model import ModelConfig, Pythia
@@ -346,8 +346,8 @@ def test_losses_go_on_whatever_the_batch_or_the_processes(runs, whole, tmp_path)
     partial[4] += 7  # stays, as this checkpoint is done
     np.save(tmp_path / "cut.npy", partial)
     write_json(tmp_path / "cut.json", what | {"checkpoints": what["checkpoints"][:5]})
-    run(*TORCHRUN, "eval.py", "losses", f"--model={model}", f"--output={tmp_path}/cut",
-        "--rows=3:20")
+    launch("eval.py", "losses", f"--model={model}", f"--output={tmp_path}/cut", "--rows=3:20",
+           count=2)
     values = values.copy()
     values[4] += 7
     np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), values, atol=1e-5)

@@ -88,7 +88,7 @@ def save(run):
     return Saver(run)
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(100, marks=pytest.mark.proof)])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.proof)])
 def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(run, save, count):
     """`-m proof -s` prints what a hundred kills lost: the most of any one of them."""
     random.seed(count)

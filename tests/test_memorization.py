@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import run, table, TORCHRUN, train, write_jsonl
+from conftest import launch, table, train, write_jsonl
 from test_data import write
 from test_model import transformers_twin
 
@@ -108,7 +108,7 @@ def test_scoring_goes_on(scored, tmp_path):
 def test_processes_share_the_rows_and_one_of_them_speaks(scored, tmp_path):
     flags = [f"--{name}={value}"
              for name, value in asdict(replace(scored, output=tmp_path)).items()]
-    done = run(*TORCHRUN, "-m", "studies.memorization", "score", *flags)
+    done = launch("studies/memorization.py", "score", *flags, count=2)
     names = ["run_step1", "run_step64"]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
         f"{tmp_path}/{name}.npy" for name in names]

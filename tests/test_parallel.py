@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import checkpoints
 from checkpoints import fill, load_training, saved_steps
 from config import parse
-from conftest import ROOT, TORCHRUN, run
+from conftest import ROOT, launch
 from launch import Launched
 from model import ModelConfig, Pythia
 from parallel import LaunchConfig, Processes, memory_per_process, rehearse
@@ -54,8 +54,9 @@ def assert_same_steps(first, second, step=10):
 
 @pytest.mark.parametrize("processes, changes", [
     (1, {}), (2, {}), (2, dict(sharding="fsdp")),
-    pytest.param(2, dict(compile=True, activation_checkpointing=True), marks=pytest.mark.proof),
-    (2, dict(sharding="fsdp", compile=True, activation_checkpointing=True))])
+    (2, dict(sharding="fsdp", activation_checkpointing=True)),
+    *(pytest.param(2, dict(sharding=sharding, compile=True, activation_checkpointing=True),
+                   marks=pytest.mark.proof) for sharding in ("ddp", "fsdp"))])
 def test_micro_batches_and_processes_take_the_same_steps(data, tmp_path, single, processes,
                                                          changes):
     """The gradients of all micro-batches are exchanged at once."""
@@ -94,10 +95,10 @@ def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, 
 
 
 def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single):
-    """Files of 20 kB, written by 2 processes under torchrun, have one process's bits."""
+    """Files of 20 kB, written by 2 processes, have one process's bits."""
     flags = command(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
                     async_save=True)[1:]
-    run(*TORCHRUN, "tests/launch.py", "small_files", *flags)
+    launch("tests/launch.py", "small_files", *flags, count=2)
     files = sorted(path.name for path in (tmp_path / "run/step1").glob("model-*"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     ours = checkpoints.load_model(tmp_path / "run/step1")

@@ -30,8 +30,8 @@ def test_known_vectors(tokenizer, text, ids):
 
 
 def test_every_code_point(tokenizer, original):
-    texts = ["".join(f"a{chr(c)} {chr(c)}1{chr(c)}{chr(c)}" for c in range(start, start + 16))
-             for start in range(0, 0x110000, 16) if not 0xD800 <= start < 0xE000]
+    texts = ["".join(f"a{chr(c)} {chr(c)}1{chr(c)}{chr(c)}" for c in range(start, start + 128))
+             for start in range(0, 0x110000, 128) if not 0xD800 <= start < 0xE000]
     for text, theirs in zip(texts, original.encode_batch(texts)):
         assert tokenizer.encode(text) == theirs.ids
 
