@@ -3,7 +3,9 @@
 A process of its own takes 3 s for that, two under torchrun take 8; a fork takes none. What runs is
 `python SCRIPT --flags` in all else: its signals, its exit code, its stdout that nobody flushes.
 
-    python tests/launch.py small_files --data=PREFIX ...    # train.py with a function of here
+    python tests/launch.py small_files --data=PREFIX ...    # trains
+    python tests/launch.py without_pause RUN    # saves until it is killed
+    python tests/launch.py fill_disk RUN        # saves until the disk RUN is full
 """
 
 import multiprocessing
@@ -20,11 +22,12 @@ import torch._dynamo  # noqa: F401  (so does every optimizer)
 import torch.distributed.fsdp  # noqa: F401
 
 import checkpoints
-import train  # noqa: F401
+from checkpoints import saved_steps
 from conftest import ROOT
+from model import ModelConfig, Pythia
 from parallel import peak_flops
+from train import TrainConfig, make_optimizer
 
-peak_flops(torch.device("cpu"))  # once for all
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["launch"])
 
@@ -83,11 +86,58 @@ def run(command, paths, environment):
     runpy.run_path(command[0], run_name="__main__")
 
 
-def small_files():
-    """A checkpoint's tensor files hold at most 20 kB."""
+def small_files(*flags):
+    """Train with files of at most 20 kB in a checkpoint."""
     checkpoints.SHARD_BYTES = 20_000
+    sys.argv = ["train.py", *flags]
+    runpy.run_path("train.py", run_name="__main__")
+
+
+class Saver:
+    """Called with a step it saves a checkpoint in the folder `run`."""
+
+    def __init__(self, run):
+        self.run = Path(run)
+        self.model = Pythia(ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
+        self.optimizer = make_optimizer(self.model, TrainConfig(data="", learning_rate=1e-3))
+        ids = torch.zeros(1, 8, dtype=int)
+        self.model(ids, ids).backward()
+        self.optimizer.step()
+
+    def __call__(self, step, run=None, **options):
+        checkpoints.save(run or self.run, step, self.model, self.optimizer,
+                         {"updates": min(step, 1), "tokens": 8, "scaler": {}}, **options)
+
+
+def without_pause(run):
+    """Save without end, every third step as an interrupted run; keep the moments of every fifth."""
+    save = Saver(run)
+    checkpoints.lock(save.run)
+    step = max(saved_steps(run), default=-1) + 1
+    while True:
+        print("begun", step, flush=True)
+        save(step, scheduled=step % 3 > 0, state_every=5)
+        print("saved", step, flush=True)
+        step += 1
+
+
+def fill_disk(run):
+    save = Saver(run)
+    for step in range(100):
+        try:
+            save(step)
+        except (OSError, ValueError) as error:
+            print(error)
+            break
+    assert step > 2 and saved_steps(run) == list(range(step))
+    assert sorted(os.listdir(run)) == sorted(f"step{s}" for s in range(step))
+    assert checkpoints.load_training(run, step - 1, save.model, save.optimizer)["updates"] == 1
+    os.system(f"mount -o remount,size=30m {run}")
+    save(step)
+    assert saved_steps(run)[-1] == step
 
 
 if __name__ == "__main__":
-    globals()[sys.argv.pop(1)]()
-    runpy.run_path("train.py", run_name="__main__")
+    globals()[sys.argv[1]](*sys.argv[2:])
+else:
+    peak_flops(torch.device("cpu"))  # once for all

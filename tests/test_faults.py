@@ -1,10 +1,7 @@
 """pytest tests/test_faults.py; pytest tests/test_faults.py -m proof -s prints the table of faults.
 
 Real processes and real file systems: after every fault each listed checkpoint agrees with its
-hashes, training can resume from the newest, and nothing else was changed. The tests start
-
-    python tests/test_faults.py without_pause RUN      # saves until it is killed
-    python tests/test_faults.py fill_disk RUN          # until the disk RUN is full
+hashes, training can resume from the newest, and nothing else was changed.
 """
 
 import os
@@ -20,57 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoints
 import config
 from checkpoints import (is_whole, load_model, load_training, lock, read_manifest, saved_steps,
                          sha256_of, step_folders)
 from conftest import ROOT, table
-from launch import Launched
-from model import ModelConfig, Pythia
+from launch import Launched, Saver
 from test_train import assert_same_bits, data, run_here  # noqa: F401
-from train import TrainConfig, make_optimizer
-
-
-class Saver:
-    """Called with a step it saves a checkpoint in the folder `run`."""
-
-    def __init__(self, run):
-        self.run = Path(run)
-        self.model = Pythia(ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
-        self.optimizer = make_optimizer(self.model, TrainConfig(data="", learning_rate=1e-3))
-        ids = torch.zeros(1, 8, dtype=int)
-        self.model(ids, ids).backward()
-        self.optimizer.step()
-
-    def __call__(self, step, run=None, **options):
-        checkpoints.save(run or self.run, step, self.model, self.optimizer,
-                         {"updates": min(step, 1), "tokens": 8, "scaler": {}}, **options)
-
-
-def without_pause(save):
-    """Save without end, every third step as an interrupted run; keep the moments of every fifth."""
-    lock(save.run)
-    step = max(saved_steps(save.run), default=-1) + 1
-    while True:
-        print("begun", step, flush=True)
-        save(step, scheduled=step % 3 > 0, state_every=5)
-        print("saved", step, flush=True)
-        step += 1
-
-
-def fill_disk(save):
-    for step in range(100):
-        try:
-            save(step)
-        except (OSError, ValueError) as error:
-            print(error)
-            break
-    assert step > 2 and saved_steps(save.run) == list(range(step))
-    assert sorted(os.listdir(save.run)) == sorted(f"step{s}" for s in range(step))
-    assert load_training(save.run, step - 1, save.model, save.optimizer)["updates"] == 1
-    os.system(f"mount -o remount,size=30m {save.run}")
-    save(step)
-    assert saved_steps(save.run)[-1] == step
 
 
 def hashes(folder):
@@ -94,7 +46,7 @@ def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(run, save, c
     random.seed(count)
     n_saved = most_lost = 0
     for _ in range(count):
-        saver = Launched(["tests/test_faults.py", "without_pause", run])
+        saver = Launched(["tests/launch.py", "without_pause", run])
         saver.wait_until(saver.printed("begun"))
         time.sleep(random.uniform(0, 0.25))
         saver.send(signal.SIGKILL)
@@ -123,7 +75,7 @@ def test_a_full_disk_loses_the_new_checkpoint_only(run):
     """A disk of 3 MB, which the saver alone sees; made larger, the run goes on."""
     mount = f'mount -t tmpfs -o size=3m tmpfs {run}\nexec "$@"'
     done = subprocess.run(["unshare", "-m", "sh", "-ec", mount, "sh", sys.executable,
-                           "tests/test_faults.py", "fill_disk", run], cwd=ROOT,
+                           "tests/launch.py", "fill_disk", run], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "No space left on device" in done.stdout, done.stderr
 
@@ -138,7 +90,7 @@ def test_a_vanished_folder_is_not_made_again(run, save, capsys):
 
 
 def test_two_processes_cannot_write_one_run(run):
-    holder = Launched(["tests/test_faults.py", "without_pause", run])
+    holder = Launched(["tests/launch.py", "without_pause", run])
     holder.wait_until(holder.printed("saved"))
     with pytest.raises(ValueError, match="another process is writing there"):
         lock(run)
@@ -266,7 +218,3 @@ def test_a_run_goes_on_to_the_same_bits_after_a_power_failure(data, tmp_path, mo
     assert_same_bits(run, tmp_path / "again")
     noted, again = (folder / "interventions.csv" for folder in (run, tmp_path / "again"))
     assert noted.read_bytes() == again.read_bytes()
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Saver(sys.argv[2]))
