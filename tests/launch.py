@@ -94,11 +94,11 @@ def small_files(*flags):
 
 
 class Saver:
-    """Called with a step it saves a checkpoint in the folder `run`."""
+    """Called with a step it saves a checkpoint in the folder `run`, of a model after an update."""
 
-    def __init__(self, run):
+    def __init__(self, run, config=ModelConfig(2, 32, 2, vocab_size=512, seq_length=32)):
         self.run = Path(run)
-        self.model = Pythia(ModelConfig(2, 32, 2, vocab_size=512, seq_length=32))
+        self.model = Pythia(config)
         self.optimizer = make_optimizer(self.model, TrainConfig(data="", learning_rate=1e-3))
         ids = torch.zeros(1, 8, dtype=int)
         self.model(ids, ids).backward()
@@ -106,7 +106,7 @@ class Saver:
 
     def __call__(self, step, run=None, **options):
         checkpoints.save(run or self.run, step, self.model, self.optimizer,
-                         {"updates": min(step, 1), "tokens": 8, "scaler": {}}, **options)
+                         {"updates": min(step, 1), "tokens": 64 * step, "scaler": {}}, **options)
 
 
 def without_pause(run):

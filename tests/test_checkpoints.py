@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,30 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import checkpoints
-from checkpoints import (List, checkpoint_steps, list_, load_training, open_file, save,
-                         saved_steps, write_file)
-from model import ModelConfig, Pythia, hf_config, hf_name
-from train import TrainConfig, make_optimizer
-
-CONFIG = ModelConfig(n_layers=2, d_model=32, n_heads=2, vocab_size=50304, seq_length=32)
-TRAIN = TrainConfig(data="", out_dir="", learning_rate=1e-3)
+from checkpoints import (List, checkpoint_steps, list_, load_training, open_file, saved_steps,
+                         write_file)
+from launch import Saver
+from model import ModelConfig, hf_config, hf_name
 
 
 @pytest.fixture
-def trained():
-    """A model and optimizer after two real updates."""
-    model = Pythia(CONFIG)
-    optimizer = make_optimizer(model, TRAIN)
-    for seed in range(2):
-        tokens = torch.randint(50277, (2, 33), generator=torch.Generator().manual_seed(seed))
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, optimizer
-
-
-STATE = {"updates": 2, "tokens": 128, "scaler": {}}
+def save(tmp_path):
+    return Saver(tmp_path)
 
 
 def test_pythias_schedule_has_154_steps_and_others_are_scaled():
@@ -50,76 +34,77 @@ def test_pythias_schedule_has_154_steps_and_others_are_scaled():
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_transformers_reads_a_checkpoint_as_it_lies(tmp_path, tokenizer_path, gelu):
-    model = Pythia(replace(CONFIG, gelu=gelu))
+    save = Saver(tmp_path, ModelConfig(2, 32, 2, vocab_size=50304, seq_length=32, gelu=gelu))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in save.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)  # where the two GELUs differ
-    save(tmp_path, 0, model, make_optimizer(model, TRAIN), STATE, tokenizer_path)
+    save(0, tokenizer=tokenizer_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="step0")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "step0")
     tokens = torch.tensor([tokenizer("Hello world\n\n  foo   bar")["input_ids"]])
     assert tokens.tolist() == [[12092, 1533, 535, 50276, 12110, 50275, 2009]]
     assert tokenizer.decode(tokenizer("Hello , world").input_ids) == "Hello , world"
     assert (tokenizer.pad_token_id, theirs.generation_config.pad_token_id) == (1, 1)
-    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(save.model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 5_000_000])
-def test_huggingface_hub_loads_a_checkpoint_as_it_lies(tmp_path, trained, monkeypatch, shard_bytes):
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 50_000])
+def test_huggingface_hub_loads_a_checkpoint_as_it_lies(tmp_path, save, monkeypatch, shard_bytes):
     """By the index, or as the only *.safetensors of the folder, since moments have their own."""
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", shard_bytes)
-    save(tmp_path, 2, *trained, STATE)
-    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(CONFIG)))
+    save(2)
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**hf_config(save.model.config)))
     theirs.embed_out = theirs.lm_head  # its name in files and up to transformers 4
     del theirs.lm_head
     load_torch_model(theirs, tmp_path / "step2", strict=True)
-    for name, parameter in trained[0].named_parameters():
+    for name, parameter in save.model.named_parameters():
         assert torch.equal(theirs.get_parameter(hf_name(name)), parameter), name
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer/moments.safetensors",
                                   "training.json"])
-def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, trained, file):
-    save(tmp_path, 2, *trained, STATE)
+def test_a_flipped_bit_is_found_before_anything_is_resumed_from(tmp_path, save, file):
+    save(2)
     (tmp_path / "step2/notes.txt").write_text("mine")
-    assert load_training(tmp_path, 2, *trained)["updates"] == 2
+    assert load_training(tmp_path, 2, save.model, save.optimizer)["updates"] == 1
     data = bytearray((tmp_path / "step2" / file).read_bytes())
     data[-5] ^= 1  # of training.json: a space
     (tmp_path / "step2" / file).write_bytes(data)
     assert saved_steps(tmp_path, state=True) == [2]  # by its size it is whole
     with pytest.raises(ValueError, match=f"{file}: (its SHA-256 is not the mani|not JSON)"):
-        load_training(tmp_path, 2, *trained)
+        load_training(tmp_path, 2, save.model, save.optimizer)
 
 
-def test_training_json_that_is_a_pipe_is_named_and_not_read(tmp_path, trained, capsys):
-    save(tmp_path, 2, *trained, STATE)
+def test_training_json_that_is_a_pipe_is_named_and_not_read(tmp_path, save, capsys):
+    save(2)
     (tmp_path / "step2/training.json").unlink()
     os.mkfifo(tmp_path / "step2/training.json")
     with pytest.raises(ValueError, match="training.json: not a regular file"):
-        load_training(tmp_path, 2, *trained)
+        load_training(tmp_path, 2, save.model, save.optimizer)
     list_(List(str(tmp_path)))
     assert "NOT WHOLE" in capsys.readouterr().out.splitlines()[1]
 
 
-def test_a_checkpoint_without_moments_gives_way_and_nothing_of_it_is_lost(tmp_path, trained):
-    save(tmp_path, 2, *trained, STATE)
+def test_a_checkpoint_without_moments_gives_way_and_nothing_of_it_is_lost(tmp_path, save):
+    save(2)
     for notes, there in ((None, {"step2"}), ("mine", {"step2", "step2.broken"})):
         shutil.rmtree(tmp_path / "step2/optimizer")
         if notes:
             (tmp_path / "step2/notes.txt").write_text(notes)
-        save(tmp_path, 2, *trained, STATE)
-        assert load_training(tmp_path, 2, *trained) == STATE | {"step": 2, "scheduled": True}
+        save(2)
+        assert load_training(tmp_path, 2, save.model, save.optimizer) == {
+            "step": 2, "scheduled": True, "updates": 1, "tokens": 128, "scaler": {}}
         assert set(os.listdir(tmp_path)) == there
     assert (tmp_path / "step2.broken/notes.txt").exists()
 
 
-def test_a_flipped_bit_does_not_outlive_the_weights_that_are_computed_anew(tmp_path, trained):
-    save(tmp_path, 2, *trained, STATE)
+def test_a_flipped_bit_does_not_outlive_the_weights_that_are_computed_anew(tmp_path, save):
+    save(2)
     path = tmp_path / "step2/model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     shutil.rmtree(tmp_path / "step2/optimizer")
-    save(tmp_path, 2, *trained, STATE)
+    save(2)
     assert path.read_bytes() == whole
 
 

@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 
 import config
 import eval as evaluation
-from checkpoints import load_model, save
+from checkpoints import load_model
 from config import read_json, write_json
 from conftest import ROOT, TORCHRUN, launch, run, table, train, write_jsonl
 from data import order_of, ordered
 from eval import LossesConfig, loglikelihood, losses, score
-from model import ModelConfig, Pythia
+from launch import Saver
+from model import ModelConfig
 from tasks import read_jsonl
 from test_data import random_documents, write
 from test_model import randomized, transformers_twin
-from train import make_optimizer, TrainConfig
 
 L = 24  # context length: short, so that truncation and several windows happen
 
@@ -118,12 +118,10 @@ def test_line_by_line_encoding_is_encoding(tokenizer, text):
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tokenizer_path):
     folder = tmp_path_factory.mktemp("eval")
-    model = Pythia(ModelConfig(1, 32, 2, vocab_size=50304, seq_length=264))
-    optimizer = make_optimizer(model, TrainConfig(data="", learning_rate=1.0))
-    (folder / "run").mkdir()
+    save = Saver(folder / "run", ModelConfig(1, 32, 2, vocab_size=50304, seq_length=264))
+    save.run.mkdir()
     for step in (0, 2, 8):
-        save(folder / "run", step, model, optimizer,
-             {"updates": 0, "tokens": 64 * step, "scaler": {}}, tokenizer_path)
+        save(step, tokenizer=tokenizer_path)
     piqa = {"goal": "g", "sol1": "a a", "sol2": "b", "label": 0}
     trivia = {"question": "q", "answer": {"aliases": []}}
     for path, documents in (

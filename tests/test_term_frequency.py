@@ -15,29 +15,26 @@ from hypothesis import strategies as st
 from conftest import table
 from test_data import write
 
-from checkpoints import load_model, save
+from checkpoints import load_model
 from config import write_json
 from data import OrderedData
-from model import ModelConfig, Pythia
+from launch import Saver
+from model import ModelConfig
 from studies.term_frequency import (
     HEADER, Analyse, Compare, Count, Evaluate, analyse, answer_all, binned, compare, count,
     evaluate, first_number, gap, numbers_near_numbers, prompts, seen, tidy)
 from studies.results import student_quantile
 from tokenizer import Tokenizer
-from train import make_optimizer, TrainConfig
 
-CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, vocab_size=50304, seq_length=64)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tokenizer_path):
-    folder = tmp_path_factory.mktemp("terms") / "run"
-    model = Pythia(CONFIG)
-    optimizer = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1.0))
-    folder.mkdir()
+    save = Saver(tmp_path_factory.mktemp("terms") / "run",
+                 ModelConfig(1, 32, 2, vocab_size=50304, seq_length=64))
+    save.run.mkdir()
     for step in (0, 2):
-        state = {"updates": 0, "tokens": 64 * step, "scaler": {}}
-        save(folder, step, model, optimizer, state, tokenizer_path)
-    return folder
+        save(step, tokenizer=tokenizer_path)
+    return save.run
 
 
 def test_shots_are_drawn_as_lm_eval_drew_them():
