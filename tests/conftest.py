@@ -17,20 +17,22 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def run(*argv, expect=0, **options):
-    """Run `python ARGV` as a user does; a mistake (expect=2) must be one line."""
-    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True,
-                          text=True, **options)
+def ended(done, expect):
+    """Return a program that ended with this exit code; a mistake (2) must be one line."""
     assert done.returncode == expect and (expect == 0 or done.stderr.count("\n") == 1), done.stderr
     return done
 
 
-def launch(*argv, count=1):
-    """Run `python ARGV` in `count` processes that have imported torch already, for a script."""
+def run(*argv, expect=0, **options):
+    """Run `python ARGV` as a user does."""
+    return ended(subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True,
+                                text=True, **options), expect)
+
+
+def launch(*argv, expect=0, **options):
+    """Run `python ARGV` in one or more processes that have imported torch already, for a script."""
     from launch import Launched
-    done = Launched(argv, count).finish()
-    assert done.returncode == 0, done.stderr
-    return done
+    return ended(Launched(argv, **options).finish(), expect)
 
 
 def train(*flags):

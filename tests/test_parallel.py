@@ -22,8 +22,8 @@ from conftest import ROOT, launch
 from launch import Launched
 from model import ModelConfig, Pythia
 from parallel import LaunchConfig, Processes, memory_per_process, rehearse
-from test_train import (SCHEMAS, SHAPE, assert_same_bits, command, data, losses,  # noqa: F401
-                        parent, published, refused, run_here, train)
+from test_train import (SCHEMAS, SHAPE, argv, assert_same_bits, data, losses,  # noqa: F401
+                        parent, published, run_here, train)
 from train import TrainConfig, Training, main, make_optimizer
 
 RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
@@ -91,12 +91,13 @@ def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, 
             ("learning_rate was 0.001, is 0.5", dict(learning_rate=0.5)),
             ("holds weights only and warm_moments = 0",
              dict(out_dir=tmp_path / "run", branch_from=published(parent, 8, tmp_path)))):
-        refused(data, single, words, processes=2, **RUN | dict(micro_batch_size=4) | changes)
+        settings = RUN | dict(out_dir=single, micro_batch_size=4) | changes
+        assert words in train(data, single, 2, expect=2, **settings).stderr
 
 
 def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single):
     """Files of 20 kB, written by 2 processes, have one process's bits."""
-    flags = command(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
+    flags = argv(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
                     async_save=True)[1:]
     launch("tests/launch.py", "small_files", *flags, count=2)
     files = sorted(path.name for path in (tmp_path / "run/step1").glob("model-*"))
@@ -164,7 +165,7 @@ def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken,
                                                        changes):
     """One of several processes gets SIGTERM just before a save, or SIGKILL during it."""
     settings, whole = unbroken(processes)
-    run = Launched(command(data, tmp_path, **settings, **changes), processes)
+    run = Launched(argv(data, tmp_path, **settings, **changes), processes)
     run.wait_until(run.printed("step      7/"))  # the save comes next
     if processes == 1 or number == signal.SIGKILL:
         run.wait_until(lambda: (tmp_path / ".step8.tmp").exists() or 8 in saved_steps(tmp_path))

@@ -16,24 +16,17 @@ import torch
 
 import train as train_module
 from config import parse, read_json, write_json
-from conftest import write_jsonl
+from conftest import launch, write_jsonl
 from data import OrderedData
 from interventions import InterventionConfig
 from checkpoints import saved_steps
 from launch import Launched
 from model import ModelConfig, Pythia, hf_name
 from parallel import ExactSums, Processes
-from test_train import as_a_process, command, data, run_here, SHAPE, table, train  # noqa: F401
+from test_train import argv, as_a_process, data, run_here, SHAPE, table, train  # noqa: F401
 from train import SCHEMAS
 
 EVERY = dict(checkpoint_every=1, steps=12)
-
-
-def again(flag):
-    """Run --replay or --restore as a user does; return the last line printed."""
-    done = Launched(["train.py", flag]).finish()
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().splitlines()[-1]
 
 
 def proved_here(capsys, *flags):
@@ -183,7 +176,7 @@ def test_200_faults(data, tmp_path, monkeypatch, capsys, number):
 def interrupted(data, out_dir, draw, **changes):
     """Train a run that is stopped at two random moments, once by a kill."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        running = Launched(command(data, out_dir, **changes))
+        running = Launched(argv(data, out_dir, **changes))
         running.wait_until(running.printed(f"step {draw.randrange(1, 12):6}/"))
         running.send(number)
         running.finish()
@@ -233,10 +226,9 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
             (f"--replay={tmp_path}/child/step0:9", "what came before is in"),
             (f"--replay={tmp_path}/run/step0:20", "step 12 is not there, or does not follow"),
             (f"--replay={run}/step0:20 --beta1=0.5", "beta1 was 0.9, is 0.5")):
-        done = Launched(["train.py", *flags.split()]).finish()
-        assert done.returncode == 2 and words in done.stderr, done.stderr
-        assert done.stderr.count("\n") == 1
-    assert "proved: 5 equal" in again(f"--replay={tmp_path}/child/step20:25")
+        assert words in launch("train.py", *flags.split(), expect=2).stderr
+    said = launch("train.py", f"--replay={tmp_path}/child/step20:25").stdout
+    assert "proved: 5 equal" in said.splitlines()[-1]
 
 
 def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, capsys):
@@ -257,7 +249,7 @@ def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, cap
         proved_here(capsys, flag)
 
 
-def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path):
+def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path, command):
     lines = (sparse / "run/metrics.csv").read_text().splitlines(keepends=True)
     for name, text, words in (
             ("first", "".join([lines[0], lines[1].replace("0,0,", "0,0,1"), *lines[2:]]),
@@ -267,8 +259,8 @@ def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path):
             ("torn", "".join(lines) + "30,77", "0 problems")):
         shutil.copytree(sparse / "run", tmp_path / name)
         (tmp_path / name / "metrics.csv").write_text(text)
-        done = Launched(["verify.py", "verify", str(tmp_path / name)]).finish()
-        assert words in done.stdout, (name, done.stdout, done.stderr)
+        _, *said = command("verify.py", "verify", tmp_path / name)
+        assert words in said[0], (name, said)
 
 
 def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
@@ -276,13 +268,12 @@ def test_other_hardware_is_compared_within_a_tolerance(data, tmp_path):
     launches = tmp_path / "run/launches.jsonl"
     launches.write_text(launches.read_text().replace(torch.__version__, "1.0.0"))
     flag = f"--replay={tmp_path}/run/step0:12"
-    assert "proved" in again(flag)  # the bits happen to be the same
-    done = Launched(["train.py", flag]).finish()  # not compared again with what is there
-    assert done.returncode == 2 and "already has step12" in done.stderr
+    assert "proved" in launch("train.py", flag).stdout.splitlines()[-1]  # the bits are the same
+    # It is not compared again with what is there.
+    assert "already has step12" in launch("train.py", flag, expect=2).stderr
     shutil.rmtree(tmp_path / "run_replay_step0_12")
-    done = Launched(["train.py", flag, "--micro_batch_size=2"]).finish()
-    assert done.returncode == 0 and "losses within" in done.stdout
-    assert f"torch was '1.0.0', is '{torch.__version__}'" in done.stdout
+    said = launch("train.py", flag, "--micro_batch_size=2").stdout
+    assert "losses within" in said and f"torch was '1.0.0', is '{torch.__version__}'" in said
 
 
 # ---------------------------------------------------------------------------- exact sums
@@ -328,7 +319,7 @@ def test_bits_do_not_depend_on_the_number_of_processes(data, tmp_path, counts, k
     for count in counts:
         train(data, tmp_path / f"{count}", count, **EXACT)
     for count, step in killed:  # and goes on with another number
-        running = Launched(command(data, tmp_path / "mixed", **EXACT), count)
+        running = Launched(argv(data, tmp_path / "mixed", **EXACT), count)
         running.wait_until(running.printed(f"step {step:6}/"))
         for rank in range(count):
             running.send(signal.SIGKILL, rank)
@@ -338,8 +329,8 @@ def test_bits_do_not_depend_on_the_number_of_processes(data, tmp_path, counts, k
         for step in saved_steps(tmp_path / "one"):
             first, second = (tmp_path / f"{run}/step{step}/manifest.json" for run in ("one", other))
             assert first.read_bytes() == second.read_bytes()  # the hashes of all files
-    done = Launched(command(data, tmp_path / "one", **EXACT | {"threads": 2})).finish()
-    assert done.returncode == 2 and "threads was 1, is 2" in done.stderr
+    done = train(data, tmp_path / "one", expect=2, **EXACT | {"threads": 2})
+    assert "threads was 1, is 2" in done.stderr
     train(data, tmp_path / "plain", **EXACT | {"exact_sums": False})
     exact, plain = (table(tmp_path / f"{name}/metrics.csv") for name in ("one", "plain"))
     assert [float(row["loss"]) for row in exact] == pytest.approx(
