@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, table, train, write_jsonl
+from conftest import launch, table, train, write_jsonl
 from test_data import write
 
 from model import ModelConfig, Pythia
@@ -113,7 +114,8 @@ def test_a_shift_is_no_bias_and_context_no_shift(tmp_path):
 
 
 def test_branch_measure_compare(tmp_path, monkeypatch, tokenizer, docs, capsys):
-    monkeypatch.chdir(ROOT)  # branch calls train.py
+    monkeypatch.setattr("studies.gender_bias.subprocess", SimpleNamespace(
+        run=lambda words: launch(*words[1:])))  # train.py
     ids = tokenizer.encode("And he said unto him, his day is come; and he went. " * 400)
     write(tmp_path / "d", np.array(ids[:4800]).reshape(48, 100))
     flags = f"--data={tmp_path}/d", f"--out_dir={tmp_path}/seed1"

@@ -7,8 +7,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -19,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from checkpoints import (Import, checkpoint_steps, folder_tokenizer, identify, import_, known_bad,
                          load_model, load_training, merged, open_any, saved_steps, sha256_of)
-from conftest import ROOT
 from model import ModelConfig, Pythia, hf_name, parameter_shapes
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=256, seq_length=32, gelu="erf")
@@ -357,20 +354,21 @@ def upload(hub, step, claimed=None, named="*"):
         {"id": "EleutherAI/pythia-70m", "sha": commit, "siblings": files}))
 
 
-def test_fetch_downloads_checks_and_goes_on(tmp_path):
+def test_fetch_downloads_checks_and_goes_on(tmp_path, monkeypatch, command):
     hub, run = tmp_path / "hub", tmp_path / "pythia-70m"
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Hub, directory=hub))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                                "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    url = f"http://127.0.0.1:{server.server_port}"  # as HF_ENDPOINT would set it
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.chdir(tmp_path)
 
     def fetch(*flags, expect):
-        done = subprocess.run(
-            [sys.executable, ROOT / "checkpoints.py", "fetch", "pythia-70m", *flags],
-            cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == expect, done.stderr
-        return done.stderr.splitlines()
+        code, _, error = command("checkpoints.py", "fetch", "pythia-70m", *flags)
+        assert code == expect, error
+        return error.splitlines()
 
     upload(hub, 0), upload(hub, 512), upload(hub, 8, named="[cp]*"), upload(hub, 9, named="c*")
     assert "pythia-70m step 0: steps 0 and 1 are equal" in fetch("--steps=0,512", expect=0)[0]
