@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 # These models are too small for two threads; torch is imported after this.
@@ -90,7 +90,7 @@ def tokenizer_path():
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_path):
-    return Tokenizer(tokenizer_path)
+    return load_tokenizer(str(tokenizer_path))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from checkpoints import saved_steps
 from conftest import ROOT
 from model import ModelConfig, Pythia
 from parallel import peak_flops
+from tokenizer import load_tokenizer
 from train import TrainConfig, make_optimizer
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -139,5 +140,6 @@ def fill_disk(run):
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
-else:
-    peak_flops(torch.device("cpu"))  # once for all
+elif (ROOT / "20B_tokenizer.json").exists():  # once for all
+    peak_flops(torch.device("cpu"))
+    load_tokenizer(f"{ROOT}/20B_tokenizer.json")

@@ -15,7 +15,6 @@ import eval as evaluation
 import lm_eval_golden as golden
 from conftest import ROOT
 from tasks import TASKS, V03_TASKS
-from tokenizer import Tokenizer
 
 GOLDEN, GOLDEN_V03 = (json.loads((ROOT / "tests" / f"lm_eval_{name}.json").read_text())
                       for name in ("golden", "v03_golden"))
@@ -23,12 +22,12 @@ EXACT = ("acc", "acc_norm", "exact_match", "pct_stereotype")  # counts
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, tokenizer_path):
+def small(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("parity")
-    docs, tokenizer = folder / "docs", Tokenizer(tokenizer_path)
+    docs = folder / "docs"
     for name in golden.CASES:
         golden.write_documents(docs, TASKS[name], golden.made_documents(name, TASKS[name], 8))
-    return golden.trained_model(folder / "run", docs, tokenizer), tokenizer, docs
+    return golden.trained_model(folder / "run", docs, tokenizer), docs
 
 
 def check_metrics(job, results, expected, tolerance, monkeypatch):
@@ -45,8 +44,8 @@ def check_metrics(job, results, expected, tolerance, monkeypatch):
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_requests_results_and_metrics_are_the_harness_s(small, case, monkeypatch):
-    model, tokenizer, docs = small
+def test_requests_results_and_metrics_are_the_harness_s(small, tokenizer, case, monkeypatch):
+    model, docs = small
     task, shots = case.split()
     job = evaluation.Job(task, docs, int(shots))
     rolls = job.task.kind == "rolling"

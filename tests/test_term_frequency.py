@@ -24,7 +24,6 @@ from studies.term_frequency import (
     HEADER, Analyse, Compare, Count, Evaluate, analyse, answer_all, binned, compare, count,
     evaluate, first_number, gap, numbers_near_numbers, prompts, seen, tidy)
 from studies.results import student_quantile
-from tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,8 @@ def test_given_answers(said, answer):
 
 
 @torch.no_grad()
-def test_answers_are_the_models_greedy_ones(run, tokenizer_path):
-    model, tokenizer = load_model(run / "step2", "cpu"), Tokenizer(tokenizer_path)
+def test_answers_are_the_models_greedy_ones(run, tokenizer):
+    model = load_model(run / "step2", "cpu")
     asked = [*prompts("plus", 0, [3])[:2], *prompts("plus", 2, [4])[:2]]
     results = answer_all(model, tokenizer, asked)
     for (_, _, prompt, answer), (right, logprob) in zip(asked, results):
