@@ -3,7 +3,6 @@
 import functools
 import math
 import signal
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +21,9 @@ from conftest import ROOT, launch
 from launch import Launched
 from model import ModelConfig, Pythia
 from parallel import LaunchConfig, Processes, memory_per_process, rehearse
-from test_train import (SCHEMAS, SHAPE, argv, assert_same_bits, data, losses,  # noqa: F401
-                        parent, published, run_here, train)
-from train import TrainConfig, Training, main, make_optimizer
+from test_train import (SHAPE, argv, assert_same_bits, data, losses, parent,  # noqa: F401
+                        published, run_here, train)
+from train import TrainConfig, Training, make_optimizer
 
 RUN = dict(steps=10, learning_rate=1e-3)  # Pythia's highest rate
 
@@ -156,23 +155,27 @@ def unbroken(data, tmp_path_factory):
     return unbroken
 
 
-@pytest.mark.parametrize("processes, number, changes", [
-    (1, signal.SIGKILL, dict(async_save=True)), (2, signal.SIGTERM, {}), (2, signal.SIGKILL, {}),
-    *(pytest.param(*case, marks=pytest.mark.proof) for case in (
-        (1, signal.SIGTERM, dict(async_save=True)), (1, signal.SIGTERM, {}),
-        (1, signal.SIGKILL, {}), (3, signal.SIGTERM, {}), (3, signal.SIGKILL, {})))])
-def test_a_signal_in_the_middle_of_a_save_loses_no_bit(data, tmp_path, unbroken, processes, number,
-                                                       changes):
-    """One of several processes gets SIGTERM just before a save, or SIGKILL during it."""
+@pytest.mark.parametrize("processes, number, moment, changes", [
+    *((1, number, 5, {}) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
+    (1, signal.SIGKILL, 8, dict(async_save=True)), (2, signal.SIGTERM, 7, {}),
+    (2, signal.SIGKILL, 8, {}), *(pytest.param(*case, marks=pytest.mark.proof) for case in (
+        (1, signal.SIGTERM, 8, dict(async_save=True)), (1, signal.SIGTERM, 8, {}),
+        (1, signal.SIGKILL, 8, {}), (3, signal.SIGTERM, 7, {}), (3, signal.SIGKILL, 8, {})))])
+def test_a_signal_loses_no_bit(data, tmp_path, unbroken, processes, number, moment, changes):
+    """One process gets it between saves (after step 5), before one (7), or during it (8)."""
     settings, whole = unbroken(processes)
+    killed = number == signal.SIGKILL
     run = Launched(argv(data, tmp_path, **settings, **changes), processes)
-    run.wait_until(run.printed("step      7/"))  # the save comes next
-    if processes == 1 or number == signal.SIGKILL:
+    run.wait_until(run.printed(f"step {min(moment, 7):6}/"))
+    if moment == 8:
         run.wait_until(lambda: (tmp_path / ".step8.tmp").exists() or 8 in saved_steps(tmp_path))
     run.send(number, rank=processes - 1)
-    run.finish()
-    assert 12 not in saved_steps(tmp_path)
-    train(data, tmp_path, processes, **settings, **changes)
+    done, stopped = run.finish(), saved_steps(tmp_path)[-1]
+    assert stopped < 12 and (killed or stopped >= moment)
+    assert killed or "interrupted: saved step" in done.stdout
+    assert processes > 1 or done.returncode == (-number if killed else 128 + number)
+    done = train(data, tmp_path, processes, **settings, **changes)
+    assert f"going on from step {stopped}" in done.stdout
     assert_same_bits(whole, tmp_path)
     assert not list(tmp_path.glob(".step*"))
 
@@ -185,36 +188,26 @@ PUBLISHED = {"14m": (32, 32), "31m": (32, 32), "70m": (32, 32), "160m": (32, 32)
              "1b": (64, 16), "1_4b": (64, 16), "2_8b": (64, 16), "6_9b": (128, 8), "12b": (256, 4)}
 
 
-@pytest.fixture
-def plan(capsys, monkeypatch):
-    """Return a function: flags -> what --plan prints."""
-    def plan(*flags):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        main(*parse([*flags, "--plan", "--data=nowhere"], *SCHEMAS))
-        return capsys.readouterr().out
-    return plan
-
-
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, plan):
+def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, command):
     """With activation checkpointing as in the published YAML files: for all but 14m and 31m."""
     gpus, sequences = PUBLISHED[size]
-    printed = plan(f"configs/pythia_{size}.py", f"--gpus={gpus}", "--gpu_memory=40",
-                   f"--activation_checkpointing={size not in ('14m', '31m')}")
+    _, printed, _ = command("train.py", f"{ROOT}/configs/pythia_{size}.py", "--plan=True",
+                            f"--gpus={gpus}", "--gpu_memory=40",
+                            f"--activation_checkpointing={size not in ('14m', '31m')}")
     assert int(printed.split("--micro_batch_size=")[1].split()[0]) >= sequences
     assert f"on each of {gpus} GPUs: 1024 sequences a step" in printed
 
 
-def test_the_plans_command_is_the_given_one_with_what_was_chosen(plan):
-    printed = plan("configs/pythia_12b.py", "--plan=True", "--gpus=64")
+def test_the_plans_command_is_the_given_one_with_what_was_chosen(command, refused):
+    given = "train.py", f"{ROOT}/configs/pythia_12b.py", "--plan=True"
+    _, printed, _ = command(*given, "--gpus=64")
     [line] = [line for line in printed.splitlines() if line.startswith("torchrun ")]
     assert "--nnodes=8 --nproc_per_node=8 " in line and line.endswith(
-        "train.py configs/pythia_12b.py --gpus=64 --micro_batch_size=16 --out_dir=RUN")
+        f"train.py {ROOT}/configs/pythia_12b.py --gpus=64 --micro_batch_size=16 --out_dir=RUN")
     for flag, words in (("--sharding=ddp", "no micro-batch fits"),
                         ("--gpus=3", "gpus = 3 does not divide batch_size = 1024")):
-        with pytest.raises(ValueError, match=words):
-            plan("configs/pythia_12b.py", flag)
+        assert words in refused(*given, flag)
 
 
 @pytest.mark.parametrize("size, accumulation, flags", [

@@ -26,15 +26,13 @@ from config import parse
 from conftest import ROOT, launch, table
 from data import OrderedData, samples_needed
 from interventions import IntervenedData, InterventionConfig
-from launch import Launched
 from model import ModelConfig, Pythia
-from parallel import LaunchConfig, LossScaler, PlanConfig, Processes, flops_per_token
+from parallel import LossScaler, Processes, flops_per_token
 from test_data import write
 from test_model import transformers_twin
 from tokenizer import load_tokenizer
-from train import Log, TrainConfig, learning_rate_at
+from train import SCHEMAS, Log, TrainConfig, learning_rate_at
 
-SCHEMAS = ModelConfig, TrainConfig, InterventionConfig, LaunchConfig, PlanConfig
 SHAPE = dict(n_layers=2, d_model=32, n_heads=2, vocab_size=512, seq_length=32)
 SETTINGS = dict(SHAPE, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2,
                 checkpoint_every=6, log_every=1, warmup=0.25)
@@ -75,7 +73,7 @@ def as_a_process():
 def run_here(data, out_dir, /, **changes):
     """Train in this process, so that a test can look into it."""
     with as_a_process():
-        train_module.main(*parse(argv(data, out_dir, **changes)[1:], *SCHEMAS))
+        train_module.main(*parse(argv(data, out_dir, **changes)[1:], *SCHEMAS)[:-1])
 
 
 def refused_here(data, out_dir, words, /, **changes):
@@ -170,23 +168,6 @@ def parent(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parent") / "run"
     train(data, folder)
     return folder
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_ends_with_the_same_bits(data, tmp_path, number):
-    """A real signal to a real process."""
-    settings = dict(steps=60, micro_batch_size=2, checkpoint_every=20)
-    whole, cut, killed = tmp_path / "whole", tmp_path / "cut", number == signal.SIGKILL
-    train(data, whole, **settings)
-    run = Launched(argv(data, cut, **settings))
-    run.wait_until(run.printed("step     21/"))
-    run.send(number)
-    done = run.finish()
-    stopped = saved_steps(cut)[-1]
-    assert done.returncode == (-number if killed else 128 + number) and stopped < 60
-    assert killed or "interrupted: saved step" in done.stdout and stopped > 21
-    assert f"going on from step {stopped}" in train(data, cut, **settings).stdout
-    assert_same_bits(whole, cut)
 
 
 def test_a_non_finite_loss_stops_and_names_step_and_rows(data, tmp_path):
