@@ -4,7 +4,6 @@ The scoring rules are those of lm-evaluation-harness 0.4; the numbers they are a
 transformers' model and tokenizer, one request at a time, without batching or padding.
 """
 
-import gc
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
 
-import config
 import eval as evaluation
 from checkpoints import load_model
 from config import read_json, write_json
@@ -133,22 +131,15 @@ def workplace(tmp_path_factory, tokenizer_path):
     return folder
 
 
-def flags_of(folder, *flags, output="r.csv"):
-    return f"--model={folder}/run", f"--docs={folder}/docs", f"--output={folder}/{output}", *flags
+def argv(folder, *flags, output="r.csv"):
+    return ("eval.py", f"--model={folder}/run", f"--docs={folder}/docs",
+            f"--output={folder}/{output}", *flags)
 
 
-def evaluate(folder, *flags, output="r.csv"):
-    """The command line in this process."""
-    gc.collect()  # the error of an earlier one may still hold the lock of its output
-    config.run(evaluation.main, config.parse(flags_of(folder, *flags, output=output),
-                                             evaluation.EvalConfig))
-
-
-def test_all_checkpoints_are_evaluated_once(workplace, capsys):
-    run("eval.py", *flags_of(workplace, "--tasks=heldout", "--steps=2"))
+def test_all_checkpoints_are_evaluated_once(workplace, command):
+    launch(*argv(workplace, "--tasks=heldout", "--steps=2"))
     for counts in ("2 evaluations done, 1 were there", "0 evaluations done, 3 were there"):
-        evaluate(workplace, "--tasks=heldout")
-        assert counts in capsys.readouterr().out
+        assert counts in command(*argv(workplace, "--tasks=heldout")).stdout
     rows = table(workplace / "r.csv")
     assert [[row[name] for name in ("model", "step", "tokens", "n")] for row in rows
             if row["metric"] == "bits_per_byte"] == [
@@ -157,25 +148,24 @@ def test_all_checkpoints_are_evaluated_once(workplace, capsys):
         "model,step,tokens,task,shots,metric,value,stderr,n,style,dtype,docs")
 
 
-def test_a_torn_csv_is_made_whole_again(workplace, capsys, refused):
+def test_a_torn_csv_is_made_whole_again(workplace, command, refused):
     """The same command repeats only the evaluation of which a row is missing after a kill."""
-    path, flags = workplace / "torn.csv", ("--tasks=heldout,piqa", "--steps=2,8")
-    evaluate(workplace, *flags, output=path.name)
+    path = workplace / "torn.csv"
+    flags = argv(workplace, "--tasks=heldout,piqa", "--steps=2,8", output=path.name)
+    command(*flags)
     whole = path.read_bytes()
     path.write_bytes(whole[:-70])
-    capsys.readouterr()
-    evaluate(workplace, *flags, output=path.name)
-    assert "1 evaluations done, 3 were there" in capsys.readouterr().out
+    assert "1 evaluations done, 3 were there" in command(*flags).stdout
     assert sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
     path.write_bytes(whole.replace(b",piqa,", b",pi", 1))
-    assert f"{path}, line " in refused("eval.py", *flags_of(workplace, *flags, output=path.name))
+    assert f"{path}, line " in refused(*flags)
 
 
-def test_of_several_tasks_those_without_documents_are_left_out(workplace, capsys):
-    evaluate(workplace, "--tasks=crows_pairs", "--steps=8", output="c.csv")
+def test_of_several_tasks_those_without_documents_are_left_out(workplace, command):
+    done = command(*argv(workplace, "--tasks=crows_pairs", "--steps=8", output="c.csv"))
     assert {row["task"] for row in table(workplace / "c.csv")} == {
         "crows_pairs_english", "crows_pairs_english_age"}
-    assert "no documents of crows_pairs_english_autre; left out\n" in capsys.readouterr().err
+    assert "no documents of crows_pairs_english_autre; left out\n" in done.stderr
 
 
 def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path):
@@ -187,11 +177,11 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(workplace, tmp_path)
     assert [entry[1] for entry in evaluation.find_all(str(run), "0,2")] == ["0", "2"]
 
 
-def test_two_processes_write_the_same_file(workplace):
+def test_two_processes_write_the_same_file(workplace, command):
     """They share out the batches of log-likelihoods and the prompts of texts."""
     flags = "--tasks=heldout,piqa,triviaqa", "--steps=8", "--batch_tokens=8"
-    evaluate(workplace, *flags, output="one.csv")
-    run(*TORCHRUN, "eval.py", *flags_of(workplace, *flags, output="two.csv"))
+    command(*argv(workplace, *flags, output="one.csv"))
+    run(*TORCHRUN, *argv(workplace, *flags, output="two.csv"))
     assert (workplace / "one.csv").read_text() == (workplace / "two.csv").read_text()
     assert len(table(workplace / "one.csv")) == 6
 
@@ -204,51 +194,51 @@ def test_two_processes_write_the_same_file(workplace):
     ([f"--samples={ROOT}/LICENSE"], "LICENSE: holds other lines than samples"),
     (["--output=/nowhere/r.csv"], "/nowhere/r.csv: No such file")])
 def test_a_mistake_is_one_line(workplace, refused, flags, words):
-    assert words in refused("eval.py", *flags_of(workplace, "--tasks=heldout", *flags))
+    assert words in refused(*argv(workplace, "--tasks=heldout", *flags))
 
 
 def test_documents_that_cannot_be_asked_are_named_before_any_model(workplace, tmp_path, refused):
     """In lm_eval an assertion or the tokenizer fails."""
     path = tmp_path / "docs/arithmetic/single_digit_three_ops.jsonl"
-    flags = flags_of(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
+    flags = argv(tmp_path, f"--model={workplace}/run", "--tasks=arithmetic_1dc")
     for context, completion, words in (
             ("Answer:", " a" * 265, "a continuation of 265 tokens behind 2, expected 1 to 264"),
             ("\udc00", "x", "not a JSON object of text")):
         write_jsonl(path, [{"context": context, "completion": completion}])
         read_jsonl.cache_clear()
-        assert f"{path}, line 1: {words}" in refused("eval.py", *flags)
+        assert f"{path}, line 1: {words}" in refused(*flags)
 
 
-def test_a_stranger_s_folder(workplace, tmp_path, refused, monkeypatch):
+def test_a_stranger_s_folder(workplace, tmp_path, command, refused, monkeypatch):
     """The folder's own tokenizer is used, and pytorch_model.bin can be read."""
     folder = shutil.copytree(workplace / "run/step8", tmp_path / "pythia-1/step8")
     flags = "--tasks=heldout", f"--model={folder}"
     monkeypatch.chdir(tmp_path)  # no 20B_tokenizer.json there
-    evaluate(workplace, *flags, output="own.csv")
+    command(*argv(workplace, *flags, output="own.csv"))
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     for name in ("model.safetensors", "manifest.json", "training.json"):
         (folder / name).unlink()
-    evaluate(workplace, *flags, output="bin.csv")
+    command(*argv(workplace, *flags, output="bin.csv"))
     own, bin_ = (table(workplace / name) for name in ("own.csv", "bin.csv"))
     assert {row.pop("tokens") for row in own} == {"512"}
     assert {row.pop("tokens") for row in bin_} == {str(8 << 21)} and own == bin_
     (folder / "training.json").write_text(json.dumps({"tokens": "1\n=cmd|"}))
     assert "training.json: is not what a run saves at step 8" in refused(
-        "eval.py", *flags_of(workplace, *flags, output="new.csv"))
+        *argv(workplace, *flags, output="new.csv"))
 
 
 def test_samples_start_with_the_prompt(workplace, command, refused):
     flags = "sample", f"--model={workplace}/run", "--prompt=In the beginning", "--n_tokens=5"
-    _, said, _ = command("eval.py", *flags, "--steps=0,8")
+    said = command("eval.py", *flags, "--steps=0,8").stdout
     assert said.count("In the beginning") == 2 and "--- run step 8" in said
     for flag in ("--temperature=-1", "--n_tokens=-1"):
         assert "at least 0" in refused("eval.py", *flags, flag)
 
 
-def test_samples_hold_every_request(workplace, tokenizer):
+def test_samples_hold_every_request(workplace, tokenizer, command):
     (workplace / "s.jsonl").write_bytes(b'{"model": "run", "context": "\xc3')  # a kill
-    evaluate(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
-             f"--samples={workplace}/s.jsonl", output="s.csv")
+    command(*argv(workplace, "--tasks=heldout,piqa,triviaqa", "--steps=8", "--limit=2",
+                  f"--samples={workplace}/s.jsonl", output="s.csv"))
     lines = [json.loads(line) for line in (workplace / "s.jsonl").read_text().splitlines()]
     names = ("task", "doc_id", "context", "continuation")
     assert [tuple(line.get(name) for name in names) for line in lines] == [
@@ -270,7 +260,7 @@ def test_samples_hold_every_request(workplace, tokenizer):
 
 
 def test_the_list_of_tasks_tells_what_is_missing(workplace, command):
-    _, said, _ = command("eval.py", "tasks", f"--docs={workplace}/docs")
+    said = command("eval.py", "tasks", f"--docs={workplace}/docs").stdout
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert "test 2" in lines["heldout"] and " piqa/train.jsonl: no such file" in lines["piqa"]
 

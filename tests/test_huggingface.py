@@ -300,11 +300,11 @@ def test_the_command_line(tmp_path, monkeypatch, command, refused):
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "pythia-12b/step50000", weights())
     published(tmp_path / "a; touch x/step8", weights())
-    code, _, error = command("checkpoints.py", "import", "pythia-12b/step50000", "runs/x/step7")
-    assert code == 0 and "first shard is the final checkpoint's (#206)" in error
-    code, said, _ = command("checkpoints.py", "export", "a; touch x/step8", "o p", "--push",
-                            "--dtype=bfloat16")
-    assert code == 0 and shlex.split(said.splitlines()[-1]) == [
+    done = command("checkpoints.py", "import", "pythia-12b/step50000", "runs/x/step7")
+    assert "first shard is the final checkpoint's (#206)" in done.stderr
+    done = command("checkpoints.py", "export", "a; touch x/step8", "o p", "--push",
+                   "--dtype=bfloat16")
+    assert shlex.split(done.stdout.splitlines()[-1]) == [
         "hf", "upload", "a; touch x", "o p", ".", "--revision=step8"]
     for words, line in (("runs: already exists", "import runs/x/step7 runs"),
                         ("-1, expected at least 1", "export runs/x/step7 new --shard_size=-1"),
@@ -366,9 +366,9 @@ def test_fetch_downloads_checks_and_goes_on(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
 
     def fetch(*flags, expect):
-        code, _, error = command("checkpoints.py", "fetch", "pythia-70m", *flags)
-        assert code == expect, error
-        return error.splitlines()
+        done = command("checkpoints.py", "fetch", "pythia-70m", *flags, expect=None)
+        assert done.returncode == expect, done.stderr
+        return done.stderr.splitlines()
 
     upload(hub, 0), upload(hub, 512), upload(hub, 8, named="[cp]*"), upload(hub, 9, named="c*")
     assert "pythia-70m step 0: steps 0 and 1 are equal" in fetch("--steps=0,512", expect=0)[0]

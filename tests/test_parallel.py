@@ -192,16 +192,16 @@ PUBLISHED = {"14m": (32, 32), "31m": (32, 32), "70m": (32, 32), "160m": (32, 32)
 def test_the_plan_fits_every_size_on_the_gpus_that_trained_it(size, command):
     """With activation checkpointing as in the published YAML files: for all but 14m and 31m."""
     gpus, sequences = PUBLISHED[size]
-    _, printed, _ = command("train.py", f"{ROOT}/configs/pythia_{size}.py", "--plan=True",
-                            f"--gpus={gpus}", "--gpu_memory=40",
-                            f"--activation_checkpointing={size not in ('14m', '31m')}")
+    printed = command("train.py", f"{ROOT}/configs/pythia_{size}.py", "--plan=True",
+                      f"--gpus={gpus}", "--gpu_memory=40",
+                      f"--activation_checkpointing={size not in ('14m', '31m')}").stdout
     assert int(printed.split("--micro_batch_size=")[1].split()[0]) >= sequences
     assert f"on each of {gpus} GPUs: 1024 sequences a step" in printed
 
 
 def test_the_plans_command_is_the_given_one_with_what_was_chosen(command, refused):
     given = "train.py", f"{ROOT}/configs/pythia_12b.py", "--plan=True"
-    _, printed, _ = command(*given, "--gpus=64")
+    printed = command(*given, "--gpus=64").stdout
     [line] = [line for line in printed.splitlines() if line.startswith("torchrun ")]
     assert "--nnodes=8 --nproc_per_node=8 " in line and line.endswith(
         f"train.py {ROOT}/configs/pythia_12b.py --gpus=64 --micro_batch_size=16 --out_dir=RUN")

@@ -130,7 +130,7 @@ def test_bad_lines_stop_or_are_counted(tmp_path, tokenizer_path, command, refuse
         (tmp_path / "a.jsonl").write_bytes(good + b"\n" + text)
         assert "a.jsonl, line 3: expected UTF-8, and in .jsonl" in refused(*flags)
     (tmp_path / "a.jsonl").write_bytes(good + b"\n".join(bad) + b"\n" + long)
-    _, said, _ = command(*flags, "--skip_malformed=True", "--append_eod=False")
+    said = command(*flags, "--skip_malformed=True", "--append_eod=False").stdout
     assert "2 documents" in said and "4 malformed lines" in said
     tokens = TokenFile(tmp_path / "out")
     assert tokens.read(0).tolist() == [12092, 1533]

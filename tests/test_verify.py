@@ -50,16 +50,15 @@ def run(honest, tmp_path):
 def verify(command):
     """Return a function of a command line: {step: problems}, others under None, and all it said."""
     def verify(*arguments):
-        code, text, error = command("verify.py", "verify", *arguments)
-        found = {}
-        for line in text.splitlines():
+        done, found = command("verify.py", "verify", *arguments, expect=None), {}
+        for line in done.stdout.splitlines():
             if line.startswith("step "):
                 step, _, words = line.removeprefix("step ").partition(": ")
                 found.setdefault(int(step), []).append(words)
             elif line.startswith("missing"):
                 found[None] = [line]
-        assert code == (1 if found else 0), text + error
-        return found, text
+        assert done.returncode == (1 if found else 0), done
+        return found, done.stdout
     return verify
 
 
@@ -252,7 +251,8 @@ def test_archives_that_are_damaged_or_none_are_named_and_do_not_swell(run, tmp_p
 
 def test_diff_measures(run, command):
     def diff(a, b):
-        return command("verify.py", "diff", run / f"step{a}", run / f"step{b}")[:2]
+        done = command("verify.py", "diff", run / f"step{a}", run / f"step{b}", expect=None)
+        return done.returncode, done.stdout
 
     code, text = diff(64, 80)
     a, b = (load_file(run / f"step{step}/model.safetensors")["embed_out.weight"].double()
@@ -271,9 +271,9 @@ def test_diff_measures(run, command):
 
 def test_list_tells_what_is_there(run, command):
     (run / "step16/optimizer/moments.safetensors").unlink()
-    code, text, _ = command("checkpoints.py", "list", run)
+    text = command("checkpoints.py", "list", run).stdout
     lines = {line.split()[0]: line for line in text.splitlines()}
-    assert code == 0 and len(lines) == 14 and "NOT WHOLE" in lines["16"]
+    assert len(lines) == 14 and "NOT WHOLE" in lines["16"]
     assert "optimizer, " in lines["64"] and lines["64"].split()[1] == "8,192"
     assert float(lines["64"].split()[2]) < float(lines["1"].split()[2])
 
@@ -291,8 +291,8 @@ def test_what_is_damaged_is_named_and_the_rest_is_checked(run, command, verify):
     assert "is not what a run saves at step 8" in text and "training.json: not JSON" in text
     assert "manifest.json: not JSON" in text
     assert "model.safetensors: not in the manifest" in found[64]
-    code, text, _ = command("checkpoints.py", "list", run)
-    assert code == 0 and text.count("NOT WHOLE") == 5 and "training.json: not JSON" in text
+    text = command("checkpoints.py", "list", run).stdout
+    assert text.count("NOT WHOLE") == 5 and "training.json: not JSON" in text
 
 
 # ---------------------------------------------------------------------------- without a manifest
