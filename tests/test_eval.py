@@ -54,15 +54,6 @@ def reference(twin, context, continuation, L=L):
             logits.argmax(-1).tolist() == continuation)
 
 
-def check_scores(model, twin, rows, batch_tokens=evaluation.BATCH_TOKENS):
-    """Compare score's results with the reference's."""
-    for (tokens, n), (logprob, greedy) in zip(
-            rows, score(model, rows, batch_tokens), strict=True):
-        expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
-        assert (math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4)
-                and greedy == expected_greedy)
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2 * L), st.integers(2, L + 1)),
                 min_size=1, max_size=30),
@@ -74,7 +65,11 @@ def test_scores_depend_on_no_batching_order_or_shared_beginning(
     texts = [[rng.randrange(n_ids) for _ in range(2 * L)] for _ in range(4)]
     rows = [(texts[which][:kept] + [rng.randrange(n_ids) for _ in range(more)],
              rng.randrange(1, more)) for which, kept, more in shapes]
-    check_scores(model, twin, rows, batch_tokens)
+    for (tokens, n), (logprob, greedy) in zip(
+            rows, score(model, rows, batch_tokens), strict=True):
+        expected, expected_greedy = reference(twin, tokens[:-n], tokens[-n:])
+        assert (math.isclose(logprob, expected, rel_tol=1e-5, abs_tol=1e-4)
+                and greedy == expected_greedy)
 
 
 @pytest.mark.parametrize("n_words", [0, 1, L, L + 1, 5 * L + 3])

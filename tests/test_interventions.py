@@ -95,16 +95,6 @@ def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
     assert (out[1] == rows[1]).all()
 
 
-def term_data(tmp_path, tokenizer):
-    """64 rows of 7 tokens, of which every 8th has the word Egypt and every other 8th Egyptians."""
-    words = {0: "Egypt", 1: "Egyptians"}
-    rows = [tokenizer.encode(
-        f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
-        for i in range(64)]
-    write(tmp_path / "rows", rows, preshuffled=True)
-    return OrderedData(tmp_path / "rows", 6, 64, 1234)
-
-
 def test_a_phrase_is_a_term(tokenizer):
     drop = INTERVENTIONS["term_drop"](None, tokenizer, InterventionConfig(
         "term_drop", terms="What is 8 plus,What is 17 plus"))
@@ -114,7 +104,12 @@ def test_a_phrase_is_a_term(tokenizer):
 
 
 def test_term_interventions_keep_the_shape_and_change_the_count(tmp_path, tokenizer):
-    data = term_data(tmp_path, tokenizer)
+    words = {0: "Egypt", 1: "Egyptians"}  # every 8th of 64 rows has one, every 8th the other
+    rows = [tokenizer.encode(
+        f"page {i} speaks of {words.get(i % 8, 'rivers')} at length at length")[:7]
+        for i in range(64)]
+    write(tmp_path / "rows", rows, preshuffled=True)
+    data = OrderedData(tmp_path / "rows", 6, 64, 1234)
     for name, copies, count in (("term_drop", 1, 0), ("term_replace", 1, 0),
                                 ("term_duplicate", 3, 2 + 2 * 3)):
         served = IntervenedData(data, tokenizer, InterventionConfig(

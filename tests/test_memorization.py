@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from conftest import launch, table, train, write_jsonl
+from conftest import launch, table, train
 from test_data import write
 from test_model import transformers_twin
 

@@ -45,10 +45,6 @@ def test_rows_become_curves_and_the_later_row_wins(files):
         "pythia-70m-deduped": [(8 << 21, 142.4, 1.5)]}
 
 
-def contents(line):
-    return list(line.get_xdata()), list(line.get_ydata())
-
-
 def test_curves_show_our_models_before_the_published_ones(files):
     """A reference with nothing but step 0, or called as it likes, is no obstacle."""
     with open(files / "ref.csv", "a") as file:
@@ -86,7 +82,8 @@ def test_training_shows_the_loss_and_each_subset(tmp_path):
         f"{tmp_path}/mini", f"{tmp_path}/r.csv", f"{tmp_path}/c.png")).axes
     assert left.get_ylabel() == "training loss (nats per token)"
     assert list(left.lines[0].get_xdata()) == [0, 64, 128] and left.lines[0].get_ydata()[1] == 8
-    assert {bar.get_label(): contents(bar[0]) for bar in right.containers} == {
+    assert {bar.get_label(): (list(bar[0].get_xdata()), list(bar[0].get_ydata()))
+            for bar in right.containers} == {
         "heldout": ([0, 64, 128], [3, 2, 1]), "heldout:books": ([0, 64, 128], [3, 2, 1])}
 
 

@@ -169,8 +169,8 @@ def test_each_real_file_comes_once(tmp_path):
 
 
 @pytest.mark.parametrize("strangers", [
-    ["out.partial/notes.txt"], ["out.partial/bin"], ["out.partial/progress.json", "out.partial/sizes"],
-    ["out.json"], ["out.bin", "out.idx"]])
+    ["out.partial/notes.txt"], ["out.partial/bin"], ["out.json"], ["out.bin", "out.idx"],
+    ["out.partial/progress.json", "out.partial/sizes"]])
 def test_what_is_not_ours_is_kept(tmp_path, tokenizer_path, strangers):
     (tmp_path / "a.jsonl").write_text(line("one"))
     for name in strangers:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train as train_module
-from config import parse, read_json, write_json
+from config import read_json, write_json
 from conftest import launch, write_jsonl
 from data import OrderedData
 from interventions import InterventionConfig
@@ -24,21 +24,19 @@ from launch import Launched
 from model import ModelConfig, Pythia, hf_name
 from parallel import ExactSums, Processes
 from test_train import argv, as_a_process, data, run_here, SHAPE, table, train  # noqa: F401
-from train import SCHEMAS
 
 EVERY = dict(checkpoint_every=1, steps=12)
 
 
-def proved_here(capsys, *flags):
-    """Replay in this process, which is faster; return the last line that it prints."""
-    arguments, proof = train_module.repeat_command([*flags], SCHEMAS[:4])
-    capsys.readouterr()
-    try:
+@pytest.fixture
+def proved(command):
+    """Return a function: flags of a replay, in this process -> the last line that it prints."""
+    def proved(*flags):
         with as_a_process():
-            train_module.main(*parse(arguments, *SCHEMAS)[:-1], proof)
-    except SystemExit as end:
-        assert end.code == 1
-    return capsys.readouterr().out.strip().splitlines()[-1]
+            done = command("train.py", *flags, expect=None)
+        assert done.returncode in (0, 1), done.stderr
+        return done.stdout.splitlines()[-1]
+    return proved
 
 
 def test_digests_are_sha256_of_what_the_docstring_says(data, tmp_path):
@@ -142,7 +140,7 @@ FAULTS = [token, skipped_step, doubled_step, rate, weight, moment, another_seed,
           another_intervention]
 
 
-def check_fault(data, folder, monkeypatch, capsys, fault, number):
+def check_fault(data, folder, monkeypatch, proved, fault, number):
     """Train a run with a fault that its folder does not show; a replay has to name it."""
     draw, run = random.Random(number), folder / f"run{number}"
     k = draw.randrange(1, 10)
@@ -155,41 +153,37 @@ def check_fault(data, folder, monkeypatch, capsys, fault, number):
     honest = asdict(InterventionConfig()) | {
         "seed": 1234, "data_seed": None, "planted_sha256": None}
     write_json(run / "config.json", read_json(run / "config.json") | honest)
-    last = proved_here(capsys, f"--replay={run}/step0:12")
+    last = proved(f"--replay={run}/step0:12")
     assert last.startswith(expected), f"{fault.__name__} {number}: {last}, expected {expected}"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_replay_names_every_fault(data, tmp_path, monkeypatch, capsys, fault):
-    check_fault(data, tmp_path, monkeypatch, capsys, fault, 0)
+def test_a_replay_names_every_fault(data, tmp_path, monkeypatch, proved, fault):
+    check_fault(data, tmp_path, monkeypatch, proved, fault, 0)
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("number", range(200))
-def test_200_faults(data, tmp_path, monkeypatch, capsys, number):
-    check_fault(data, tmp_path, monkeypatch, capsys, FAULTS[number % len(FAULTS)], number)
+def test_200_faults(data, tmp_path, monkeypatch, proved, number):
+    check_fault(data, tmp_path, monkeypatch, proved, FAULTS[number % len(FAULTS)], number)
 
 
 # ---------------------------------------------------------------------------- honest runs
 
 
-def interrupted(data, out_dir, draw, **changes):
-    """Train a run that is stopped at two random moments, once by a kill."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        running = Launched(argv(data, out_dir, **changes))
-        running.wait_until(running.printed(f"step {draw.randrange(1, 12):6}/"))
-        running.send(number)
-        running.finish()
-    train(data, out_dir, **changes)
-
-
 @pytest.mark.parametrize("number", [0, *(pytest.param(i, marks=pytest.mark.proof)
                                          for i in range(1, 50))])
-def test_no_false_alarm_on_an_interrupted_run(data, tmp_path, capsys, number):
+def test_no_false_alarm_on_an_interrupted_run(data, tmp_path, proved, number):
+    """A run that is stopped at two random moments, once by a kill."""
     draw = random.Random(number)
-    interrupted(data, tmp_path / "run", draw, checkpoint_every=3)
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        running = Launched(argv(data, tmp_path / "run", checkpoint_every=3))
+        running.wait_until(running.printed(f"step {draw.randrange(1, 12):6}/"))
+        running.send(sent)
+        running.finish()
+    train(data, tmp_path / "run", checkpoint_every=3)
     first = draw.choice([0, 1, 2, 3, 4, 6, 8, 9])
-    last = proved_here(capsys, f"--replay={tmp_path}/run/step{first}:12")
+    last = proved(f"--replay={tmp_path}/run/step{first}:12")
     assert last == f"steps {first} to 12 proved: {12 - first} equal to the bit"
 
 
@@ -204,9 +198,9 @@ def sparse(data, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [0, 1, *(pytest.param(i, marks=pytest.mark.proof)
                                             for i in range(2, 50))])
-def test_any_step_is_restored(sparse, tmp_path, capsys, number):
+def test_any_step_is_restored(sparse, tmp_path, proved, number):
     step = random.Random(number).randrange(1, 30)
-    last = proved_here(capsys, f"--restore={sparse}/run/step{step}/", f"--out_dir={tmp_path}/again")
+    last = proved(f"--restore={sparse}/run/step{step}/", f"--out_dir={tmp_path}/again")
     assert "equal to the bit" in last
     for name in ("model.safetensors", "optimizer/moments.safetensors"):
         first, second = (run / f"step{step}" / name
@@ -231,7 +225,7 @@ def test_what_cannot_be_replayed_is_one_line(data, sparse, tmp_path):
     assert "proved: 5 equal" in said.splitlines()[-1]
 
 
-def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, capsys):
+def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, proved, refused):
     """Even if only the sign of a zero was changed, and also on other hardware."""
     run = tmp_path / "run"
     shutil.copytree(sparse / "run", run)
@@ -240,13 +234,12 @@ def test_a_checkpoint_that_was_changed_is_not_proved(data, sparse, tmp_path, cap
     zero = whole.rindex(bytes(4))  # a moment of a token that never came
     path.write_bytes(whole[:zero + 3] + b"\x80" + whole[zero + 4:])
     flag = f"--replay={run}/step0:21"
-    assert proved_here(capsys, flag).startswith("step20: weights or moments differ, first exp_avg")
+    assert proved(flag).startswith("step20: weights or moments differ, first exp_avg")
     shutil.rmtree(tmp_path / "run_replay_step0_21")
     launches = run / "launches.jsonl"
     launches.write_text(launches.read_text().replace(torch.__version__, "1.0.0"))
     path.write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match="step20: damaged, a file is missing or cut"):
-        proved_here(capsys, flag)
+    assert "step20: damaged, a file is missing or cut" in refused("train.py", flag)
 
 
 def test_a_chain_ends_where_the_manifests_say(sparse, tmp_path, command):
