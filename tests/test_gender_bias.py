@@ -49,13 +49,6 @@ def docs(tmp_path_factory):
     return folder
 
 
-def logprob(model, tokenizer, text):
-    """log p of a text after <|endoftext|>, from the whole softmax."""
-    ids = torch.tensor([[0] + tokenizer.encode(text)])
-    logprobs = model(ids[:, :-1]).log_softmax(-1).detach()
-    return float(logprobs[0, range(ids.shape[1] - 1), ids[0, 1:]].sum())
-
-
 def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs):
     ids = [0] + tokenizer.encode("Then she said that he went. " * 9)
     he, she = tokenizer.encode(" he")[0], tokenizer.encode(" she")[0]
@@ -71,7 +64,12 @@ def test_heldout_is_she_against_he_wherever_either_stands(model, tokenizer, docs
 
 
 def test_pairs_are_less_stereotypical_minus_more(model, tokenizer, docs):
-    ll = lambda text: logprob(model, tokenizer, text)
+    def ll(text):
+        """log p of a text after <|endoftext|>, from the whole softmax."""
+        ids = torch.tensor([[0] + tokenizer.encode(text)])
+        logprobs = model(ids[:, :-1]).log_softmax(-1).detach()
+        return float(logprobs[0, range(ids.shape[1] - 1), ids[0, 1:]].sum())
+
     nurse, key = (ll(text.format("he", "his")) - ll(text.format("she", "her")) for text in (
         "The nurse met the cook because {} came.", "The cook met the nurse as {} lost {} key."))
     for name, expected, documents, x in (

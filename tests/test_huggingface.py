@@ -354,7 +354,7 @@ def upload(hub, step, claimed=None, named="*"):
         {"id": "EleutherAI/pythia-70m", "sha": commit, "siblings": files}))
 
 
-def test_fetch_downloads_checks_and_goes_on(tmp_path, monkeypatch, command):
+def test_fetch_downloads_checks_and_goes_on(tmp_path, monkeypatch, command, refused):
     hub, run = tmp_path / "hub", tmp_path / "pythia-70m"
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(Hub, directory=hub))
@@ -363,23 +363,20 @@ def test_fetch_downloads_checks_and_goes_on(tmp_path, monkeypatch, command):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
                         url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.chdir(tmp_path)
-
-    def fetch(*flags, expect):
-        done = command("checkpoints.py", "fetch", "pythia-70m", *flags, expect=None)
-        assert done.returncode == expect, done.stderr
-        return done.stderr.splitlines()
-
+    fetch = "checkpoints.py", "fetch", "pythia-70m"
     upload(hub, 0), upload(hub, 512), upload(hub, 8, named="[cp]*"), upload(hub, 9, named="c*")
-    assert "pythia-70m step 0: steps 0 and 1 are equal" in fetch("--steps=0,512", expect=0)[0]
+    assert "pythia-70m step 0: steps 0 and 1 are equal" in (
+        command(*fetch, "--steps=0,512").stderr)
     assert saved_steps(run) == [0, 512] and not (run / "step0/pytorch_model.bin").exists()
     assert_equal(bits(load_model(run / "step512")), weights())
-    assert "step9: no checkpoint; expected model.saf" in fetch("--steps=8,9", expect=2)[-1]
+    assert "step9: no checkpoint; expected model.saf" in refused(*fetch, "--steps=8,9")
     assert saved_steps(run) == [0, 8, 512] and (run / "step8/pytorch_model.bin").exists()
     shutil.rmtree(hub / "api")  # complete checkpoints need no Hub
-    assert "EleutherAI/pythia-70m step7: " in fetch("--steps=512,7", expect=2)[-1]
+    assert "EleutherAI/pythia-70m step7: " in refused(*fetch, "--steps=512,7")
     upload(hub, 512, claimed="0" * 64)
-    said = fetch("--steps=512", "--out_dir=other", expect=2)
-    assert "its SHA-256 is not the Hub's" in said[-1]
+    said = refused(*fetch, "--steps=512", "--out_dir=other")
+    assert "its SHA-256 is not the Hub's" in said
     assert not (tmp_path / "other/step512/manifest.json").exists()
     server.shutdown()
