@@ -68,9 +68,13 @@ def test_every_run_of_blanks_may_be_cut(tokenizer, original, pieces):
     assert [id_ for ids in parts for id_ in ids] == original.encode(text).ids
 
 
+RUNS_OF_MARKS = "\u0316\u0301", "\u0f73\u0316\u0897", "\u0344\U0001e94a"
+
+
 @pytest.mark.parametrize("longest, run", [
     *((1_000_000, run) for run in ("\n", "\t", " \n", "\u3000", "\r\n  ", "\n\x85 ", " ")),
-    *((200_000, run) for run in ("\u0316\u0301", "\u0f73\u0316\u0897", "\u0344\U0001e94a"))])
+    *((200_000, run) for run in RUNS_OF_MARKS),
+    *(pytest.param(1_000_000, run, marks=pytest.mark.proof) for run in RUNS_OF_MARKS)])
 def test_long_runs(tokenizer, original, longest, run):
     """The regex engine fails on a million blanks, and NFC takes quadratic time for marks."""
     rng = random.Random(run)
