@@ -577,6 +577,9 @@ def main(model_config, config, intervention, launch, options, proof=None):
         return plan(model_config, config, launch, options, len(schedule))
     if not config.out_dir:
         raise ValueError("missing: --out_dir, the run folder (--help explains every setting)")
+    if config.warm_moments and not config.branch_from:
+        raise ValueError(f"warm_moments = {config.warm_moments} without --branch_from=RUN/stepN, "
+                         "the checkpoint whose moments are to be rebuilt")
     if config.exact_sums and (launch.sharding == "fsdp" or launch.threads is None):
         raise ValueError("exact_sums = True: expected --sharding=ddp and --threads=N, since the "
                          "bits of a matmul depend on the number of threads")

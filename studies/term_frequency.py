@@ -105,9 +105,9 @@ def count(options):
         with expecting(f"at = {options.at!r}", "numbers with commas"):
             steps = sorted({0, *map(int, options.at.split(","))})
     start_worker(options)  # raises errors before anything is written
-    if steps[-1] * size > len(_data):
-        raise ValueError(f"at = {options.at}: step {steps[-1]} is beyond --steps={options.steps} "
-                         f"or the rows of {options.data}")
+    if steps[0] < 0 or steps[-1] * size > len(_data):
+        raise ValueError(f"at = {options.at}: expected steps from 0 to --steps={options.steps}, "
+                         f"and no more rows than {options.data} has")
     open_results(Path(options.output) / "counts.json", {"at": steps} | {
         field.name: getattr(options, field.name) for field in fields(Order)})
     blocks = []  # a file, and some of the rows that are counted in it
