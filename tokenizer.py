@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import tiktoken
 
-from config import expecting, read_json
+from config import expecting, file_size, read_json, sha256_of
 
 ENDOFTEXT = 0  # Pythia has no other token for the beginning of a text
 N_TOKENS = 50277  # the model's embeddings from here on are padding
@@ -54,7 +54,6 @@ class Tokenizer:
 
     def __init__(self, path):
         """Read a 20B_tokenizer.json (or the same tokenizer saved by transformers)."""
-        self.path = path
         with expecting(path, "the GPT-NeoX-20B tokenizer, which `make tokenizer` downloads"):
             spec = read_json(path)
             if _digest(spec) != DIGEST:
@@ -139,10 +138,16 @@ class Tokenizer:
 encode_piece = lru_cache(maxsize=1 << 16)(Tokenizer.encode)
 
 
+_loaded = {}  # {SHA-256 of a file: its Tokenizer}
+
+
 @lru_cache
-def load_tokenizer(path):  # lru_cache(Tokenizer) could not be sent to worker processes
-    """Return the Tokenizer at a path, which is read once per process."""
-    return Tokenizer(path)
+def load_tokenizer(path):
+    """Return the Tokenizer of a file; equal files, as in a run's checkpoints, share one."""
+    digest = file_size(path) < 1 << 24 and sha256_of(path)  # Tokenizer refuses larger files
+    if digest not in _loaded:
+        _loaded[digest] = Tokenizer(path)
+    return _loaded[digest]
 
 
 def _digest(spec):

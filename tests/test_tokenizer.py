@@ -6,13 +6,14 @@ The reference is the `tokenizers` library reading the same file.
 import json
 import random
 import re
+import shutil
 from unittest import mock
 
 import pytest
 import tokenizers
 from hypothesis import given, settings, strategies as st
 
-from tokenizer import LONG_RUN, N_TOKENS, Tokenizer
+from tokenizer import LONG_RUN, N_TOKENS, Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,9 @@ def test_another_tokenizer_is_refused(tokenizer_path, tmp_path, path, value):
     (tmp_path / "t.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="t.json: not the GPT-NeoX-20B tokenizer"):
         Tokenizer(tmp_path / "t.json")
+
+
+def test_equal_files_share_one_tokenizer(tokenizer_path, tmp_path):
+    """A run has a copy in each of 154 checkpoints; a tokenizer takes 20 MB."""
+    copies = [shutil.copy(tokenizer_path, tmp_path / f"{i}.json") for i in range(2)]
+    assert load_tokenizer(copies[0]) is load_tokenizer(copies[1])
