@@ -270,14 +270,14 @@ def moments_of(folder):
 def load_training(run, step, model, optimizer):
     """Load RUN/step{N} into a model and optimizer, bit for bit, however they are sharded.
 
-    Returns the object in training.json, or None if the checkpoint has weights only.
+    Returns the object in training.json, {} without one.
     """
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
     if process_place()[0] == 0:  # a flipped bit would spread to every later checkpoint
-        saved = read_manifest(folder)[0]
         for name, problem in compare_with_manifest(folder)[1].items():
-            if name in saved or re.match("model|optimizer/", name):  # other files do no harm
+            # Other files that were added do no harm.
+            if problem != "not in the manifest" or re.match("model|optimizer/", name):
                 raise ValueError(f"{folder / name}: {problem}; restore or remove it, or move "
                                  f"{folder.name} away to go on from the checkpoint before it")
     config, weights = open_any(folder)
@@ -287,10 +287,8 @@ def load_training(run, step, model, optimizer):
     check_tensors(folder, weights, {hf_name(n): p.shape for n, p in parameters.items()})
     for name, parameter in parameters.items():
         fill(parameter, weights[hf_name(name)])
-    if not training or not (folder / "optimizer").exists():
-        return None
-    if not training["updates"]:
-        return training  # Adam has no moments yet
+    if not training.get("updates") or not (folder / "optimizer").exists():
+        return training  # Adam has no moments before the first update
     moments = moments_of(folder)
     check_tensors(folder / "optimizer", moments, {
         f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in MOMENTS})

@@ -359,8 +359,7 @@ def load_start(training, source, start):
     if source is None:
         training.model.init_weights(training.config.seed, checkpoints.fill)
         return
-    notes = (checkpoints.load_training(source.parent, start, training.model, training.optimizer)
-             or checkpoints.read_training(source, start))
+    notes = checkpoints.load_training(source.parent, start, training.model, training.optimizer)
     training.scaler.state |= notes.get("scaler", {})
     training.updates = notes.get("updates", start)
 

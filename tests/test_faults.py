@@ -146,7 +146,7 @@ def test_moments_stay_on_the_grid_and_in_the_newest_even_of_a_run_that_goes_back
     assert [step for step, folder in step_folders(run)
             if (folder / "optimizer/moments.safetensors").exists()] == [0, 4, 8, 10]
     load_model(run / "step5")
-    assert load_training(run, 5, save.model, save.optimizer) is None  # weights alone
+    assert load_training(run, 5, save.model, None)["updates"] == 1  # weights alone
     os.truncate(run / "step10/optimizer/moments.safetensors", 100)
     assert saved_steps(run, state=True) == [0, 4, 8]
     for step in (9, 10):
