@@ -275,9 +275,9 @@ def load_training(run, step, model, optimizer):
     folder = Path(run) / f"step{step}"
     training = read_training(folder, step)
     if process_place()[0] == 0:  # a flipped bit would spread to every later checkpoint
+        saved = read_manifest(folder)[0]
         for name, problem in compare_with_manifest(folder)[1].items():
-            # Other files that were added do no harm.
-            if problem != "not in the manifest" or re.match("model|optimizer/", name):
+            if name in saved or re.match("model|optimizer/", name):  # other files do no harm
                 raise ValueError(f"{folder / name}: {problem}; restore or remove it, or move "
                                  f"{folder.name} away to go on from the checkpoint before it")
     config, weights = open_any(folder)

@@ -61,8 +61,17 @@ END = 6
 SAME_RUN = 0.05  # least cosine of neighbours, mean of matrices; unrelated ones have below 0.01
 
 
+@contextmanager
+def noting(problems, folder):
+    """Add an error in this block to a checkpoint folder's problems, and go on behind the block."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        problems.append(" ".join(str(error).split()).removeprefix(f"{folder}/"))
+
+
 class Scan:
-    """What is known of a checkpoint after its files have been read."""
+    """What is known of a checkpoint after all its files have been read."""
 
     def __init__(self, step, folder):
         self.step, self.folder = step, folder
@@ -74,61 +83,45 @@ class Scan:
         # Distance from the first checkpoint, cosine with the one before, detour: see check_path.
         self.place = (math.nan,) * 3
         self.problems = []
+        with noting(self.problems, folder):
+            self.updates = max(1, read_training(folder, step).get("updates", step))
+        with noting(self.problems, folder):
+            self.hashed, problems = compare_with_manifest(folder)
+            self.problems += [f"{ascii(name)[1:-1]:.200}: {problem}"
+                              for name, problem in problems.items()]
+            if self.hashed is None and (folder / "training.json").exists():
+                self.problems.append("manifest.json is not there")
+        for path in (*folder.glob("*.bin"), *folder.glob("*.pt")):
+            with noting(self.problems, folder), expecting(path, "an intact archive"):
+                file_size(path)  # refuses a pipe, from which reading would wait for ever
+                with zipfile.ZipFile(path) as archive:
+                    # torch.save never compresses; a stranger's record could swell without end.
+                    swollen = [info.filename for info in archive.infolist() if info.compress_type]
+                    if damaged := swollen or archive.testzip():
+                        raise ValueError(f"wrong checksum, or compressed: {damaged}")
+        with noting(self.problems, folder):
+            config, tensors = open_any(folder)
+            for name, tensor in tensors.items():
+                self.measure(name, tensor)
+            self.config = config
 
-
-def scan(step, folder):
-    """Return the Scan of a checkpoint, after reading all its files."""
-    found = Scan(step, folder)
-    with noting(found.problems, folder):
-        found.updates = max(1, read_training(folder, step).get("updates", step))
-    with noting(found.problems, folder):
-        found.hashed, problems = compare_with_manifest(folder)
-        found.problems += [f"{ascii(name)[1:-1]:.200}: {problem}"
-                           for name, problem in problems.items()]
-        if found.hashed is None and (folder / "training.json").exists():
-            found.problems.append("manifest.json is not there")
-    for path in (*folder.glob("*.bin"), *folder.glob("*.pt")):
-        with noting(found.problems, folder), expecting(path, "an intact archive"):
-            file_size(path)  # refuses a pipe, from which reading would wait for ever
-            with zipfile.ZipFile(path) as archive:
-                # torch.save never compresses; a stranger's record could swell without end.
-                swollen = [record.filename for record in archive.infolist() if record.compress_type]
-                if damaged := swollen or archive.testzip():
-                    raise ValueError(f"wrong checksum, or compressed: {damaged}")
-    with noting(found.problems, folder):
-        config, tensors = open_any(folder)
-        for name, tensor in tensors.items():
-            measure(found, name, tensor)
-        found.config = config
-    return found
-
-
-@contextmanager
-def noting(problems, folder):
-    """Add an error in this block to a checkpoint folder's problems, and go on behind the block."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        problems.append(" ".join(str(error).split()).removeprefix(f"{folder}/"))
-
-
-def measure(found, name, tensor):
-    """Note a tensor's norm, some of its values, and whether any are NaN, infinite or zero pages."""
-    found.shapes[name], found.bytes = tensor.shape, found.bytes + tensor.nbytes
-    tensor = tensor.reshape(-1)
-    # The square of any finite float32 fits float64, so a norm that is not finite means NaN or inf.
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-    if not math.isfinite(norm):
-        broken = tensor.numel() - tensor.isfinite().sum()
-        found.problems.append(f"{name}: {broken:,} values are NaN or infinite")
-    if len(found.shapes[name]) == 2 and len(tensor) - tensor.count_nonzero() >= BLOCK:
-        blocks = tensor[:len(tensor) // BLOCK * BLOCK].view(-1, BLOCK)
-        if zeros := BLOCK * (~blocks.any(1)).sum().item():  # pages that never reached the disk
-            found.problems.append(f"{name}: {zeros:,} values side by side are 0")
-    if (count := len(tensor)) > SAMPLED:
-        generator = torch.Generator().manual_seed(count)
-        tensor = tensor[torch.randint(count, (SAMPLED,), generator=generator)]
-    found.norms[name], found.samples[name] = norm, tensor.float()
+    def measure(self, name, tensor):
+        """Note a tensor's norm, some values, and whether any are NaN, infinite or zero pages."""
+        self.shapes[name], self.bytes = tensor.shape, self.bytes + tensor.nbytes
+        tensor = tensor.reshape(-1)
+        # The square of any finite float32 fits float64, so a norm that is not finite is NaN or inf.
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+        if not math.isfinite(norm):
+            broken = tensor.numel() - tensor.isfinite().sum()
+            self.problems.append(f"{name}: {broken:,} values are NaN or infinite")
+        if len(self.shapes[name]) == 2 and len(tensor) - tensor.count_nonzero() >= BLOCK:
+            blocks = tensor[:len(tensor) // BLOCK * BLOCK].view(-1, BLOCK)
+            if zeros := BLOCK * (~blocks.any(1)).sum().item():  # pages that never reached the disk
+                self.problems.append(f"{name}: {zeros:,} values side by side are 0")
+        if (count := len(tensor)) > SAMPLED:
+            generator = torch.Generator().manual_seed(count)
+            tensor = tensor[torch.randint(count, (SAMPLED,), generator=generator)]
+        self.norms[name], self.samples[name] = norm, tensor.float()
 
 
 def one_model(scans):
@@ -279,7 +272,7 @@ def verify(options):
     if run and there[-1] > 0 and (run / "metrics.csv").exists():
         with noting(problems, run):
             read_chain(run)
-    scans = [scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
+    scans = [Scan(step, folder) for step, folder in tqdm(found, unit="checkpoint", disable=None)]
     check_path(one_model(scans))
     print(f"{'step':>7} {'size':>10} {'hashed':>7} {'norm':>9} {'from first':>10} "
           f"{'to previous':>11} {'detour':>7}  problems")

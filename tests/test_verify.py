@@ -19,7 +19,7 @@ from checkpoints import (Import, import_, load_model, saved_steps, split, step_f
 from model import ModelConfig, Pythia, hf_config, hf_name
 from test_data import write
 from test_train import SHAPE, run_here
-from verify import check_path, scan
+from verify import check_path, Scan
 
 CONFIG = ModelConfig(**SHAPE | {"vocab_size": 384})
 SETTINGS = dict(vocab_size=384, steps=128, checkpoint_every=16, batch_size=4, warmup=0.01)
@@ -194,7 +194,7 @@ def test_what_was_planted_is_found(run, other_seed, verify, plant, expected):
 
 @pytest.fixture(scope="module")
 def scans(honest):
-    return [scan(step, folder) for step, folder in step_folders(honest)]
+    return [Scan(step, folder) for step, folder in step_folders(honest)]
 
 
 @pytest.mark.parametrize("cast", [torch.float32, torch.float16])
