@@ -131,12 +131,16 @@ class PronounSwap:
     def __call__(self, step, rows):
         documents = self.data.tokens
         for i, row in enumerate(rows):
-            pieces = self.data.pieces(step * len(rows) + i)
+            number = step * len(rows) + i
+            pieces, same = self.data.pieces(number), row == self.data.rows([number])[0]
             (first, start, _), (last, _, stop) = pieces[0], pieces[-1]
             # The row may begin inside a word, and need text from after its end to be filled.
             before = documents.read(first, max(start - 8, 0), start)
             end = min(stop + len(row) // 4 + 8, int(documents.sizes[last]))
             after = documents.read(last, stop, end)
+            # Not if the row comes from elsewhere since an earlier intervention: term_replace+...
+            before = before if same[:8].all() else before[:0]
+            after = after if same[-8:].all() else after[:0]
             ids = self.swap([*before.tolist(), *row.tolist(), *after.tolist()], len(before))
             ids = ids[:len(row)]
             row[:] = ids + [MASKED] * (len(row) - len(ids))

@@ -83,6 +83,18 @@ def test_a_shorter_row_is_filled_from_its_document_then_padded(tmp_path, tokeniz
             assert row == (whole + [MASKED] * length)[:length]
 
 
+def test_a_row_from_elsewhere_is_swapped_by_itself(tmp_path, tokenizer):
+    """As after term_replace: its own document does not continue it."""
+    write(tmp_path / "doc", [tokenizer.encode("these words were replaced " * 9)])
+    data = OrderedData(tmp_path / "doc", 11, 1, 1234)
+    data.order = (data.order[0], data.order[1], np.ones(2, dtype=np.uint32))  # the second row
+    row = tokenizer.encode("He saw (HIS) and (HIS) and (HIS) too")[:12]
+    swapped = tokenizer.encode(naive_swap(tokenizer.decode(row), TABLES["feminine"]))
+    swap = INTERVENTIONS["pronouns_to_feminine"](data, tokenizer, None)
+    assert len(swapped) < 12  # or this tests nothing
+    assert swap(0, np.array([row]))[0].tolist() == (swapped + [MASKED] * 12)[:12]
+
+
 def test_as_pushed_only_loses_endoftext_and_pads(tmp_path, tokenizer):
     ids = tokenizer.encode("So he went.<|endoftext|>There was him too.<|endoftext|>")
     write(tmp_path / "row", [
