@@ -29,8 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 import eval as harness
 from config import command, csv_lines, parse
 from model import ModelConfig, Pythia, head_blocks, hf_config, hf_name
-from parallel import (LaunchConfig, Processes, flops_per_token, matmul_flops, memory_per_process,
-                      peak_flops)
+from parallel import LaunchConfig, Processes, flops_per_token, memory_per_process, peak_flops
 from studies.memorization import matched_lengths
 from tasks import read_jsonl
 from tokenizer import encode_piece, load_tokenizer
@@ -205,7 +204,7 @@ def train(options):
     for who, peak in peaks.items():
         print(f"  {who:22} {peak:12,.0f} MB, ours uses {peaks['ours'] / peak:.2f}x")
     flops = tokens * flops_per_token(configs(options.size, options.seq_length)[0])
-    share = flops / median(seconds["ours"]) / matmul_flops()
+    share = flops / median(seconds["ours"]) / peak_flops(torch.device("cpu"))
     print(f"  ours reaches {share:.0%} of the matmul peak")
 
 

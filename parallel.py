@@ -344,19 +344,14 @@ def flops_per_token(config):
 @functools.cache
 def peak_flops(device):
     """Return a device's peak in FLOP/s: measured for a CPU, known for a GPU or nan."""
-    if device.type == "cpu":
-        return matmul_flops()
+    if device.type == "cpu":  # the fastest of five float32 matmuls
+        a = torch.randn(2048, 2048)
+        return 2 * len(a)**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
     # "NVIDIA A100-SXM4-80GB" is an A100. A part of a GPU (MIG) is not in the table.
     model = re.sub(r"NVIDIA |Tesla |GeForce |RTX (?=A)|[ -](SXM\d|\d+GB?|HBM3e?)\b", "",
                    torch.cuda.get_device_name(device))
     peaks = {key.upper(): peak for key, peak in GPU_PEAKS.items()}
     return peaks.get(model.replace("-", " ").upper(), math.nan)
-
-
-def matmul_flops():
-    """Return the FLOP/s of the fastest of five float32 matmuls on the CPU."""
-    a = torch.randn(2048, 2048)
-    return 2 * len(a)**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def parameter_counts(config):
