@@ -15,7 +15,7 @@ import gc
 import os
 import re
 import sys
-import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -25,6 +25,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer  # in seconds; it waits until a GPU has finished
 
 import eval as harness
 from config import command, csv_lines, parse
@@ -74,9 +75,9 @@ def race(title, rounds, amount, unit, contenders):
     seconds = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, act in contenders.items():
-            began = time.perf_counter()
+            began = timer()
             values[name] = act()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(timer() - began)
     print(f"{title}; {rounds} rounds")
     first, *_ = contenders
     for name, taken in seconds.items():
@@ -286,17 +287,6 @@ def gpu(options):
             measure_evaluation(size, options.seq_length, device)
 
 
-def seconds_of(act, n, device):
-    """Return the mean seconds of n calls."""
-    synchronize = torch.get_device_module(device).synchronize
-    synchronize()
-    began = time.perf_counter()
-    for _ in range(n):
-        act()
-    synchronize()
-    return (time.perf_counter() - began) / n
-
-
 def measure_steps(size, who, options, device):
     """Return a row of the table: the step with the largest micro-batch that fits."""
     on_gpu, B = device.type == "cuda", options.micro_batch
@@ -307,13 +297,14 @@ def measure_steps(size, who, options, device):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            began = time.perf_counter()
+            began = timer()
             act = make_step(who, size, B, options.seq_length, device,
                             "bfloat16" if on_gpu else "float32")
-            seconds_of(act, 1, device)
-            first = time.perf_counter() - began
-            seconds_of(act, 2, device)
-            seconds = seconds_of(act, options.steps, device)
+            act()
+            first = timer() - began
+            for _ in range(2):  # to warm up
+                act()
+            seconds = timeit.timeit(act, timer=timer, number=options.steps) / options.steps
             break
         except torch.OutOfMemoryError:
             if B == 1:
@@ -339,7 +330,9 @@ KINDS = {"attention": "flash|fmha|attention|cudnn", "matmul": "gemm|nvjet|cutlas
 def profile_step(act, path, device):
     """Print where a step's time goes by kind of kernel; PATH.txt lists the kernels."""
     with profile(activities=[getattr(ProfilerActivity, device.type.upper())]) as seen:
-        wall = seconds_of(act, 1, device)
+        began = timer()
+        act()
+        wall = timer() - began
     spent, events = dict.fromkeys(KINDS, 0.0), seen.key_averages()
     for event in events:
         kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key.lower()))
