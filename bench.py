@@ -336,7 +336,7 @@ def profile_step(act, path, device):
     spent, events = dict.fromkeys(KINDS, 0.0), seen.key_averages()
     for event in events:
         kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key.lower()))
-        spent[kind] += event.self_device_time_total / 1e6
+        spent[kind] += (event.self_device_time_total or event.self_cpu_time_total) / 1e6
     spent["gaps"] = wall - sum(spent.values())
     print("  " + ", ".join(f"{kind} {taken / wall:.0%}" for kind, taken in spent.items())
           + f" of {wall * 1e3:.1f} ms", flush=True)
@@ -344,13 +344,13 @@ def profile_step(act, path, device):
         sort_by="self_device_time_total", row_limit=60, max_name_column_width=110))
 
 
-def plain_scores(model, rows, n, batch=64):
+def plain_scores(model, rows, n):
     """Return [(log-likelihood,)] of the last n tokens of rows (R, T), as lm_eval computes them.
 
     It takes whole logits, their log softmax, and each row's sum by itself.
     """
     scores = []
-    for part in rows.split(batch):
+    for part in rows.split(64 if model.device.type == "cuda" else 8):  # 64 need 20 GB
         part = part.to(model.device)
         logprobs = model(part[:, :-1]).logits.log_softmax(-1)
         scores += [(float(its[-n:].gather(1, row[-n:, None]).sum()),)
