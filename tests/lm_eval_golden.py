@@ -172,7 +172,7 @@ def trained_model(folder, docs, tokenizer):
     model = model.float().eval()
     Path(folder).mkdir()
     untouched = make_optimizer(model, TrainConfig(data="", out_dir="", learning_rate=1e-3))
-    save(folder, 0, model, untouched, {"updates": 0, "tokens": 0}, tokenizer.path)
+    save(folder, 0, model, untouched, {"updates": 0, "tokens": 0}, ROOT / "20B_tokenizer.json")
     return model
 
 

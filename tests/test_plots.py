@@ -127,7 +127,7 @@ def page_of(path):
 
 def test_the_page_has_the_losses_and_the_texts_whatever_is_in_them(tmp_path, tokenizer):
     losses = write_texts(tmp_path, TEXTS, tokenizer, runs=("a", "b"))
-    window(Window(f"{tmp_path}/a.npy", tokenizer=str(tokenizer.path), output=f"{tmp_path}/w.html"))
+    window(Window(f"{tmp_path}/a.npy", f"{ROOT}/20B_tokenizer.json", f"{tmp_path}/w.html"))
     data = page_of(tmp_path / "w.html")
     assert data["scale"] == pytest.approx(np.nanmax(losses) / 254)
     assert [(one["run"], one["first"], one["steps"]) for one in data["series"]] == [
@@ -172,4 +172,4 @@ def test_files_that_do_not_fit_are_one_line(tmp_path, tokenizer, refused):
         np.save(tmp_path / "a.npy", values)
         (tmp_path / "a.json").write_text(json.dumps(note))
         assert re.search(words, refused("plots.py", "window", f"--losses={tmp_path}/a.npy",
-                                        f"--tokenizer={tokenizer.path}"))
+                                        f"--tokenizer={ROOT}/20B_tokenizer.json"))
