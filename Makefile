@@ -1,6 +1,6 @@
 # make demo   train a miniature Pythia on real text, evaluate its checkpoints, draw curves and losses
 # make suite  the paper in miniature: three sizes, five seeds, all studies, one report (45 minutes)
-# make test   run the test suite in two processes (about 4 minutes)
+# make test   run the test suite in two processes (about 3 minutes)
 # make proofs run the long proofs and the benchmarks
 # make parity ask lm-evaluation-harness itself again (6 minutes; real documents if PYTHIA_DATA is their folder) and compare
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses another interpreter.
