@@ -244,14 +244,14 @@ def memorization(options):
 
 
 def evaluation(options):
-    """Time the same requests with ours and lm_eval's HFLM (batches of 8, of 64 on a GPU)."""
+    """Time the same requests with ours and lm_eval's HFLM (batches of 16, of 64 on a GPU)."""
     from lm_eval.api.instance import Instance  # pip install lm_eval accelerate
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
     torch.set_num_threads(options.threads)
     device, tokenizer = Processes(options.device).device, load_tokenizer(TOKENIZER)
     ours, theirs = models(options.size, device)
-    theirs = HFLM(theirs, batch_size=64 if device.type == "cuda" else 8, tokenizer=(
+    theirs = HFLM(theirs, batch_size=64 if device.type == "cuda" else 16, tokenizer=(
         PreTrainedTokenizerFast(tokenizer_file=TOKENIZER, eos_token="<|endoftext|>")))
 
     def score():
