@@ -323,7 +323,7 @@ def measure_steps(size, who, options, device):
 
 
 # A kernel is of the first kind whose pattern is in its name.
-KINDS = {"attention": "flash|fmha|attention|cudnn", "matmul": "gemm|nvjet|cutlass|xmma|mm_",
+KINDS = {"attention": "flash|fmha|attention|cudnn", "matmul": "gemm|nvjet|cutlass|xmma|mm_|mm$",
          "optimizer": "adam|multi_tensor", "copy": "memcpy|memset", "elementwise": ""}
 
 
@@ -334,14 +334,15 @@ def profile_step(act, path, device):
         act()
         wall = timer() - began
     spent, events = dict.fromkeys(KINDS, 0.0), seen.key_averages()
+    column = f"self_{'cpu' if device.type == 'cpu' else 'device'}_time_total"
     for event in events:
         kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key.lower()))
-        spent[kind] += (event.self_device_time_total or event.self_cpu_time_total) / 1e6
+        spent[kind] += getattr(event, column) / 1e6
     spent["gaps"] = wall - sum(spent.values())
     print("  " + ", ".join(f"{kind} {taken / wall:.0%}" for kind, taken in spent.items())
           + f" of {wall * 1e3:.1f} ms", flush=True)
     Path(path + ".txt").write_text(events.table(
-        sort_by="self_device_time_total", row_limit=60, max_name_column_width=110))
+        sort_by=column, row_limit=60, max_name_column_width=110))
 
 
 def plain_scores(model, rows, n):

@@ -236,8 +236,8 @@ class TokenWriter:
         self.progress.unlink()  # a job that is killed while moving the files starts from scratch
         for name in "bin", "idx":
             os.replace(self.folder / name, f"{self.prefix}.{name}")
-        self.close()  # first, since on NFS the folder of an open file cannot be removed
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps names of files that are open
+        self.close()
         return summary
 
     def close(self):

@@ -33,8 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoints
-from config import (check, command, expecting, file_size, note, parse, read_json, run, Table,
-                    write_json)
+from config import check, command, file_size, note, parse, read_json, run, Table, write_json
 from data import load_npy, Order, order_of, ordered, span, trained_with
 from model import Cache, head_blocks, Prefix
 from parallel import Processes, leave_processes
@@ -530,8 +529,9 @@ def sample(config):
         prompt = torch.tensor([tokenizer.encode(config.prompt) or [ENDOFTEXT]], device=device)
         model = checkpoints.load_model(folder, device)
         generator = torch.Generator(device).manual_seed(config.seed)
-        with expecting(folder, "a checkpoint that can go on from the prompt"):  # such as NaN
-            tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
+        if not model(prompt).isfinite().all():
+            raise ValueError(f"{folder}: its logits are not finite; `verify.py verify` says more")
+        tokens = model.generate(prompt, config.n_tokens, config.temperature, generator)
         print(f"--- {name} step {step}\n{tokenizer.decode(tokens[0].tolist())}")
         del model  # two may not fit into memory
 

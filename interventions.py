@@ -138,7 +138,8 @@ class PronounSwap:
             before = documents.read(first, max(start - 8, 0), start)
             end = min(stop + len(row) // 4 + 8, int(documents.sizes[last]))
             after = documents.read(last, stop, end)
-            # Not if the row comes from elsewhere since an earlier intervention: term_replace+...
+            # An earlier intervention, such as term_replace, may have put another row here, which
+            # this document's text does not surround.
             before = before if same[:8].all() else before[:0]
             after = after if same[-8:].all() else after[:0]
             ids = self.swap([*before.tolist(), *row.tolist(), *after.tolist()], len(before))

@@ -145,9 +145,9 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None, wanted=None):
         # Parallel residual: two distinct norms, both of the same input.
-        attended = self.attention(self.input_layernorm(x), cos, sin, mask, cache, wanted)
-        x = x if wanted is None else x[wanted]
-        return x + attended + self.mlp(self.post_attention_layernorm(x))
+        residual = x if wanted is None else x[wanted]
+        return (residual + self.attention(self.input_layernorm(x), cos, sin, mask, cache, wanted)
+                + self.mlp(self.post_attention_layernorm(residual)))
 
 
 class HeadLoss(torch.autograd.Function):

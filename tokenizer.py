@@ -8,6 +8,7 @@ original, which is Hugging Face's `tokenizers` with this file.
 
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from functools import lru_cache
@@ -15,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import tiktoken
 
-from config import expecting, file_size, read_json, sha256_of
+from config import expecting, read_json, sha256_of
 
 ENDOFTEXT = 0  # Pythia has no other token for the beginning of a text
 N_TOKENS = 50277  # the model's embeddings from here on are padding
@@ -144,7 +145,8 @@ _loaded = {}  # {SHA-256 of a file: its Tokenizer}
 @lru_cache
 def load_tokenizer(path):
     """Return the Tokenizer of a file; equal files, as in a run's checkpoints, share one."""
-    digest = file_size(path) < 1 << 24 and sha256_of(path)  # Tokenizer refuses larger files
+    small = os.path.isfile(path) and os.path.getsize(path) <= 1 << 24
+    digest = sha256_of(path) if small else path  # which Tokenizer refuses
     if digest not in _loaded:
         _loaded[digest] = Tokenizer(path)
     return _loaded[digest]

@@ -132,6 +132,7 @@ def fill_disk(run):
             break
     assert step > 2 and saved_steps(run) == list(range(step))
     assert sorted(os.listdir(run)) == sorted(f"step{s}" for s in range(step))
+    assert saved_steps(run, state=True) == list(range(step))
     assert checkpoints.load_training(run, step - 1, save.model, save.optimizer)["updates"] == 1
     os.system(f"mount -o remount,size=30m {run}")
     save(step)

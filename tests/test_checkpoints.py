@@ -91,6 +91,7 @@ def test_a_checkpoint_without_moments_gives_way_and_nothing_of_it_is_lost(tmp_pa
         if notes:
             (tmp_path / "step2/notes.txt").write_text(notes)
         save(2)
+        assert saved_steps(tmp_path, state=True) == [2]
         assert load_training(tmp_path, 2, save.model, save.optimizer) == {
             "step": 2, "scheduled": True, "updates": 1, "tokens": 128, "scaler": {}}
         assert set(os.listdir(tmp_path)) == there

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from checkpoints import load_model
@@ -222,12 +222,19 @@ def test_a_stranger_s_folder(workplace, tmp_path, command, refused, monkeypatch)
         *argv(workplace, *flags, output="new.csv"))
 
 
-def test_samples_start_with_the_prompt(workplace, command, refused):
+def test_samples_start_with_the_prompt(workplace, tmp_path, command, refused):
     flags = "sample", f"--model={workplace}/run", "--prompt=In the beginning", "--n_tokens=5"
     said = command("eval.py", *flags, "--steps=0,8").stdout
     assert said.count("In the beginning") == 2 and "--- run step 8" in said
     for flag in ("--temperature=-1", "--n_tokens=-1"):
         assert "at least 0" in refused("eval.py", *flags, flag)
+    shutil.copytree(workplace / "run/step8", tmp_path / "step8")
+    (tmp_path / "step8/manifest.json").unlink()
+    weights = load_file(tmp_path / "step8/model.safetensors")
+    save_file({name: weight * math.nan for name, weight in weights.items()},
+              tmp_path / "step8/model.safetensors")
+    said = refused("eval.py", "sample", f"--model={tmp_path}/step8")
+    assert "step8: its logits are not finite" in said
 
 
 def test_samples_hold_every_request(workplace, tokenizer, command):

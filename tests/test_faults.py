@@ -56,6 +56,7 @@ def test_a_kill_at_a_random_moment_loses_at_most_the_save_under_way(run, save, c
         there = saved_steps(run)
         assert not saved or there[-1] >= saved[-1], (saved, there)
         if there:
+            assert saved_steps(run, state=True)[-1] == there[-1]
             assert load_training(run, there[-1], save.model, save.optimizer)
         for _, folder in step_folders(run):
             assert is_whole(folder), folder

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import checkpoints
 from checkpoints import fill, load_training, saved_steps
 from config import parse
-from conftest import ROOT, launch
+from conftest import ROOT, TORCHRUN, run
 from launch import Launched
 from model import ModelConfig, Pythia
 from parallel import LaunchConfig, Processes, memory_per_process, rehearse
@@ -95,10 +95,10 @@ def test_a_mistake_of_one_or_of_all_processes_is_one_line(data, single, parent, 
 
 
 def test_checkpoints_are_spread_over_files_and_processes(data, tmp_path, single):
-    """Files of 20 kB, written by 2 processes, have one process's bits."""
+    """Files of 20 kB, written by 2 processes under torchrun, have one process's bits."""
     flags = argv(data, tmp_path / "run", **RUN, stop_at=1, micro_batch_size=4, sharding="fsdp",
                     async_save=True)[1:]
-    launch("tests/launch.py", "small_files", *flags, count=2)
+    run(*TORCHRUN, "tests/launch.py", "small_files", *flags)
     files = sorted(path.name for path in (tmp_path / "run/step1").glob("model-*"))
     assert len(files) > 5 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     ours = checkpoints.load_model(tmp_path / "run/step1")

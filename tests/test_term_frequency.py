@@ -156,6 +156,9 @@ def test_counts_accumulate_in_training_order_on_any_number_of_processes(corpus, 
     count(Count(**options, output=f"{tmp_path}/1", at="2,5,8", workers=1))
     assert capsys.readouterr().out == f"{tmp_path}/1/0000002_0000005.json\n"
     assert files("1") == files("2")
+    with pytest.raises(ValueError, match="at = -5,2: expected steps from 0 to --steps="):
+        count(Count(**options, output=f"{tmp_path}/3", at="-5,2", workers=1))
+    assert not (tmp_path / "3").exists()
     with pytest.raises(ValueError, match="seed was 1234, is 1; name another folder"):
         count(Count(**options, output=f"{tmp_path}/1", at="2,5,8", workers=1, seed=1))
 

@@ -128,3 +128,8 @@ def test_equal_files_share_one_tokenizer(tokenizer_path, tmp_path):
     """A run has a copy in each of 154 checkpoints; a tokenizer takes 20 MB."""
     copies = [shutil.copy(tokenizer_path, tmp_path / f"{i}.json") for i in range(2)]
     assert load_tokenizer(copies[0]) is load_tokenizer(copies[1])
+    for size in (1 << 24, (1 << 24) + 1):  # JSON may have 16 MiB; a file behind a good one too
+        (tmp_path / f"{size}.json").write_text("x" * size)
+    for name in ("16777216.json", "16777217.json", "nowhere.json"):
+        with pytest.raises(ValueError, match=f"{name}: not .* which `make tokenizer` downloads"):
+            load_tokenizer(tmp_path / name)

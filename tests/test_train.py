@@ -322,6 +322,7 @@ def test_a_branch_goes_on_with_what_its_parent_did(data, tmp_path, parent):
     assert losses(tmp_path / "child") == losses(tmp_path / "run")[4:]
     refused_here(data, tmp_path / "other", "expected a whole checkpoint", warm_moments=2,
                  branch_from=parent / "step12")
+    refused_here(data, tmp_path / "other", "without --branch_from=RUN/stepN", warm_moments=2)
     assert not (tmp_path / "other").exists()
 
 
