@@ -143,7 +143,8 @@ def test_the_page_has_the_losses_and_the_texts_whatever_is_in_them(tmp_path, tok
     assert page.count("<") == template.count("<") and "http" not in template
 
 
-def test_rows_of_the_order_say_when_they_were_seen_and_files_stand_beside(tmp_path):
+def test_rows_of_the_order_say_when_they_were_seen_and_files_stand_beside(
+        tmp_path, tokenizer_path):
     write(tmp_path / "d", random_documents(np.random.RandomState(0).randint(5, 60, 60)))
     what = {"order": asdict(Order(f"{tmp_path}/d", 8, 4, 16)), "rows": [7, 9]}
     for name, other in (("one", {}), ("two", {}), ("held", {"rows": [7, 10], "trained_on": "x"})):
