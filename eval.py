@@ -521,6 +521,7 @@ class SampleConfig(Models):
         check(self, "at least 0", lambda value: value >= 0, "n_tokens", "temperature")
 
 
+@torch.no_grad()
 def sample(config):
     """Print a continuation of the prompt at each step."""
     device = Processes(config.device).device
