@@ -141,6 +141,7 @@ def fill_disk(run):
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
-elif (ROOT / "20B_tokenizer.json").exists():  # once, not in each fork
+else:  # once, not in each fork
     peak_flops(torch.device("cpu"))
-    load_tokenizer(f"{ROOT}/20B_tokenizer.json")
+    if (ROOT / "20B_tokenizer.json").exists():
+        load_tokenizer(f"{ROOT}/20B_tokenizer.json")
